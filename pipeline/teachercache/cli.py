@@ -1,0 +1,205 @@
+"""The `teachercache` command. Each subcommand parses, builds its config, calls one function and prints what it returns.
+
+Exit status: 0, 1 (a check failed, a job could not be completed), 2 (the user's mistake). Heavy libraries are imported inside
+the commands: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from teachercache.config import load_recipe
+from teachercache.console import run_command
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Knowledge distillation of language models from an offline cache of teacher outputs.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe; complete ones are in jobs/recipes/")]
+Overrides = Annotated[list[str], typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="override a recipe's value")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, progress on stderr")]
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="where the cache, the student and the recipe go")] = Path("runs/quickstart"),
+    overrides: Overrides = [],
+    as_json: Json = False,
+) -> None:
+    """Teacher → cache → student → table, on a model and a text that install from a package index."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.quickstart import run_quickstart
+
+        return run_quickstart(out, overrides=overrides, console=console)
+
+    def show(result: dict[str, Any]) -> Any:
+        from teachercache.quickstart import next_commands
+
+        return next_commands(result)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=show))
+
+
+@app.command()
+def precompute(
+    recipe: RecipePath,
+    limit: Annotated[int | None, typer.Option(min=1, help="read at most so many rows of the corpus")] = None,
+    overrides: Overrides = [],
+    as_json: Json = False,
+) -> None:
+    """Run a teacher over a corpus and store what a student can learn from. Run it again to resume."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.precompute.job import run_precompute
+
+        extra = [f"corpus.limit={limit}"] if limit else []
+        return run_precompute(load_recipe(recipe, [*overrides, *extra]), console=console)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
+
+
+@app.command("init-student")
+def init_student(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf or package://NAME/FILE")],
+    out: Annotated[Path, typer.Option(help="folder of the new student")],
+    layers: Annotated[str, typer.Option(help="0,5,10 or every:3 or keep:10 or first:8")] = "every:3",
+    revision: Annotated[str | None, typer.Option(help="hub commit, tag or branch")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace the folder if it exists")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a student from some of a model's own layers."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.student.init_student import init_student as make
+
+        result = make(model, layers=layers, output=out, revision=revision, overwrite=overwrite)
+        console.print(
+            f"[green]made[/] a student of {len(result['layers'])} layers, {result['parameters']:,} parameters → {out}"
+        )
+        return result
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = [], as_json: Json = False) -> None:
+    """Train a student from a cache, alone or under `deepspeed` / `torchrun`. Run it again to resume."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.student.train import run_training
+
+        return run_training(load_recipe(recipe, overrides), console=console)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
+
+
+@app.command()
+def evaluate(
+    recipe_or_run: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="a recipe, or the run folder it made")],
+    teacher: Annotated[str | None, typer.Option(help="where the teacher is here; default: as the cache names it")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="measure on at most so many held-out rows")] = None,
+    overrides: Overrides = [],
+    as_json: Json = False,
+) -> None:
+    """Compare teacher, student before and student after on held-out rows, each in a process of its own."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.evaluation.table import run_evaluation
+
+        return run_evaluation(recipe_or_run, teacher=teacher, rows=rows, overrides=overrides, console=console)
+
+    def show(result: dict[str, Any]) -> Any:
+        from teachercache.evaluation.table import render
+
+        return render(result)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=show))
+
+
+@app.command()
+def inspect(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    row: Annotated[str | None, typer.Option(help="a row's id (or its beginning), or train:0, held-out:3")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is inside a cache, or one row token by token."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.shards import Cache
+        from teachercache.shards.inspection import describe, describe_row
+
+        opened = Cache.open(cache)
+        return describe_row(opened, row) if row else describe(opened)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=_row_table if row else _cache_table))
+
+
+@app.command()
+def verify(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    quick: Annotated[bool, typer.Option("--quick", help="sizes, schemas and counts only: no hashing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a cache against its manifest. Exit status 1: it is not whole."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.shards import verify as check
+
+        problems = check(cache, quick=quick)
+        return {"ok": not problems, "cache": str(cache), "errors": [vars(problem) for problem in problems]}
+
+    def show(result: dict[str, Any]) -> Any:
+        if result["ok"]:
+            return f"[green]whole[/] {cache}"
+        return "\n".join(f"[red]{e['file']}[/]: {e['reason']}; {e['remedy']}" for e in result["errors"])
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=show))
+
+
+def _cache_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"cache {result['cache']}", show_header=False)
+    rows, positions, audit = result["rows"], result["positions"], result["audit"]
+    sizes = result["bytes_per_position"]
+    table.add_row("teacher", f"{result['teacher']['model']}  ({result['teacher']['parameters']:,} parameters, {result['teacher']['dtype']})")
+    table.add_row("corpus", f"{result['corpus']['source']}  (held out: {result['corpus']['held_out']:.0%})")
+    table.add_row("vocabulary", f"{result['tokenizer']['vocabulary_size']:,} tokens")
+    table.add_row("sequences", f"{result['sequence']['layout']}, up to {result['sequence']['length']} tokens")
+    for name, settings in result["targets"].items():
+        table.add_row(f"targets: {name}", ", ".join(f"{key} {value}" for key, value in settings.items()))
+    table.add_row("rows", f"{rows['train']:,} train, {rows['held-out']:,} held out")
+    table.add_row("positions", f"{positions['train']:,} train, {positions['held-out']:,} held out")
+    table.add_row("audit", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in audit.items()))
+    table.add_row("size", f"{result['bytes']:,} bytes in {result['shards']} shards")
+    table.add_row("bytes/position", ", ".join(f"{key} {value}" for key, value in sizes.items()))
+    table.add_row("fingerprint", result["fingerprint"])
+    return table
+
+
+def _row_table(result: dict[str, Any]) -> Table:
+    side = "held out" if result["held_out"] else "train"
+    table = Table(title=f"row {result['row_id']} ({side}, {result['positions']} positions)")
+    for name in ("token", "log p(next)", "tail", "teacher's next tokens at T = 1"):
+        table.add_column(name)
+    for token in result["tokens"]:
+        target = token["target"]
+        if target is None:
+            table.add_row(repr(token["text"]), "", "", "")
+            continue
+        top = "  ".join(f"{entry['text']!r} {entry['probability']:.2f}" for entry in target["top"])
+        table.add_row(repr(token["text"]), f"{target['actual_log_prob']:.2f}", f"{target['tail_mass']:.3f}", top)
+    return table
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+

@@ -1,0 +1,245 @@
+"""Recipes: one YAML file describes a precompute job, a training job, or both.
+
+Sections and who reads them:
+
+    cache                                        the folder that one job writes and the other reads
+    teacher, corpus, sequence, targets, precompute     `teachercache precompute`
+    student, objective, train                          `teachercache train`
+
+Paths in a recipe are relative to the working directory. Configs are frozen; unknown keys are refused with the nearest
+valid one; `key.path=value` overrides come from the command line. A cache describes itself: a training recipe never
+repeats what was captured.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from teachercache.errors import RecipeError
+
+
+class Section(BaseModel):
+    """Base of every recipe section: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherConfig(Section):
+    """Which model is the teacher and in which precision it runs."""
+
+    model: str = Field(description="Hugging Face id, local folder, .gguf file, or package://NAME/FILE in an installed package")
+    revision: str | None = Field(None, description="hub commit, tag or branch")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; for the teacher alone")
+    attention: str | None = Field(None, description="attn_implementation of transformers: sdpa, eager, flash_attention_2")
+
+
+class CorpusConfig(Section):
+    """Where rows come from. A row is one document or one conversation."""
+
+    source: str = Field(description="dataset name, file, folder or glob; `python-docs` is CPython's own documentation")
+    format: Literal["auto", "datasets", "parquet", "jsonl", "text", "python-docs"] = "auto"
+    name: str | None = Field(None, description="configuration of a Hugging Face dataset")
+    revision: str | None = None
+    split: str = Field("train", description="split of a Hugging Face dataset, slices as in train[:10%]")
+    streaming: bool = False
+    text_field: str = "text"
+    messages_field: str | None = Field(None, description="chat rows: a list of {role, content}; loss on assistant tokens")
+    limit: int | None = Field(None, ge=1, description="read at most so many rows")
+    deduplicate: bool = Field(True, description="drop rows whose content occurred before, and count them")
+    held_out: float = Field(0.05, ge=0, lt=1, description="share of rows kept for evaluation, chosen by content hash")
+    store_text: bool = Field(True, description="keep the text beside the tokens; alignment to other tokenizers needs it")
+
+
+class SequenceConfig(Section):
+    """How documents become token sequences."""
+
+    layout: Literal["documents", "packed"] = "documents"
+    length: int = Field(512, ge=2, description="most tokens in a sequence; longer documents are windowed, never cut")
+    add_eos: bool = Field(True, description="end every text document with the tokenizer's end-of-sequence token")
+
+
+class TopKConfig(Section):
+    """Top-k logits with the exact tail log-partition on a temperature grid."""
+
+    kind: Literal["top-k"] = "top-k"
+    k: int = Field(64, ge=1)
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0, 4.0, 8.0)
+    dtype: Literal["float16", "float32"] = "float16"
+
+    @model_validator(mode="after")
+    def _ordered_grid(self) -> TopKConfig:
+        if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
+            raise ValueError("temperatures must rise, each once, and hold at least one: [1, 2, 4, 8]")
+        if 1.0 not in self.temperatures:
+            raise ValueError("temperatures must hold 1: the log-probability of the actual token is taken there")
+        return self
+
+
+# Another kind of logit target joins here (a pydantic union on `kind`) and in `teachercache.targets.KINDS`.
+LogitsConfig = TopKConfig
+
+
+class TargetsConfig(Section):
+    """What is stored of the teacher."""
+
+    logits: LogitsConfig = LogitsConfig()
+
+
+class PrecomputeConfig(Section):
+    """How the Ray Data job runs. None of it changes what is stored, but for `unit_rows` and `unit_bytes`
+    (which rows share a shard and a batch), `positions_per_batch` and `threads_per_actor` (float rounding)."""
+
+    actors: int = Field(1, ge=1, description="teacher actors, one model each")
+    gpus_per_actor: float = Field(0, ge=0)
+    threads_per_actor: int | None = Field(None, ge=1, description="CPU threads of one actor; default: cores / actors")
+    positions_per_batch: int = Field(2048, ge=1, description="tokens in one forward pass, padding included")
+    unit_rows: int = Field(1024, ge=1, description="a work unit (= a shard) closes at so many rows")
+    unit_bytes: int = Field(4 * 2**20, ge=1, description="... or at so many bytes of text")
+    address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: str = Field(description="Hugging Face id or local folder, e.g. one that `teachercache init-student` made")
+    revision: str | None = None
+
+
+class ObjectiveConfig(Section):
+    """`L = alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE` (Hinton, Vinyals & Dean 2015)."""
+
+    alpha: float = Field(0.9, ge=0, le=1)
+    temperature: float = Field(1.0, gt=0, description="one of the temperatures that the cache holds")
+    tail: Literal["ghost", "renormalise"] = Field(
+        "ghost", description="tokens outside the head: one bucket with their exact mass, or dropped"
+    )
+
+
+class TrainConfig(Section):
+    """The training job: `transformers.Trainer` under DeepSpeed ZeRO."""
+
+    output: Path = Field(description="run folder: checkpoints, logs, and the exported student in OUTPUT/student")
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="overrides epochs")
+    global_batch: int = Field(16, ge=1, description="rows in one optimizer step, over all processes")
+    micro_batch: int = Field(4, ge=1, description="rows in one forward pass of one process")
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    deepspeed: Path | None = Field(None, description="a DeepSpeed JSON file of your own; wins over zero_stage and precision")
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    evaluate_every: int | None = Field(None, ge=1, description="steps; default: once an epoch")
+    save_every: int | None = Field(None, ge=1, description="steps; default: as evaluate_every")
+    keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints to keep; the best one is kept besides")
+    log_every: int = Field(10, ge=1)
+    loader_workers: int = Field(1, ge=0, description="background processes that decode batches")
+    trackers: tuple[str, ...] = Field(("tensorboard",), description="experiment trackers of transformers, or none")
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> TrainConfig:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch ({self.global_batch}) must be a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+
+class Recipe(Section):
+    """A whole recipe. Each command names the sections that it needs with `require`."""
+
+    cache: Path
+    teacher: TeacherConfig | None = None
+    corpus: CorpusConfig | None = None
+    sequence: SequenceConfig = SequenceConfig()
+    targets: TargetsConfig = TargetsConfig()
+    precompute: PrecomputeConfig = PrecomputeConfig()
+    student: StudentConfig | None = None
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig | None = None
+
+    def require(self, *sections: str) -> None:
+        """Raise `RecipeError` when a section that a command needs is absent."""
+        for section in sections:
+            if getattr(self, section) is None:
+                raise RecipeError(f"the recipe has no `{section}:` section, which this command needs; see jobs/recipes/")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply `key.path=value` overrides (values are YAML) and validate it.
+
+    Raises `RecipeError` with one line: the file, the key, what is wrong, and the nearest valid key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"recipe {path} does not exist; complete ones are in jobs/recipes/")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, origin=str(path))
+
+
+def parse_recipe(data: dict[str, Any], *, origin: str) -> Recipe:
+    """Validate a recipe that is already a mapping; `origin` names it in errors."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r} must read key.path=value")
+    *parents, leaf = key.split(".")
+    node = data
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: `{part}` is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not YAML") from None
+
+
+def _explain(item: Any) -> str:
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        *parents, key = item["loc"]
+        valid = _keys_at([str(part) for part in parents])
+        near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key `{location}`; {hint}"
+    if item["type"] == "missing":
+        return f"`{location}` is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"`{location}`: {message[0].lower()}{message[1:]} (got {item['input']!r})" if location else message
+
+
+def _keys_at(parents: Sequence[str]) -> list[str]:
+    section: Any = Recipe
+    for part in parents:
+        field = section.model_fields.get(part)
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

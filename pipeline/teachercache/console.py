@@ -1,0 +1,67 @@
+"""What a command prints: progress and messages on stderr, its result on stdout, one readable line for an error.
+
+With `--json`, stdout is exactly one JSON document. Libraries below us (Ray, DeepSpeed) print to stdout as they like, so
+file descriptor 1 itself points to stderr while a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from teachercache.errors import TeachercacheError
+
+INTERRUPTED = 130
+
+
+def run_command(work: Callable[[Console], dict[str, Any]], *, as_json: bool, show: Callable[[dict[str, Any]], Any]) -> int:
+    """Run `work` with a console on stderr and print its result; returns the exit status.
+
+    `show` turns the result into something that rich can print, for people; a result with `"ok": false` exits with 1.
+    """
+    _quiet_libraries()
+    console = Console(stderr=True)
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        result = work(console)
+        status = 0 if result.get("ok", True) else 1
+    except TeachercacheError as error:
+        result, status = {"error": str(error), "exit_status": error.exit_status}, error.exit_status
+        console.print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        result, status = {"error": "interrupted", "exit_status": INTERRUPTED}, INTERRUPTED
+        console.print("interrupted; what is finished is kept, run the same command again to go on")
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    if as_json:
+        print(json.dumps(result, default=str))
+    elif "error" not in result:
+        shown = show(result)
+        if shown is not None:
+            Console().print(shown)
+    sys.stdout.flush()
+    return status
+
+
+def _quiet_libraries() -> None:
+    """Send no usage statistics anywhere; keep libraries' chatter below warnings."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

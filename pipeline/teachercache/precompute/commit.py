@@ -1,0 +1,81 @@
+"""From the records of finished units to a cache: audit, digests, card, and the manifest as the last step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from teachercache import __version__
+from teachercache.errors import JobFailed
+from teachercache.precompute.plan import Plan
+from teachercache.shards import Audit, FileInfo, Manifest, ShardInfo
+from teachercache.shards.card import render_card
+from teachercache.shards.manifest import commit_manifest, file_info
+from teachercache.shards.verify import CARD
+
+
+def commit(plan: Plan) -> Manifest:
+    """Commit the cache. Raises `JobFailed` when rows are unaccounted for, a unit is missing, or nothing was stored."""
+    missing = plan.pending()
+    if missing:
+        raise JobFailed(f"{len(missing)} of {plan.units} units have no result; run the same command again to do them")
+    records = [json.loads(plan.record_file(unit).read_text(encoding="utf-8")) for unit in range(plan.units)]
+    manifest = _manifest(plan, records)
+    if not manifest.shards:
+        raise JobFailed(
+            f"all {plan.rows_in} rows were quarantined, so there is nothing to store; their reasons are in {plan.folder / 'quarantine'}"
+        )
+    (plan.folder / CARD).write_text(render_card(manifest), encoding="utf-8")
+    _remove_leftovers(plan, manifest)
+    commit_manifest(manifest, plan.folder)
+    shutil.rmtree(plan.work)
+    return manifest
+
+
+def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
+    column_bytes: Counter[str] = Counter()
+    for record in records:
+        column_bytes.update(record["column_bytes"])
+    teacher_files = [file_info(plan.folder, path) for path in sorted((plan.folder / "teacher").iterdir())]
+    quarantine = [FileInfo(**record["quarantine"]) for record in records if record["quarantine"]]
+    return Manifest(
+        fingerprint=plan.fingerprint,
+        model=next((record["teacher"] for record in records if record["teacher"]), {}),
+        **plan.identity,
+        audit=_audit(plan, records),
+        shards=[ShardInfo(**record["shard"]) for record in records if record["shard"]],
+        files=[*teacher_files, *quarantine],
+        column_bytes=dict(column_bytes),
+        created_by=f"teachercache {__version__}",
+    )
+
+
+def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
+    total = Counter({name: sum(record[name] for record in records) for name in _COUNTED})
+    staged = plan.rows_in - plan.deduplicated
+    if total["documents"] != staged:
+        raise JobFailed(f"{staged} rows were staged, but units account for {total['documents']}; delete {plan.folder} and run again")
+    return Audit(
+        rows_in=plan.rows_in,
+        stored=staged - total["quarantined_documents"],
+        quarantined=total["quarantined_documents"],
+        deduplicated=plan.deduplicated,
+        windowed_documents=total["windowed_documents"],
+        extra_windows=total["extra_windows"],
+        windows_without_targets=total["windows_without_targets"],
+    )
+
+
+_COUNTED = ("documents", "quarantined_documents", "windowed_documents", "extra_windows", "windows_without_targets")
+
+
+def _remove_leftovers(plan: Plan, manifest: Manifest) -> None:
+    """Temp files of killed writers: everything in the data folders that no record names."""
+    listed = {info.file for info in [*manifest.shards, *manifest.files]}
+    for folder in ("shards", "quarantine"):
+        for path in Path(plan.folder / folder).glob("*"):
+            if path.relative_to(plan.folder).as_posix() not in listed:
+                path.unlink()

@@ -1,0 +1,18 @@
+"""The cache on disk: what is written, how it is found again, and how it is trusted. FORMAT.md beside this is the contract.
+
+    schema.py     columns of a shard
+    writer.py     rows and target columns to an Arrow file, by temp file and rename, with its digest
+    manifest.py   manifest.json: what the cache holds, committed last
+    reader.py     `Cache`: rows by (split, index), digests checked before the first row is handed out
+    verify.py     every file against the manifest
+    card.py       the generated README.md of a cache
+
+Needs pyarrow and numpy; neither torch nor ray.
+"""
+
+from teachercache.shards.manifest import Audit, FileInfo, Manifest, ShardInfo
+from teachercache.shards.reader import SPLITS, Cache, StoredRow
+from teachercache.shards.verify import Problem, verify
+from teachercache.shards.writer import write_shard
+
+__all__ = ["SPLITS", "Audit", "Cache", "FileInfo", "Manifest", "Problem", "ShardInfo", "StoredRow", "verify", "write_shard"]

@@ -1,0 +1,33 @@
+"""The generated README.md of a cache: what it is, from which teacher and corpus, how big, how to use it."""
+
+from __future__ import annotations
+
+from teachercache.shards.manifest import Manifest
+
+
+def render_card(manifest: Manifest) -> str:
+    """Markdown for people who find the folder; made from the manifest alone."""
+    audit, logits = manifest.audit, manifest.logits
+    sizes = manifest.bytes_per_position()
+    temperatures = ", ".join(f"{value:g}" for value in logits["temperatures"])
+    return f"""# Teacher cache: {manifest.teacher["model"]}
+
+Next-token distributions of a teacher over a corpus, to distil students from without the teacher.
+
+| | |
+|---|---|
+| teacher | `{manifest.teacher["model"]}`, {manifest.model["parameters"]:,} parameters, run in {manifest.model["dtype"]} |
+| vocabulary | {manifest.vocabulary_size:,} tokens |
+| corpus | `{manifest.corpus["source"]}`: {audit.rows_in:,} rows = {audit.stored:,} stored + {audit.quarantined:,} quarantined + {audit.deduplicated:,} deduplicated |
+| sequences | {manifest.rows:,} rows of up to {manifest.sequence_length} tokens ({manifest.layout}), {sum(s.held_out_rows for s in manifest.shards):,} of them held out |
+| positions | {manifest.positions:,} |
+| targets | {logits["kind"]}, k = {logits["k"]}, tail mass at T = {temperatures} |
+| size | {manifest.shard_bytes:,} bytes of shards: {sizes["logits"]} per position for logits, {sizes["total"]} in all |
+| fingerprint | `{manifest.fingerprint}` |
+
+    teachercache verify .       # every byte against its digest
+    teachercache inspect .      # what is inside
+    teachercache train RECIPE   # with `cache:` set to this folder
+
+Shards are Arrow IPC files; the plain columns open in DuckDB, Polars and `datasets.load_dataset("arrow", …)`.
+"""

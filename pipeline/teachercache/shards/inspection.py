@@ -1,0 +1,120 @@
+"""What `teachercache inspect` shows: a cache in numbers, and one row token by token.
+
+Token texts come from the cache's own tokenizer.json with plain JSON: no torch, no transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from teachercache.errors import CacheError
+from teachercache.shards.reader import SPLITS, Cache, Split, StoredRow
+from teachercache.targets import grid_index
+
+
+def describe(cache: Cache) -> dict[str, Any]:
+    """The cache in numbers, from its manifest alone."""
+    manifest = cache.manifest
+    return {
+        "cache": str(cache.folder),
+        "fingerprint": manifest.fingerprint,
+        "teacher": {**manifest.teacher, **manifest.model},
+        "tokenizer": manifest.tokenizer,
+        "corpus": manifest.corpus,
+        "sequence": manifest.sequence,
+        "targets": manifest.targets,
+        "rows": {split: cache.rows_of(split) for split in SPLITS},
+        "positions": {split: cache.positions_of(split) for split in SPLITS},
+        "shards": len(manifest.shards),
+        "bytes": manifest.shard_bytes,
+        "bytes_per_position": manifest.bytes_per_position(),
+        "column_bytes": manifest.column_bytes,
+        "audit": vars(manifest.audit),
+    }
+
+
+def describe_row(cache: Cache, row_id: str, *, top: int = 5) -> dict[str, Any]:
+    """One row, token by token, with the teacher's `top` next tokens at T = 1.
+
+    `row_id` may be a prefix, or `SPLIT:INDEX` such as `train:0`. Raises `CacheError` when no row matches.
+    """
+    stored = _find(cache, row_id)
+    texts = token_texts(cache)
+    row = stored.row
+    ordinal = np.cumsum(row.target_mask_S) - 1
+    tokens = []
+    for index, token in enumerate(row.input_ids_S.tolist()):
+        entry: dict[str, Any] = {"id": token, "text": texts.get(token, f"<{token}>"), "target": None}
+        if row.target_mask_S[index]:
+            entry["target"] = _describe_target(cache, stored, int(ordinal[index]), texts, top)
+        tokens.append(entry)
+    segments = [{key: value for key, value in vars(segment).items() if key != "text"} for segment in row.segments]
+    return {
+        "row_id": row.row_id, "held_out": row.held_out, "positions": row.positions, "segments": segments, "tokens": tokens,
+    }  # fmt: skip
+
+
+def _describe_target(cache: Cache, stored: StoredRow, position: int, texts: dict[int, str], top: int) -> dict[str, Any]:
+    logits = stored.targets["head_logits"][position].astype(np.float64)
+    tail = float(stored.targets["tail_log_partition"][position, grid_index(_grid(cache), 1.0)])
+    log_z = np.logaddexp(np.log(np.exp(logits).sum()), tail)
+    chosen = stored.targets["head_ids"][position][:top].tolist()
+    return {
+        "actual_log_prob": round(float(stored.targets["actual_log_prob"][position]), 4),
+        "tail_mass": round(math.exp(tail - log_z), 4),
+        "top": [
+            {"id": token, "text": texts.get(token, f"<{token}>"), "probability": round(math.exp(value - log_z), 4)}
+            for token, value in zip(chosen, logits, strict=False)
+        ],
+    }
+
+
+def _grid(cache: Cache) -> list[float]:
+    return cache.manifest.logits["temperatures"]
+
+
+def _find(cache: Cache, row_id: str) -> StoredRow:
+    name, colon, number = row_id.partition(":")
+    if colon and name in SPLITS and number.isdigit():
+        split: Split = "train" if name == "train" else "held-out"
+        if int(number) >= cache.rows_of(split):
+            raise CacheError(f"there is no row {row_id}: the cache has {cache.rows_of(split)} {split} rows, counted from 0")
+        return cache.read_row(split, int(number))
+    for split in SPLITS:
+        for index in range(cache.rows_of(split)):
+            if cache.read_row(split, index, columns=()).row.row_id.startswith(row_id):
+                return cache.read_row(split, index)
+    raise CacheError(f"no row's id begins with {row_id!r}; `--row train:0` shows the first one and its id")
+
+
+def token_texts(cache: Cache) -> dict[int, str]:
+    """Token id to readable text; byte-level spellings (`Ġthe`) are turned back into text."""
+    path = cache.teacher_folder / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = data["model"].get("vocab", {})
+    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], i) for i, entry in enumerate(vocabulary))
+    texts = {token: _readable(spelling) for spelling, token in pairs}
+    texts.update({token["id"]: token["content"] for token in data.get("added_tokens", [])})
+    return texts
+
+
+def _readable(spelling: str) -> str:
+    if all(char in _BYTE_OF for char in spelling):
+        return bytes(_BYTE_OF[char] for char in spelling).decode("utf-8", errors="replace")
+    return spelling.replace("▁", " ")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(rest)}
+
+
+_BYTE_OF = _byte_alphabet()

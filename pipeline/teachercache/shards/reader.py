@@ -1,0 +1,151 @@
+"""`Cache`: rows of a finished cache by (split, index).
+
+Shards are memory-mapped, opened at their first use and then held open (at most `OPEN_SHARDS`); at its opening a shard is
+hashed, so that no byte reaches training unchecked. Reading a row decompresses the asked-for columns of one record batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from teachercache.errors import CacheDamaged
+from teachercache.shards.manifest import Manifest, ShardInfo, hash_file, read_manifest
+from teachercache.shards.schema import ROW_COLUMNS, row_from_batch, shard_metadata
+from teachercache.targets.columns import Column
+from teachercache.tokens.rows import TokenRow
+
+Split = Literal["train", "held-out"]
+SPLITS: tuple[Split, ...] = ("train", "held-out")
+OPEN_SHARDS = 64
+CACHED_BATCHES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRow:
+    """A row and its target columns, each [positions, …]."""
+
+    row: TokenRow
+    targets: dict[str, NDArray[Any]]
+
+
+class Cache:
+    """A finished cache. Cheap to open whatever its size; picklable, workers open files for themselves."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        held_out = np.array([shard.held_out_rows for shard in manifest.shards], dtype=np.int64)
+        train = np.array([shard.rows for shard in manifest.shards], dtype=np.int64) - held_out
+        self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Cache:
+        """Open the cache in a folder.
+
+        Raises `CacheError` when it is missing or half written, `CacheDamaged` when its manifest cannot be trusted.
+        """
+        folder = Path(folder)
+        return cls(folder, read_manifest(folder))
+
+    @property
+    def teacher_folder(self) -> Path:
+        """Tokenizer files and the teacher's config.json: what training needs instead of the teacher."""
+        return self.folder / "teacher"
+
+    def rows_of(self, split: Split) -> int:
+        """Number of rows of a split."""
+        ends = self._ends[split]
+        return int(ends[-1]) if len(ends) else 0
+
+    def positions_of(self, split: Split) -> int:
+        """Number of stored targets of a split."""
+        held_out = sum(shard.held_out_positions for shard in self.manifest.shards)
+        return held_out if split == "held-out" else self.manifest.positions - held_out
+
+    def read_row(self, split: Split, index: int, *, columns: Sequence[str] | None = None) -> StoredRow:
+        """The row at `index` of a split, in the order of shards; `columns` limits which targets are decoded."""
+        if not 0 <= index < self.rows_of(split):
+            raise IndexError(f"row {index} of {self.rows_of(split)} {split} rows")
+        ends = self._ends[split]
+        number = int(np.searchsorted(ends, index, side="right"))
+        within = index - (int(ends[number - 1]) if number else 0)
+        info = self.manifest.shards[number]
+        offset = info.rows - info.held_out_rows if split == "held-out" else 0
+        return self._shard(number).read_row(offset + within, columns)
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = self._shards[number] = Shard(self.folder, self.manifest.shards[number], self.manifest.fingerprint)
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(number)
+        return shard
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shards": OrderedDict()}
+
+
+class Shard:
+    """One memory-mapped shard whose bytes match the manifest."""
+
+    def __init__(self, folder: Path, info: ShardInfo, fingerprint: str) -> None:
+        self.info = info
+        check_bytes(folder, info)
+        self._file = pa.memory_map(str(folder / info.file))
+        self.schema = pa.ipc.open_file(self._file).schema
+        metadata = shard_metadata(self.schema, file=info.file)
+        if metadata["fingerprint"] != fingerprint:
+            raise CacheDamaged(f"{info.file} belongs to another cache; fetch this cache again")
+        self.columns = {name: Column.from_metadata(name, entry) for name, entry in metadata["columns"].items()}
+        self._rows_per_batch: int = metadata["rows_per_batch"]
+        self._readers: dict[tuple[str, ...], pa.RecordBatchFileReader] = {}
+        self._batches: OrderedDict[tuple[tuple[str, ...], int], pa.RecordBatch] = OrderedDict()
+
+    def read_row(self, index: int, columns: Sequence[str] | None) -> StoredRow:
+        """The row at `index` of this shard."""
+        names = tuple(self.columns) if columns is None else tuple(columns)
+        batch = self._batch(names, index // self._rows_per_batch)
+        within = index % self._rows_per_batch
+        row = row_from_batch(batch, within)
+        targets = {
+            name: self.columns[name].decode(batch.column(name)[within].as_buffer(), positions=row.positions)
+            for name in names
+        }
+        return StoredRow(row, targets)
+
+    def _batch(self, names: tuple[str, ...], number: int) -> pa.RecordBatch:
+        batch = self._batches.get((names, number))
+        if batch is None:
+            batch = self._batches[names, number] = self._reader(names).get_batch(number)
+            if len(self._batches) > CACHED_BATCHES:
+                self._batches.popitem(last=False)
+        return batch
+
+    def _reader(self, names: tuple[str, ...]) -> pa.RecordBatchFileReader:
+        if names not in self._readers:
+            fields = [self.schema.get_field_index(name) for name in (*ROW_COLUMNS, *names)]
+            options = pa.ipc.IpcReadOptions(included_fields=fields)
+            self._readers[names] = pa.ipc.open_file(self._file, options=options)
+        return self._readers[names]
+
+
+def check_bytes(folder: Path, info: ShardInfo) -> None:
+    """Raise `CacheDamaged`, naming file and remedy, unless a file has the size and digest that the manifest promises."""
+    path = folder / info.file
+    remedy = "fetch it again, or delete the cache and run `teachercache precompute` again"
+    if not path.is_file():
+        raise CacheDamaged(f"{path} is missing; {remedy}")
+    if path.stat().st_size != info.bytes:
+        raise CacheDamaged(f"{path} holds {path.stat().st_size} bytes, the manifest says {info.bytes}; {remedy}")
+    if hash_file(path) != info.sha256:
+        raise CacheDamaged(f"{path} differs from its sha256 in the manifest (damaged bytes); {remedy}")

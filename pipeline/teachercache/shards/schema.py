@@ -1,0 +1,94 @@
+"""Columns of a shard, and rows to and from them.
+
+Plain columns open in anything that reads Arrow; payload columns are binary, and the schema metadata names their codec.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from teachercache.errors import CacheDamaged
+from teachercache.targets.columns import Column
+from teachercache.tokens.rows import Segment, TokenRow
+
+METADATA_KEY = b"teachercache"
+
+SEGMENT = pa.struct(
+    [
+        pa.field("source_id", pa.string(), nullable=False),
+        pa.field("occurrence", pa.int32(), nullable=False),
+        pa.field("byte_start", pa.int64(), nullable=False),
+        pa.field("byte_end", pa.int64(), nullable=False),
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("text", pa.string()),
+    ]
+)
+
+ROW_FIELDS = (
+    pa.field("row_id", pa.string(), nullable=False),
+    pa.field("held_out", pa.bool_(), nullable=False),
+    pa.field("positions", pa.int32(), nullable=False),
+    pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+    pa.field("target_mask", pa.list_(pa.bool_()), nullable=False),
+    pa.field("segments", pa.list_(SEGMENT), nullable=False),
+)
+ROW_COLUMNS = tuple(field.name for field in ROW_FIELDS)
+
+
+def shard_schema(columns: Sequence[Column], *, rows_per_batch: int, fingerprint: str) -> pa.Schema:
+    """Schema of one shard; its metadata says how payload columns are coded and which cache it belongs to."""
+    payload = [pa.field(column.name, pa.binary(), nullable=False) for column in columns]
+    metadata = {
+        "fingerprint": fingerprint,
+        "rows_per_batch": rows_per_batch,
+        "columns": {column.name: column.to_metadata() for column in columns},
+    }
+    return pa.schema([*ROW_FIELDS, *payload], metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def shard_metadata(schema: pa.Schema, *, file: str) -> dict[str, Any]:
+    """Our metadata of a shard's schema; raises `CacheDamaged` when it is not a shard."""
+    raw = (schema.metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise CacheDamaged(f"{file} is an Arrow file, but no shard of teachercache")
+    return json.loads(raw)
+
+
+def to_batch(
+    rows: Sequence[TokenRow], payload: Sequence[Mapping[str, NDArray[Any]]], columns: Sequence[Column], schema: pa.Schema
+) -> pa.RecordBatch:
+    """Rows and their target columns ([positions, …] each) as one record batch."""
+    values: list[list[Any]] = [
+        [row.row_id for row in rows],
+        [row.held_out for row in rows],
+        [row.positions for row in rows],
+        [row.input_ids_S for row in rows],
+        [row.target_mask_S for row in rows],
+        [[vars(segment) for segment in row.segments] for row in rows],
+    ]
+    values += [[column.encode(arrays[column.name]) for arrays in payload] for column in columns]
+    arrays = [pa.array(value, type=field.type) for value, field in zip(values, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def row_from_batch(batch: pa.RecordBatch, index: int) -> TokenRow:
+    """The row at `index` of a record batch that holds all of `ROW_COLUMNS`."""
+    segments = batch.column("segments")[index].as_py()
+    return TokenRow(
+        row_id=batch.column("row_id")[index].as_py(),
+        held_out=batch.column("held_out")[index].as_py(),
+        input_ids_S=_list_value(batch.column("input_ids"), index).astype(np.int32),
+        target_mask_S=_list_value(batch.column("target_mask"), index),
+        segments=tuple(Segment(**segment) for segment in segments),
+    )
+
+
+def _list_value(column: pa.ListArray, index: int) -> NDArray[Any]:
+    values = column[index].values
+    return values.to_numpy(zero_copy_only=False)

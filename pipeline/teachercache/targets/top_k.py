@@ -1,0 +1,106 @@
+"""Target kind `top-k`: the k largest logits, and the exact tail log-partition on a temperature grid.
+
+Per position: `head_ids` [k], `head_logits` [k] relative to the largest (the first is 0), `tail_log_partition` [G] and
+`actual_log_prob`, the log-probability (nats, T = 1) of the token that really follows. Costs k · 4 + 2 · G + 2 bytes with
+a vocabulary below 65,537 and float16 values, before compression.
+
+float16 keeps 11 bits: a logit that lies d below the largest is off by at most d / 2048 (0.005 at d = 10). `float32`
+stores the teacher's values as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachercache.errors import RecipeError
+from teachercache.targets.columns import Column
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Settings of the kind; `columns` and `capture` follow from them."""
+
+    kind = "top-k"
+
+    k: int
+    temperatures: tuple[float, ...]
+    dtype: str
+    vocabulary_size: int
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], *, vocabulary_size: int) -> TopK:
+        """Rebuild from a recipe's or manifest's settings; raises `RecipeError` when k exceeds the vocabulary."""
+        if settings["k"] > vocabulary_size:
+            raise RecipeError(
+                f"targets.logits.k is {settings['k']}, but the teacher's tokenizer has {vocabulary_size} tokens; "
+                f"use k <= {vocabulary_size}"
+            )
+        return cls(settings["k"], tuple(settings["temperatures"]), settings["dtype"], vocabulary_size)
+
+    def settings(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        return {"kind": self.kind, "k": self.k, "temperatures": list(self.temperatures), "dtype": self.dtype}
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Payload columns, in the order in which shards store them."""
+        real = {"float16": "<f2", "float32": "<f4"}[self.dtype]
+        return (
+            Column("head_ids", "<u2" if self.vocabulary_size <= 2**16 else "<u4", (self.k,)),
+            Column("head_logits", real, (self.k,)),
+            Column("tail_log_partition", real, (len(self.temperatures),)),
+            Column("actual_log_prob", real),
+        )
+
+    def capture(self, torch: Any, logits_NV: Any, labels_N: Any) -> dict[str, NDArray[Any]]:
+        """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
+
+        Call it with blocks that fit a processor's cache (some dozens of positions): at 49k tokens the four
+        log-partitions then cost 60-90 µs a position instead of 960 (tests/bench/capture_cost.py). A block with a
+        NaN or +inf logit gives columns that `is_usable` refuses: callers quarantine such rows.
+        """
+        logits_NV = logits_NV[:, : self.vocabulary_size]
+        head_Nk, ids_Nk = torch.topk(logits_NV, self.k, dim=-1)
+        largest_N1 = head_Nk[:, :1].clone()
+        actual_N = logits_NV.gather(1, labels_N[:, None]) - largest_N1
+        logits_NV.sub_(largest_N1)
+        tail_NG = _tail_log_partition(torch, logits_NV, ids_Nk, self.temperatures)
+        head_Nk = head_Nk - largest_N1
+        log_z_N = torch.logaddexp(head_Nk.exp().sum(-1).log(), tail_NG[:, self.temperatures.index(1.0)])
+        taken = (ids_Nk, head_Nk, tail_NG, actual_N[:, 0] - log_z_N)
+        return {
+            column.name: values.cpu().numpy().astype(column.dtype)
+            for column, values in zip(self.columns, taken, strict=True)
+        }
+
+
+def _tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatures: Sequence[float]) -> Any:
+    """log Σ exp(z / T) over tokens outside the head, for each T: [N, G]. Expects logits relative to the largest.
+
+    From the highest temperature down: where one is half of the one before, exp(z / T) is the square of what is at hand.
+    """
+    sums_N = []
+    powers_NV, at = None, 0.0
+    for temperature in reversed(temperatures):
+        if powers_NV is not None and temperature * 2 == at:
+            powers_NV.mul_(powers_NV)
+        else:
+            powers_NV = torch.div(relative_NV, temperature).exp_()
+            powers_NV.scatter_(1, head_ids_Nk, 0.0)
+        at = temperature
+        sums_N.append(powers_NV.sum(-1))
+    return torch.stack(sums_N[::-1], dim=-1).log()
+
+
+def is_usable(columns: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Which positions hold numbers that a student can learn from, [N].
+
+    NaN or +inf among the logits makes the first head logit NaN. -inf elsewhere is legal: a token that the teacher rules
+    out, or an empty tail.
+    """
+    return np.isfinite(columns["head_logits"][:, 0]) & ~np.isnan(columns["actual_log_prob"])

@@ -1,0 +1,156 @@
+"""The teacher: one model, its forward pass over rows, and the target columns of their positions.
+
+Memory stays bounded: the transformer body runs over a batch, and the output projection over blocks of positions whose
+logits fit a processor's cache, right before they are reduced to columns. Padding and positions without a target are never
+projected. Models whose logits are more than `output_layer(body(x))` (soft-capped, scaled) are recognised by a probe at
+loading and run whole.
+
+    B rows, S tokens, N positions, D hidden width, V vocabulary
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from teachercache.config import TeacherConfig
+from teachercache.errors import ModelError
+from teachercache.models import isolates_packed_segments, load_causal_lm, model_inputs
+from teachercache.targets import TopK, is_usable
+from teachercache.teacher.batches import length_sorted_batches
+from teachercache.tokens.rows import TokenRow
+
+logger = logging.getLogger(__name__)
+
+BLOCK_POSITIONS = {"cpu": 64, "cuda": 2048}
+LOGIT_RESHAPERS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A row with its columns ([positions, …] each), or with the reason why it has none."""
+
+    row: TokenRow
+    columns: dict[str, NDArray[Any]] | None
+    problem: str | None = None
+
+
+class Teacher:
+    """A loaded teacher on one device. `parameters`, `dtype` and `architecture` describe it for the manifest."""
+
+    def __init__(self, model: Any, *, kind: TopK, layout: str, pad_id: int, device: str = "cpu") -> None:
+        self.kind, self.layout, self.pad_id = kind, layout, pad_id
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        if layout == "packed" and not isolates_packed_segments(self.model, vocabulary_size=kind.vocabulary_size):
+            raise ModelError(
+                f"{type(model).__name__} does not keep the segments of a packed row apart; set `sequence.layout: documents`"
+            )
+        self._splits = _logits_are_projected_hidden_states(self.model)
+        self.batches_halved = 0
+
+    @classmethod
+    def load(cls, config: TeacherConfig, *, kind: TopK, layout: str, pad_id: int, device: str = "cpu") -> Teacher:
+        """Load the model that a recipe names. Raises `ModelError`."""
+        model = load_causal_lm(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            attention=config.attention,
+        )
+        return cls(model, kind=kind, layout=layout, pad_id=pad_id, device=device)
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says about the loaded model."""
+        return {
+            "architecture": type(self.model).__name__,
+            "parameters": sum(weights.numel() for weights in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    def capture(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[Captured]:
+        """Targets of all rows, in their order. Rows whose logits are not numbers come back with a problem."""
+        captured: list[Captured | None] = [None] * len(rows)
+        for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
+            for index, result in zip(batch, self._capture_batch([rows[index] for index in batch]), strict=True):
+                captured[index] = result
+        return [result for result in captured if result is not None]
+
+    def _capture_batch(self, rows: list[TokenRow]) -> list[Captured]:
+        try:
+            return self._forward(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                return [Captured(rows[0], None, f"out of memory with this row of {rows[0].length} tokens alone")]
+        # Outside the handler: the exception's frames hold the tensors that did not fit.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batches_halved += 1
+        logger.warning("a batch of %d rows ran out of memory: halved; lower precompute.positions_per_batch", len(rows))
+        middle = len(rows) // 2
+        return self._capture_batch(rows[:middle]) + self._capture_batch(rows[middle:])
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[TokenRow]) -> list[Captured]:
+        inputs = {
+            name: torch.from_numpy(values).to(self.device)
+            for name, values in model_inputs(rows, pad_id=self.pad_id, layout=self.layout).items()
+        }
+        index_N = torch.from_numpy(_flat_positions(rows, inputs["input_ids"].shape[1])).to(self.device)
+        labels_N = torch.from_numpy(np.concatenate([row.labels_N() for row in rows]).astype(np.int64)).to(self.device)
+        parts = [
+            self.kind.capture(torch, logits_nV, labels_N[start : start + len(logits_nV)])
+            for start, logits_nV in self._logit_blocks(inputs, index_N)
+        ]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        ends = np.cumsum([row.positions for row in rows])[:-1]
+        split = {name: np.split(values, ends) for name, values in columns.items()}
+        return [_checked(row, {name: split[name][i] for name in split}) for i, row in enumerate(rows)]
+
+    def _logit_blocks(self, inputs: dict[str, Any], index_N: Any) -> Iterator[tuple[int, Any]]:
+        """(start, float32 logits [n, V]) over the positions, block by block; each block is the caller's to overwrite."""
+        block = BLOCK_POSITIONS[self.device.type]
+        if self._splits:
+            hidden_ND = self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[index_N]
+            project = self.model.get_output_embeddings()
+            for start in range(0, len(index_N), block):
+                yield start, project(hidden_ND[start : start + block]).float()
+            return
+        logits_BSV = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
+        for start in range(0, len(index_N), block):
+            yield start, logits_BSV[index_N[start : start + block]].float()
+
+
+def _flat_positions(rows: Sequence[TokenRow], width: int) -> NDArray[np.int64]:
+    """Indices of all positions in a batch [B, S] that is flattened to [B * S]."""
+    return np.concatenate([index * width + np.flatnonzero(row.target_mask_S) for index, row in enumerate(rows)])
+
+
+def _checked(row: TokenRow, columns: dict[str, NDArray[Any]]) -> Captured:
+    unusable = int((~is_usable(columns)).sum())
+    if unusable:
+        return Captured(row, None, f"the teacher's logits are not finite at {unusable} of {row.positions} positions")
+    return Captured(row, columns)
+
+
+@torch.inference_mode()
+def _logits_are_projected_hidden_states(model: Any) -> bool:
+    """Whether `output_layer(body(x))` gives the model's own logits, tried on a few tokens."""
+    body, project = model.base_model, model.get_output_embeddings()
+    config = model.config.get_text_config()
+    # A soft cap or scale hardly shows on the small logits of an untrained model: the configuration tells.
+    reshaped = any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_RESHAPERS)
+    if body is model or project is None or reshaped:
+        return False
+    ids = torch.arange(8, device=model.device)[None] % config.vocab_size
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    split = project(body(input_ids=ids, use_cache=False)[0]).float()
+    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
+    return whole.shape == split.shape and bool((whole - split).abs().max() <= tolerance * whole.abs().max().clamp_min(1.0))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,17 +116,14 @@ def _stage(recipe: Recipe, identity: dict[str, Any], kind: TopK, tokenizer: Any,
     known = _known_job(folder)
     work = folder / WORK_FOLDER
     staging = None if known else work / "units.tmp"
-    if staging is not None:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
     # Where a corpus comes from is no part of its identity: what it holds is.
     described = corpus.model_dump(exclude={"limit", "format", "streaming"})
     described["source"] = _portable_source(corpus.source)
     counts = _Counts()
-    units = _write_units(_counted(documents(read_rows(corpus), corpus), counts), recipe, staging)
-    if counts.rows_in == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        raise CorpusError(f"the corpus {corpus.source} is empty: it gave no row; check corpus.source, split and text_field")
+    with _removed_on_failure(staging, folder):
+        units = _write_units(_counted(documents(read_rows(corpus), corpus), counts), recipe, staging)
+        if counts.rows_in == 0:
+            raise CorpusError(f"the corpus {corpus.source} is empty: check corpus.source, split and text_field")
     identity = {**identity, "corpus": {**described, "digest": counts.digest.hexdigest()}}
     plan = Plan(folder, fingerprint_of(identity), identity, kind, units, counts.rows_in, counts.deduplicated)
     if known:
@@ -133,6 +131,22 @@ def _stage(recipe: Recipe, identity: dict[str, Any], kind: TopK, tokenizer: Any,
     else:
         _begin(plan, staging, tokenizer, config)
     return plan
+
+
+@contextmanager
+def _removed_on_failure(staging: Path | None, folder: Path) -> Iterator[None]:
+    """An empty staging folder that goes, with all that was made for it, when the corpus cannot be read."""
+    if staging is None:
+        yield
+        return
+    shutil.rmtree(staging, ignore_errors=True)
+    new = not folder.exists()
+    staging.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder if new else staging.parent, ignore_errors=True)
+        raise
 
 
 @dataclass

@@ -1,0 +1,126 @@
+"""Small real parts for tests: a seeded model, a trained byte-level tokenizer, and caches made by the real stages.
+
+Everything is what users have, only tiny: `transformers` models of a few thousand weights, saved and loaded as folders.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from teachercache.config import Recipe, parse_recipe
+
+WORDS = "the cat sat on a mat while seven quick foxes ran over lazy dogs and then jumped into cold water near old trees".split()
+
+
+def sentences(count: int, *, seed: int = 0, words: int = 30) -> list[str]:
+    """Distinct seeded texts of about `words` words each, lengths varying."""
+    generator = random.Random(seed)
+    return [
+        " ".join(generator.choices(WORDS, k=generator.randint(max(2, words // 3), words))) + f" {number}."
+        for number in range(count)
+    ]
+
+
+def tiny_tokenizer(*, vocabulary: int = 300, chat_template: str | None = None) -> Any:
+    """A byte-level BPE tokenizer with an end-of-sequence token, trained on `sentences`."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(sentences(200), vocab_size=vocabulary, special_tokens=["<eos>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<eos>", pad_token="<eos>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_model(*, vocabulary: int = 300, layers: int = 2, hidden: int = 32, seed: int = 0, context: int = 256, tied: bool = True) -> Any:
+    """A seeded Llama; its weights are scaled up so that its distributions are far from uniform."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() == 2:
+                weights.mul_(6)
+    return model
+
+
+def tiny_teacher(folder: Path, *, chat_template: str | None = None, padded_vocabulary: int = 0, **model: Any) -> Path:
+    """A folder with a tiny model and its tokenizer; `padded_vocabulary` adds rows that no token uses."""
+    tokenizer = tiny_tokenizer(chat_template=chat_template)
+    made = tiny_model(vocabulary=len(tokenizer) + padded_vocabulary, **model)
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_corpus(path: Path, texts: list[str]) -> Path:
+    """A JSONL file with one text a line."""
+    import json
+
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def tiny_recipe(
+    folder: Path, *, teacher: Path | None = None, texts: list[str] | None = None, **sections: dict[str, Any]
+) -> Recipe:
+    """A recipe over a tiny teacher and a JSONL corpus in `folder`; `sections` are merged into the recipe's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = teacher or tiny_teacher(folder / "teacher")
+    corpus = write_corpus(folder / "corpus.jsonl", texts if texts is not None else sentences(40))
+    data: dict[str, Any] = {
+        "cache": str(folder / "cache"),
+        "teacher": {"model": str(teacher)},
+        "corpus": {"source": str(corpus), "held_out": 0.2},
+        "sequence": {"length": 48},
+        "targets": {"logits": {"k": 16}},
+        "precompute": {"unit_rows": 16, "positions_per_batch": 256, "threads_per_actor": 1},
+    }
+    for name, section in sections.items():
+        data[name] = {**data.get(name, {}), **section} if isinstance(section, dict) else section
+    return parse_recipe(data, origin="tests")
+
+
+def build_cache(recipe: Recipe) -> Path:
+    """Precompute in this process: the stages that Ray runs, one unit after the other."""
+    import torch
+
+    from teachercache.precompute.commit import commit
+    from teachercache.precompute.plan import make_plan
+    from teachercache.precompute.units import capture_unit, tokenise_unit, write_unit
+    from teachercache.teacher import Teacher
+
+    if recipe.precompute.threads_per_actor:
+        torch.set_num_threads(recipe.precompute.threads_per_actor)  # part of what decides the last bit
+    plan = make_plan(recipe)
+    assert recipe.teacher is not None and recipe.corpus is not None
+    pad_id = plan.identity["tokenizer"]["pad_id"]
+    teacher = Teacher.load(recipe.teacher, kind=plan.kind, layout=recipe.sequence.layout, pad_id=pad_id)
+    for unit in plan.pending():
+        tokenised, documents = tokenise_unit(
+            plan, unit, sequence=recipe.sequence, store_text=recipe.corpus.store_text
+        )
+        result = capture_unit(teacher, tokenised, documents, positions_per_batch=recipe.precompute.positions_per_batch)
+        write_unit(plan, unit, result, teacher=teacher.describe())
+    commit(plan)
+    return recipe.cache
+
+
+def tiny_cache(folder: Path, *, teacher: Path | None = None, texts: list[str] | None = None, **sections: Any) -> Path:
+    """A finished cache at `folder/cache`; see `tiny_recipe` for the arguments."""
+    return build_cache(tiny_recipe(folder, teacher=teacher, texts=texts, **sections))
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(tiny_cache(Path(sys.argv[1])))

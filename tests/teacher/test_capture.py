@@ -1,0 +1,166 @@
+"""The teacher's captured columns against the model run alone, row by row."""
+
+import numpy as np
+import pytest
+import torch
+from builders import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from teachercache.errors import ModelError
+from teachercache.models import isolates_packed_segments
+from teachercache.targets import TopK
+from teachercache.teacher import Teacher, length_sorted_batches
+from teachercache.tokens.rows import Segment, TokenRow
+
+VOCABULARY = 90
+
+
+def make_row(length: int, *, seed: int, starts: tuple[int, ...] = (0,), name: str = "") -> TokenRow:
+    ids = np.random.default_rng(seed).integers(0, VOCABULARY, length).astype(np.int32)
+    mask = np.ones(length, dtype=bool)
+    mask[-1] = False
+    mask[[start - 1 for start in starts if start]] = False
+    segments = tuple(Segment(f"{seed:032x}", 0, 0, 0, start) for start in starts)
+    return TokenRow(name or f"{seed:032x}", False, ids, mask, segments)
+
+
+def make_teacher(model, *, layout: str = "documents", vocabulary: int = VOCABULARY, k: int = 8) -> Teacher:
+    return Teacher(model, kind=TopK(k, (1.0, 2.0), "float32", vocabulary), layout=layout, pad_id=0)
+
+
+def alone(model, row: TokenRow, *, vocabulary: int = VOCABULARY, k: int = 8) -> dict[str, np.ndarray]:
+    """Naive twin: each segment in a forward pass of its own, whole logits, no batching."""
+    starts = [*(segment.start for segment in row.segments), row.length]
+    parts = []
+    with torch.no_grad():
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            ids = torch.from_numpy(row.input_ids_S[start:end].astype(np.int64))[None]
+            parts.append(model(input_ids=ids, use_cache=False).logits[0])
+    logits_SV = torch.cat(parts)[torch.from_numpy(row.target_mask_S)].float()
+    kind = TopK(k, (1.0, 2.0), "float32", vocabulary)
+    return kind.capture(torch, logits_SV, torch.from_numpy(row.labels_N().astype(np.int64)))
+
+
+def assert_same(captured, expected):
+    for name, values in expected.items():
+        if name != "head_ids":
+            np.testing.assert_allclose(captured[name], values, atol=1e-4)
+    # Ids may swap where two logits tie within rounding.
+    differing = captured["head_ids"] != expected["head_ids"]
+    assert differing.mean() < 0.01
+
+
+@pytest.mark.parametrize("positions_per_batch", [1, 64, 4096])
+def test_batched_capture_equals_one_by_one(positions_per_batch):
+    model = tiny_model(vocabulary=VOCABULARY)
+    rows = [make_row(length, seed=length) for length in (2, 31, 7, 64, 3, 30, 50)]
+    for row, captured in zip(
+        rows, make_teacher(model).capture(rows, positions_per_batch=positions_per_batch), strict=True
+    ):
+        assert captured.row is row
+        assert captured.columns is not None and len(captured.columns["head_ids"]) == row.length - 1
+        assert_same(captured.columns, alone(model, row))
+
+
+def test_packed_segments_do_not_see_each_other():
+    model = tiny_model(vocabulary=VOCABULARY)
+    rows = [make_row(40, seed=1, starts=(0, 11, 25)), make_row(17, seed=2, starts=(0, 2))]
+    for row, captured in zip(rows, make_teacher(model, layout="packed").capture(rows, positions_per_batch=999), strict=True):
+        assert_same(captured.columns, alone(model, row))
+
+
+def test_a_model_that_mixes_packed_segments_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    assert isolates_packed_segments(tiny_model(vocabulary=VOCABULARY), vocabulary_size=VOCABULARY)
+    with pytest.raises(ModelError, match="sequence.layout: documents"):
+        make_teacher(mamba, layout="packed")
+
+
+def test_soft_capped_logits_are_the_models_own():
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(200)
+    row = make_row(20, seed=3)
+    [captured] = make_teacher(model).capture([row], positions_per_batch=64)
+    assert_same(captured.columns, alone(model, row))
+    assert captured.columns["head_logits"].min() > -4.01  # two caps apart at most
+
+
+def test_padded_output_rows_take_no_part():
+    model = tiny_model(vocabulary=VOCABULARY + 38)
+    row = make_row(25, seed=4)
+    [captured] = make_teacher(model).capture([row], positions_per_batch=64)
+    assert captured.columns["head_ids"].max() < VOCABULARY
+    assert_same(captured.columns, alone(model, row))
+
+
+class LittleMemory(LlamaModel):
+    """A real model that has room for 64 tokens at once."""
+
+    def forward(self, input_ids=None, **inputs):
+        if input_ids.numel() > 64:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(input_ids=input_ids, **inputs)
+
+
+def little_memory_model() -> LlamaForCausalLM:
+    model = tiny_model(vocabulary=VOCABULARY)
+    body = LittleMemory(LlamaConfig(**model.config.to_dict())).eval()
+    body.load_state_dict(model.model.state_dict())
+    model.model = body
+    return model
+
+
+def test_a_batch_that_runs_out_of_memory_is_halved():
+    model = little_memory_model()
+    rows = [make_row(16, seed=seed) for seed in range(10)]
+    teacher = make_teacher(model)
+    results = teacher.capture(rows, positions_per_batch=160)
+    assert teacher.batches_halved == 3  # 10 → 5 + 5 → 2 + 3 each
+    for row, captured in zip(rows, results, strict=True):
+        assert_same(captured.columns, alone(model, row))
+
+
+def test_a_row_that_never_fits_gets_a_problem_and_the_others_their_targets():
+    rows = [make_row(80, seed=1), make_row(10, seed=2)]
+    long, short = make_teacher(little_memory_model()).capture(rows, positions_per_batch=4096)
+    assert long.columns is None and long.problem == "out of memory with this row of 80 tokens alone"
+    assert short.columns is not None
+
+
+def test_rows_whose_logits_are_not_finite_get_a_problem():
+    model = tiny_model(vocabulary=VOCABULARY, tied=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    healthy, sick = make_row(10, seed=1), make_row(10, seed=2)
+    healthy.input_ids_S[healthy.input_ids_S == 7] = 8
+    sick.input_ids_S[6] = 7
+    results = make_teacher(model).capture([healthy, sick], positions_per_batch=4096)
+    assert results[0].problem is None
+    assert results[1].problem == "the teacher's logits are not finite at 9 of 9 positions"  # NaN reaches earlier tokens as 0 x NaN
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 300))
+def test_batches_hold_every_row_once_within_the_budget(lengths, budget):
+    rows = [make_row(length, seed=index) for index, length in enumerate(lengths)]
+    batches = length_sorted_batches(rows, positions_per_batch=budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(rows[index].length for index in batch) <= budget
+
+
+def test_batches_do_not_depend_on_the_order_of_rows():
+    rows = [make_row(length, seed=index) for index, length in enumerate([5, 9, 5, 30, 9, 2])]
+    names = [[rows[i].row_id for i in batch] for batch in length_sorted_batches(rows, positions_per_batch=20)]
+    turned = rows[::-1]
+    assert names == [[turned[i].row_id for i in batch] for batch in length_sorted_batches(turned, positions_per_batch=20)]

@@ -174,7 +174,7 @@ def _readable_errors(model: str, what: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (GatedRepoError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # libraries below raise a dozen types for a folder that is no model
         raise ModelError(_explain(model, what, error, gated=GatedRepoError)) from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,13 @@ import ray
 
 import teachercache
 from teachercache.config import CorpusConfig, PrecomputeConfig, Recipe, SequenceConfig, TeacherConfig
+from teachercache.corpus.sequences import Tokenised
 from teachercache.errors import JobFailed, TeachercacheError
 from teachercache.precompute.plan import Plan
-from teachercache.precompute.units import capture_unit, tokenise_unit, write_unit
+from teachercache.precompute.units import CapturedUnit, capture_unit, tokenise_unit, write_unit
 from teachercache.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 # Tasks beside the actors: small shares, so that a machine whose cores all belong to actors still has room for them.
 TASK_CPUS = 0.25
@@ -46,53 +49,85 @@ class Job:
         return cls(absolute, recipe.teacher, recipe.corpus, recipe.sequence, recipe.precompute)
 
 
+Row = dict[str, Any]
+
+
+def _carrying_errors(stage: Callable[[Row], Any], row: Row) -> Row:
+    """Run one stage on `{unit, payload, problem}`; an exception becomes the row's `problem` and passes by later stages.
+
+    Ray Data would keep a failing stage's text but lose the exception itself, so that a user's mistake could not be told
+    from a failure.
+    """
+    if row["problem"] is not None:
+        return row
+    try:
+        return {"unit": row["unit"], "payload": pickle.dumps(stage(row)), "problem": None}
+    except TeachercacheError as error:
+        problem: TeachercacheError = error
+    except Exception as error:
+        logger.exception("unit %d", row["unit"])
+        problem = JobFailed(f"unit {row['unit']}: {type(error).__name__}: {error}")
+    return {"unit": row["unit"], "payload": b"", "problem": pickle.dumps(type(problem)(str(problem)))}
+
+
 class TeacherActor:
-    """Ray Data's callable of the teacher stage: one process, one model."""
+    """Ray Data's callable of the teacher stage: one process, one model, loaded when the first unit comes."""
 
     def __init__(self, job: Job) -> None:
-        import torch
-
-        settings = job.precompute
-        torch.set_num_threads(settings.threads_per_actor or max(1, (os.cpu_count() or 1) // settings.actors))
-        layout, pad_id = job.sequence.layout, job.plan.identity["tokenizer"]["pad_id"]
-        device = "cuda" if settings.gpus_per_actor > 0 else "cpu"
         self.job = job
-        self.teacher = Teacher.load(job.teacher, kind=job.plan.kind, layout=layout, pad_id=pad_id, device=device)
-        self.description = self.teacher.describe()
+        self.teacher: Teacher | None = None
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        tokenised, documents = pickle.loads(row["tokenised"])
+    def __call__(self, row: Row) -> Row:
+        return _carrying_errors(self._capture, row)
+
+    def _capture(self, row: Row) -> tuple[CapturedUnit, dict[str, Any]]:
+        if self.teacher is None:
+            self.teacher = _load_teacher(self.job)
+        tokenised, documents = pickle.loads(row["payload"])
         result = capture_unit(
             self.teacher, tokenised, documents, positions_per_batch=self.job.precompute.positions_per_batch
         )
-        return {"unit": row["unit"], "captured": pickle.dumps((result, self.description))}
+        return result, self.teacher.describe()
 
 
-def _tokenise(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    unit = int(row["unit"])
-    result = tokenise_unit(job.plan, unit, sequence=job.sequence, store_text=job.corpus.store_text)
-    return {"unit": unit, "tokenised": pickle.dumps(result)}
+def _load_teacher(job: Job) -> Teacher:
+    import torch
+
+    settings = job.precompute
+    torch.set_num_threads(settings.threads_per_actor or max(1, (os.cpu_count() or 1) // settings.actors))
+    device = "cuda" if settings.gpus_per_actor > 0 else "cpu"
+    pad_id = job.plan.identity["tokenizer"]["pad_id"]
+    return Teacher.load(job.teacher, kind=job.plan.kind, layout=job.sequence.layout, pad_id=pad_id, device=device)
 
 
-def _write(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    result, teacher = pickle.loads(row["captured"])
-    record = write_unit(job.plan, int(row["unit"]), result, teacher=teacher)
-    shard = record["shard"] or {}
-    return {
-        "unit": row["unit"],
-        "rows": shard.get("rows", 0),
-        "positions": shard.get("positions", 0),
-        "quarantined": record["quarantined_documents"],
-        "teacher_started": result.started,
-        "teacher_seconds": result.seconds,
-    }
+def _tokenise(row: Row, job: Job) -> Row:
+    def stage(row: Row) -> tuple[Tokenised, int]:
+        return tokenise_unit(job.plan, int(row["unit"]), sequence=job.sequence, store_text=job.corpus.store_text)
+
+    return _carrying_errors(stage, row)
+
+
+def _write(row: Row, job: Job) -> Row:
+    def stage(row: Row) -> Row:
+        result, teacher = pickle.loads(row["payload"])
+        record = write_unit(job.plan, int(row["unit"]), result, teacher=teacher)
+        shard = record["shard"] or {}
+        return {
+            "positions": shard.get("positions", 0),
+            "quarantined": record["quarantined_documents"],
+            "teacher_started": result.started,
+            "teacher_seconds": result.seconds,
+        }
+
+    return _carrying_errors(stage, row)
 
 
 def run_units(job: Job, pending: list[int]) -> Iterator[dict[str, Any]]:
     """Run the pending units; yields a small summary as each one's shard is in place."""
     settings = job.precompute
     actors = min(settings.actors, len(pending))
-    units = ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=len(pending))
+    rows = [{"unit": unit, "payload": b"", "problem": None} for unit in pending]
+    units = ray.data.from_items(rows, override_num_blocks=len(pending))
     stages = (
         units.map(_tokenise, fn_args=(job,), num_cpus=TASK_CPUS)
         .map(
@@ -105,23 +140,13 @@ def run_units(job: Job, pending: list[int]) -> Iterator[dict[str, Any]]:
         .map(_write, fn_args=(job,), num_cpus=TASK_CPUS)
     )
     try:
-        yield from stages.iter_rows()
+        for row in stages.iter_rows():
+            if row["problem"] is not None:
+                raise pickle.loads(row["problem"])
+            yield pickle.loads(row["payload"])
     except ray.exceptions.RayError as error:
-        raise _readable(error) from error
-
-
-def _readable(error: BaseException) -> Exception:
-    """The error that a stage raised on purpose, or one line about what went wrong in it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, TeachercacheError):
-            return type(cause)(str(cause))
-        inner = getattr(cause, "cause", None) or cause.__cause__
-        if inner is None or inner is cause:
-            break
-        cause = inner
-    text = str(cause).strip().splitlines()
-    return JobFailed(f"the job stopped: {text[-1] if text else type(cause).__name__}; run the same command again to go on")
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise JobFailed(f"the job stopped: {lines[-1]}; run the same command again to go on") from error
 
 
 @contextmanager

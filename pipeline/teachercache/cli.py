@@ -113,12 +113,12 @@ def evaluate(
     """Compare teacher, student before and student after on held-out rows, each in a process of its own."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.evaluation.table import run_evaluation
+        from teachercache.evaluation import run_evaluation
 
-        return run_evaluation(recipe_or_run, teacher=teacher, rows=rows, overrides=overrides, console=console)
+        return run_evaluation(recipe_or_run, teacher=teacher, rows=rows, overrides=overrides, progress=console.print)
 
     def show(result: dict[str, Any]) -> Any:
-        from teachercache.evaluation.table import render
+        from teachercache.evaluation import render
 
         return render(result)
 

@@ -2,7 +2,7 @@
 
 Which reader serves a source (`corpus.format: auto`):
 
-    python-docs                                    CPython's own documentation topics
+    python-docs                                    CPython's own documentation topics, repetitions left out
     a file, a glob, a folder of files              by suffix: Parquet, JSON lines (.gz, .zst, .bz2), text
     a folder that `datasets` wrote or describes    `datasets` (save_to_disk, a dataset card, files named by split)
     a URL, or a name that is nothing on this disk  `datasets`
@@ -22,6 +22,7 @@ from teachercache.config import CorpusConfig
 from teachercache.corpus import files
 from teachercache.corpus.files import Row, check_field, format_of
 from teachercache.corpus.hub import dataset_rows, is_saved_dataset, slice_bounds
+from teachercache.corpus.python_docs import python_topics
 from teachercache.errors import CorpusError
 
 PEEK_ROWS = 100
@@ -139,9 +140,7 @@ def _names_a_path(source: str) -> bool:
 
 
 def _python_docs(config: CorpusConfig) -> Iterator[Row]:
-    from pydoc_data.topics import topics
-
-    rows = [{config.text_field: topics[name]} for name in sorted(topics)]
+    rows = [{config.text_field: text} for text in python_topics()]
     if config.split == "train":
         return iter(rows)
     parts = slice_bounds(config.split, {"train": len(rows)}, origin="corpus python-docs")

@@ -1,0 +1,127 @@
+"""Measure one model on the held-out rows of a cache, in this process and nothing else in it.
+
+    python -m teachercache.evaluation.measure --model M --cache C [--rows N] [--batch 8] [--dtype auto] [--device cpu]
+
+prints one JSON object: `model`, `loss` (nats per position), `perplexity`, `top1_agreement`, `accuracy`, `latency_ms`,
+`throughput` (positions/s), `memory_mb`, `parameters`, `positions`, and what they were measured with. A mistake of the
+user prints `{"error": {"type", "message"}}` and exits with status 2, another failure that has a remedy with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from teachercache.errors import ModelError, TeachercacheError
+from teachercache.shards import Cache, Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+
+def measure(
+    *,
+    model: str,
+    cache: str,
+    rows: int | None = None,
+    batch: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Load `model` and measure it on at most `rows` held-out rows; the keys are those of the module's docstring.
+
+    `batch` (rows) holds for throughput, and is the most in a forward pass over held-out rows. `device`: default, a GPU
+    where there is one. Raises `CacheError`, `ModelError`, `JobFailed`.
+    """
+    import torch
+
+    from teachercache.evaluation import cost, quality
+
+    opened = Cache.open(cache)
+    stored = quality.held_out_rows(opened, limit=rows)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    _check_tokenizer(model, opened.manifest, source)
+    _import_code_of(model, source)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    meter = cost.MemoryMeter(place)
+    loaded = _load(model, place, dtype=dtype, attention=attention, **source)
+    tokens_1L = cost.timed_tokens(max((row.row for row in stored), key=lambda row: row.length))
+    return {
+        "model": model,
+        **meter.read(loaded, tokens_1L),
+        **quality.quality(loaded, stored, opened, batch_rows=batch),
+        **cost.speed(loaded, tokens_1L, batch_rows=batch),
+        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "rows": len(stored),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if place.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _check_tokenizer(model: str, manifest: Manifest, source: dict[str, Any]) -> None:
+    """A model whose ids mean other text would be scored on nonsense; one without a tokenizer is taken at its word."""
+    from teachercache.models import load_tokenizer
+    from teachercache.tokens.fingerprint import tokenizer_fingerprint
+
+    try:
+        tokenizer = load_tokenizer(model, **source)
+    except ModelError:
+        return
+    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
+        raise ModelError(
+            f"{model} has another tokenizer than the cache's teacher, so its ids mean other text; "
+            "evaluate a model with the teacher's tokenizer"
+        )
+
+
+def _import_code_of(model: str, source: dict[str, Any]) -> None:
+    """Import the modelling code before memory is metered: it takes megabytes, a tiny student fewer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from teachercache.models import load_config
+
+    config = load_config(model, **source)
+    with contextlib.suppress(ValueError), torch.device("meta"):  # load_causal_lm says what is wrong, in one line
+        AutoModelForCausalLM.from_config(config, trust_remote_code=source["trust_remote_code"])
+
+
+def _load(model: str, device: torch.device, **options: Any) -> Any:
+    from teachercache.models import load_causal_lm
+
+    loaded: Any = load_causal_lm(model, **options)
+    return loaded.to(device)
+
+
+def main() -> int:
+    """Command line: one JSON object on stdout, everything else on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m teachercache.evaluation.measure", description=measure.__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--cache", required=True)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device")
+    parser.add_argument("--revision")
+    parser.add_argument("--attention")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    status, stdout = 0, sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            result = measure(**vars(parser.parse_args()))
+        except TeachercacheError as error:
+            result = {"error": {"type": type(error).__name__, "message": str(error)}}
+            status = error.exit_status
+    print(json.dumps(result), file=stdout)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What a model knows: next-token loss, accuracy and agreement with the teacher on the held-out positions of a cache.
+
+Every model is scored on the same positions: those whose target is stored. Padding, prompts of a chat and the last token
+of a segment are no positions and are never scored. Distributions run over the cache's vocabulary, in float32.
+
+Shapes: B rows, S tokens, N positions of a batch, C positions of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teachercache.errors import CacheError, JobFailed, ModelError
+from teachercache.models import model_inputs
+from teachercache.shards import Cache, StoredRow
+
+CHUNK_POSITIONS = 256
+BATCH_TOKENS = 4096  # most tokens in a forward pass, padding included: bounds the logits, which are B · S · V
+
+
+@dataclass
+class Sums:
+    """Sums over positions."""
+
+    loss: float = 0.0
+    correct: int = 0
+    agreeing: int = 0
+    positions: int = 0
+
+    def metrics(self) -> dict[str, float | int]:
+        """Loss in nats per position, perplexity, shares of positions."""
+        loss = self.loss / self.positions
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "top1_agreement": self.agreeing / self.positions,
+            "accuracy": self.correct / self.positions,
+            "positions": self.positions,
+        }
+
+
+def held_out_rows(cache: Cache, *, limit: int | None) -> list[StoredRow]:
+    """The held-out rows, or `limit` of them evenly spread. Raises `CacheError` where there are none."""
+    count = cache.rows_of("held-out")
+    if count == 0:
+        raise CacheError(
+            f"the cache {cache.folder} holds no held-out rows to evaluate on; precompute it with corpus.held_out "
+            "above 0 (and enough rows that some are chosen)"
+        )
+    indices = np.unique(np.linspace(0, count - 1, min(limit or count, count)).round().astype(int))
+    return [cache.read_row("held-out", int(index), columns=("head_ids",)) for index in indices]
+
+
+def quality(model: Any, rows: Sequence[StoredRow], cache: Cache, *, batch_rows: int) -> dict[str, float | int]:
+    """`loss`, `perplexity`, `top1_agreement` (the model's first choice is the teacher's), `accuracy` (it is the token
+    that follows) and `positions`.
+
+    Raises `ModelError` when the model predicts fewer tokens than the cache's vocabulary has, `JobFailed` when its loss
+    is not a finite number.
+    """
+    sums = Sums()
+    with torch.inference_mode():
+        for batch in _batches(rows, batch_rows=batch_rows):
+            _score(model, batch, cache, sums)
+    if not math.isfinite(sums.loss):
+        raise JobFailed(f"the loss on the held-out rows is {sums.loss}: the model's weights or precision are broken")
+    return sums.metrics()
+
+
+def _batches(rows: Sequence[StoredRow], *, batch_rows: int) -> Iterator[list[StoredRow]]:
+    """Rows of like length together, within `BATCH_TOKENS`."""
+    batch: list[StoredRow] = []
+    for row in sorted(rows, key=lambda row: row.row.length):
+        if batch and (len(batch) == batch_rows or (len(batch) + 1) * row.row.length > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _score(model: Any, batch: Sequence[StoredRow], cache: Cache, sums: Sums) -> None:
+    rows, manifest = [stored.row for stored in batch], cache.manifest
+    inputs = model_inputs(rows, pad_id=manifest.pad_id, layout=manifest.layout)
+    logits_BSL = model(**{k: torch.from_numpy(v).to(model.device) for k, v in inputs.items()}, use_cache=False).logits
+    if logits_BSL.shape[-1] < manifest.vocabulary_size:
+        raise ModelError(
+            f"the model predicts {logits_BSL.shape[-1]} tokens, but the cache's tokenizer has "
+            f"{manifest.vocabulary_size}; evaluate a model with the teacher's tokenizer"
+        )
+    logits_RL = logits_BSL.flatten(0, 1)
+    longest = logits_BSL.shape[1]
+    positions_N = np.concatenate([i * longest + np.flatnonzero(row.target_mask_S) for i, row in enumerate(rows)])
+    labels_N = np.concatenate([row.labels_N() for row in rows])
+    teacher_N = np.concatenate([stored.targets["head_ids"][:, 0] for stored in batch])
+    tensors = [
+        torch.from_numpy(array.astype(np.int64)).to(logits_RL.device) for array in (positions_N, labels_N, teacher_N)
+    ]
+    for part in zip(*(tensor.split(CHUNK_POSITIONS) for tensor in tensors), strict=True):
+        _add(sums, logits_RL, *part, vocabulary_size=manifest.vocabulary_size)
+
+
+def _add(
+    sums: Sums, logits_RL: Tensor, positions_C: Tensor, labels_C: Tensor, teacher_C: Tensor, *, vocabulary_size: int
+) -> None:
+    logits_CV = logits_RL[positions_C][:, :vocabulary_size].float()
+    choice_C = logits_CV.argmax(-1)
+    sums.loss += float(F.cross_entropy(logits_CV, labels_C, reduction="sum"))
+    sums.correct += int((choice_C == labels_C).sum())
+    sums.agreeing += int((choice_C == teacher_C).sum())
+    sums.positions += len(labels_C)

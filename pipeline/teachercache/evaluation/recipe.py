@@ -1,0 +1,80 @@
+"""The comparison table of a recipe, or of the folder that a training run left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from teachercache.config import Recipe, load_recipe, parse_recipe
+from teachercache.errors import CacheError, RecipeError
+from teachercache.evaluation.table import ModelSpec, Table, evaluate
+from teachercache.shards import Cache, Manifest
+
+RUN_FILE = "run.json"
+
+
+def run_evaluation(
+    recipe_or_run: str | Path,
+    *,
+    teacher: str | None = None,
+    rows: int | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Table:
+    """Compare the teacher, the recipe's student as it was, and the student that training exported.
+
+    `recipe_or_run` is a YAML recipe or `train.output`. The teacher is `teacher`, else the recipe's, else the one that
+    the cache names. Raises `RecipeError` when there is no trained student, `CacheError` when a run belongs to another
+    cache.
+    """
+    recipe, fingerprint = _read(Path(recipe_or_run), overrides)
+    recipe.require("student", "train")
+    assert recipe.student is not None and recipe.train is not None
+    after = recipe.train.output / "student"
+    if not (after / "config.json").is_file():
+        raise RecipeError(f"there is no trained student at {after}; run `teachercache train` with this recipe first")
+    cache = Cache.open(recipe.cache)
+    if fingerprint not in (None, cache.manifest.fingerprint):
+        raise CacheError(f"{recipe_or_run} was trained on another cache than {recipe.cache} is now; train it again")
+    return evaluate(
+        cache=recipe.cache,
+        teacher=_teacher(teacher, recipe, cache.manifest),
+        student_before=ModelSpec(recipe.student.model, revision=recipe.student.revision),
+        student_after=str(after),
+        rows=rows,
+        device=device,
+        progress=progress,
+    )
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Recipe, str | None]:
+    """The recipe, and for a run the fingerprint of the cache that it was trained on."""
+    if not path.is_dir():
+        return load_recipe(path, overrides), None
+    file = path / RUN_FILE
+    if not file.is_file():
+        raise RecipeError(f"{path} is no run folder: it has no {RUN_FILE}; give a recipe, or the train.output of one")
+    try:
+        run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        data, fingerprint = run["recipe"], run["cache_fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"{file} does not hold a run; give the recipe instead") from None
+    recipe = parse_recipe(data, origin=str(file))
+    # The folder may have moved since: what lies in it counts, not where it was written.
+    return recipe.model_copy(
+        update={"train": recipe.train and recipe.train.model_copy(update={"output": path})}
+    ), fingerprint
+
+
+def _teacher(name: str | None, recipe: Recipe, manifest: Manifest) -> ModelSpec:
+    """In the precision that the cache was captured in, whatever its name."""
+    captured = {"dtype": manifest.teacher.get("dtype", "auto"), "attention": manifest.teacher.get("attention")}
+    if name is None and recipe.teacher is not None:
+        options = recipe.teacher.model_dump(include={"model", "revision", "trust_remote_code"})
+        return ModelSpec(**options, **captured)
+    return ModelSpec(
+        name or manifest.teacher["model"], revision=None if name else manifest.teacher.get("revision"), **captured
+    )

@@ -1,0 +1,100 @@
+"""Three measurements one after another, each in a process of its own, and what users quote of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teachercache import errors
+from teachercache.errors import JobFailed, TeachercacheError
+
+Table = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to measure. `auto` is the checkpoint's own precision."""
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+
+def evaluate(
+    *,
+    cache: str | Path,
+    teacher: str | ModelSpec,
+    student_before: str | ModelSpec | None,
+    student_after: str | ModelSpec,
+    rows: int | None = None,
+    batch: int = 8,
+    device: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Table:
+    """Measure the models on the held-out rows of a cache: `teacher`, `student_before` (if given) and `student_after`,
+    each as `teachercache.evaluation.measure` prints it.
+
+    Students get two figures more: `quality_kept`, their next-token accuracy over the teacher's, and `speed_up`, the
+    teacher's latency over theirs. `rows` limits the held-out rows; `progress` is told what is being measured.
+    Raises what the measuring process raised, and `JobFailed` when it died.
+    """
+    models = {"teacher": teacher, "student_before": student_before, "student_after": student_after}
+    table: Table = {}
+    for role, model in models.items():
+        if model is None:
+            continue
+        spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
+        if progress:
+            progress(f"measuring the {role.replace('_', ' ')}: {spec.model}")
+        table[role] = _measure_apart(spec, cache, rows=rows, batch=batch, device=device)
+    for role in table.keys() - {"teacher"}:
+        table[role] |= _compared(table[role], table["teacher"])
+    return table
+
+
+def _compared(student: dict[str, Any], teacher: dict[str, Any]) -> dict[str, float | None]:
+    return {
+        "quality_kept": student["accuracy"] / teacher["accuracy"] if teacher["accuracy"] else None,
+        "speed_up": teacher["latency_ms"] / student["latency_ms"],
+    }
+
+
+def _measure_apart(spec: ModelSpec, cache: str | Path, **options: Any) -> dict[str, Any]:
+    """Run the measuring module; its stderr passes through."""
+    given = {**dataclasses.asdict(spec), "cache": str(cache), **options}
+    command = [sys.executable, "-m", "teachercache.evaluation.measure"]
+    for name, value in given.items():
+        if value is True:
+            command.append(f"--{name.replace('_', '-')}")
+        elif value not in (None, False):
+            command.append(f"--{name.replace('_', '-')}={value}")
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=_same_imports())
+    lines = finished.stdout.strip().splitlines()
+    if finished.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    raise _failure(spec.model, finished.returncode, lines)
+
+
+def _same_imports() -> dict[str, str]:
+    """Environment in which the measuring process finds this very package, also where it is not installed."""
+    root = Path(__file__).parents[2]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def _failure(model: str, status: int, lines: list[str]) -> TeachercacheError:
+    """The measuring process's own error, or a `JobFailed` for one that died."""
+    try:
+        error = json.loads(lines[-1])["error"]
+        return getattr(errors, error["type"])(error["message"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        died = "was killed, most likely for want of memory" if status in (-9, 137) else f"ended with status {status}"
+        return JobFailed(f"the process that measures {model} {died}; what it said is above")

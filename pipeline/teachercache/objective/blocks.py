@@ -1,0 +1,121 @@
+"""Blocks of positions small enough for a processor's cache, and the passes that the loss makes over them.
+
+A block of consecutive rows is read and written in place; other blocks are gathered first. Within a block every
+exponential is taken once: at T = 2, 4, 8 … `exp(z)` is `exp(z / T)` squared again and again.
+
+Shapes: R rows of the flat logits, L columns, of which V are the vocabulary; N positions, C of them in a block; k head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Cache of a core or two: 1.5-3 MiB is fastest on CPUs with 1-2 MiB of L2 (tests/bench/distillation_loss.py).
+CPU_BLOCK_BYTES = 3 * 2**20
+DEVICE_BLOCK_BYTES = 128 * 2**20
+
+
+@dataclass
+class Block:
+    """C positions: their logits, and the buffer in which their gradient is formed."""
+
+    part: slice  # of the N positions
+    logits_CV: Tensor
+    values_CV: Tensor  # the gradient's own memory where it can be, else scratch
+    spare_CV: Tensor | None  # scratch for exp(z) where T != 1
+    gradient_RL: Tensor | None  # where `values_CV` has to be copied to in the end
+    rows: slice | Tensor  # of R
+
+    def exponentiate(self, head_ids_Ck: Tensor, temperature: float) -> Tensor:
+        """values = exp(z / T - largest) outside the head and 0 inside; returns the largest z / T outside it, [C, 1].
+
+        Shifting by the largest logit of the *tail* keeps its sum exact however small its share is; 1 - Σ_head would
+        cancel, and a shift by the head's largest logit would underflow.
+        """
+        values_CV = self.values_CV
+        if self.logits_CV.dtype == values_CV.dtype:
+            torch.mul(self.logits_CV, 1 / temperature, out=values_CV)
+        else:
+            values_CV.copy_(self.logits_CV).mul_(1 / temperature)
+        values_CV.scatter_(1, head_ids_Ck, -math.inf)
+        largest_C1 = values_CV.amax(-1, keepdim=True).clamp_min_(torch.finfo(values_CV.dtype).min)
+        values_CV.sub_(largest_C1).exp_()
+        return largest_C1
+
+    def raise_to(self, power: float) -> Tensor:
+        """spare = values ** power = exp(z - power · largest); returns its sum, [C, 1]."""
+        assert self.spare_CV is not None
+        squarings = math.log2(power)
+        if squarings > 0 and squarings.is_integer():
+            torch.mul(self.values_CV, self.values_CV, out=self.spare_CV)
+            for _ in range(int(squarings) - 1):
+                self.spare_CV.mul_(self.spare_CV)
+        else:
+            torch.pow(self.values_CV, power, out=self.spare_CV)
+        return self.spare_CV.sum(-1, keepdim=True)
+
+    def scale(self, values_scale_C1: Tensor, spare_scale_C1: Tensor | None) -> None:
+        """values = values · scale + spare · scale."""
+        self.values_CV.mul_(values_scale_C1)
+        if spare_scale_C1 is not None:
+            assert self.spare_CV is not None
+            self.values_CV.addcmul_(self.spare_CV, spare_scale_C1)
+
+    def write_back(self) -> None:
+        """Bring a gradient that was formed in scratch to its place, in the logits' own type."""
+        if self.gradient_RL is not None:
+            self.gradient_RL[self.rows, : self.values_CV.shape[1]] = self.values_CV.to(self.gradient_RL.dtype)
+
+
+def blocks(
+    logits_RL: Tensor,
+    gradient_RL: Tensor | None,
+    *,
+    positions_N: Tensor,
+    vocabulary_size: int,
+    dtype: torch.dtype,
+    spare: bool,
+    block_bytes: int | None,
+) -> Iterator[Block]:
+    """Cut N positions (rising indices into R) into blocks. Scratch is shared: use up a block before taking the next."""
+    if block_bytes is None:
+        block_bytes = CPU_BLOCK_BYTES if logits_RL.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    size = min(max(1, block_bytes // (vocabulary_size * dtype.itemsize)), max(1, len(positions_N)))
+    scratch = _Scratch(size, vocabulary_size, dtype, logits_RL.device)
+    on_host_N = positions_N.cpu()
+    for start in range(0, len(positions_N), size):
+        part = slice(start, min(start + size, len(positions_N)))
+        first, count = int(on_host_N[start]), part.stop - start
+        consecutive = int(on_host_N[part.stop - 1]) - first == count - 1
+        rows = slice(first, first + count) if consecutive else positions_N[part]
+        own_memory = gradient_RL is not None and consecutive and gradient_RL.dtype == dtype
+        values_CL = gradient_RL[rows] if gradient_RL is not None and own_memory else scratch.values_CV[:count]
+        yield Block(
+            part=part,
+            logits_CV=logits_RL[rows][:, :vocabulary_size],
+            values_CV=values_CL[:, :vocabulary_size],
+            spare_CV=scratch.spare_CV[:count] if spare else None,
+            gradient_RL=None if own_memory else gradient_RL,
+            rows=rows,
+        )
+
+
+class _Scratch:
+    """Two buffers of one block, made when first needed."""
+
+    def __init__(self, size: int, vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._new = functools.partial(torch.empty, size, vocabulary_size, dtype=dtype, device=device)
+
+    @functools.cached_property
+    def values_CV(self) -> Tensor:
+        return self._new()
+
+    @functools.cached_property
+    def spare_CV(self) -> Tensor:
+        return self._new()

@@ -1,0 +1,10 @@
+"""Rows of a cache to the batches of a training step, in an order that is a pure function of (manifest, seed, epoch).
+
+    order.py      a keyed permutation as arithmetic: no table, whatever the number of rows
+    batches.py    `BatchPlan`: which rows global batch t holds, and which of them a process sees
+    dataset.py    rows by index, decoded by the processes that load data
+    collate.py    rows to tensors
+
+The position in a run is one integer, the optimizer step: resume is a seek, and neither the number of processes nor the
+size of a micro-batch nor the number of loading processes changes which rows a step sees.
+"""

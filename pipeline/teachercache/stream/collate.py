@@ -1,0 +1,74 @@
+"""Rows to the tensors of one forward pass.
+
+Row token i predicts token i + 1, so `shift_labels[b, i]` is `input_ids[b, i + 1]` wherever a target is stored, and -100
+elsewhere: at the last token of every segment, on prompt tokens of a chat and on padding.
+
+Shapes: B rows, S tokens, N positions in row-major order of (b, i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from teachercache.models import model_inputs
+from teachercache.shards import Manifest, StoredRow
+from teachercache.targets import Column, target_kind
+from teachercache.tokens.rows import TokenRow
+
+IGNORED = -100  # the label that losses of torch and transformers skip
+
+
+@dataclass(frozen=True)
+class Collator:
+    """`collate` with what a manifest fixes; picklable, so that loading processes can run it."""
+
+    layout: str
+    pad_id: int
+    columns: tuple[Column, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, *, columns: Sequence[str]) -> Collator:
+        """The collator for some target columns of a cache."""
+        kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
+        by_name = {column.name: column for column in kind.columns}
+        return cls(manifest.layout, manifest.pad_id, tuple(by_name[name] for name in columns))
+
+    def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
+        return collate(rows, layout=self.layout, pad_id=self.pad_id, columns=self.columns)
+
+
+def collate(rows: Sequence[StoredRow], *, layout: str, pad_id: int, columns: Sequence[Column]) -> dict[str, Any]:
+    """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and `targets`: a tensor
+    [N, …] for each column, ids as int64 and other numbers as float32.
+
+    No rows give one row of padding with N = 0: a process whose share is empty still takes part in collectives.
+    """
+    tokens = [stored.row for stored in rows] or [_padding(pad_id)]
+    inputs = model_inputs(tokens, pad_id=pad_id, layout=layout)
+    batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    batch["shift_labels"] = torch.from_numpy(_shift_labels(tokens, longest=inputs["input_ids"].shape[1]))
+    batch["targets"] = {column.name: _joined(rows, column) for column in columns}
+    return batch
+
+
+def _shift_labels(rows: Sequence[TokenRow], *, longest: int) -> NDArray[np.int64]:
+    labels_BS = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    for labels_S, row in zip(labels_BS, rows, strict=True):
+        labels_S[: row.length][row.target_mask_S] = row.labels_N()
+    return labels_BS
+
+
+def _joined(rows: Sequence[StoredRow], column: Column) -> torch.Tensor:
+    arrays = [stored.targets[column.name] for stored in rows] or [np.empty((0, *column.shape), column.dtype)]
+    dtype = np.int64 if np.issubdtype(np.dtype(column.dtype), np.integer) else np.float32
+    return torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False))
+
+
+def _padding(pad_id: int) -> TokenRow:
+    return TokenRow("", False, np.full(2, pad_id, dtype=np.int32), np.zeros(2, dtype=np.bool_), ())

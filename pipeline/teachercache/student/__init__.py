@@ -1,0 +1,20 @@
+"""The training job: a cache and a student in, a plain Hugging Face folder out.
+
+    train.py             `run_training`: a recipe from its first check to its exported student
+    fit.py               what is refused before the first step
+    launch.py            alone, or under `deepspeed` / `torchrun`: processes, devices, and what they print
+    run_folder.py        OUTPUT: whose run it is, and whether it is finished
+    checkpoints.py       which checkpoint folders are whole
+    deepspeed_config.py  ZeRO stage and precision to a DeepSpeed configuration
+    arguments.py         a recipe to `transformers.TrainingArguments`
+    trainer.py           `DistillationTrainer`
+    cadence.py           when it logs, evaluates and saves
+    meter.py             loss terms of a logging window, over micro-batches and processes
+    held_out.py          evaluation on the held-out split
+    progress.py          progress bar and log.jsonl
+    export.py            a checkpoint to OUTPUT/student
+
+    init_student.py      a student from a model's own layers
+
+No part of it loads the teacher.
+"""

@@ -1,0 +1,37 @@
+"""When a run logs, evaluates and saves, beyond the intervals of `TrainingArguments`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from teachercache.stream.batches import BatchPlan
+
+
+class Cadence(TrainerCallback):
+    """Logging windows end where a checkpoint may be taken, and a new best evaluation is always saved."""
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self._plan = plan
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state brings the intervals of the run before
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.epoch = state.global_step / self._plan.steps_per_epoch  # to Trainer the whole run is one epoch
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            control.should_log = True  # a window across a checkpoint would be logged otherwise by a resumed run
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        best = float("inf") if state.best_metric is None else state.best_metric
+        if metrics and metrics.get("eval_loss", best) < best:
+            control.should_save = True  # the best student is exported from its checkpoint

@@ -1,0 +1,80 @@
+"""Whether a student fits a cache: everything that is refused before the first step, each in a line with its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from teachercache.config import StudentConfig
+from teachercache.errors import CacheError, ModelError
+from teachercache.models import isolates_packed_segments, load_tokenizer
+from teachercache.shards import Cache, Manifest
+from teachercache.tokens.fingerprint import tokenizer_fingerprint
+
+REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
+
+
+def check_cache(cache: Cache) -> None:
+    """Raise `CacheError` when there is nothing to train on."""
+    if cache.rows_of("train") == 0:
+        held_out = cache.rows_of("held-out")
+        why = f"all of its {held_out} rows are held out" if held_out else "it is empty"
+        raise CacheError(
+            f"{cache.folder} has no rows to train on: {why}; precompute it with more rows or a smaller corpus.held_out"
+        )
+
+
+def check_student(model: Any, student: StudentConfig, manifest: Manifest) -> None:
+    """Raise `ModelError` when the student cannot learn from the cache: vocabulary, row length, packing or tokenizer."""
+    check_vocabulary(model, student.model, manifest)
+    check_length(model, student.model, manifest)
+    check_packing(model, student.model, manifest)
+    check_tokenizer(student, manifest)
+
+
+def check_vocabulary(model: Any, name: str, manifest: Manifest) -> None:
+    """The student's embeddings must hold every token of the cache; more rows than that are padding and allowed."""
+    parts = {"input embedding": model.get_input_embeddings(), "output embedding": model.get_output_embeddings()}
+    for part, module in parts.items():
+        if module is not None and module.weight.shape[0] < manifest.vocabulary_size:
+            raise ModelError(
+                f"student {name}: its {part} has {module.weight.shape[0]} tokens, the cache's tokenizer has "
+                f"{manifest.vocabulary_size}; {REMEDY}"
+            )
+
+
+def check_length(model: Any, name: str, manifest: Manifest) -> None:
+    """The student must have positions for the longest row."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and longest < manifest.sequence_length:
+        raise ModelError(
+            f"student {name} takes at most {longest} tokens, rows of the cache have up to {manifest.sequence_length}; "
+            f"use a student with more positions, or precompute with sequence.length={longest}"
+        )
+
+
+def check_packing(model: Any, name: str, manifest: Manifest) -> None:
+    """In packed rows a document must not see the one before it: the teacher's did not."""
+    if manifest.layout == "packed" and not isolates_packed_segments(model, vocabulary_size=manifest.vocabulary_size):
+        raise ModelError(
+            f"student {name} lets the documents of a packed row see each other, so it cannot learn from this cache; "
+            "use another student, or precompute with sequence.layout=documents"
+        )
+
+
+def check_tokenizer(student: StudentConfig, manifest: Manifest) -> None:
+    """A tokenizer that lies beside the student must map text to the cache's ids; there need not be one."""
+    folder = Path(student.model).expanduser()
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return
+    try:
+        tokenizer = load_tokenizer(student.model, revision=student.revision)
+    except ModelError:
+        if folder.is_dir():
+            raise
+        return  # a hub model without a tokenizer
+    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
+        raise ModelError(
+            f"student {student.model} has another tokenizer than the cache's teacher, {manifest.teacher.get('model')}: "
+            f"its ids mean other text; {REMEDY}"
+        )

@@ -1,0 +1,63 @@
+"""Evaluation on the held-out split of a cache.
+
+All metrics are over positions, and at temperature 1 whatever the training temperature is, so that runs compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachercache.config import ObjectiveConfig
+from teachercache.objective import NO_TARGET, DistillationObjective, required_columns
+from teachercache.shards import Manifest
+
+# Both terms are measured: neither weight may be zero.
+_BOTH = 0.5
+
+
+class HeldOutMeasure:
+    """Sums over the positions of some batches; add batches of every process, then `metrics` of the reduced sums."""
+
+    def __init__(self, manifest: Manifest, *, tail: str, device: torch.device) -> None:
+        config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail})
+        self.columns = required_columns(config, manifest.logits)
+        self._vocabulary_size = manifest.vocabulary_size
+        self._objective = DistillationObjective(
+            config, targets=manifest.logits, vocabulary_size=manifest.vocabulary_size
+        )
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+
+    def add(self, model: Any, batches: Iterable[dict[str, Any]]) -> None:
+        """One forward pass for each batch. The model is called as it is given: under ZeRO 3 it gathers its weights."""
+        with torch.no_grad():
+            for batch in batches:
+                labels_BS, targets = batch.pop("shift_labels"), batch.pop("targets")
+                logits_BSL = model(**batch, use_cache=False).logits
+                self._add(logits_BSL, labels_BS, targets)
+
+    def _add(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
+        terms = self._objective(logits_BSL, labels_BS, targets)
+        is_position_BS = labels_BS != NO_TARGET
+        choice_N = logits_BSL[..., : self._vocabulary_size].argmax(-1)[is_position_BS]
+        correct = (choice_N == labels_BS[is_position_BS]).sum()
+        agreeing = (choice_N == targets["head_ids"][:, 0].to(choice_N)).sum()
+        positions = torch.tensor(terms.positions, device=self.sums.device)
+        self.sums += torch.stack([item.double() for item in (terms.ce, terms.kl, correct, agreeing, positions)])
+
+    @staticmethod
+    def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
+        """`loss` (CE, nats per position), `perplexity`, `kl` (to the teacher), `accuracy`, `top1_agreement`."""
+        ce, kl, correct, agreeing, positions = sums.tolist()
+        values = {
+            "loss": ce / positions,
+            "perplexity": math.exp(min(ce / positions, 700.0)),
+            "kl": kl / positions,
+            "accuracy": correct / positions,
+            "top1_agreement": agreeing / positions,
+        }
+        return {f"{prefix}_{name}": value for name, value in values.items()}

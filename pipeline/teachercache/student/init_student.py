@@ -1,0 +1,130 @@
+"""A student made of a teacher's own layers: some of them, by index, with its embeddings, norm, head and tokenizer.
+
+Works for any decoder-only architecture of transformers whose layers sit in one `ModuleList` of
+`config.num_hidden_layers` modules, and that keeps what differs from layer to layer in lists of that length in its
+config (`layer_types` and the like). The result is a plain folder that `from_pretrained` loads anywhere; making it takes
+the memory of both models. Keeping every k-th layer is the usual start of a distilled student (Sanh et al., 2019,
+"DistilBERT").
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from teachercache.errors import ModelError, UserError
+from teachercache.models import find_model, load_causal_lm, load_tokenizer
+from teachercache.student.layer_choice import chosen_layers
+
+# Lists of any config that are not one entry a layer, whatever their length.
+NOT_PER_LAYER = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def init_student(
+    model: str, *, layers: str, output: Path, revision: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write a student made of the chosen layers of `model` to the folder `output`.
+
+    `layers` reads "0,5,10", "every:3" (0, 3, 6 …), "keep:10" (evenly spaced, first and last included) or "first:8".
+    Returns `student` (folder), `layers` (indices kept), `teacher_layers` (how many there were), `parameters` and
+    `teacher_parameters`. The folder appears when it is whole; `overwrite` replaces a model that is there already.
+
+    Raises `ModelError` for a model or a choice of layers that cannot be used, `UserError` for an output that is taken.
+    """
+    output = Path(output)
+    _check_output(output, model, overwrite=overwrite)
+    tokenizer = load_tokenizer(model, revision=revision)
+    source: Any = load_causal_lm(model, revision=revision, dtype="auto")
+    path = _path_of_layers(source, model)
+    kept = chosen_layers(layers, count=len(source.get_submodule(path)))
+    student = _keep_layers(source, model, path, kept)
+    _save(student, tokenizer, output)
+    return {
+        "student": str(output),
+        "layers": kept,
+        "teacher_layers": len(source.get_submodule(path)),
+        "parameters": sum(weight.numel() for weight in student.parameters()),
+        "teacher_parameters": sum(weight.numel() for weight in source.parameters()),
+    }
+
+
+def _check_output(output: Path, model: str, *, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{output} exists and is not empty; choose another folder, or replace it with --overwrite")
+    if not (output / "config.json").is_file():
+        raise UserError(f"{output} holds something that is no model, so it is not overwritten; choose another folder")
+    source = find_model(model)
+    if source.is_local and Path(source.location).resolve() == output.resolve():
+        raise UserError(f"{output} is the model that the layers come from; choose another folder")
+
+
+def _path_of_layers(source: Any, model: str) -> str:
+    """Name of the one list of layers, e.g. `model.layers` or `transformer.h`."""
+    from torch.nn import ModuleList
+
+    if getattr(source, "hf_quantizer", None) is not None:
+        raise ModelError(f"{model} is quantised, its layers cannot be copied; give the checkpoint in full precision")
+    count = getattr(source.config.get_text_config(), "num_hidden_layers", None)
+    lists = [name for name, module in source.named_modules() if isinstance(module, ModuleList) and len(module) == count]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outermost) != 1:
+        raise ModelError(
+            f"{model} ({type(source).__name__}) does not keep its layers in one list of config.num_hidden_layers "
+            "modules; init-student takes decoder-only models that do, such as Llama, Qwen, Gemma, Mistral or GPT-2"
+        )
+    return outermost[0]
+
+
+def _keep_layers(source: Any, model: str, path: str, kept: list[int]) -> Any:
+    """A model of the same class with the layers `kept`, renumbered, and everything else as it was."""
+    config = type(source.config).from_dict(_config_of_kept(source.config, kept))
+    try:
+        student = type(source)(config).to(source.dtype)
+        student.load_state_dict(_weights_of_kept(source.state_dict(), path, kept), strict=True)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"{model} ({type(source).__name__}) decides by a layer's index what the layer is, so that layers {kept} "
+            f"do not make a model; choose others, e.g. first:N ({' '.join(str(error).split())[:200]})"
+        ) from error
+    student.generation_config = source.generation_config
+    return student.eval()
+
+
+def _config_of_kept(config: Any, kept: list[int]) -> dict[str, Any]:
+    """The config as a dict, with as many layers as are kept, and every list of one entry a layer cut to those."""
+    values, text = config.to_dict(), config.get_text_config()
+    inner = values
+    if text is not config:  # a composite config: the decoder's own is one of its parts
+        inner = next(values[name] for name, part in vars(config).items() if part is text)
+    count = text.num_hidden_layers
+    for name, value in inner.items():
+        if isinstance(value, list) and len(value) == count and name not in NOT_PER_LAYER:
+            inner[name] = [value[index] for index in kept]
+    inner[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
+    return values
+
+
+def _weights_of_kept(weights: dict[str, Any], path: str, kept: list[int]) -> dict[str, Any]:
+    renumbered = {old: new for new, old in enumerate(kept)}
+    chosen = {}
+    for name, weight in weights.items():
+        index, _, rest = name.removeprefix(f"{path}.").partition(".")
+        if not name.startswith(f"{path}."):
+            chosen[name] = weight
+        elif int(index) in renumbered:
+            chosen[f"{path}.{renumbered[int(index)]}.{rest}"] = weight
+    return chosen
+
+
+def _save(student: Any, tokenizer: Any, output: Path) -> None:
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    student.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.replace(output)

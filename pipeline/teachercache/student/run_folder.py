@@ -1,0 +1,138 @@
+"""OUTPUT, the folder of a run.
+
+run.json        whose run this is: the cache's fingerprint and every setting that decides what is learned
+checkpoint-N/   see checkpoints.py
+log.jsonl       log records
+runs/           trackers' files
+student/        the exported student
+summary.json    written last: the run is finished, and this is what it said
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from teachercache.config import Recipe
+from teachercache.errors import JobFailed, RecipeError
+from teachercache.student.checkpoints import Checkpoint, complete_checkpoints
+
+# They change where, how fast or how often, but not what is learned (micro_batch: but for rounding).
+FREE_SETTINGS = {
+    "output",
+    "deepspeed",  # its content counts, not its name
+    "micro_batch",
+    "gradient_checkpointing",
+    "evaluate_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "loader_workers",
+    "trackers",
+}
+
+
+class RunFolder:
+    """A run on disk. Only the main process may call what writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def student(self) -> Path:
+        """The exported student."""
+        return self.path / "student"
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the finished run said; None while it is unfinished or its student was deleted."""
+        path = self.path / "summary.json"
+        finished = path.is_file() and (self.student / "config.json").is_file()
+        return json.loads(path.read_text(encoding="utf-8")) if finished else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Declare the run finished."""
+        _write(self.path / "summary.json", summary)
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Raise `RecipeError` when the folder holds another run than the one that is asked for."""
+        remedy = f"use another train.output, or delete {self.path}"
+        path = self.path / "run.json"
+        if path.is_file():
+            differences = list(_differences(json.loads(path.read_text(encoding="utf-8")), identity))
+            if differences:
+                raise RecipeError(
+                    f"{self.path} holds a run with other settings ({'; '.join(differences[:4])}); {remedy}"
+                )
+        elif any(self.path.glob("checkpoint-*")):
+            raise RecipeError(f"{self.path} holds checkpoints of something else (it has no run.json); {remedy}")
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Write down whose run this is."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / "run.json", identity)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second job out while this one writes, also one whose launcher was killed and which still runs.
+
+        The lock belongs to this process alone and ends with it, however it ends. Raises `JobFailed` where it is taken.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as stream:
+            try:
+                # POSIX locks, unlike flock, are not inherited by loading processes, which may outlive a killed job.
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise JobFailed(f"another training job is writing to {self.path}; wait for it or stop it") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def resume_point(self, *, world_size: int, zero_stage: int) -> Checkpoint | None:
+        """The newest whole checkpoint. Raises `RecipeError` when it cannot be loaded by so many processes."""
+        found = complete_checkpoints(self.path)
+        if not found:
+            return None
+        newest = found[-1]
+        if zero_stage > 0 and newest.world_size != world_size:
+            raise RecipeError(
+                f"{newest.folder} was written by {newest.world_size} process(es), and ZeRO {zero_stage} shards it among "
+                f"as many: resume with {newest.world_size} instead of {world_size}, or use another train.output"
+            )
+        return newest
+
+
+def run_identity(recipe: Recipe, *, cache_fingerprint: str, deepspeed: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything that decides what a run learns; `deepspeed` is the content of the user's own DeepSpeed file."""
+    assert recipe.student is not None and recipe.train is not None
+    train = recipe.train.model_dump(mode="json", exclude=FREE_SETTINGS)
+    return {
+        "cache": cache_fingerprint,
+        "student": recipe.student.model_dump(mode="json"),
+        "objective": recipe.objective.model_dump(mode="json"),
+        "train": train,
+        "deepspeed": deepspeed,
+    }
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name} was {_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,180 @@
+"""A training job from its recipe to its exported student."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from teachercache.config import Recipe, StudentConfig, TrainConfig
+from teachercache.errors import JobFailed, RecipeError
+from teachercache.shards import Cache
+from teachercache.stream.batches import BatchPlan
+from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
+from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
+from teachercache.student.fit import check_cache, check_student
+from teachercache.student.launch import Process, training_process
+from teachercache.student.run_folder import RunFolder, run_identity
+
+if TYPE_CHECKING:
+    from teachercache.student.trainer import DistillationTrainer
+
+
+def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+    """Train the recipe's student from its cache. Run again, it resumes; a finished run is left as it is.
+    Progress goes to `console` (default: stderr).
+
+    Every process of a launched job calls this and gets the result: `steps`, `losses` (`total`, `kl`, `ce` of the last
+    logging window, nats per position; `kl` is None without a teacher), `positions_per_second` (median of the logging
+    windows), `student` (folder), `best` (`step`, `loss` on held-out rows; None without any), `zero_stage`, `seconds` of
+    this call, `resumed_from` (step or None). Only the main process writes.
+
+    Raises `RecipeError`, `ModelError` or `CacheError` for what does not fit, before the first step; `JobFailed` when
+    training diverges, memory runs out, or another job writes to the same folder.
+    """
+    recipe.require("student", "train")
+    cache = Cache.open(recipe.cache)  # before libraries are imported that take seconds
+    check_cache(cache)
+    with training_process() as process:
+        shown = console or Console(stderr=True)
+        return _Job(recipe, cache, process, shown if process.main else Console(quiet=True)).run()
+
+
+class _Job:
+    """One call of `run_training` in one process."""
+
+    def __init__(self, recipe: Recipe, cache: Cache, process: Process, console: Console) -> None:
+        assert recipe.student is not None and recipe.train is not None
+        self.recipe, self.cache, self.process, self.console = recipe, cache, process, console
+        self.student: StudentConfig = recipe.student
+        self.config: TrainConfig = recipe.train
+        settings = deepspeed_config(self.config, on_gpu=process.on_gpu)
+        self.zero_stage: int = settings["zero_optimization"]["stage"]
+        self.folder = RunFolder(self.config.output)
+        self.plan = BatchPlan(
+            rows=self.cache.rows_of("train"),
+            global_batch=self.config.global_batch,
+            micro_batch=self.config.micro_batch,
+            world_size=process.world_size,
+            fingerprint=self.cache.manifest.fingerprint,
+            seed=self.config.seed,
+        )
+        self.steps = self.config.max_steps or self.plan.steps(self.config.epochs)
+
+    def run(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        identity = run_identity(
+            self.recipe,
+            cache_fingerprint=self.cache.manifest.fingerprint,
+            deepspeed=own_deepspeed_settings(self.config),
+        )
+        self.folder.check_identity(identity)
+        summary = self.folder.summary()
+        if summary is not None:
+            self._say(f"{self.folder.path} is complete: its student is {summary['student']}; nothing to do")
+            return summary
+        with self.folder.locked() if self.process.main else nullcontext():
+            resume = self.folder.resume_point(world_size=self.process.world_size, zero_stage=self.zero_stage)
+            if self.process.main:
+                self.folder.claim(identity)
+                remove_incomplete(self.folder.path)
+            if resume is None or resume.step < self.steps:
+                self._train(resume)
+            return self._finish(resume, began)
+
+    def _train(self, resume: Checkpoint | None) -> None:
+        import torch
+
+        from teachercache.models import load_causal_lm
+
+        model = load_causal_lm(self.student.model, revision=self.student.revision, dtype="float32")
+        check_student(model, self.student, self.cache.manifest)
+        if not self.cache.rows_of("held-out"):
+            self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
+        if resume is not None:
+            self._say(f"resuming at step {resume.step} of {self.steps}")
+        try:
+            self._run_trainer(model, resume)
+        except torch.OutOfMemoryError as error:
+            raise JobFailed(
+                f"out of memory ({str(error).splitlines()[0]}); lower train.micro_batch, "
+                "set train.gradient_checkpointing, or raise train.zero_stage"
+            ) from error
+        except ValueError as error:
+            if not str(error).startswith("Please correct the following DeepSpeed config"):
+                raise
+            raise RecipeError(f"train.deepspeed: {self.config.deepspeed}: {' '.join(str(error).split())}") from error
+
+    def _run_trainer(self, model: Any, resume: Checkpoint | None) -> None:
+        from teachercache.student.progress import LogFile, ProgressBar
+
+        bar = ProgressBar(self.console)
+        callbacks = [LogFile(self.folder.path / "log.jsonl"), bar] if self.process.main else []
+        try:
+            trainer = self._trainer(model, callbacks)
+            trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+            trainer.accelerator.wait_for_everyone()
+        finally:
+            bar.close()
+
+    def _trainer(self, model: Any, callbacks: list[Any]) -> DistillationTrainer:
+        from teachercache.student.arguments import training_arguments
+        from teachercache.student.trainer import DistillationTrainer
+
+        args = training_arguments(
+            self.config,
+            plan=self.plan,
+            evaluates=self.cache.rows_of("held-out") > 0,
+            on_gpu=self.process.on_gpu,
+        )
+        return DistillationTrainer(
+            model=model,
+            cache=self.cache,
+            args=args,
+            objective=self.recipe.objective,
+            plan=self.plan,
+            keep_checkpoints=self.config.keep_checkpoints,
+            callbacks=callbacks,
+        )
+
+    def _finish(self, resume: Checkpoint | None, began: float) -> dict[str, Any]:
+        """Export from the checkpoints on disk: also where a job was killed between its last step and its export."""
+        from teachercache.student.export import export_student
+
+        state = json.loads(self._checkpoint(self.steps).joinpath("trainer_state.json").read_text(encoding="utf-8"))
+        best_step = state["best_global_step"]
+        summary = {
+            **_speed_and_losses(state["log_history"]),
+            "steps": self.steps,
+            "student": str(self.folder.student),
+            "best": {"step": best_step, "loss": state["best_metric"]} if best_step else None,
+            "zero_stage": self.zero_stage,
+            "seconds": round(time.perf_counter() - began, 3),
+            "resumed_from": resume.step if resume else None,
+        }
+        if self.process.main:
+            chosen = self._checkpoint(best_step or self.steps)
+            export_student(chosen, tokenizer=self.cache.teacher_folder, student=self.folder.student)
+            self.folder.finish(summary)
+        return summary
+
+    def _say(self, message: str) -> None:
+        self.console.print(message, soft_wrap=True, highlight=False, markup=False)
+
+    def _checkpoint(self, step: int) -> Path:
+        return checkpoint_folder(self.folder.path, step)
+
+
+def _speed_and_losses(log_history: list[dict[str, Any]]) -> dict[str, Any]:
+    windows = [record for record in log_history if "positions_per_second" in record]
+    last = windows[-1]
+    speed = statistics.median(window["positions_per_second"] for window in windows)
+    return {
+        "losses": {"total": last["loss"], "kl": last.get("kl"), "ce": last["ce"]},
+        "positions_per_second": round(speed, 1),
+    }

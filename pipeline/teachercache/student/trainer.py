@@ -1,0 +1,260 @@
+"""`DistillationTrainer`: `transformers.Trainer` on a cache.
+
+Checkpoints, schedules, callbacks and trackers are the library's. What is different here:
+
+- The whole run is one pass over a `BatchPlan`, so that the optimizer step is the only cursor: resuming is a seek.
+- A loss is divided by the positions of the *global* batch, over micro-batches and processes, so that the number of
+  processes does not change what is learned.
+- A checkpoint counts only once its last file is written, and the best one by held-out loss is kept.
+
+Shapes: B rows, S tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from teachercache.config import ObjectiveConfig
+from teachercache.errors import JobFailed
+from teachercache.objective import NO_TARGET, DistillationObjective, required_columns
+from teachercache.shards import Cache, StoredRow
+from teachercache.stream.batches import BatchPlan, PlanSampler, spread
+from teachercache.stream.collate import Collator
+from teachercache.stream.dataset import CacheDataset
+from teachercache.student.cadence import Cadence
+from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
+from teachercache.student.held_out import HeldOutMeasure
+from teachercache.student.meter import LossMeter
+
+
+class DistillationTrainer(Trainer):
+    """Train `model` on the train split of `cache`, and evaluate on its held-out split.
+
+    `plan` says which rows make a step; by default it follows from `args`: micro-batches of
+    `per_device_train_batch_size` rows, `gradient_accumulation_steps` of them on each process, order by `seed`.
+    `args.max_steps`, else `args.num_train_epochs`, ends the run. The latest `keep_checkpoints` checkpoints are kept and
+    the best one besides: leave `args.save_total_limit` alone. Works under DeepSpeed ZeRO 0-3, DDP and in one process.
+
+    Raises `CacheError` when the cache does not hold the objective's temperature, `JobFailed` when a loss is not finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        cache: Cache,
+        args: TrainingArguments,
+        objective: ObjectiveConfig,
+        plan: BatchPlan | None = None,
+        keep_checkpoints: int = 2,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        manifest = cache.manifest
+        self.cache = cache
+        self.objective_config = objective
+        self.distillation = DistillationObjective(
+            objective, targets=manifest.logits, vocabulary_size=manifest.vocabulary_size
+        )
+        self.plan = plan or _plan_of(args, cache)
+        self.keep_checkpoints = keep_checkpoints
+        _run_as_one_pass(args, self.plan)
+        columns = required_columns(objective, manifest.logits)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator.of(manifest, columns=columns),
+            train_dataset=CacheDataset(cache, "train", columns=columns),
+            eval_dataset=CacheDataset(cache, "held-out", columns=()) if cache.rows_of("held-out") else None,
+            callbacks=[Cadence(self.plan), *(callbacks or [])],
+        )
+        self.remove_callback(PrinterCallback)  # it prints to stdout
+        self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
+        self.meter = LossMeter(self.accelerator)
+        self._held_out_loader: DataLoader[StoredRow] | None = None
+
+    def get_train_dataloader(self) -> DataLoader[StoredRow]:
+        """This process's micro-batches from the current step on; accelerate must not shard them again."""
+        sampler = PlanSampler(
+            self.plan,
+            rank=self.args.process_index,
+            steps=self.args.max_steps,
+            first_step=lambda: self.state.global_step,
+        )
+        return self._loader(self.train_dataset, sampler, self.data_collator)
+
+    def _loader(self, dataset: Any, batch_sampler: Any, collator: Any, **settings: Any) -> DataLoader[StoredRow]:
+        return DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            # Left to the global generator, starting workers would shift the dropout of a resumed run.
+            generator=torch.Generator().manual_seed(self.args.seed),
+            **settings,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of one optimizer step, and the positions of all of its micro-batches on all processes."""
+        self.meter.start()
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return [], None
+        positions = sum(int((batch["shift_labels"] != NO_TARGET).sum()) for batch in batches)
+        return batches, self.accelerator.reduce(torch.tensor(positions, device=device), "sum")
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Trainer would also cast the teacher's targets to the student's precision, and bf16 ruins log-partitions.
+        return _to_device(inputs, self.args.device)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the global batch's mean loss. Calls the wrapped model, never `model.module`."""
+        inputs = dict(inputs)
+        labels_BS, targets = inputs.pop("shift_labels"), inputs.pop("targets")
+        outputs = model(**inputs, use_cache=False)
+        terms = self.distillation(outputs.logits, labels_BS, targets)
+        self.meter.add(terms)
+        positions = terms.positions if num_items_in_batch is None else num_items_in_batch
+        # DeepSpeed and DDP average gradients over processes where the mean over positions needs their sum.
+        loss = terms.total * (self.accelerator.num_processes / _at_least_one(positions))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; training records carry the loss by term, per position, over the window and all processes."""
+        if "train_runtime" in logs:
+            return  # Trainer's closing summary counts a resumed run's earlier steps as if they had run now
+        super().log({**logs, **self._window()} if "loss" in logs else logs, start_time)
+
+    def _window(self) -> dict[str, float]:
+        window = self.meter.take()
+        if not math.isfinite(window.total):
+            raise JobFailed(
+                f"the loss at step {self.state.global_step} is {window.total}; train again with a lower "
+                "train.learning_rate or another train.precision, in another train.output"
+            )
+        config = self.objective_config
+        with_teacher = {"kl": window.kl, "temperature": config.temperature} if config.alpha > 0 else {}
+        return {
+            "loss": window.total,
+            "ce": window.ce,
+            **with_teacher,
+            "alpha": config.alpha,
+            "positions_per_second": window.positions_per_second,
+        }
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out metrics over all processes, logged and handed to callbacks; see `held_out.HeldOutMeasure`."""
+        if eval_dataset is not None:
+            raise ValueError("evaluation is on the cache's held-out split; open another cache for other rows")
+        began = time.perf_counter()
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        measure = HeldOutMeasure(self.cache.manifest, tail=self.objective_config.tail, device=self.args.device)
+        measure.add(model, (self._prepare_inputs(batch) for batch in self._held_out_batches(measure)))
+        model.train(was_training)
+        metrics = measure.metrics(self.accelerator.reduce(measure.sums, "sum"), prefix=metric_key_prefix)
+        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_batches(self, measure: HeldOutMeasure) -> DataLoader[StoredRow]:
+        """Kept from one evaluation to the next: its workers hold shards open that they have checked."""
+        if self._held_out_loader is None:
+            batches = spread(
+                self.cache.rows_of("held-out"),
+                micro_batch=self.args.per_device_train_batch_size,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+            )
+            self._held_out_loader = self._loader(
+                CacheDataset(self.cache, "held-out", columns=measure.columns),
+                batches,
+                Collator.of(self.cache.manifest, columns=measure.columns),
+                persistent_workers=self.args.dataloader_num_workers > 0,
+            )
+        return self._held_out_loader
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = checkpoint_folder(self._run, self.state.global_step)
+            mark_complete(folder, world_size=self.args.world_size)
+            rotate(self._run, keep=self.keep_checkpoints, best_step=self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # DeepSpeed hands over copies, in which tied weights are no longer seen to be one and would be stored twice.
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if state_dict is not None:
+            state_dict = {name: weights for name, weights in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the newest whole checkpoint, if there is one."""
+        if resume_from_checkpoint is True:
+            found = complete_checkpoints(self._run)
+            resume_from_checkpoint = str(found[-1].folder) if found else None
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._held_out_loader = None  # now: a worker that is left to garbage collection takes 5 s to end
+
+    @property
+    def _run(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+
+def _plan_of(args: TrainingArguments, cache: Cache) -> BatchPlan:
+    micro_batch = args.per_device_train_batch_size
+    return BatchPlan(
+        rows=cache.rows_of("train"),
+        global_batch=micro_batch * args.gradient_accumulation_steps * args.world_size,
+        micro_batch=micro_batch,
+        world_size=args.world_size,
+        fingerprint=cache.manifest.fingerprint,
+        seed=args.seed,
+    )
+
+
+def _run_as_one_pass(args: TrainingArguments, plan: BatchPlan) -> None:
+    """Settings without which the plan would not be what is run."""
+    if args.max_steps <= 0:
+        args.max_steps = plan.steps(args.num_train_epochs)
+    args.gradient_accumulation_steps = plan.micro_steps
+    args.ignore_data_skip = True  # the sampler itself begins at the restored step
+    args.remove_unused_columns = False
+    args.logging_nan_inf_filter = False  # it would hide a diverging run
+
+
+def _to_device(data: Any, device: torch.device) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _to_device(value, device) for name, value in data.items()}
+    return data.to(device, non_blocking=True)
+
+
+def _at_least_one(positions: torch.Tensor | int) -> Any:
+    return positions.clamp_min(1) if isinstance(positions, torch.Tensor) else max(positions, 1)

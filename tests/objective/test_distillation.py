@@ -1,0 +1,130 @@
+"""The objective of a recipe: from a batch and a cache's columns to loss sums."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teachercache.config import ObjectiveConfig
+from teachercache.errors import CacheError, ModelError
+from teachercache.objective import DistillationObjective, required_columns
+from teachercache.targets import TopK
+
+B, S, V = 2, 6, 40
+N = 6
+GRID = (1.0, 2.0, 4.0)
+LABELS = torch.tensor([[3, 4, -100, 5, 6, -100], [7, -100, -100, -100, 8, -100]])
+
+
+def _settings(k: int, dtype: str = "float32") -> dict[str, object]:
+    return TopK(k, GRID, dtype, V).settings()
+
+
+def _logits(seed: int, count: int = B * S) -> Tensor:
+    return torch.randn(count, V, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def _columns(teacher_NV: Tensor, k: int, dtype: str = "float32", labels: Tensor = LABELS) -> dict[str, Tensor]:
+    """Columns as the cache stores them, which is how a batch brings them."""
+    stored = TopK(k, GRID, dtype, V).capture(torch, teacher_NV.clone(), labels[labels != -100])
+    return {name: torch.from_numpy(values.copy()) for name, values in stored.items()}
+
+
+def _objective(k: int, **config: object) -> DistillationObjective:
+    return DistillationObjective(ObjectiveConfig(**config), targets=_settings(k), vocabulary_size=V)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", GRID)
+def test_a_full_head_is_hinton_distillation(temperature: float) -> None:
+    teacher_NV, student = _logits(0, N), _logits(1).view(B, S, V).requires_grad_()
+    terms = _objective(V, alpha=0.9, temperature=temperature)(student, LABELS, _columns(teacher_NV, V))
+    (gradient,) = torch.autograd.grad(terms.total, student)
+    z_NV = student[LABELS != -100]
+    kl = F.kl_div((z_NV / temperature).log_softmax(-1), (teacher_NV / temperature).softmax(-1), reduction="sum")
+    ce = F.cross_entropy(student.view(-1, V), LABELS.view(-1), reduction="sum")
+    total = 0.9 * temperature**2 * kl + 0.1 * ce
+    torch.testing.assert_close([terms.total, terms.kl, terms.ce], [total, kl, ce], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, torch.autograd.grad(total, student)[0], rtol=1e-4, atol=1e-4)
+    assert terms.positions == N
+
+
+@pytest.mark.parametrize("temperature", GRID)
+def test_ghost_and_renormalised_tails(temperature: float) -> None:
+    """The bucket holds the teacher's exact mass outside the head; renormalised, the head alone is the teacher."""
+    teacher_NV, student = _logits(0, N), _logits(1).view(B, S, V)
+    p_NV, q_NV = (teacher_NV / temperature).softmax(-1), (student[LABELS != -100] / temperature).softmax(-1)
+    ids = teacher_NV.topk(4).indices
+    p_Nk, q_Nk = p_NV.gather(1, ids), q_NV.gather(1, ids)
+    p_tail, q_tail = 1 - p_Nk.sum(-1), 1 - q_Nk.sum(-1)
+    ghost = (p_Nk * (p_Nk / q_Nk).log()).sum() + (p_tail * (p_tail / q_tail).log()).sum()
+    head_Nk = p_Nk / p_Nk.sum(-1, keepdim=True)
+    renormalised = (head_Nk * (head_Nk / q_Nk).log()).sum()
+    for tail, expected in (("ghost", ghost), ("renormalise", renormalised)):
+        terms = _objective(4, alpha=1.0, temperature=temperature, tail=tail)(student, LABELS, _columns(teacher_NV, 4))
+        torch.testing.assert_close(terms.kl, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_labels_are_aligned_with_the_logits_that_predict_them() -> None:
+    """Mistake 1 of the field, off by one: the gradient is zero exactly where shift_labels is -100."""
+    student = _logits(1).view(B, S, V).requires_grad_()
+    terms = _objective(4, alpha=0.5, temperature=2.0)(student, LABELS, _columns(_logits(0, N), 4))
+    (gradient,) = torch.autograd.grad(terms.total, student)
+    assert torch.equal(gradient.abs().sum(-1) > 0, LABELS != -100)
+
+
+def test_without_a_teacher_no_columns_are_needed() -> None:
+    config = ObjectiveConfig(alpha=0.0, temperature=2.5)
+    assert required_columns(config, _settings(4)) == ()
+    student = _logits(1).view(B, S, V)
+    terms = DistillationObjective(config, targets={"kind": "unknown"}, vocabulary_size=V)(student, LABELS)
+    expected = F.cross_entropy(student.view(-1, V), LABELS.view(-1), reduction="sum")
+    torch.testing.assert_close(terms.total, expected)
+    assert set(terms.measured()) == {"ce"}
+
+
+def test_required_columns_are_columns_of_the_cache() -> None:
+    stored = {column.name for column in TopK(4, GRID, "float16", V).columns}
+    assert set(required_columns(ObjectiveConfig(), _settings(4))) <= stored
+
+
+def test_stored_types_are_taken_as_they_come() -> None:
+    """uint16 ids and float16 values give what float32 gives, up to the rounding of the stored values."""
+    student, teacher_NV = _logits(1).view(B, S, V), _logits(0, N)
+    objective = _objective(4, alpha=0.9, temperature=2.0)
+    coarse, exact = (objective(student, LABELS, _columns(teacher_NV, 4, dtype)) for dtype in ("float16", "float32"))
+    assert _columns(teacher_NV, 4, "float16")["head_ids"].numpy().dtype == np.uint16
+    torch.testing.assert_close(coarse.total, exact.total, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.9])
+def test_a_batch_without_positions_gives_zero_and_reaches_the_logits(alpha: float) -> None:
+    nothing = torch.full((B, S), -100)
+    student = _logits(1).view(B, S, V).requires_grad_()
+    empty = {name: values[:0] for name, values in _columns(_logits(0, N), 4).items()}
+    terms = _objective(4, alpha=alpha, temperature=1.0)(student, nothing, empty)
+    terms.total.backward()
+    assert terms.total == 0 and terms.positions == 0
+    assert student.grad is not None and student.grad.eq(0).all()
+
+
+def test_a_temperature_off_the_grid_is_refused_with_the_grid() -> None:
+    with pytest.raises(CacheError, match=r"temperature 3 .*\(1, 2, 4\).*precompute"):
+        _objective(4, alpha=0.9, temperature=3.0)
+
+
+def test_an_unknown_kind_of_targets_is_refused() -> None:
+    with pytest.raises(CacheError, match="hidden-only"):
+        DistillationObjective(ObjectiveConfig(), targets={"kind": "hidden-only"}, vocabulary_size=V)
+
+
+def test_a_student_with_too_few_tokens_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"predicts 30 tokens.*has 40"):
+        _objective(4)(_logits(1).view(B, S, V)[..., :30], LABELS, _columns(_logits(0, N), 4))
+
+
+def test_targets_of_another_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="misaligned"):
+        _objective(4)(_logits(1).view(B, S, V), LABELS, _columns(_logits(0, 4), 4, labels=LABELS[:, :4]))

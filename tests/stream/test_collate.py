@@ -1,0 +1,73 @@
+"""Rows to tensors: labels belong to the token before them, targets to labels, padding and prompts to nobody."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from builders import tiny_cache
+from teachercache.shards import Cache, StoredRow
+from teachercache.stream.collate import IGNORED, Collator, collate
+from teachercache.stream.dataset import CacheDataset
+from teachercache.targets import Column
+from teachercache.tokens.rows import Segment, TokenRow
+
+COLUMNS = (Column("head_ids", "<u2", (2,)), Column("head_logits", "<f2", (2,)))
+
+
+def _row(ids: list[int], mask: list[int], starts: tuple[int, ...] = (0,)) -> StoredRow:
+    segments = tuple(Segment(f"{start:032x}", 0, 0, 1, start) for start in starts)
+    row = TokenRow("0" * 32, False, np.array(ids, np.int32), np.array(mask, np.bool_), segments)
+    where = np.flatnonzero(row.target_mask_S)
+    # Targets that say which position they were taken from.
+    head_ids_N2 = np.stack([row.input_ids_S[where], row.input_ids_S[where + 1]], axis=1).astype(np.uint16)
+    return StoredRow(row, {"head_ids": head_ids_N2, "head_logits": np.tile(np.float16([0, -1]), (len(where), 1))})
+
+
+def test_labels_and_targets_belong_to_the_token_before() -> None:
+    rows = [_row([5, 6, 7, 8], [1, 0, 1, 0]), _row([9, 10], [1, 0])]
+    batch = collate(rows, layout="documents", pad_id=3, columns=COLUMNS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 10, 3, 3]]
+    assert batch["shift_labels"].tolist() == [[6, IGNORED, 8, IGNORED], [10, IGNORED, IGNORED, IGNORED]]
+    assert batch["targets"]["head_ids"].tolist() == [[5, 6], [7, 8], [9, 10]]
+    assert "position_ids" not in batch and "attention_mask" not in batch
+
+
+def test_no_label_crosses_the_boundary_of_packed_segments() -> None:
+    batch = collate([_row([5, 6, 7, 8, 9], [1, 1, 0, 1, 0], (0, 3))], layout="packed", pad_id=3, columns=COLUMNS)
+    assert batch["shift_labels"].tolist() == [[6, 7, IGNORED, 9, IGNORED]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+
+
+def test_types_are_what_a_loss_can_use() -> None:
+    targets = collate([_row([5, 6], [1, 0])], layout="documents", pad_id=3, columns=COLUMNS)["targets"]
+    assert targets["head_ids"].dtype == torch.int64
+    assert targets["head_logits"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", ["documents", "packed"])
+def test_an_empty_share_is_a_row_of_padding(layout: str) -> None:
+    batch = collate([], layout=layout, pad_id=3, columns=COLUMNS)
+    assert (batch["input_ids"] == 3).all() and batch["input_ids"].shape[0] == 1
+    assert (batch["shift_labels"] == IGNORED).all()
+    assert {name: tuple(values.shape) for name, values in batch["targets"].items()} == {
+        "head_ids": (0, 2),
+        "head_logits": (0, 2),
+    }
+
+
+@pytest.mark.parametrize("layout", ["documents", "packed"])
+def test_rows_of_a_real_cache_stay_aligned(tmp_path: Path, layout: str) -> None:
+    cache = Cache.open(tiny_cache(tmp_path, sequence={"layout": layout}))
+    columns = ("head_ids", "actual_log_prob")
+    dataset = pickle.loads(pickle.dumps(CacheDataset(cache, "train", columns=columns)))
+    batch = Collator.of(cache.manifest, columns=columns)([dataset[index] for index in range(len(dataset))])
+    labels_N = batch["shift_labels"][batch["shift_labels"] != IGNORED]
+    assert len(labels_N) == len(batch["targets"]["head_ids"]) == cache.positions_of("train")
+    # Where the label is the teacher's first choice its log-probability is that of a first choice: above log(1/V).
+    first_N = batch["targets"]["head_ids"][:, 0] == labels_N
+    assert (batch["targets"]["actual_log_prob"][first_N] > -np.log(cache.manifest.vocabulary_size)).all()

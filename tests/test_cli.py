@@ -1,0 +1,183 @@
+"""The commands as users meet them: `--json`, exit statuses, and one readable line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from builders import tiny_cache, tiny_recipe, tiny_teacher
+
+from teachercache import cli, config, errors
+from teachercache.config import load_recipe
+from teachercache.errors import RecipeError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "COLUMNS": "300"}
+    return subprocess.run(
+        [sys.executable, "-m", "teachercache", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tiny_cache(tmp_path_factory.mktemp("cli"))
+
+
+def write_recipe(folder: Path, **changes) -> Path:
+    data = tiny_recipe(folder).model_dump(mode="json", exclude_none=True)
+    for section, values in changes.items():
+        data[section] = {**data.get(section, {}), **values} if isinstance(values, dict) else values
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def assert_one_readable_line(done: subprocess.CompletedProcess, *parts: str, status: int = 2) -> None:
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    for part in parts:
+        assert part in line
+
+
+def test_help_answers_at_once():
+    start = time.perf_counter()
+    done = run("--help")
+    assert done.returncode == 0 and time.perf_counter() - start < 20  # a bound against importing torch by mistake
+    for command in ("quickstart", "precompute", "init-student", "train", "evaluate", "inspect", "verify"):
+        assert command in done.stdout
+    code = "import sys, teachercache.cli; assert not {'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+def test_json_is_one_document_and_progress_goes_to_stderr(cache):
+    done = run("inspect", cache, "--json")
+    assert json.loads(done.stdout)["positions"]["train"] > 0 and done.returncode == 0
+    done = run("verify", cache, "--json")
+    assert json.loads(done.stdout) == {"ok": True, "cache": str(cache), "errors": []}
+
+
+def test_inspect_shows_a_cache_and_a_row_to_people(cache):
+    assert "bytes/position" in run("inspect", cache).stdout
+    assert "teacher's next tokens" in run("inspect", cache, "--row", "held-out:0").stdout
+
+
+def test_verify_exits_with_1_when_a_cache_is_not_whole(cache, tmp_path):
+    import shutil
+
+    broken = Path(shutil.copytree(cache, tmp_path / "broken"))
+    (broken / "shards" / "part-00000.arrow").unlink()
+    done = run("verify", broken, "--json")
+    assert done.returncode == 1
+    [problem] = json.loads(done.stdout)["errors"]
+    assert set(problem) == {"file", "reason", "remedy"}
+
+
+def test_an_error_is_json_too(tmp_path):
+    done = run("inspect", tmp_path / "nothing", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["exit_status"] == 2
+
+
+@pytest.mark.parametrize("command", ["precompute", "train", "evaluate"])
+def test_a_missing_recipe(command):
+    assert_one_readable_line(run(command, "nowhere.yaml"), "nowhere.yaml", "does not exist")
+
+
+def test_an_unknown_key_names_the_nearest_valid_one(tmp_path):
+    path = write_recipe(tmp_path, precompute={"actorz": 2})
+    assert_one_readable_line(run("precompute", path), "unknown key `precompute.actorz`", "did you mean `actors`?")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"corpus": {"source": "missing.jsonl"}}, ["missing.jsonl"]),
+        ({"teacher": {"model": "./missing-model"}}, ["./missing-model", "does not exist"]),
+        ({"teacher": {"model": "nobody/no-such-model"}}, ["nobody/no-such-model", "was not found"]),
+        ({"targets": {"logits": {"k": 10**6}}}, ["targets.logits.k is 1000000", "300 tokens"]),
+    ],
+)
+def test_mistakes_in_a_precompute_recipe(tmp_path, changes, parts):
+    assert_one_readable_line(run("precompute", write_recipe(tmp_path, **changes)), *parts)
+
+
+def test_an_empty_corpus(tmp_path):
+    path = write_recipe(tmp_path)
+    (tmp_path / "corpus.jsonl").write_text("")
+    assert_one_readable_line(run("precompute", path), "empty")
+
+
+def test_a_model_with_code_of_its_own_says_what_to_do(tmp_path):
+    teacher = tiny_teacher(tmp_path / "remote")
+    settings = json.loads((teacher / "config.json").read_text())
+    settings |= {"model_type": "novel", "auto_map": {"AutoConfig": "code.Novel", "AutoModelForCausalLM": "code.NovelLM"}}
+    (teacher / "config.json").write_text(json.dumps(settings))
+    (teacher / "code.py").write_text("raise SystemExit('this code must not run')")
+    path = write_recipe(tmp_path, teacher={"model": str(teacher)})
+    assert_one_readable_line(run("precompute", path), "Python code of its own", "teacher.trust_remote_code: true")
+
+
+def test_a_half_written_cache_is_not_trained_on(tmp_path):
+    from teachercache.precompute.plan import make_plan
+
+    make_plan(tiny_recipe(tmp_path))
+    path = write_recipe(tmp_path, student={"model": str(tmp_path / "teacher")}, train={"output": str(tmp_path / "run")})
+    assert_one_readable_line(run("train", path), "half written (0 of 3 units are done)", "teachercache precompute")
+
+
+def test_a_section_that_a_command_needs(tmp_path):
+    assert_one_readable_line(run("train", write_recipe(tmp_path)), "no `student:` section")
+
+
+# --------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_that_ships_is_valid(path):
+    load_recipe(path).require("teacher", "corpus", "student", "train")
+
+
+def test_overrides_reach_any_depth(tmp_path):
+    path = write_recipe(tmp_path)
+    recipe = load_recipe(path, ["targets.logits.k=4", "train={output: z}", "train.learning_rate=1e-3", "corpus.limit=7"])
+    assert recipe.targets.logits.k == 4 and recipe.train.learning_rate == 1e-3 and recipe.corpus.limit == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("just words", "must be a mapping"),
+        ("teacher: {model: m}", "`cache` is missing"),
+        ("cache: c\ntrain: {output: o, global_batch: 5, micro_batch: 2}", "multiple of micro_batch"),
+        ("cache: c\ntargets: {logits: {temperatures: [2, 4]}}", "must hold 1"),
+        ("cache: c\ntargets: {logits: {temperatures: [2, 1]}}", "must rise"),
+        ("cache: c\ncorpus: {source: s, held_out: 1.5}", "less than 1"),
+    ],
+)
+def test_recipes_that_make_no_sense(tmp_path, text, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["train", "=3", "cache.deep=1", "a.b=[1"])
+def test_overrides_that_make_no_sense(tmp_path, override):
+    with pytest.raises(RecipeError, match="override"):
+        load_recipe(write_recipe(tmp_path), [override])
+
+
+def test_public_modules_stay_importable():
+    assert {"main", "app"} <= set(vars(cli)) and issubclass(errors.UserError, errors.TeachercacheError)
+    assert config.Recipe.model_config["frozen"]

@@ -11,7 +11,31 @@ from typing import Any
 
 from teachercache.config import Recipe, parse_recipe
 
-WORDS = "the cat sat on a mat while seven quick foxes ran over lazy dogs and then jumped into cold water near old trees".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "seven",
+    "quick",
+    "foxes",
+    "ran",
+    "over",
+    "lazy",
+    "dogs",
+    "and",
+    "then",
+    "jumped",
+    "into",
+    "cold",
+    "water",
+    "near",
+    "old",
+    "trees",
+]
 
 
 def sentences(count: int, *, seed: int = 0, words: int = 30) -> list[str]:
@@ -35,7 +59,9 @@ def tiny_tokenizer(*, vocabulary: int = 300, chat_template: str | None = None) -
     return tokenizer
 
 
-def tiny_model(*, vocabulary: int = 300, layers: int = 2, hidden: int = 32, seed: int = 0, context: int = 256, tied: bool = True) -> Any:
+def tiny_model(
+    *, vocabulary: int = 300, layers: int = 2, hidden: int = 32, seed: int = 0, context: int = 256, tied: bool = True
+) -> Any:
     """A seeded Llama; its weights are scaled up so that its distributions are far from uniform."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -106,9 +132,7 @@ def build_cache(recipe: Recipe) -> Path:
     pad_id = plan.identity["tokenizer"]["pad_id"]
     teacher = Teacher.load(recipe.teacher, kind=plan.kind, layout=recipe.sequence.layout, pad_id=pad_id)
     for unit in plan.pending():
-        tokenised, documents = tokenise_unit(
-            plan, unit, sequence=recipe.sequence, store_text=recipe.corpus.store_text
-        )
+        tokenised, documents = tokenise_unit(plan, unit, sequence=recipe.sequence, store_text=recipe.corpus.store_text)
         result = capture_unit(teacher, tokenised, documents, positions_per_batch=recipe.precompute.positions_per_batch)
         write_unit(plan, unit, result, teacher=teacher.describe())
     commit(plan)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import tiny_cache, tiny_recipe, tiny_teacher
 
 from teachercache import cli, config, errors
 from teachercache.config import load_recipe
 from teachercache.errors import RecipeError
+
+from builders import tiny_cache, tiny_recipe, tiny_teacher
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,7 +120,10 @@ def test_an_empty_corpus(tmp_path):
 def test_a_model_with_code_of_its_own_says_what_to_do(tmp_path):
     teacher = tiny_teacher(tmp_path / "remote")
     settings = json.loads((teacher / "config.json").read_text())
-    settings |= {"model_type": "novel", "auto_map": {"AutoConfig": "code.Novel", "AutoModelForCausalLM": "code.NovelLM"}}
+    settings |= {
+        "model_type": "novel",
+        "auto_map": {"AutoConfig": "code.Novel", "AutoModelForCausalLM": "code.NovelLM"},
+    }
     (teacher / "config.json").write_text(json.dumps(settings))
     (teacher / "code.py").write_text("raise SystemExit('this code must not run')")
     path = write_recipe(tmp_path, teacher={"model": str(teacher)})
@@ -148,7 +152,9 @@ def test_every_recipe_that_ships_is_valid(path):
 
 def test_overrides_reach_any_depth(tmp_path):
     path = write_recipe(tmp_path)
-    recipe = load_recipe(path, ["targets.logits.k=4", "train={output: z}", "train.learning_rate=1e-3", "corpus.limit=7"])
+    recipe = load_recipe(
+        path, ["targets.logits.k=4", "train={output: z}", "train.learning_rate=1e-3", "corpus.limit=7"]
+    )
     assert recipe.targets.logits.k == 4 and recipe.train.learning_rate == 1e-3 and recipe.corpus.limit == 7
 
 

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import tiny_tokenizer
 from teachercache.errors import ModelError, UserError
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.student.init_student import init_student
 from teachercache.student.layer_choice import chosen_layers
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
+
+from builders import tiny_tokenizer
 
 LAYERS = 6
 IDS = torch.arange(40)[None]

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from teachercache.config import ObjectiveConfig, StudentConfig
@@ -20,6 +19,8 @@ from teachercache.stream.collate import Collator
 from teachercache.student.fit import check_student
 from teachercache.student.trainer import DistillationTrainer
 from teachercache.targets import TopK, softened
+
+from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
 PADDED = 20  # rows of the output matrix that no token uses
 
@@ -114,7 +115,9 @@ def test_mistake_04_rows_do_not_depend_on_world_size_or_accumulation():
     for plan in plans:
         seen = []
         for step in range(plan.steps_per_epoch):
-            rows = [row for rank in range(plan.world_size) for part in plan.micro_batches(step, rank=rank) for row in part]
+            rows = [
+                row for rank in range(plan.world_size) for part in plan.micro_batches(step, rank=rank) for row in part
+            ]
             assert sorted(rows) == sorted(plans[0].step_rows(step).tolist())
             seen += rows
         assert sorted(seen) == list(range(53))
@@ -127,7 +130,9 @@ def test_mistake_05_a_cache_and_a_student_that_do_not_fit_are_not_paired(cache, 
         check_student(small, StudentConfig(model=str(tmp_path / "small")), cache.manifest)
     other = tiny_teacher(tmp_path / "other")
     tokenizer = (other / "tokenizer.json").read_text(encoding="utf-8")
-    swapped = tokenizer.replace('"A"', '"?"', 1).replace('"B"', '"A"', 1).replace('"?"', '"B"', 1)  # same size, other ids
+    swapped = (
+        tokenizer.replace('"A"', '"?"', 1).replace('"B"', '"A"', 1).replace('"?"', '"B"', 1)
+    )  # same size, other ids
     (other / "tokenizer.json").write_text(swapped, encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(other)
     with pytest.raises(ModelError, match="another tokenizer"):

@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe; complete ones are in jobs/recipes/")]
-Overrides = Annotated[list[str], typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="override a recipe's value")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="override a recipe's value")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, progress on stderr")]
 
 
@@ -69,7 +71,9 @@ def precompute(
 
 @app.command("init-student")
 def init_student(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf or package://NAME/FILE")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf or package://NAME/FILE")
+    ],
     out: Annotated[Path, typer.Option(help="folder of the new student")],
     layers: Annotated[str, typer.Option(help="0,5,10 or every:3 or keep:10 or first:8")] = "every:3",
     revision: Annotated[str | None, typer.Option(help="hub commit, tag or branch")] = None,
@@ -105,7 +109,9 @@ def train(recipe: RecipePath, overrides: Overrides = [], as_json: Json = False) 
 @app.command()
 def evaluate(
     recipe_or_run: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="a recipe, or the run folder it made")],
-    teacher: Annotated[str | None, typer.Option(help="where the teacher is here; default: as the cache names it")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="where the teacher is here; default: as the cache names it")
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="measure on at most so many held-out rows")] = None,
     overrides: Overrides = [],
     as_json: Json = False,
@@ -169,7 +175,10 @@ def _cache_table(result: dict[str, Any]) -> Table:
     table = Table(title=f"cache {result['cache']}", show_header=False)
     rows, positions, audit = result["rows"], result["positions"], result["audit"]
     sizes = result["bytes_per_position"]
-    table.add_row("teacher", f"{result['teacher']['model']}  ({result['teacher']['parameters']:,} parameters, {result['teacher']['dtype']})")
+    table.add_row(
+        "teacher",
+        f"{result['teacher']['model']}  ({result['teacher']['parameters']:,} parameters, {result['teacher']['dtype']})",
+    )
     table.add_row("corpus", f"{result['corpus']['source']}  (held out: {result['corpus']['held_out']:.0%})")
     table.add_row("vocabulary", f"{result['tokenizer']['vocabulary_size']:,} tokens")
     table.add_row("sequences", f"{result['sequence']['layout']}, up to {result['sequence']['length']} tokens")
@@ -202,4 +211,3 @@ def _row_table(result: dict[str, Any]) -> Table:
 def main() -> None:
     """Entry point of the console script."""
     app()
-

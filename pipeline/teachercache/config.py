@@ -33,11 +33,17 @@ class Section(BaseModel):
 class TeacherConfig(Section):
     """Which model is the teacher and in which precision it runs."""
 
-    model: str = Field(description="Hugging Face id, local folder, .gguf file, or package://NAME/FILE in an installed package")
+    model: str = Field(
+        description="Hugging Face id, local folder, .gguf file, or package://NAME/FILE in an installed package"
+    )
     revision: str | None = Field(None, description="hub commit, tag or branch")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; for the teacher alone")
-    attention: str | None = Field(None, description="attn_implementation of transformers: sdpa, eager, flash_attention_2")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; for the teacher alone"
+    )
+    attention: str | None = Field(
+        None, description="attn_implementation of transformers: sdpa, eager, flash_attention_2"
+    )
 
 
 class CorpusConfig(Section):
@@ -50,11 +56,15 @@ class CorpusConfig(Section):
     split: str = Field("train", description="split of a Hugging Face dataset, slices as in train[:10%]")
     streaming: bool = False
     text_field: str = "text"
-    messages_field: str | None = Field(None, description="chat rows: a list of {role, content}; loss on assistant tokens")
+    messages_field: str | None = Field(
+        None, description="chat rows: a list of {role, content}; loss on assistant tokens"
+    )
     limit: int | None = Field(None, ge=1, description="read at most so many rows")
     deduplicate: bool = Field(True, description="drop rows whose content occurred before, and count them")
     held_out: float = Field(0.05, ge=0, lt=1, description="share of rows kept for evaluation, chosen by content hash")
-    store_text: bool = Field(True, description="keep the text beside the tokens; alignment to other tokenizers needs it")
+    store_text: bool = Field(
+        True, description="keep the text beside the tokens; alignment to other tokenizers needs it"
+    )
 
 
 class SequenceConfig(Section):
@@ -137,7 +147,9 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    deepspeed: Path | None = Field(None, description="a DeepSpeed JSON file of your own; wins over zero_stage and precision")
+    deepspeed: Path | None = Field(
+        None, description="a DeepSpeed JSON file of your own; wins over zero_stage and precision"
+    )
     gradient_checkpointing: bool = False
     seed: int = 0
     evaluate_every: int | None = Field(None, ge=1, description="steps; default: once an epoch")
@@ -150,7 +162,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
         if self.global_batch % self.micro_batch:
-            raise ValueError(f"global_batch ({self.global_batch}) must be a multiple of micro_batch ({self.micro_batch})")
+            raise ValueError(
+                f"global_batch ({self.global_batch}) must be a multiple of micro_batch ({self.micro_batch})"
+            )
         return self
 
 
@@ -171,7 +185,9 @@ class Recipe(Section):
         """Raise `RecipeError` when a section that a command needs is absent."""
         for section in sections:
             if getattr(self, section) is None:
-                raise RecipeError(f"the recipe has no `{section}:` section, which this command needs; see jobs/recipes/")
+                raise RecipeError(
+                    f"the recipe has no `{section}:` section, which this command needs; see jobs/recipes/"
+                )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

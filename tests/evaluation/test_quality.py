@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 from teachercache.errors import CacheError, JobFailed, ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
 from teachercache.models import load_causal_lm
 from teachercache.shards import Cache
+
+from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
 LAYOUTS = ("documents", "packed")
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from builders import sentences, tiny_cache, tiny_recipe, tiny_teacher
 from teachercache.config import Recipe
 from teachercache.errors import CacheError, JobFailed, ModelError, RecipeError
 from teachercache.evaluation import ModelSpec, evaluate, render, run_evaluation
 from teachercache.evaluation.table import _failure, _same_imports
 from teachercache.models import load_causal_lm, load_tokenizer
+
+from builders import sentences, tiny_cache, tiny_recipe, tiny_teacher
 
 PROMISED = {
     "model", "loss", "perplexity", "top1_agreement", "accuracy", "latency_ms", "throughput", "memory_mb", "parameters",

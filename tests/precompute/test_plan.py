@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import build_cache, sentences, tiny_model, tiny_recipe, tiny_teacher, tiny_tokenizer
 
 from teachercache.errors import CacheError, CorpusError, JobFailed, ModelError, RecipeError
 from teachercache.precompute.commit import commit
 from teachercache.precompute.plan import make_plan
 from teachercache.shards import Cache, verify
 from teachercache.shards.inspection import describe_row
+
+from builders import build_cache, sentences, tiny_model, tiny_recipe, tiny_teacher, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,9 @@ def test_the_audit_accounts_for_every_row(tmp_path, teacher):
     cache = Cache.open(build_cache(recipe))
     audit = cache.manifest.audit
     assert (audit.rows_in, audit.deduplicated, audit.quarantined, audit.stored) == (30, 5, 5, 20)
-    lines = [json.loads(line) for path in (recipe.cache / "quarantine").iterdir() for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line) for path in (recipe.cache / "quarantine").iterdir() for line in path.read_text().splitlines()
+    ]
     assert len(lines) == 5 and all(line["reason"] for line in lines)
     assert verify(recipe.cache) == []
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import build_cache, sentences, tiny_recipe, tiny_teacher
 
 from teachercache.shards import Cache, verify
+
+from builders import build_cache, sentences, tiny_recipe, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
 

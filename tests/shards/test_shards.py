@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from builders import sentences, tiny_cache, tiny_recipe
 
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache, verify
 from teachercache.shards.inspection import describe, describe_row
 from teachercache.shards.manifest import MANIFEST, fingerprint_of
+
+from builders import sentences, tiny_cache, tiny_recipe
 
 
 @pytest.fixture(scope="session")

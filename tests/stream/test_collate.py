@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from builders import tiny_cache
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.collate import IGNORED, Collator, collate
 from teachercache.stream.dataset import CacheDataset
 from teachercache.targets import Column
 from teachercache.tokens.rows import Segment, TokenRow
+
+from builders import tiny_cache
 
 COLUMNS = (Column("head_ids", "<u2", (2,)), Column("head_logits", "<f2", (2,)))
 

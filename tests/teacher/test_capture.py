@@ -1,9 +1,10 @@
 """The teacher's captured columns against the model run alone, row by row."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
-from builders import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -13,6 +14,8 @@ from teachercache.models import isolates_packed_segments
 from teachercache.targets import TopK
 from teachercache.teacher import Teacher, length_sorted_batches
 from teachercache.tokens.rows import Segment, TokenRow
+
+from builders import tiny_model
 
 VOCABULARY = 90
 
@@ -35,7 +38,7 @@ def alone(model, row: TokenRow, *, vocabulary: int = VOCABULARY, k: int = 8) -> 
     starts = [*(segment.start for segment in row.segments), row.length]
     parts = []
     with torch.no_grad():
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
+        for start, end in pairwise(starts):
             ids = torch.from_numpy(row.input_ids_S[start:end].astype(np.int64))[None]
             parts.append(model(input_ids=ids, use_cache=False).logits[0])
     logits_SV = torch.cat(parts)[torch.from_numpy(row.target_mask_S)].float()
@@ -67,7 +70,9 @@ def test_batched_capture_equals_one_by_one(positions_per_batch):
 def test_packed_segments_do_not_see_each_other():
     model = tiny_model(vocabulary=VOCABULARY)
     rows = [make_row(40, seed=1, starts=(0, 11, 25)), make_row(17, seed=2, starts=(0, 2))]
-    for row, captured in zip(rows, make_teacher(model, layout="packed").capture(rows, positions_per_batch=999), strict=True):
+    for row, captured in zip(
+        rows, make_teacher(model, layout="packed").capture(rows, positions_per_batch=999), strict=True
+    ):
         assert_same(captured.columns, alone(model, row))
 
 
@@ -75,7 +80,9 @@ def test_a_model_that_mixes_packed_segments_is_refused():
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ).eval()
     assert isolates_packed_segments(tiny_model(vocabulary=VOCABULARY), vocabulary_size=VOCABULARY)
     with pytest.raises(ModelError, match="sequence.layout: documents"):
         make_teacher(mamba, layout="packed")
@@ -147,7 +154,9 @@ def test_rows_whose_logits_are_not_finite_get_a_problem():
     sick.input_ids_S[6] = 7
     results = make_teacher(model).capture([healthy, sick], positions_per_batch=4096)
     assert results[0].problem is None
-    assert results[1].problem == "the teacher's logits are not finite at 9 of 9 positions"  # NaN reaches earlier tokens as 0 x NaN
+    assert (
+        results[1].problem == "the teacher's logits are not finite at 9 of 9 positions"
+    )  # NaN reaches earlier tokens as 0 x NaN
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 300))
@@ -163,4 +172,6 @@ def test_batches_do_not_depend_on_the_order_of_rows():
     rows = [make_row(length, seed=index) for index, length in enumerate([5, 9, 5, 30, 9, 2])]
     names = [[rows[i].row_id for i in batch] for batch in length_sorted_batches(rows, positions_per_batch=20)]
     turned = rows[::-1]
-    assert names == [[turned[i].row_id for i in batch] for batch in length_sorted_batches(turned, positions_per_batch=20)]
+    assert names == [
+        [turned[i].row_id for i in batch] for batch in length_sorted_batches(turned, positions_per_batch=20)
+    ]

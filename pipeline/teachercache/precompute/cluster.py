@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -128,16 +128,14 @@ def run_units(job: Job, pending: list[int]) -> Iterator[dict[str, Any]]:
     actors = min(settings.actors, len(pending))
     rows = [{"unit": unit, "payload": b"", "problem": None} for unit in pending]
     units = ray.data.from_items(rows, override_num_blocks=len(pending))
+    # Ray's annotation of `map` has no room for a function with further arguments, or for a class.
+    tokenise, capture, write = cast(Any, _tokenise), cast(Any, TeacherActor), cast(Any, _write)
+    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2)
+    gpus = settings.gpus_per_actor or None
     stages = (
-        units.map(_tokenise, fn_args=(job,), num_cpus=TASK_CPUS)
-        .map(
-            TeacherActor,
-            fn_constructor_args=(job,),
-            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
-            num_cpus=1,
-            num_gpus=settings.gpus_per_actor or None,
-        )
-        .map(_write, fn_args=(job,), num_cpus=TASK_CPUS)
+        units.map(tokenise, fn_args=(job,), num_cpus=TASK_CPUS)
+        .map(capture, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus)
+        .map(write, fn_args=(job,), num_cpus=TASK_CPUS)
     )
     try:
         for row in stages.iter_rows():
@@ -159,7 +157,9 @@ def connected(settings: PrecomputeConfig) -> Iterator[None]:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     if address:
         package = str(Path(teachercache.__file__).parent)
-        ray.init(address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(
+            address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False
+        )
     else:
         _start_local(settings)
     _quiet_ray_data()

@@ -26,7 +26,8 @@ def commit(plan: Plan) -> Manifest:
     manifest = _manifest(plan, records)
     if not manifest.shards:
         raise JobFailed(
-            f"all {plan.rows_in} rows were quarantined, so there is nothing to store; their reasons are in {plan.folder / 'quarantine'}"
+            f"all {plan.rows_in} rows were quarantined, so there is nothing to store; "
+            f"their reasons are in {plan.folder / 'quarantine'}"
         )
     (plan.folder / CARD).write_text(render_card(manifest), encoding="utf-8")
     _remove_leftovers(plan, manifest)
@@ -57,7 +58,9 @@ def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
     total = Counter({name: sum(record[name] for record in records) for name in _COUNTED})
     staged = plan.rows_in - plan.deduplicated
     if total["documents"] != staged:
-        raise JobFailed(f"{staged} rows were staged, but units account for {total['documents']}; delete {plan.folder} and run again")
+        raise JobFailed(
+            f"{staged} rows were staged, but units account for {total['documents']}; delete {plan.folder} and run again"
+        )
     return Audit(
         rows_in=plan.rows_in,
         stored=staged - total["quarantined_documents"],

@@ -231,7 +231,9 @@ def _portable_source(source: str) -> str:
 
 def _begin(plan: Plan, staging: Path | None, tokenizer: Any, config: Any) -> None:
     assert staging is not None
-    save_teacher_files(plan.folder / "teacher", tokenizer, config, fingerprint=plan.identity["tokenizer"]["fingerprint"])
+    save_teacher_files(
+        plan.folder / "teacher", tokenizer, config, fingerprint=plan.identity["tokenizer"]["fingerprint"]
+    )
     staging.rename(plan.work / "units")
     (plan.work / "done").mkdir(exist_ok=True)
     temporary = plan.work / (PLAN + ".tmp")
@@ -248,6 +250,8 @@ def save_teacher_files(folder: Path, tokenizer: Any, config: Any, *, fingerprint
         data = json.loads((folder / name).read_text(encoding="utf-8"))
         for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "quantization_config", "auto_map"):
             data.pop(key, None)
-        (folder / name).write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     if tokenizer_fingerprint(load_tokenizer(str(folder))) != fingerprint:
         raise CacheError("the teacher's tokenizer changes when it is saved and loaded; a cache cannot describe it")

@@ -15,4 +15,15 @@ from teachercache.shards.reader import SPLITS, Cache, StoredRow
 from teachercache.shards.verify import Problem, verify
 from teachercache.shards.writer import write_shard
 
-__all__ = ["SPLITS", "Audit", "Cache", "FileInfo", "Manifest", "Problem", "ShardInfo", "StoredRow", "verify", "write_shard"]
+__all__ = [
+    "SPLITS",
+    "Audit",
+    "Cache",
+    "FileInfo",
+    "Manifest",
+    "Problem",
+    "ShardInfo",
+    "StoredRow",
+    "verify",
+    "write_shard",
+]

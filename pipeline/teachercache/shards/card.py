@@ -10,24 +10,31 @@ def render_card(manifest: Manifest) -> str:
     audit, logits = manifest.audit, manifest.logits
     sizes = manifest.bytes_per_position()
     temperatures = ", ".join(f"{value:g}" for value in logits["temperatures"])
+    held_out = sum(shard.held_out_rows for shard in manifest.shards)
+    counts = f"{audit.rows_in:,} rows = {audit.stored:,} stored + {audit.quarantined:,} quarantined"
+    table = {
+        "teacher": f"`{manifest.teacher['model']}`, {manifest.model['parameters']:,} parameters, {manifest.model['dtype']}",
+        "vocabulary": f"{manifest.vocabulary_size:,} tokens",
+        "corpus": f"`{manifest.corpus['source']}`: {counts} + {audit.deduplicated:,} deduplicated",
+        "sequences": f"{manifest.rows:,} rows of up to {manifest.sequence_length} tokens ({manifest.layout}), "
+        f"{held_out:,} of them held out",
+        "positions": f"{manifest.positions:,}",
+        "targets": f"{logits['kind']}, k = {logits['k']}, tail mass at T = {temperatures}",
+        "size": f"{manifest.shard_bytes:,} bytes of shards: {sizes['logits']} per position for logits, {sizes['total']} in all",
+        "fingerprint": f"`{manifest.fingerprint}`",
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     return f"""# Teacher cache: {manifest.teacher["model"]}
 
 Next-token distributions of a teacher over a corpus, to distil students from without the teacher.
 
 | | |
 |---|---|
-| teacher | `{manifest.teacher["model"]}`, {manifest.model["parameters"]:,} parameters, run in {manifest.model["dtype"]} |
-| vocabulary | {manifest.vocabulary_size:,} tokens |
-| corpus | `{manifest.corpus["source"]}`: {audit.rows_in:,} rows = {audit.stored:,} stored + {audit.quarantined:,} quarantined + {audit.deduplicated:,} deduplicated |
-| sequences | {manifest.rows:,} rows of up to {manifest.sequence_length} tokens ({manifest.layout}), {sum(s.held_out_rows for s in manifest.shards):,} of them held out |
-| positions | {manifest.positions:,} |
-| targets | {logits["kind"]}, k = {logits["k"]}, tail mass at T = {temperatures} |
-| size | {manifest.shard_bytes:,} bytes of shards: {sizes["logits"]} per position for logits, {sizes["total"]} in all |
-| fingerprint | `{manifest.fingerprint}` |
+{rows}
 
     teachercache verify .       # every byte against its digest
     teachercache inspect .      # what is inside
     teachercache train RECIPE   # with `cache:` set to this folder
 
-Shards are Arrow IPC files; the plain columns open in DuckDB, Polars and `datasets.load_dataset("arrow", …)`.
+Shards are Arrow IPC files; the plain columns open in DuckDB, Polars and `datasets.load_dataset("arrow", ...)`.
 """

@@ -82,7 +82,9 @@ def _find(cache: Cache, row_id: str) -> StoredRow:
     if colon and name in SPLITS and number.isdigit():
         split: Split = "train" if name == "train" else "held-out"
         if int(number) >= cache.rows_of(split):
-            raise CacheError(f"there is no row {row_id}: the cache has {cache.rows_of(split)} {split} rows, counted from 0")
+            raise CacheError(
+                f"there is no row {row_id}: the cache has {cache.rows_of(split)} {split} rows, counted from 0"
+            )
         return cache.read_row(split, int(number))
     for split in SPLITS:
         for index in range(cache.rows_of(split)):
@@ -98,7 +100,9 @@ def token_texts(cache: Cache) -> dict[int, str]:
         return {}
     data = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = data["model"].get("vocab", {})
-    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], i) for i, entry in enumerate(vocabulary))
+    pairs = (
+        vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], i) for i, entry in enumerate(vocabulary))
+    )
     texts = {token: _readable(spelling) for spelling, token in pairs}
     texts.update({token["id"]: token["content"] for token in data.get("added_tokens", [])})
     return texts

@@ -61,7 +61,10 @@ def shard_metadata(schema: pa.Schema, *, file: str) -> dict[str, Any]:
 
 
 def to_batch(
-    rows: Sequence[TokenRow], payload: Sequence[Mapping[str, NDArray[Any]]], columns: Sequence[Column], schema: pa.Schema
+    rows: Sequence[TokenRow],
+    payload: Sequence[Mapping[str, NDArray[Any]]],
+    columns: Sequence[Column],
+    schema: pa.Schema,
 ) -> pa.RecordBatch:
     """Rows and their target columns ([positions, …] each) as one record batch."""
     values: list[list[Any]] = [

@@ -1,10 +1,11 @@
-"""When a run logs, evaluates and saves, beyond the intervals of `TrainingArguments`."""
+"""When a run logs, evaluates and saves, beyond the intervals of `TrainingArguments`, and that it begins at step 0."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from teachercache.stream.batches import BatchPlan
@@ -16,8 +17,17 @@ class Cadence(TrainerCallback):
     def __init__(self, plan: BatchPlan) -> None:
         self._plan = plan
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
         state.compute_steps(args, state.max_steps)  # a resumed state brings the intervals of the run before
+        if state.global_step == 0:
+            _uncount_steps(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.epoch = state.global_step / self._plan.steps_per_epoch  # to Trainer the whole run is one epoch
@@ -35,3 +45,13 @@ class Cadence(TrainerCallback):
         best = float("inf") if state.best_metric is None else state.best_metric
         if metrics and metrics.get("eval_loss", best) < best:
             control.should_save = True  # the best student is exported from its checkpoint
+
+
+def _uncount_steps(optimizer: Any) -> None:
+    """Without ZeRO, DeepSpeed's 16-bit optimizer allocates its state by a step with zero gradients. Adam counts it, and
+    its bias correction then shrinks the first real step to three quarters."""
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, DeepSpeed's, then torch's own
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].zero_()

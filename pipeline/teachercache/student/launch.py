@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,9 +97,8 @@ def _send_logs_to_stderr() -> None:
     transformers.logging.set_verbosity_warning()
     transformers.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    for handler in deepspeed.utils.logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+    deepspeed.utils.logger.handlers.clear()
+    deepspeed.utils.logger.propagate = True
     # It warns that Trainer accumulates gradients itself, which is what is meant.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
 

@@ -58,17 +58,20 @@ class RunFolder:
         _write(self.path / "summary.json", summary)
 
     def check_identity(self, identity: dict[str, Any]) -> None:
-        """Raise `RecipeError` when the folder holds another run than the one that is asked for."""
+        """Raise `RecipeError` when the folder holds another run than the one that is asked for.
+
+        Before its first checkpoint a run holds nothing that could be lost, and its settings may change.
+        """
+        if not any(self.path.glob("checkpoint-*")) and self.summary() is None:
+            return
         remedy = f"use another train.output, or delete {self.path}"
         path = self.path / "run.json"
-        if path.is_file():
-            differences = list(_differences(json.loads(path.read_text(encoding="utf-8")), identity))
-            if differences:
-                raise RecipeError(
-                    f"{self.path} holds a run with other settings ({'; '.join(differences[:4])}); {remedy}"
-                )
-        elif any(self.path.glob("checkpoint-*")):
+        if not path.is_file():
             raise RecipeError(f"{self.path} holds checkpoints of something else (it has no run.json); {remedy}")
+        differences = list(_differences(json.loads(path.read_text(encoding="utf-8")), identity))
+        if differences:
+            shown = "; ".join(differences[:4])
+            raise RecipeError(f"{self.path} holds a run with other settings ({shown}); {remedy}")
 
     def claim(self, identity: dict[str, Any]) -> None:
         """Write down whose run this is."""

@@ -80,14 +80,11 @@ class _Job:
             return summary
         with self.folder.locked() if self.process.main else nullcontext():
             resume = self.folder.resume_point(world_size=self.process.world_size, zero_stage=self.zero_stage)
-            if self.process.main:
-                self.folder.claim(identity)
-                remove_incomplete(self.folder.path)
             if resume is None or resume.step < self.steps:
-                self._train(resume)
+                self._train(resume, identity)
             return self._finish(resume, began)
 
-    def _train(self, resume: Checkpoint | None) -> None:
+    def _train(self, resume: Checkpoint | None, identity: dict[str, Any]) -> None:
         import torch
 
         from teachercache.models import load_causal_lm
@@ -99,7 +96,7 @@ class _Job:
         if resume is not None:
             self._say(f"resuming at step {resume.step} of {self.steps}")
         try:
-            self._run_trainer(model, resume)
+            self._run_trainer(model, resume, identity)
         except torch.OutOfMemoryError as error:
             raise JobFailed(
                 f"out of memory ({str(error).splitlines()[0]}); lower train.micro_batch, "
@@ -110,13 +107,16 @@ class _Job:
                 raise
             raise RecipeError(f"train.deepspeed: {self.config.deepspeed}: {' '.join(str(error).split())}") from error
 
-    def _run_trainer(self, model: Any, resume: Checkpoint | None) -> None:
+    def _run_trainer(self, model: Any, resume: Checkpoint | None, identity: dict[str, Any]) -> None:
         from teachercache.student.progress import LogFile, ProgressBar
 
         bar = ProgressBar(self.console)
         callbacks = [LogFile(self.folder.path / "log.jsonl"), bar] if self.process.main else []
         try:
             trainer = self._trainer(model, callbacks)
+            if self.process.main:
+                self.folder.claim(identity)
+                remove_incomplete(self.folder.path)
             trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
             trainer.accelerator.wait_for_everyone()
         finally:

@@ -1,7 +1,7 @@
 """Run a teacher over rows and capture its targets. Torch, but no Ray: usable in a notebook as it is.
 
-    batches.py    which rows share a forward pass, a function of the rows alone
-    forward.py    `Teacher`: the model, its forward pass in bounded memory, the captured columns
+batches.py    which rows share a forward pass, a function of the rows alone
+forward.py    `Teacher`: the model, its forward pass in bounded memory, the captured columns
 """
 
 from teachercache.teacher.batches import length_sorted_batches

@@ -153,4 +153,6 @@ def _logits_are_projected_hidden_states(model: Any) -> bool:
     whole = model(input_ids=ids, use_cache=False).logits.float()
     split = project(body(input_ids=ids, use_cache=False)[0]).float()
     tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
-    return whole.shape == split.shape and bool((whole - split).abs().max() <= tolerance * whole.abs().max().clamp_min(1.0))
+    return whole.shape == split.shape and bool(
+        (whole - split).abs().max() <= tolerance * whole.abs().max().clamp_min(1.0)
+    )

@@ -1,0 +1,101 @@
+"""How much of the bare teacher's speed does the whole precompute job keep?
+
+    python tests/bench/precompute_speed.py WORK_FOLDER [--repeats 3] [--json]
+
+Side by side in one process tree, in turn: the whole job on Ray, and the bare forward pass (output projection included,
+nothing captured) over the very batches of that job, with as many threads. Positions per second from the first position to
+the last; start-up is reported apart. Medians over the repeats; the ratio is taken within each repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def whole_job(work: Path, limit: int) -> dict:
+    from teachercache.quickstart import write_recipe
+
+    shutil.rmtree(work / "cache", ignore_errors=True)
+    recipe, _ = write_recipe(work, [f"corpus.limit={limit}"])
+    command = [sys.executable, "-m", "teachercache", "precompute", str(recipe), "--json"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def bare_forward(work: Path) -> dict:
+    """In a process of its own, as the actor's is."""
+    command = [sys.executable, __file__, str(work), "--bare"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def run_bare(work: Path) -> dict:
+    import torch
+
+    from teachercache.config import load_recipe
+    from teachercache.models import load_causal_lm, model_inputs
+    from teachercache.shards import SPLITS, Cache
+    from teachercache.teacher import length_sorted_batches
+
+    recipe = load_recipe(work / "recipe.yaml")
+    cache = Cache.open(recipe.cache)
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = load_causal_lm(recipe.teacher.model, dtype=recipe.teacher.dtype)
+    units: dict[str, list] = {}
+    for split in SPLITS:
+        start = 0
+        for shard in cache.manifest.shards:
+            count = shard.held_out_rows if split == "held-out" else shard.rows - shard.held_out_rows
+            rows = [cache.read_row(split, index, columns=()).row for index in range(start, start + count)]
+            units.setdefault(shard.file, []).extend(rows)
+            start += count
+    batches = [
+        [rows[index] for index in batch]
+        for rows in units.values()
+        for batch in length_sorted_batches(rows, positions_per_batch=recipe.precompute.positions_per_batch)
+    ]
+    inputs = [
+        {name: torch.from_numpy(v) for name, v in model_inputs(batch, pad_id=0, layout=recipe.sequence.layout).items()}
+        for batch in batches
+    ]
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for arguments in inputs:
+            model(**arguments, use_cache=False)
+    seconds = time.perf_counter() - start
+    positions = sum(row.positions for batch in batches for row in batch)
+    return {"positions": positions, "seconds": seconds, "positions_per_second": positions / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=20, help="rows of the corpus")
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.bare:
+        print(json.dumps(run_bare(options.work)))
+        return
+    pairs = [(whole_job(options.work, options.limit), bare_forward(options.work)) for _ in range(options.repeats)]
+    ratios = [job["positions_per_second"] / bare["positions_per_second"] for job, bare in pairs]
+    result = {
+        "positions": pairs[0][1]["positions"],
+        "job_positions_per_second": statistics.median(job["positions_per_second"] for job, _ in pairs),
+        "bare_positions_per_second": statistics.median(bare["positions_per_second"] for _, bare in pairs),
+        "start_up_seconds": statistics.median(job["start_up_seconds"] for job, _ in pairs),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+    print(json.dumps(result) if options.json else result)
+
+
+if __name__ == "__main__":
+    main()

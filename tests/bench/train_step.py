@@ -1,0 +1,104 @@
+"""What a training step from the cache costs over plain fine-tuning: same student, same rows, in turn.
+
+    python tests/bench/train_step.py CACHE STUDENT [--steps 12] [--batch 8] [--json]
+
+Contestants: `plain` is transformers' own cross-entropy (`model(input_ids, labels=...)`), `ce` is our loss without the
+teacher, `kd-t1` and `kd-t2` distil at T = 1 and T = 2. Every round takes one step (forward, backward, AdamW) of each on
+the same rows, decoding included; medians over the rounds, ratios within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from teachercache.config import ObjectiveConfig
+from teachercache.models import load_causal_lm
+from teachercache.objective import DistillationObjective, required_columns
+from teachercache.shards import Cache
+from teachercache.stream.batches import BatchPlan
+from teachercache.stream.collate import Collator
+
+OBJECTIVES = {
+    "ce": ObjectiveConfig(alpha=0.0),
+    "kd-t1": ObjectiveConfig(alpha=0.9, temperature=1.0),
+    "kd-t2": ObjectiveConfig(alpha=0.9, temperature=2.0),
+}
+
+
+def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], None]]:
+    model = load_causal_lm(student).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    logits, vocabulary = cache.manifest.logits, cache.manifest.vocabulary_size
+
+    def step(loss: torch.Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def plain(rows: list[int]) -> None:
+        batch = Collator.of(cache.manifest, columns=())([cache.read_row("train", row, columns=()) for row in rows])
+        labels = batch["input_ids"].clone()
+        step(model(input_ids=batch["input_ids"], labels=labels, use_cache=False).loss)
+
+    def cached(config: ObjectiveConfig) -> Callable[[list[int]], None]:
+        objective = DistillationObjective(config, targets=logits, vocabulary_size=vocabulary)
+        columns = required_columns(config, logits)
+        collate = Collator.of(cache.manifest, columns=columns)
+
+        def run(rows: list[int]) -> None:
+            batch = collate([cache.read_row("train", row, columns=columns) for row in rows])
+            outputs = model(input_ids=batch["input_ids"], use_cache=False)
+            terms = objective(outputs.logits, batch["shift_labels"], batch["targets"])
+            step(terms.total / terms.positions)
+
+        return run
+
+    return {"plain": plain} | {name: cached(config) for name, config in OBJECTIVES.items()}
+
+
+def measure(cache: Cache, student: str, *, steps: int, batch: int) -> dict:
+    runs = contestants(cache, student)
+    plan = BatchPlan(
+        rows=cache.rows_of("train"), global_batch=batch, micro_batch=batch, world_size=1,
+        fingerprint=cache.manifest.fingerprint, seed=0,
+    )  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(steps + 1):
+        rows = plan.step_rows(number).tolist()
+        names = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]  # no contestant always goes first
+        for name in names:
+            start = time.perf_counter()
+            runs[name](rows)
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+        print(f"round {number} of {steps}", file=sys.stderr)
+    ratios = {n: statistics.median(a / b for a, b in zip(v, seconds["plain"], strict=True)) for n, v in seconds.items()}
+    return {
+        "rows": batch,
+        "threads": torch.get_num_threads(),
+        "milliseconds": {name: round(statistics.median(values) * 1e3, 1) for name, values in seconds.items()},
+        "ratio_to_plain": {name: round(value, 3) for name, value in ratios.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache")
+    parser.add_argument("student")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result = measure(Cache.open(options.cache), options.student, steps=options.steps, batch=options.batch)
+    print(json.dumps(result) if options.json else result)
+
+
+if __name__ == "__main__":
+    main()

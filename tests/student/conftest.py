@@ -1,0 +1,69 @@
+"""One tiny cache and student for all tests of training; runs are trained in this process unless a test needs others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teachercache.config import Recipe, parse_recipe
+
+from builders import tiny_cache, tiny_model, tiny_teacher
+
+# Several trainings at once on few cores crawl when each of them spins on all cores; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 train rows, 12 held-out ones. The teacher that made it is gone."""
+    folder = tmp_path_factory.mktemp("cache")
+    teacher = tiny_teacher(folder / "teacher")
+    made = tiny_cache(folder, teacher=teacher, targets={"logits": {"k": 16, "dtype": "float32"}})
+    shutil.rmtree(teacher)
+    return made
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer, other weights than the teacher's, no tokenizer, and dropout, so that random states matter."""
+    folder = tmp_path_factory.mktemp("student")
+    model = tiny_model(layers=1, seed=1)
+    model.config.attention_dropout = 0.1
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
+    """A recipe of 9 steps in 1.5 epochs; arguments override `train:`, and `objective`, `student`, `cache` theirs."""
+
+    def make(
+        *,
+        objective: dict[str, Any] | None = None,
+        student_model: Path = student,
+        cache_folder: Path = cache,
+        output: Path = tmp_path / "run",
+        **train: Any,
+    ) -> Recipe:
+        settings = {
+            "global_batch": 8, "micro_batch": 2, "epochs": 1.5, "learning_rate": 0.01, "log_every": 1,
+            "evaluate_every": 4, "max_grad_norm": 0.3, "loader_workers": 0, "trackers": [],
+        }  # fmt: skip
+        return parse_recipe(
+            {
+                "cache": str(cache_folder),
+                "student": {"model": str(student_model)},
+                "objective": {"alpha": 0.7, "temperature": 2.0} | (objective or {}),
+                "train": {**settings, "output": str(output), **train},
+            },
+            origin="tests",
+        )
+
+    return make

@@ -1,0 +1,70 @@
+"""Whole and half checkpoint folders, and the export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teachercache.student.checkpoints import (
+    checkpoint_folder,
+    complete_checkpoints,
+    mark_complete,
+    remove_incomplete,
+    rotate,
+)
+from teachercache.student.export import export_student
+
+
+def _make(run: Path, step: int, *, whole: bool = True) -> None:
+    folder = checkpoint_folder(run, step)
+    (folder / "global_step").mkdir(parents=True)
+    (folder / "global_step" / "optimizer.pt").write_bytes(b"state")
+    if whole:
+        mark_complete(folder, world_size=2)
+
+
+def test_only_marked_folders_count(tmp_path: Path) -> None:
+    for step in (10, 9, 100):
+        _make(tmp_path, step)
+    _make(tmp_path, 200, whole=False)
+    (tmp_path / "checkpoint-best").mkdir()  # somebody's own
+    found = complete_checkpoints(tmp_path)
+    assert [checkpoint.step for checkpoint in found] == [9, 10, 100] and found[0].world_size == 2
+    assert remove_incomplete(tmp_path) == [tmp_path / "checkpoint-200"]
+    assert (tmp_path / "checkpoint-best").is_dir() and len(complete_checkpoints(tmp_path)) == 3
+
+
+@given(steps=st.sets(st.integers(1, 30), min_size=1), keep=st.integers(1, 5), data=st.data())
+def test_the_latest_and_the_best_stay(
+    tmp_path_factory: object, steps: set[int], keep: int, data: st.DataObject
+) -> None:
+    run = tmp_path_factory.mktemp("run")  # type: ignore[attr-defined]
+    best = data.draw(st.sampled_from([None, *sorted(steps)]))
+    for step in steps:
+        _make(run, step)
+    rotate(run, keep=keep, best_step=best)
+    expected = set(sorted(steps)[-keep:]) | ({best} if best else set())
+    assert {checkpoint.step for checkpoint in complete_checkpoints(run)} == expected
+    assert len(list(run.iterdir())) == len(expected)
+
+
+def test_the_export_takes_weights_from_one_and_the_tokenizer_from_the_other(tmp_path: Path) -> None:
+    checkpoint, tokenizer, student = tmp_path / "checkpoint-1", tmp_path / "teacher", tmp_path / "student"
+    files = {
+        checkpoint: ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+                     "generation_config.json", "training_args.bin", "rng_state.pth", "trainer_state.json"],
+        tokenizer: ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"],
+        student: ["left-over.safetensors"],
+    }  # fmt: skip
+    for folder, names in files.items():
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(folder.name)
+    export_student(checkpoint, tokenizer=tokenizer, student=student)
+    assert {path.name: path.read_text() for path in student.iterdir()} == {
+        **dict.fromkeys(files[checkpoint][:4], "checkpoint-1"),
+        **dict.fromkeys(files[tokenizer][1:], "teacher"),
+    }
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

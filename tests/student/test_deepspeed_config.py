@@ -1,0 +1,67 @@
+"""A recipe to a DeepSpeed configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teachercache.config import TrainConfig
+from teachercache.errors import RecipeError
+from teachercache.student.deepspeed_config import deepspeed_config, precision_of
+
+
+def _config(**settings: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"output": "run", **settings})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_stage_and_precision_arrive(stage: Any, precision: Any) -> None:
+    made = deepspeed_config(_config(zero_stage=stage, precision=precision), on_gpu=True)
+    assert made["zero_optimization"]["stage"] == stage
+    assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert precision_of(made, "fp32") == precision
+    json.dumps(made)
+
+
+def test_fp16_scales_its_loss_dynamically() -> None:
+    fp16 = deepspeed_config(_config(precision="fp16"), on_gpu=True)["fp16"]
+    assert fp16["loss_scale"] == 0 and fp16["initial_scale_power"] == 16
+
+
+def test_bf16_sums_gradients_in_float32() -> None:
+    assert deepspeed_config(_config(precision="bf16"), on_gpu=True)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_the_users_own_file_wins(tmp_path: Path) -> None:
+    own = {
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 7},
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+    }
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    made = deepspeed_config(_config(deepspeed=tmp_path / "own.json", zero_stage=1, precision="bf16"), on_gpu=True)
+    assert made["zero_optimization"]["stage"] == 3 and made["zero_optimization"]["reduce_bucket_size"] == 7
+    assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert made["gradient_clipping"] == "auto"
+    assert precision_of(made, "bf16") == "bf16" and precision_of(made, "fp32") == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(None, "does not exist"), ("{", "is not JSON"), ("[]", "must hold an object")]
+)
+def test_a_file_that_cannot_be_used(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "own.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        deepspeed_config(_config(deepspeed=path), on_gpu=False)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "infra" / "deepspeed").glob("*.json")))
+def test_the_examples_are_usable(path: Path) -> None:
+    made = deepspeed_config(_config(deepspeed=path, precision="bf16"), on_gpu=True)
+    assert precision_of(made, "bf16") == "bf16" and made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"

@@ -1,0 +1,82 @@
+"""Several processes learn what one learns; no process meets the teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from student.runs import log_of, losses_of
+from teachercache.models import load_causal_lm
+from teachercache.student.train import run_training
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def _without_dropout(student: Path, folder: Path) -> Path:
+    model = load_causal_lm(str(student))
+    model.config.attention_dropout = 0.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def _write(recipe: Any, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    return path
+
+
+def _compare(make_recipe: Any, student: Path, folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+    plain = _without_dropout(student, folder / "plain")
+    one = make_recipe(output=folder / "one", student_model=plain, **settings)
+    two = make_recipe(output=folder / "two", student_model=plain, **settings)
+    run_training(one)
+    job = [str(ROOT / "jobs" / "train_student.py"), str(_write(two, folder / "two.yaml")), "--json"]
+    done = subprocess.run([*TORCHRUN, *job], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(losses_of(two.train.output), losses_of(one.train.output), atol=1e-5)
+    for ours, theirs in zip(log_of(two.train.output), log_of(one.train.output), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+    return done
+
+
+def test_two_processes_under_zero_2_learn_what_one_learns(make_recipe: Any, student: Path, tmp_path: Path) -> None:
+    done = _compare(make_recipe, student, tmp_path, zero_stage=2, loader_workers=1)
+    assert json.loads(done.stdout)["zero_stage"] == 2  # one document, from one of them
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_two_processes_learn_what_one_learns(make_recipe: Any, student: Path, tmp_path: Path, stage: int) -> None:
+    # One micro-batch for two processes: one of them has nothing but padding.
+    _compare(make_recipe, student, tmp_path, zero_stage=stage, micro_batch=8)
+
+
+PROGRAM = """
+import sys
+from teachercache.config import load_recipe
+from teachercache.student.train import run_training
+run_training(load_recipe(sys.argv[1]))
+forbidden = ("ray", "datasets", "teachercache.teacher", "teachercache.precompute", "teachercache.corpus")
+print([name for name in forbidden if name in sys.modules])
+"""
+
+
+def test_training_never_meets_the_teacher(make_recipe: Any, cache: Path, tmp_path: Path) -> None:
+    """The fixture has deleted the teacher's folder; what is left of it are a config and a tokenizer in the cache."""
+    assert not (cache.parent / "teacher").exists()
+    assert not [path for path in cache.rglob("*") if path.suffix in {".safetensors", ".bin", ".pt", ".gguf"}]
+    path = _write(make_recipe(max_steps=2), tmp_path / "recipe.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, env=ENVIRONMENT, check=True
+    )
+    assert done.stdout.strip() in {"[]", "['datasets']"}  # transformers.Trainer imports datasets where it is installed

@@ -1,0 +1,169 @@
+"""Kill a run and run it again: the same losses, bit by bit, as if nobody had killed it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from student.runs import log_of
+from teachercache.config import Recipe
+from teachercache.errors import JobFailed, RecipeError
+from teachercache.student.checkpoints import complete_checkpoints
+from teachercache.student.train import run_training
+
+JOB = Path(__file__).parents[2] / "jobs" / "train_student.py"
+
+
+def _start(recipe: Recipe, folder: Path, *, processes: int = 1) -> subprocess.Popen[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(JOB), str(path), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[1] / "pipeline")}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _kill_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """SIGKILL a job and its processes once the checkpoint of `step` is whole."""
+    import psutil
+
+    while not (run / f"checkpoint-{step}" / "complete.json").exists():
+        if process.poll() is not None:
+            pytest.fail(f"the job ended by itself: {process.communicate()[1][-2000:]}")
+        time.sleep(0.002)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run / "summary.json").exists(), "it was killed too late"
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(make_recipe: Any, tmp_path: Path) -> None:
+    settings = {"epochs": 5, "save_every": 3, "log_every": 2, "trackers": []}
+    uninterrupted = make_recipe(output=tmp_path / "whole", **settings)
+    killed = make_recipe(output=tmp_path / "killed", loader_workers=1, **settings)
+    run_training(uninterrupted)
+    _kill_after(_start(killed, tmp_path), killed.train.output, 6)
+    newest = complete_checkpoints(killed.train.output)[-1].step
+    result = run_training(killed)
+    assert 6 <= newest < 30 and result["resumed_from"] == newest
+    assert log_of(killed.train.output) == log_of(uninterrupted.train.output)
+    assert _weights(killed) == _weights(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_processes_go_on_together(make_recipe: Any, tmp_path: Path, stage: int) -> None:
+    settings = {"epochs": 5, "save_every": 3, "zero_stage": stage}
+    whole = make_recipe(output=tmp_path / "whole", **settings)
+    killed = make_recipe(output=tmp_path / "killed", **settings)
+    assert _start(whole, tmp_path, processes=2).wait() == 0
+    for step in (6, 18):
+        _kill_after(_start(killed, tmp_path, processes=2), killed.train.output, step)
+    with pytest.raises(RecipeError, match=r"written by 2 process.*resume with 2 instead of 1"):
+        run_training(killed)
+    assert _start(killed, tmp_path, processes=2).wait() == 0
+    assert log_of(killed.train.output) == log_of(whole.train.output)
+    assert _weights(killed) == _weights(whole)
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(zero_stage=2)
+    run = recipe.train.output
+    run_training(recipe)
+    before, weights = log_of(run), _weights(recipe)
+    _unfinish(run)
+    half = run / "checkpoint-9"
+    (half / "complete.json").unlink()
+    (half / "model.safetensors").write_bytes(b"half")
+    (run / "checkpoint-99").mkdir()  # killed before anything but the folder was there
+    assert run_training(recipe)["resumed_from"] == 8
+    assert not (run / "checkpoint-99").exists()
+    assert log_of(run) == before and _weights(recipe) == weights
+
+
+def test_a_run_killed_before_its_export_only_exports(make_recipe: Any) -> None:
+    recipe = make_recipe()
+    first = run_training(recipe)
+    weights, checkpoints = _weights(recipe), _modified(recipe)
+    _unfinish(recipe.train.output)
+    again = run_training(recipe)
+    assert again["resumed_from"] == again["steps"] == 9 and again["best"] == first["best"]
+    assert _weights(recipe) == weights and _modified(recipe) == checkpoints
+
+
+def test_intervals_may_change_between_runs(make_recipe: Any) -> None:
+    recipe = make_recipe()
+    run_training(recipe)
+    _unfinish(recipe.train.output)
+    shutil.rmtree(recipe.train.output / "checkpoint-9")
+    run_training(make_recipe(log_every=7, micro_batch=4, evaluate_every=9))
+    assert [record["step"] for record in log_of(recipe.train.output)][-2:] == [9, 9]
+
+
+def test_other_settings_do_not_go_on_with_a_run(make_recipe: Any) -> None:
+    run_training(make_recipe(max_steps=2))
+    with pytest.raises(RecipeError, match=r"train.learning_rate was 0.01, now 0.5.*use another train.output"):
+        run_training(make_recipe(max_steps=2, learning_rate=0.5))
+    with pytest.raises(RecipeError, match=r"objective.alpha was 0.7, now 0.2"):
+        run_training(make_recipe(max_steps=2, objective={"alpha": 0.2}))
+
+
+def test_checkpoints_of_somebody_else_are_left_alone(make_recipe: Any) -> None:
+    recipe = make_recipe()
+    (recipe.train.output / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"has no run.json"):
+        run_training(recipe)
+    assert (recipe.train.output / "checkpoint-5").is_dir()
+
+
+def test_two_jobs_do_not_write_to_one_folder(make_recipe: Any) -> None:
+    recipe = make_recipe(max_steps=2)
+    program = (
+        "import sys; from pathlib import Path; from teachercache.student.run_folder import RunFolder\n"
+        f"with RunFolder(Path({str(recipe.train.output)!r})).locked(): print('locked', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[1] / "pipeline")}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+    with pytest.raises(JobFailed, match="another training job"):
+        run_training(recipe)
+    holder.kill()
+    holder.communicate()
+    assert run_training(recipe)["steps"] == 2
+
+
+def _unfinish(run: Path) -> None:
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "student")
+
+
+def _weights(recipe: Recipe) -> bytes:
+    assert recipe.train is not None
+    return (recipe.train.output / "student" / "model.safetensors").read_bytes()
+
+
+def _modified(recipe: Recipe) -> dict[str, int]:
+    assert recipe.train is not None
+    return {str(path): path.stat().st_mtime_ns for path in recipe.train.output.glob("checkpoint-*/*")}
+
+
+def test_the_summary_on_disk_is_the_result(make_recipe: Any) -> None:
+    recipe = make_recipe(max_steps=2)
+    result = run_training(recipe)
+    assert json.loads((recipe.train.output / "summary.json").read_text()) == result
+    assert set(result) == {
+        "steps", "losses", "positions_per_second", "student", "best", "zero_stage", "seconds", "resumed_from"
+    }  # fmt: skip

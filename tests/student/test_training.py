@@ -1,0 +1,157 @@
+"""Training against a plain loop that takes one row at a time, at every ZeRO stage; what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from student.runs import losses_of
+from teachercache.config import Recipe
+from teachercache.models import load_causal_lm, load_tokenizer
+from teachercache.shards import Cache, StoredRow
+from teachercache.stream.batches import BatchPlan
+from teachercache.student.train import run_training
+from teachercache.targets import softened
+from teachercache.tokens.fingerprint import tokenizer_fingerprint
+
+from builders import tiny_cache
+
+
+def _row_terms(model: Any, stored: StoredRow, recipe: Recipe, grid: list[float]) -> tuple[Tensor, int]:
+    """alpha · T² · KL + (1 - alpha) · CE of one row, summed over its positions, as one would write it down."""
+    row, temperature, alpha = stored.row, recipe.objective.temperature, recipe.objective.alpha
+    logits_NV = model(input_ids=torch.tensor(row.input_ids_S[None]).long()).logits[0][torch.tensor(row.target_mask_S)]
+    labels_N = torch.tensor(row.labels_N()).long()
+    columns = {name: torch.tensor(np.array(values)) for name, values in stored.targets.items()}
+    head_Nk, tail_N = softened(columns["head_logits"], columns["tail_log_partition"], grid, temperature, torch)
+    student_NV = (logits_NV.double() / temperature).softmax(-1)
+    student_head_Nk = student_NV.gather(1, columns["head_ids"].long())
+    student_tail_N = 1 - student_head_Nk.sum(-1)
+    kl = (head_Nk.exp() * (head_Nk - student_head_Nk.log())).sum() + (
+        tail_N.exp() * (tail_N - student_tail_N.log())
+    ).sum()
+    ce = torch.nn.functional.cross_entropy(logits_NV.double(), labels_N, reduction="sum")
+    return alpha * temperature**2 * kl + (1 - alpha) * ce, row.positions
+
+
+def _plain_loop(recipe: Recipe, steps: int) -> list[float]:
+    from transformers import get_scheduler
+
+    assert recipe.train is not None and recipe.student is not None
+    cache = Cache.open(recipe.cache)
+    plan = BatchPlan(cache.rows_of("train"), recipe.train.global_batch, 1, 1, cache.manifest.fingerprint, 0)
+    model = load_causal_lm(recipe.student.model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.train.learning_rate, weight_decay=0)
+    schedule = get_scheduler("cosine", optimizer, round(0.05 * steps), steps)
+    losses = []
+    for step in range(steps):
+        rows = [cache.read_row("train", row) for row in plan.step_rows(step).tolist()]
+        terms = [_row_terms(model, row, recipe, cache.manifest.logits["temperatures"]) for row in rows]
+        loss = sum(total for total, _ in terms) / sum(positions for _, positions in terms)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.fixture(scope="module")
+def plain_student(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student without dropout: a loop that batches otherwise draws otherwise."""
+    folder = tmp_path_factory.mktemp("plain")
+    model = load_causal_lm(str(student))
+    model.config.attention_dropout = 0.0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_it_learns_what_a_plain_loop_learns(make_recipe: Any, plain_student: Path, stage: int) -> None:
+    recipe = make_recipe(student_model=plain_student, zero_stage=stage)
+    result = run_training(recipe)
+    losses = losses_of(recipe.train.output)
+    assert result["zero_stage"] == stage and result["steps"] == len(losses) == 9
+    np.testing.assert_allclose(losses, _plain_loop(recipe, 9), atol=1e-5)
+    exported = load_causal_lm(result["student"])
+    assert (
+        tokenizer_fingerprint(load_tokenizer(result["student"]))
+        == Cache.open(recipe.cache).manifest.tokenizer_fingerprint
+    )
+    assert exported.config.tie_word_embeddings and exported.dtype == torch.float32
+
+
+def test_a_short_last_batch_and_packed_rows(make_recipe: Any, plain_student: Path, tmp_path: Path) -> None:
+    packed = tiny_cache(tmp_path, sequence={"layout": "packed"}, targets={"logits": {"dtype": "float32"}})
+    recipe = make_recipe(cache_folder=packed, student_model=plain_student, micro_batch=3, global_batch=9, epochs=2)
+    assert Cache.open(packed).rows_of("train") % 9
+    run_training(recipe)
+    losses = losses_of(recipe.train.output)
+    assert len(losses) == 2 * -(-Cache.open(packed).rows_of("train") // 9)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_learns_nearly_the_same(make_recipe: Any, plain_student: Path, stage: int) -> None:
+    recipe = make_recipe(student_model=plain_student, precision="bf16", zero_stage=stage)
+    result = run_training(recipe)
+    np.testing.assert_allclose(losses_of(recipe.train.output), _plain_loop(recipe, 9), rtol=0.02)
+    assert load_causal_lm(result["student"], dtype="auto").dtype == torch.bfloat16
+
+
+def test_without_a_teacher_it_is_plain_training(make_recipe: Any) -> None:
+    result = run_training(make_recipe(objective={"alpha": 0.0, "temperature": 3.0}, max_steps=2))
+    assert result["losses"]["kl"] is None
+    assert result["losses"]["total"] == pytest.approx(result["losses"]["ce"])
+
+
+def test_background_loading_and_checkpointed_activations_change_nothing(make_recipe: Any, tmp_path: Path) -> None:
+    one = make_recipe(max_steps=4)
+    other = make_recipe(max_steps=4, loader_workers=2, gradient_checkpointing=True, output=tmp_path / "other")
+    run_training(one)
+    run_training(other)
+    np.testing.assert_allclose(losses_of(one.train.output), losses_of(other.train.output), atol=1e-6)
+
+
+def test_the_best_checkpoint_is_kept_and_exported(make_recipe: Any) -> None:
+    # A rate that overshoots: the first evaluation is better than the last one.
+    recipe = make_recipe(
+        learning_rate=0.5, schedule="constant", warmup_fraction=0.0, epochs=2, evaluate_every=1, save_every=4,
+        keep_checkpoints=1,
+    )  # fmt: skip
+    result = run_training(recipe)
+    run = recipe.train.output
+    evaluations = {
+        record["step"]: record["eval_loss"]
+        for record in map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        if "eval_loss" in record
+    }
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert best < 12, "the run was meant to get worse"
+    assert result["best"] == {"step": best, "loss": evaluations[best]}
+    assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-12"}
+    kept = load_causal_lm(str(run / f"checkpoint-{best}")).state_dict()
+    assert all(
+        torch.equal(kept[name], weights) for name, weights in load_causal_lm(result["student"]).state_dict().items()
+    )
+
+
+def test_a_finished_run_is_left_as_it_is(make_recipe: Any) -> None:
+    recipe = make_recipe(max_steps=2)
+    first = run_training(recipe)
+    weights = (recipe.train.output / "student" / "model.safetensors").stat().st_mtime_ns
+    assert run_training(recipe) == first
+    assert (recipe.train.output / "student" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_trackers_get_the_losses(make_recipe: Any) -> None:
+    recipe = make_recipe(max_steps=2, trackers=["tensorboard"])
+    run_training(recipe)
+    assert list((recipe.train.output / "runs").rglob("events.out.tfevents.*"))

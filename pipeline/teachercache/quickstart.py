@@ -87,7 +87,7 @@ def next_commands(result: dict[str, Any]) -> str:
             "\nTry next (activate the environment first: source .venv/bin/activate):",
             f"  teachercache inspect {cache} --row held-out:0      # what the teacher thought, token by token",
             f"  teachercache verify {cache}                        # every byte against its digest",
-            f"{again}/run-t4 -s objective.temperature=4      # another temperature, the same cache",
+            f"{again}/run-t2 -s objective.temperature=2      # another temperature, the same cache",
             f"{again}/run-ce -s objective.alpha=0            # without the teacher, for comparison",
         ]
     )

@@ -24,7 +24,7 @@ from teachercache.quickstart import write_recipe
 
 LEARNING_RATES = (2e-4, 5e-4, 1.2e-3)
 SEEDS = (0, 1, 2)
-ARMS = {"kd": ["objective.alpha=0.9", "objective.temperature=2"], "ce": ["objective.alpha=0"]}
+ARMS = {"kd": ["objective.alpha=0.9", "objective.temperature=1"], "ce": ["objective.alpha=0"]}
 LAYERS = "keep:6"
 COMMON = ["train.trackers=[]", "train.keep_checkpoints=1", "train.log_every=10"]
 

@@ -44,9 +44,12 @@ def quickstart(
         return run_quickstart(out, overrides=overrides, console=console)
 
     def show(result: dict[str, Any]) -> Any:
-        from teachercache.quickstart import next_commands
+        from rich.console import Group
 
-        return next_commands(result)
+        from teachercache.evaluation import render
+        from teachercache.quickstart import ROLES, next_commands
+
+        return Group(render({role: result[role] for role in ROLES}), next_commands(result))
 
     raise typer.Exit(run_command(work, as_json=as_json, show=show))
 

@@ -22,6 +22,7 @@ from teachercache.config import Recipe, load_recipe
 from teachercache.errors import JobFailed, UserError
 
 LAYERS = "keep:8"
+ROLES = ("teacher", "student_before", "student_after")
 
 
 def run_quickstart(out: Path, *, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def run_quickstart(out: Path, *, overrides: Sequence[str], console: Console) -> 
         "steps": trained["steps"],
         "zero_stage": trained["zero_stage"],
         "seconds": seconds,
-        **{name: table[name] for name in ("teacher", "student_before", "student_after")},
+        **{role: table[role] for role in ROLES},
     }
 
 

@@ -98,8 +98,15 @@ def test_a_deepspeed_file_that_contradicts_the_recipe(make_recipe: Any, tmp_path
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_recipe: Any) -> None:
-    recipe = make_recipe(learning_rate=1e30, warmup_fraction=0.0, max_grad_norm=1e9)
+    recipe = make_recipe(learning_rate=1e30, warmup_fraction=0.0, max_grad_norm=1e9, zero_stage=0)
     with pytest.raises(JobFailed, match=r"the loss at step \d is nan; .*learning_rate"):
+        run_training(recipe)
+
+
+def test_gradients_that_are_never_finite_end_the_run(make_recipe: Any) -> None:
+    # Under ZeRO such steps are skipped: weights stay as they are, and so would the loss for the rest of the run.
+    recipe = make_recipe(learning_rate=1e30, warmup_fraction=0.0, max_grad_norm=1e9, zero_stage=1, epochs=4)
+    with pytest.raises(JobFailed, match=r"not finite in the 21 steps .*learning_rate"):
         run_training(recipe)
 
 

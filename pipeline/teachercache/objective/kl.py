@@ -11,8 +11,8 @@ usual top-k loss: a renormalised teacher against the student's whole softmax.
 
 One buffer of the logits' size holds the gradient, formed in the forward pass; there is no dense teacher and no other
 [N, V] tensor. The work runs over blocks of positions that stay in a processor's cache: in float32 with 2 threads,
-N = 1024, V = 49152 and k = 64 it takes 0.55 to 0.62 of the time of `torch.nn.functional.cross_entropy`, forward and
-backward, at T = 1, 2 and 4 (tests/bench/distillation_loss.py).
+N = 1024, V = 49152 and k = 64 it takes 0.53 to 0.64 of the time of `torch.nn.functional.cross_entropy`, forward and
+backward, at T = 1 to 8 (tests/bench/distillation_loss.py).
 
 Shapes: B rows, S tokens, R = B · S, N positions, C positions of a block, V vocabulary, L >= V columns of the logits,
 k tokens of the head.
@@ -44,8 +44,8 @@ def distillation_sums(
 
     `positions_N` are indices into [B · S], rising; `labels_N` the tokens that follow. Columns from `vocabulary_size` on
     (a padded vocabulary) take no part and get a gradient of zero. Computes in float32, or float64 for float64 logits.
-    Costs one buffer of the logits' size and type where a gradient is needed, else none. `block_bytes` (default: 3 MiB
-    on a CPU, 128 MiB elsewhere) trades cache misses against calls and never changes the result.
+    Costs one buffer of the logits' size and type where a gradient is needed, else none. `block_bytes` (default: 2 MiB
+    a thread on a CPU, 128 MiB elsewhere) trades cache misses against calls; results differ by rounding at most.
     """
     batch = Batch(positions_N, labels_N, head, weights, vocabulary_size)
     if torch.is_grad_enabled() and logits_BSL.requires_grad:

@@ -9,6 +9,7 @@
     arguments.py         a recipe to `transformers.TrainingArguments`
     trainer.py           `DistillationTrainer`
     cadence.py           when it logs, evaluates and saves
+    divergence.py        ends a run that cannot learn any more
     meter.py             loss terms of a logging window, over micro-batches and processes
     held_out.py          evaluation on the held-out split
     progress.py          progress bar and log.jsonl

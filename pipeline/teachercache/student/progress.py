@@ -44,7 +44,7 @@ class ProgressBar(TrainerCallback):
         **_: Any,
     ) -> None:
         note = _note(logs or {})
-        if self._console.is_terminal:
+        if self._console.is_terminal and "loss" in (logs or {}):
             self._bar.update(self._task, note=note)
         elif note:
             self._console.print(f"step {state.global_step}/{state.max_steps}  {note}", soft_wrap=True, highlight=False)

@@ -14,10 +14,11 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teachercache.config import Recipe
+from teachercache.config import Recipe, parse_recipe
 from teachercache.errors import JobFailed, RecipeError
 from teachercache.student.checkpoints import Checkpoint, complete_checkpoints
 
@@ -34,6 +35,31 @@ FREE_SETTINGS = {
     "loader_workers",
     "trackers",
 }
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Whose run it is; `deepspeed` is the content of the user's own DeepSpeed file."""
+
+    recipe: Recipe
+    cache_fingerprint: str
+    deepspeed: dict[str, Any] | None
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides what is learned: two runs that are equal in it are one run."""
+        recipe = self.recipe.model_dump(mode="json", include={"student", "objective", "train"})
+        train = {key: value for key, value in recipe["train"].items() if key not in FREE_SETTINGS}
+        return {**recipe, "train": train, "cache": self.cache_fingerprint, "deepspeed": self.deepspeed}
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of run.json."""
+        recipe = self.recipe.model_dump(mode="json")
+        return {"cache_fingerprint": self.cache_fingerprint, "deepspeed": self.deepspeed, "recipe": recipe}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], *, origin: str) -> RunIdentity:
+        """Inverse of `to_json`; settings that are newer than the file get their defaults."""
+        return cls(parse_recipe(data["recipe"], origin=origin), data["cache_fingerprint"], data["deepspeed"])
 
 
 class RunFolder:
@@ -57,7 +83,7 @@ class RunFolder:
         """Declare the run finished."""
         _write(self.path / "summary.json", summary)
 
-    def check_identity(self, identity: dict[str, Any]) -> None:
+    def check_identity(self, identity: RunIdentity) -> None:
         """Raise `RecipeError` when the folder holds another run than the one that is asked for.
 
         Before its first checkpoint a run holds nothing that could be lost, and its settings may change.
@@ -68,15 +94,16 @@ class RunFolder:
         path = self.path / "run.json"
         if not path.is_file():
             raise RecipeError(f"{self.path} holds checkpoints of something else (it has no run.json); {remedy}")
-        differences = list(_differences(json.loads(path.read_text(encoding="utf-8")), identity))
+        before = RunIdentity.from_json(json.loads(path.read_text(encoding="utf-8")), origin=str(path))
+        differences = list(_differences(before.decisive(), identity.decisive()))
         if differences:
             shown = "; ".join(differences[:4])
             raise RecipeError(f"{self.path} holds a run with other settings ({shown}); {remedy}")
 
-    def claim(self, identity: dict[str, Any]) -> None:
+    def claim(self, identity: RunIdentity) -> None:
         """Write down whose run this is."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "run.json", identity)
+        _write(self.path / "run.json", identity.to_json())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -107,19 +134,6 @@ class RunFolder:
                 f"as many: resume with {newest.world_size} instead of {world_size}, or use another train.output"
             )
         return newest
-
-
-def run_identity(recipe: Recipe, *, cache_fingerprint: str, deepspeed: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything that decides what a run learns; `deepspeed` is the content of the user's own DeepSpeed file."""
-    assert recipe.student is not None and recipe.train is not None
-    train = recipe.train.model_dump(mode="json", exclude=FREE_SETTINGS)
-    return {
-        "cache": cache_fingerprint,
-        "student": recipe.student.model_dump(mode="json"),
-        "objective": recipe.objective.model_dump(mode="json"),
-        "train": train,
-        "deepspeed": deepspeed,
-    }
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

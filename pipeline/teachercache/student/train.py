@@ -19,7 +19,7 @@ from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remo
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
 from teachercache.student.fit import check_cache, check_student
 from teachercache.student.launch import Process, training_process
-from teachercache.student.run_folder import RunFolder, run_identity
+from teachercache.student.run_folder import RunFolder, RunIdentity
 
 if TYPE_CHECKING:
     from teachercache.student.trainer import DistillationTrainer
@@ -32,7 +32,7 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     Every process of a launched job calls this and gets the result: `steps`, `losses` (`total`, `kl`, `ce` of the last
     logging window, nats per position; `kl` is None without a teacher), `positions_per_second` (median of the logging
     windows), `student` (folder), `best` (`step`, `loss` on held-out rows; None without any), `zero_stage`, `seconds` of
-    this call, `resumed_from` (step or None). Only the main process writes.
+    this call, `resumed_from` (step or None). Only the main process writes; `train.output` must be a folder that all see.
 
     Raises `RecipeError`, `ModelError` or `CacheError` for what does not fit, before the first step; `JobFailed` when
     training diverges, memory runs out, or another job writes to the same folder.
@@ -68,11 +68,8 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         began = time.perf_counter()
-        identity = run_identity(
-            self.recipe,
-            cache_fingerprint=self.cache.manifest.fingerprint,
-            deepspeed=own_deepspeed_settings(self.config),
-        )
+        fingerprint = self.cache.manifest.fingerprint
+        identity = RunIdentity(self.recipe, fingerprint, own_deepspeed_settings(self.config))
         self.folder.check_identity(identity)
         summary = self.folder.summary()
         if summary is not None:
@@ -84,7 +81,7 @@ class _Job:
                 self._train(resume, identity)
             return self._finish(resume, began)
 
-    def _train(self, resume: Checkpoint | None, identity: dict[str, Any]) -> None:
+    def _train(self, resume: Checkpoint | None, identity: RunIdentity) -> None:
         import torch
 
         from teachercache.models import load_causal_lm
@@ -107,7 +104,7 @@ class _Job:
                 raise
             raise RecipeError(f"train.deepspeed: {self.config.deepspeed}: {' '.join(str(error).split())}") from error
 
-    def _run_trainer(self, model: Any, resume: Checkpoint | None, identity: dict[str, Any]) -> None:
+    def _run_trainer(self, model: Any, resume: Checkpoint | None, identity: RunIdentity) -> None:
         from teachercache.student.progress import LogFile, ProgressBar
 
         bar = ProgressBar(self.console)
@@ -161,6 +158,7 @@ class _Job:
             chosen = self._checkpoint(best_step or self.steps)
             export_student(chosen, tokenizer=self.cache.teacher_folder, student=self.folder.student)
             self.folder.finish(summary)
+            self._say(f"trained {self.steps} steps; the student of {chosen.name} → {self.folder.student}")
         return summary
 
     def _say(self, message: str) -> None:

@@ -12,7 +12,6 @@ Shapes: B rows, S tokens.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
-from teachercache.errors import JobFailed
 from teachercache.objective import NO_TARGET, DistillationObjective, required_columns
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.batches import BatchPlan, PlanSampler, spread
@@ -32,6 +30,7 @@ from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
 from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
+from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.held_out import HeldOutMeasure
 from teachercache.student.meter import LossMeter
 
@@ -44,7 +43,7 @@ class DistillationTrainer(Trainer):
     `args.max_steps`, else `args.num_train_epochs`, ends the run. The latest `keep_checkpoints` checkpoints are kept and
     the best one besides: leave `args.save_total_limit` alone. Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
-    Raises `CacheError` when the cache does not hold the objective's temperature, `JobFailed` when a loss is not finite.
+    Raises `CacheError` when the cache does not hold the objective's temperature, `JobFailed` when training diverges.
     """
 
     def __init__(
@@ -68,14 +67,16 @@ class DistillationTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
         columns = required_columns(objective, manifest.logits)
+        use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=args,
             data_collator=Collator.of(manifest, columns=columns),
             train_dataset=CacheDataset(cache, "train", columns=columns),
             eval_dataset=CacheDataset(cache, "held-out", columns=()) if cache.rows_of("held-out") else None,
-            callbacks=[Cadence(self.plan), *(callbacks or [])],
+            callbacks=[Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
         )
+        model.config.use_cache = use_cache  # Trainer turns it off, and would export a student that generates slowly
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
         self.meter = LossMeter(self.accelerator)
@@ -144,11 +145,6 @@ class DistillationTrainer(Trainer):
 
     def _window(self) -> dict[str, float]:
         window = self.meter.take()
-        if not math.isfinite(window.total):
-            raise JobFailed(
-                f"the loss at step {self.state.global_step} is {window.total}; train again with a lower "
-                "train.learning_rate or another train.precision, in another train.output"
-            )
         config = self.objective_config
         with_teacher = {"kl": window.kl, "temperature": config.temperature} if config.alpha > 0 else {}
         return {

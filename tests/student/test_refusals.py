@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from teachercache.errors import CacheError, JobFailed, ModelError, RecipeError, UserError
+from teachercache.errors import CacheDamaged, CacheError, JobFailed, ModelError, RecipeError, UserError
 from teachercache.student.train import run_training
 
 from builders import tiny_cache, tiny_model, tiny_tokenizer
@@ -76,6 +76,21 @@ def test_a_cache_that_is_half_written(make_recipe: Any, cache: Path, tmp_path: P
 def test_a_cache_without_train_rows(make_recipe: Any, tmp_path: Path) -> None:
     held_out = tiny_cache(tmp_path / "held", corpus={"held_out": 0.999})
     assert "are held out" in _refused(make_recipe(cache_folder=held_out), CacheError)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_bytes_never_reach_training(make_recipe: Any, cache: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(cache, tmp_path / "damaged")
+    shard = max((tmp_path / "damaged" / "shards").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CacheDamaged, match=rf"^\S*{shard.name} differs from its sha256 [^\n]*$"):
+        run_training(make_recipe(cache_folder=tmp_path / "damaged", loader_workers=workers))
+
+
+def test_a_tracker_that_is_not_there(make_recipe: Any) -> None:
+    assert "sheet of paper" in _refused(make_recipe(trackers=["sheet of paper"]), RecipeError)
 
 
 def test_a_refused_run_may_be_mended_in_place(make_recipe: Any, student: Path, tmp_path: Path) -> None:

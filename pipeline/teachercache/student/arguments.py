@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from teachercache.config import TrainConfig
 from teachercache.errors import RecipeError
@@ -37,7 +37,7 @@ def training_arguments(config: TrainConfig, *, plan: BatchPlan, evaluates: bool,
             warmup_steps=round(config.warmup_fraction * steps),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
-            optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+            optim="adamw_torch",
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             use_cpu=not on_gpu,
@@ -63,8 +63,13 @@ def training_arguments(config: TrainConfig, *, plan: BatchPlan, evaluates: bool,
 
 def _trackers(config: TrainConfig) -> list[Any]:
     names = [name for name in config.trackers if name != "none"]
-    if "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
-        raise RecipeError("train.trackers: tensorboard is not installed; pip install tensorboard, or set it to []")
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            here = f"these are: {', '.join(available)}" if available else "none is"
+            raise RecipeError(
+                f"train.trackers: {name} is unknown or not installed ({here}); install it, or set it to []"
+            )
     return names or ["none"]
 
 

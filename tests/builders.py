@@ -116,26 +116,27 @@ def tiny_recipe(
     return parse_recipe(data, origin="tests")
 
 
-def build_cache(recipe: Recipe) -> Path:
-    """Precompute in this process: the stages that Ray runs, one unit after the other."""
+def build_cache(recipe: Recipe, *, units: int | None = None) -> Path:
+    """Precompute in this process: the stages that Ray runs, one unit after the other; all of them and the commit, or the
+    first `units`."""
     import torch
 
     from teachercache.precompute.commit import commit
     from teachercache.precompute.plan import make_plan
-    from teachercache.precompute.units import capture_unit, tokenise_unit, write_unit
+    from teachercache.precompute.units import actor_threads, compute_unit, tokenise_unit
     from teachercache.teacher import Teacher
 
-    if recipe.precompute.threads_per_actor:
-        torch.set_num_threads(recipe.precompute.threads_per_actor)  # part of what decides the last bit
+    torch.set_num_threads(actor_threads(recipe.precompute))  # part of what decides the last bit
     plan = make_plan(recipe)
     assert recipe.teacher is not None and recipe.corpus is not None
     pad_id = plan.identity["tokenizer"]["pad_id"]
     teacher = Teacher.load(recipe.teacher, kind=plan.kind, layout=recipe.sequence.layout, pad_id=pad_id)
-    for unit in plan.pending():
+    for unit in plan.pending()[:units]:
         tokenised, documents = tokenise_unit(plan, unit, sequence=recipe.sequence, store_text=recipe.corpus.store_text)
-        result = capture_unit(teacher, tokenised, documents, positions_per_batch=recipe.precompute.positions_per_batch)
-        write_unit(plan, unit, result, teacher=teacher.describe())
-    commit(plan)
+        size = recipe.precompute.positions_per_batch
+        compute_unit(teacher, plan, unit, tokenised, documents=documents, positions_per_batch=size)
+    if units is None:
+        commit(plan)
     return recipe.cache
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from teachercache import cli, config, errors
 from teachercache.config import load_recipe
+from teachercache.console import run_command
 from teachercache.errors import RecipeError
 
 from builders import tiny_cache, tiny_recipe, tiny_teacher
@@ -71,6 +72,29 @@ def test_inspect_shows_a_cache_and_a_row_to_people(cache):
     assert "teacher's next tokens" in run("inspect", cache, "--row", "held-out:0").stdout
 
 
+@pytest.fixture(scope="module")
+def chat_tokens(tmp_path_factory) -> Path:
+    """A cache whose tokenizer has tokens, and whose folder has a name, that look like rich's markup."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("markup") / "a [bold] :dog:"
+    teacher = tiny_teacher(folder / "teacher", padded_vocabulary=2)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["[bold]", "[/INST]"])
+    tokenizer.save_pretrained(teacher)
+    return tiny_cache(folder, teacher=teacher, texts=[f"[bold] the cat sat [/INST] {n}" for n in range(8)])
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(chat_tokens, tmp_path):
+    row = run("inspect", chat_tokens, "--row", "train:0")
+    assert row.returncode == 0 and "'[/INST]'" in row.stdout and "'[bold]'" in row.stdout
+    for command in ("inspect", "verify"):
+        assert str(chat_tokens) in run(command, chat_tokens).stdout
+    (chat_tokens / "[red].txt").write_text("not listed")
+    broken = run("verify", chat_tokens)
+    assert broken.returncode == 1 and "[red].txt: " in broken.stdout
+
+
 def test_verify_exits_with_1_when_a_cache_is_not_whole(cache, tmp_path):
     import shutil
 
@@ -86,6 +110,45 @@ def test_an_error_is_json_too(tmp_path):
     done = run("inspect", tmp_path / "nothing", "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["exit_status"] == 2
+
+
+@pytest.mark.parametrize("arguments", [["verify", "--json"], ["precompute", "r.yaml", "--limit", "0", "--json"]])
+def test_a_usage_error_is_json_too(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2 and "Usage:" in done.stderr
+    document = json.loads(done.stdout)
+    assert document["exit_status"] == 2 and document["error"]
+
+
+def test_a_path_that_cannot_be_written_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = write_recipe(tmp_path, cache=str(tmp_path / "file" / "x"))
+    done = run("precompute", path, "--json")
+    assert_one_readable_line(done, str(tmp_path / "file"), "check the path")
+    assert json.loads(done.stdout)["exit_status"] == 2
+
+
+def finish(work, capfd, *, as_json: bool = True) -> tuple[int, str, str]:
+    status = run_command(work, as_json=as_json, show=lambda _: None)
+    return status, *capfd.readouterr()
+
+
+def test_errors_of_the_system_name_their_path(tmp_path, capfd):
+    status, out, err = finish(lambda _: {"text": (tmp_path / "none").read_text()}, capfd)
+    assert status == 2 and "Traceback" not in err
+    assert json.loads(out)["error"].startswith(f"{tmp_path / 'none'}: No such file or directory")
+
+
+@pytest.mark.parametrize("error", [KeyError("lost"), OSError("a library's own")], ids=["bug", "no-filename"])
+def test_anything_unexpected_keeps_its_traceback_and_is_json_too(error, capfd):
+    def work(console):
+        os.write(1, b"a library's chatter")
+        raise error
+
+    status, out, err = finish(work, capfd)
+    assert status == 1 and "Traceback" in err
+    assert json.loads(out) == {"error": f"unexpected {type(error).__name__}: {error}", "exit_status": 1}
+    assert finish(work, capfd, as_json=False)[:2] == (1, "")
 
 
 @pytest.mark.parametrize("command", ["precompute", "train", "evaluate"])
@@ -148,6 +211,11 @@ def test_a_section_that_a_command_needs(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_that_ships_is_valid(path):
     load_recipe(path).require("teacher", "corpus", "student", "train")
+
+
+def test_the_quickstart_recipe_is_the_one_in_the_package():
+    link = ROOT / "jobs" / "recipes" / "quickstart.yaml"
+    assert link.read_text() == (ROOT / "pipeline" / "teachercache" / "recipes" / "quickstart.yaml").read_text()
 
 
 def test_overrides_reach_any_depth(tmp_path):

@@ -6,12 +6,15 @@ the commands: `--help` answers at once.
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from teachercache.config import load_recipe
 from teachercache.console import run_command
@@ -89,9 +92,8 @@ def init_student(
         from teachercache.student.init_student import init_student as make
 
         result = make(model, layers=layers, output=out, revision=revision, overwrite=overwrite)
-        console.print(
-            f"[green]made[/] a student of {len(result['layers'])} layers, {result['parameters']:,} parameters → {out}"
-        )
+        size = f"{len(result['layers'])} layers, {result['parameters']:,} parameters"
+        console.print(Text.assemble(("made", "green"), f" a student of {size} → {out}"), soft_wrap=True)
         return result
 
     raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
@@ -124,7 +126,10 @@ def evaluate(
     def work(console: Console) -> dict[str, Any]:
         from teachercache.evaluation import run_evaluation
 
-        return run_evaluation(recipe_or_run, teacher=teacher, rows=rows, overrides=overrides, progress=console.print)
+        def progress(message: str) -> None:
+            console.print(message, markup=False, soft_wrap=True)
+
+        return run_evaluation(recipe_or_run, teacher=teacher, rows=rows, overrides=overrides, progress=progress)
 
     def show(result: dict[str, Any]) -> Any:
         from teachercache.evaluation import render
@@ -168,25 +173,24 @@ def verify(
 
     def show(result: dict[str, Any]) -> Any:
         if result["ok"]:
-            return f"[green]whole[/] {cache}"
-        return "\n".join(f"[red]{e['file']}[/]: {e['reason']}; {e['remedy']}" for e in result["errors"])
+            return Text.assemble(("whole", "green"), f" {cache}")
+        lines = [Text.assemble((e["file"], "red"), f": {e['reason']}; {e['remedy']}") for e in result["errors"]]
+        return Text("\n").join(lines)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=show))
 
 
 def _cache_table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"cache {result['cache']}", show_header=False)
+    table = Table(title=Text(f"cache {result['cache']}", style="table.title"), show_header=False)
     rows, positions, audit = result["rows"], result["positions"], result["audit"]
     sizes = result["bytes_per_position"]
-    table.add_row(
-        "teacher",
-        f"{result['teacher']['model']}  ({result['teacher']['parameters']:,} parameters, {result['teacher']['dtype']})",
-    )
-    table.add_row("corpus", f"{result['corpus']['source']}  (held out: {result['corpus']['held_out']:.0%})")
+    teacher, corpus = result["teacher"], result["corpus"]
+    table.add_row("teacher", Text(f"{teacher['model']}  ({teacher['parameters']:,} parameters, {teacher['dtype']})"))
+    table.add_row("corpus", Text(f"{corpus['source']}  (held out: {corpus['held_out']:.0%})"))
     table.add_row("vocabulary", f"{result['tokenizer']['vocabulary_size']:,} tokens")
     table.add_row("sequences", f"{result['sequence']['layout']}, up to {result['sequence']['length']} tokens")
     for name, settings in result["targets"].items():
-        table.add_row(f"targets: {name}", ", ".join(f"{key} {value}" for key, value in settings.items()))
+        table.add_row(f"targets: {name}", Text(", ".join(f"{key} {value}" for key, value in settings.items())))
     table.add_row("rows", f"{rows['train']:,} train, {rows['held-out']:,} held out")
     table.add_row("positions", f"{positions['train']:,} train, {positions['held-out']:,} held out")
     table.add_row("audit", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in audit.items()))
@@ -203,14 +207,24 @@ def _row_table(result: dict[str, Any]) -> Table:
         table.add_column(name)
     for token in result["tokens"]:
         target = token["target"]
+        text = Text(repr(token["text"]))  # chat models' tokens, such as [/INST], look like markup
         if target is None:
-            table.add_row(repr(token["text"]), "", "", "")
+            table.add_row(text, "", "", "")
             continue
         top = "  ".join(f"{entry['text']!r} {entry['probability']:.2f}" for entry in target["top"])
-        table.add_row(repr(token["text"]), f"{target['actual_log_prob']:.2f}", f"{target['tail_mass']:.3f}", top)
+        table.add_row(text, f"{target['actual_log_prob']:.2f}", f"{target['tail_mass']:.3f}", Text(top))
     return table
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script and of jobs/ (`arguments`: default, those of the process).
+
+    With `--json`, arguments that make no sense are answered with a document too.
+    """
+    try:
+        app(arguments)
+    except SystemExit as end:
+        explain = getattr(end.__context__, "format_message", None)  # a usage error: no command ran
+        if explain is not None and "--json" in sys.argv:
+            print(json.dumps({"error": explain(), "exit_status": end.code}))
+        raise

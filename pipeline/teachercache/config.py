@@ -103,12 +103,17 @@ class TargetsConfig(Section):
 
 
 class PrecomputeConfig(Section):
-    """How the Ray Data job runs. None of it changes what is stored, but for `unit_rows` and `unit_bytes`
-    (which rows share a shard and a batch), `positions_per_batch` and `threads_per_actor` (float rounding)."""
+    """How the Ray Data job runs. `unit_rows` and `unit_bytes` decide which rows share a shard; they are part of
+    a cache's fingerprint. `positions_per_batch` and `threads_per_actor` decide how floats are rounded, nothing else: with
+    both the same, any number of actors gives identical shards."""
 
     actors: int = Field(1, ge=1, description="teacher actors, one model each")
     gpus_per_actor: float = Field(0, ge=0)
-    threads_per_actor: int | None = Field(None, ge=1, description="CPU threads of one actor; default: cores / actors")
+    threads_per_actor: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of one actor; default: all cores, so set it for several on CPUs",
+    )
     positions_per_batch: int = Field(2048, ge=1, description="tokens in one forward pass, padding included")
     unit_rows: int = Field(1024, ge=1, description="a work unit (= a shard) closes at so many rows")
     unit_bytes: int = Field(4 * 2**20, ge=1, description="... or at so many bytes of text")

@@ -1,7 +1,7 @@
 """What a command prints: progress and messages on stderr, its result on stdout, one readable line for an error.
 
-With `--json`, stdout is exactly one JSON document. Libraries below us (Ray, DeepSpeed) print to stdout as they like, so
-file descriptor 1 itself points to stderr while a command runs.
+With `--json`, stdout is exactly one JSON document, also when a bug ends the command. Libraries below us (Ray, DeepSpeed)
+print to stdout as they like, so file descriptor 1 itself points to stderr while a command runs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 
-from teachercache.errors import TeachercacheError
+from teachercache.errors import TeachercacheError, UserError
 
+BUG = 1
 INTERRUPTED = 130
 
 
@@ -27,9 +29,10 @@ def run_command(
     """Run `work` with a console on stderr and print its result; returns the exit status.
 
     `show` turns the result into something that rich can print, for people; a result with `"ok": false` exits with 1.
+    Names of tokens, models and files may look like rich's markup: show them as `Text`.
     """
     _quiet_libraries()
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -37,23 +40,46 @@ def run_command(
         result = work(console)
         status = 0 if result.get("ok", True) else 1
     except TeachercacheError as error:
-        result, status = {"error": str(error), "exit_status": error.exit_status}, error.exit_status
-        console.print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        result, status = _failed(console, str(error), status=error.exit_status)
     except KeyboardInterrupt:
         result, status = {"error": "interrupted", "exit_status": INTERRUPTED}, INTERRUPTED
         console.print("interrupted; what is finished is kept, run the same command again to go on")
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{_text(error.filename)}: {error.strerror}; check the path and its permissions"
+            result, status = _failed(console, reason, status=UserError.exit_status)
+        else:
+            traceback.print_exc()
+            what = f"unexpected {type(error).__name__}: {error}"
+            result, status = {"error": what, "exit_status": BUG}, BUG
     finally:
         sys.stdout.flush()
         os.dup2(stdout, 1)
         os.close(stdout)
+    if not is_main_process():
+        return status
     if as_json:
         print(json.dumps(result, default=str))
     elif "error" not in result:
         shown = show(result)
         if shown is not None:
-            Console().print(shown)
+            Console(emoji=False).print(shown)
     sys.stdout.flush()
     return status
+
+
+def _failed(console: Console, message: str, *, status: int) -> tuple[dict[str, Any], int]:
+    console.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
+    return {"error": message, "exit_status": status}, status
+
+
+def _text(name: str | bytes | int) -> str:
+    return os.fsdecode(name) if isinstance(name, bytes) else str(name)
+
+
+def is_main_process() -> bool:
+    """Whether this process may print results: the first of those that a launcher started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _quiet_libraries() -> None:

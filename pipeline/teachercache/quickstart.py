@@ -7,6 +7,7 @@ and can be run again by itself with the recipe that is left in the output folder
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -17,23 +18,26 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from teachercache.config import Recipe, load_recipe
 from teachercache.errors import JobFailed, UserError
 
 LAYERS = "keep:8"
 ROLES = ("teacher", "student_before", "student_after")
+HEADER = (
+    "# `teachercache quickstart` wrote this. With comments: jobs/recipes/quickstart.yaml, in the package recipes/.\n"
+)
 
 
 def run_quickstart(out: Path, *, overrides: Sequence[str], console: Console) -> dict[str, Any]:
     """Run the four stages in `out`; returns what `--json` prints. Running it again resumes."""
     recipe_file, recipe = write_recipe(out, overrides)
-    assert recipe.teacher is not None and recipe.student is not None and recipe.train is not None
     seconds: dict[str, float] = {}
     cached = _stage(["precompute", str(recipe_file)], seconds, console)
-    if not (Path(recipe.student.model) / "config.json").is_file():
-        arguments = [recipe.teacher.model, "--layers", LAYERS, "--out", recipe.student.model]
+    if arguments := student_arguments(out, recipe):
         _stage(["init-student", *arguments], seconds, console)
+        _marker(out).write_text(json.dumps(_made_of(recipe)), encoding="utf-8")
     trained = _stage(["train", str(recipe_file)], seconds, console)
     table = _stage(["evaluate", str(recipe_file)], seconds, console)
     return {
@@ -54,16 +58,54 @@ def write_recipe(out: Path, overrides: Sequence[str]) -> tuple[Path, Recipe]:
     text = resources.files("teachercache").joinpath("recipes/quickstart.yaml").read_text(encoding="utf-8")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "recipe.yaml"
-    path.write_text(text.replace("runs/quickstart/", f"{out.as_posix()}/"), encoding="utf-8")
+    data = yaml.safe_load(text)
+    for section, key in ((data, "cache"), (data["student"], "model"), (data["train"], "output")):
+        section[key] = str(out / section[key].removeprefix("runs/quickstart/"))
+    _write_yaml(path, data)
     recipe = load_recipe(path, overrides)
     if overrides:
-        path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        _write_yaml(path, recipe.model_dump(mode="json"))
     return path, recipe
+
+
+def _write_yaml(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(HEADER + yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def student_arguments(out: Path, recipe: Recipe) -> list[str]:
+    """Arguments of `init-student`; none when the student is there, made of the same layers of the same teacher.
+
+    A student elsewhere than in `out` is the user's own: it is used as it is and never overwritten.
+    """
+    assert recipe.teacher is not None and recipe.student is not None
+    student = Path(recipe.student.model)
+    arguments = [recipe.teacher.model, "--layers", LAYERS, "--out", str(student)]
+    if not (student / "config.json").is_file():
+        return arguments
+    if student != out / "student-init" or _read_marker(out) == _made_of(recipe):
+        return []
+    return [*arguments, "--overwrite"]
+
+
+def _made_of(recipe: Recipe) -> dict[str, str]:
+    assert recipe.teacher is not None
+    return {"model": recipe.teacher.model, "layers": LAYERS}
+
+
+def _marker(out: Path) -> Path:
+    return out / "student-init.json"
+
+
+def _read_marker(out: Path) -> Any:
+    try:
+        return json.loads(_marker(out).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _stage(arguments: list[str], seconds: dict[str, float], console: Console) -> dict[str, Any]:
     """Run one command with `--json`; its progress goes to our stderr. Its errors become ours."""
-    console.rule(f"[bold]teachercache {' '.join(arguments)}", align="left")
+    console.rule(Text(f"teachercache {shlex.join(arguments)}", style="bold"), align="left")
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "teachercache", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
@@ -77,14 +119,14 @@ def _stage(arguments: list[str], seconds: dict[str, float], console: Console) ->
     return result
 
 
-def next_commands(result: dict[str, Any]) -> str:
+def next_commands(result: dict[str, Any]) -> Text:
     """What to try next, for people."""
-    recipe, cache = result["recipe"], result["cache"]
+    recipe, cache = shlex.quote(result["recipe"]), shlex.quote(str(result["cache"]))
     total = sum(result["seconds"].values())
-    again = f"  teachercache train {recipe} -s train.output={Path(recipe).parent}"
-    return "\n".join(
+    again = f"  teachercache train {recipe} -s train.output={shlex.quote(str(Path(result['recipe']).parent))}"
+    lines = "\n".join(
         [
-            f"\n[bold]Done in {total / 60:.1f} min.[/] The student is a plain Hugging Face folder: {result['student']}",
+            f" The student is a plain Hugging Face folder: {result['student']}",
             "\nTry next (activate the environment first: source .venv/bin/activate):",
             f"  teachercache inspect {cache} --row held-out:0      # what the teacher thought, token by token",
             f"  teachercache verify {cache}                        # every byte against its digest",
@@ -92,3 +134,4 @@ def next_commands(result: dict[str, Any]) -> str:
             f"{again}/run-ce -s objective.alpha=0            # without the teacher, for comparison",
         ]
     )
+    return Text.assemble("\n", (f"Done in {total / 60:.1f} min.", "bold"), lines)

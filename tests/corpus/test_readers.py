@@ -164,9 +164,30 @@ def test_folders_skip_hidden_files_and_a_readme_beside_data(tmp_path):
     assert texts(tmp_path) == TEXTS
 
 
+def test_a_readme_beside_texts_is_no_document(tmp_path):
+    folder = write_text(tmp_path / "texts")
+    (folder / "README.md").write_text("# about")
+    assert texts(folder) == texts(folder, format="text") == texts(folder / "*") == TEXTS
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    for name in ("README.md", "more.md"):
+        (pages / name).write_text(name)
+    assert texts(pages) == ["README.md", "more.md"]
+
+
+def test_a_folder_of_several_suffixes_is_refused_until_the_recipe_says_which(tmp_path):
+    folder = write_text(tmp_path, ["one"])
+    (folder / "notes.md").write_text("notes")
+    message = refused(folder)
+    assert ".md and .txt" in message and "corpus.format (text)" in message
+    assert texts(folder, format="text") == ["one", "notes"]
+    assert texts(folder / "*.txt") == ["one"]
+
+
 def test_what_is_missing_or_unclear_is_one_line_with_a_remedy(tmp_path):
     write_jsonl(tmp_path / "mixed" / "a.jsonl")
     write_parquet(tmp_path / "mixed" / "a.parquet")
+    (tmp_path / "nothing").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "a.xyz").write_text("?")
     (tmp_path / "empty.jsonl").write_text("\n\n")
@@ -178,6 +199,7 @@ def test_what_is_missing_or_unclear_is_one_line_with_a_remedy(tmp_path):
     assert "does not exist" in refused(tmp_path / "*.parq")
     assert "does not exist" in refused("./nowhere", format="parquet")
     assert "corpus.format" in refused(tmp_path / "mixed")
+    assert "is an empty folder" in refused(tmp_path / "nothing")
     assert "no file with a known suffix" in refused(tmp_path / "odd")
     assert "holds no rows" in refused(tmp_path / "empty.jsonl")
     assert "jq" in refused(tmp_path / "array.json")

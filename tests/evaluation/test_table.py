@@ -62,8 +62,13 @@ def _recipe(folder: Path, output: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def table(run: Path) -> dict[str, dict[str, Any]]:
-    return run_evaluation(run)
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def table(run: Path, said: list[str]) -> dict[str, dict[str, Any]]:
+    return run_evaluation(run, progress=said.append)
 
 
 def test_three_models_are_measured_on_the_same_positions(table: dict[str, dict[str, Any]]) -> None:
@@ -71,6 +76,11 @@ def test_three_models_are_measured_on_the_same_positions(table: dict[str, dict[s
     assert all(row.keys() >= PROMISED for row in table.values())
     assert len({row["positions"] for row in table.values()}) == 1
     json.dumps(table)
+
+
+def test_the_last_line_says_what_was_evaluated(run: Path, said: list[str], table: dict[str, dict[str, Any]]) -> None:
+    positions, rows = (table["teacher"][name] for name in ("positions", "rows"))
+    assert said[-1] == f"evaluated on {positions:,} held-out positions in {rows} rows of {run.parent / 'cache'}"
 
 
 def test_quality_kept_and_speed_up_relate_students_to_the_teacher(table: dict[str, dict[str, Any]]) -> None:
@@ -141,8 +151,11 @@ def test_a_run_of_another_cache_is_refused(run: Path, tmp_path: Path) -> None:
     data = json.loads((run / "run.json").read_text())
     tiny_teacher(tmp_path / "student")
     (tmp_path / "run.json").write_text(json.dumps({**data, "cache_fingerprint": "0" * 64}))
-    with pytest.raises(CacheError, match="another cache"):
-        run_evaluation(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(_recipe(run.parent, tmp_path).model_dump_json())
+    for recipe_or_run in (tmp_path, recipe):
+        with pytest.raises(CacheError, match="another cache"):
+            run_evaluation(recipe_or_run)
 
 
 def test_a_model_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """Planning, resuming, auditing: the job without Ray, in this process."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from teachercache.errors import CacheError, CorpusError, JobFailed, ModelError, RecipeError
+from teachercache.config import parse_recipe
+from teachercache.errors import CacheDamaged, CacheError, CorpusError, JobFailed, ModelError, RecipeError
 from teachercache.precompute.commit import commit
 from teachercache.precompute.plan import make_plan
 from teachercache.shards import Cache, verify
@@ -70,6 +74,10 @@ def test_a_unit_without_a_record_is_missed_at_the_end(tmp_path, teacher):
         commit(plan)
 
 
+def _compute_one_unit(recipe) -> None:
+    build_cache(recipe, units=1)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -77,13 +85,14 @@ def test_a_unit_without_a_record_is_missed_at_the_end(tmp_path, teacher):
         ({"sequence": {"length": 20}}, "sequence.length"),
         ({"corpus": {"held_out": 0.5}}, "corpus.held_out"),
         ({"precompute": {"unit_rows": 7}}, "units.unit_rows"),
+        ({"corpus": {"limit": 3}}, "corpus.digest .other rows: corpus.limit"),
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_folder_of_another_job_is_refused(tmp_path, teacher, change, named, finished):
     recipe = tiny_recipe(tmp_path, teacher=teacher, texts=sentences(12))
-    build_cache(recipe) if finished else make_plan(recipe)
-    with pytest.raises(CacheError, match=f"other settings or data .different: .*{named}"):
+    build_cache(recipe) if finished else _compute_one_unit(recipe)
+    with pytest.raises(CacheError, match=f"other settings or data; different: .*{named}"):
         make_plan(tiny_recipe(tmp_path, teacher=teacher, texts=sentences(12), **change))
 
 
@@ -95,6 +104,75 @@ def test_a_changed_corpus_or_teacher_is_noticed(tmp_path, teacher):
     tiny_tokenizer().save_pretrained(tmp_path / "tiny-teacher")
     with pytest.raises(CacheError, match="different: teacher.weights_sha256"):
         make_plan(tiny_recipe(tmp_path, teacher=tmp_path / "tiny-teacher", texts=sentences(12)))
+
+
+def test_a_job_that_has_computed_nothing_can_be_mended_in_place(tmp_path, teacher):
+    make_plan(tiny_recipe(tmp_path, teacher=teacher))
+    mended = tiny_recipe(tmp_path, teacher=teacher, sequence={"length": 20})
+    assert verify(build_cache(mended)) == []
+
+
+@pytest.mark.parametrize("left", ["plan.json", "units", "done"])
+def test_a_job_killed_while_planning_starts_over(tmp_path, teacher, left):
+    """Whatever is there of `.work` and `teacher/` at the kill."""
+    recipe = tiny_recipe(tmp_path, teacher=teacher)
+    make_plan(recipe)
+    for path in (recipe.cache / ".work").iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert verify(build_cache(recipe)) == []
+
+
+def test_a_batch_size_may_change_between_runs(tmp_path, teacher):
+    """What the advice after a batch that did not fit asks for."""
+    build_cache(tiny_recipe(tmp_path, teacher=teacher), units=1)
+    smaller = tiny_recipe(tmp_path, teacher=teacher, precompute={"positions_per_batch": 64})
+    assert make_plan(smaller).pending() == [1, 2]
+    assert verify(build_cache(smaller)) == []
+
+
+def test_a_recorded_shard_that_is_gone_is_computed_again(tmp_path, teacher):
+    recipe = tiny_recipe(tmp_path, teacher=teacher)
+    build_cache(recipe, units=2)
+    (recipe.cache / "shards" / "part-00000.arrow").write_bytes(b"short")
+    assert make_plan(recipe).pending() == [0, 2]
+
+
+def test_a_finished_cache_with_a_missing_shard_is_not_called_complete(tmp_path, teacher):
+    recipe = tiny_recipe(tmp_path, teacher=teacher)
+    (build_cache(recipe) / "shards" / "part-00001.arrow").unlink()
+    with pytest.raises(CacheDamaged, match="part-00001.arrow is missing"):
+        make_plan(recipe)
+
+
+def test_a_relative_cache_is_refused_on_a_cluster(tmp_path, teacher, monkeypatch):
+    from rich.console import Console
+
+    from teachercache.precompute.job import run_precompute
+
+    monkeypatch.chdir(tmp_path)
+    data = tiny_recipe(tmp_path, teacher=teacher, precompute={"address": "auto"}).model_dump(mode="json")
+    recipe = parse_recipe({**data, "cache": "runs/cache"}, origin="tests")
+    with pytest.raises(RecipeError, match="relative path.*-s cache=/shared/cache"):
+        run_precompute(recipe, console=Console(quiet=True))
+
+
+def test_windows_lost_in_packed_rows_are_told_from_lost_documents(tmp_path):
+    """One document has a token whose embedding is NaN: its row goes, other windows of its neighbours stay."""
+    model = tiny_model(tied=False)
+    tokenizer = tiny_tokenizer()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer("Z")["input_ids"][0]] = torch.nan
+    model.save_pretrained(tmp_path / "sick")
+    tokenizer.save_pretrained(tmp_path / "sick")
+    texts = [*sentences(6, words=60), "Z"]
+    sections = {"sequence": {"layout": "packed", "length": 32}, "corpus": {"held_out": 0}}
+    cache = Cache.open(build_cache(tiny_recipe(tmp_path, teacher=tmp_path / "sick", texts=texts, **sections)))
+    audit = cache.manifest.audit
+    rows = [cache.read_row("train", index).row for index in range(cache.rows_of("train"))]
+    stored = {(segment.source_id, segment.occurrence) for row in rows for segment in row.segments}
+    assert audit.stored == len(stored) == audit.rows_in - audit.quarantined
+    assert audit.extra_windows == sum(len(row.segments) for row in rows) - len(stored)
 
 
 def test_a_folder_with_somebodys_files_is_left_alone(tmp_path, teacher):
@@ -163,6 +241,13 @@ def test_an_empty_corpus_is_a_mistake(tmp_path, teacher):
     assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
 
 
+def test_chat_rows_without_a_template_are_refused_at_once(tmp_path, teacher):
+    recipe = tiny_recipe(tmp_path, teacher=teacher, corpus={"messages_field": "messages"})
+    with pytest.raises(ModelError, match="chat template"):
+        make_plan(recipe)
+    assert not recipe.cache.exists()
+
+
 def test_chat_rows_store_only_assistant_targets(tmp_path):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     teacher = tiny_teacher(tmp_path / "chat-teacher", chat_template=template)
@@ -174,3 +259,31 @@ def test_chat_rows_store_only_assistant_targets(tmp_path):
     texts = [token["text"] for token in describe_row(cache, "train:0")["tokens"]]
     labels = "".join(texts[index + 1] for index in np.flatnonzero(row.target_mask_S))
     assert labels == "sat on a mat</s>"
+
+
+def test_two_jobs_do_not_write_to_one_cache(tmp_path, teacher):
+    """The second one is turned away while the first runs, and the first is not disturbed."""
+    from rich.console import Console
+
+    from teachercache.precompute.job import run_precompute
+
+    recipe = tiny_recipe(tmp_path, teacher=teacher)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / ".cache.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(JobFailed, match="another precompute job is writing to"):
+        run_precompute(recipe, console=Console(quiet=True))
+    holder.communicate(b"\n")
+    assert not recipe.cache.exists()
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from teachercache.files import locked
+with locked(Path(sys.argv[1]), job="", folder=Path()):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""

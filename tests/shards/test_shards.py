@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache, verify
-from teachercache.shards.inspection import describe, describe_row
+from teachercache.shards.inspection import describe, describe_row, token_texts
 from teachercache.shards.manifest import MANIFEST, fingerprint_of
 
 from builders import sentences, tiny_cache, tiny_recipe
@@ -235,6 +236,40 @@ def test_inspection_shows_the_teachers_own_words(made):
     assert describe_row(cache, shown["row_id"][:12])["row_id"] == shown["row_id"]
     with pytest.raises(CacheError, match="no row's id begins with"):
         describe_row(cache, "zzz")
+
+
+def test_a_prefix_of_several_ids_is_refused(made):
+    cache = Cache.open(made)
+    ids = [cache.read_row(split, i).row.row_id for split in ("train", "held-out") for i in range(cache.rows_of(split))]
+    prefix = next(a[0] for a in ids if sum(b[0] == a[0] for b in ids) > 1)
+    with pytest.raises(CacheError, match="give more digits") as caught:
+        describe_row(cache, prefix)
+    named = re.findall(r"[0-9a-f]{32}", str(caught.value))
+    assert len(set(named)) == 2 and set(named) < set(ids)
+    assert all(describe_row(cache, name)["row_id"] == name for name in (ids[0], ids[-1]))
+
+
+BYTE_LEVEL = {"type": "ByteLevel"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "vocabulary", "texts"),
+    [
+        ({"decoder": BYTE_LEVEL}, {"Ã©": 0, "Ġthe": 1}, ["é", " the"]),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, BYTE_LEVEL]}}, {"Ċ": 0}, ["\n"]),
+        (
+            {"decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}},
+            {"é": 0, "▁the": 1, "<0x0A>": 2, "<0xC3>": 3},
+            ["é", " the", "\n", "<0xC3>"],
+        ),
+        ({"decoder": None}, [["é", -1.0], ["▁a", -2.0]], ["é", " a"]),
+    ],
+    ids=["byte-level", "in-a-sequence", "sentencepiece", "unigram"],
+)
+def test_token_texts_follow_the_tokenizers_decoder(cache_folder, parts, vocabulary, texts):
+    cache = Cache.open(cache_folder)
+    (cache.teacher_folder / "tokenizer.json").write_text(json.dumps({**parts, "model": {"vocab": vocabulary}}))
+    assert token_texts(cache) == dict(enumerate(texts))
 
 
 def test_description_adds_up(made):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,6 @@ import pytest
 from teachercache.config import Recipe, parse_recipe
 
 from builders import tiny_cache, tiny_model, tiny_teacher
-
-# Several trainings at once on few cores crawl when each of them spins on all cores; child processes inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,12 +15,16 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from student.runs import log_of
 from teachercache.config import Recipe
 from teachercache.errors import JobFailed, RecipeError
+from teachercache.shards import Cache
 from teachercache.student.checkpoints import complete_checkpoints
 from teachercache.student.train import run_training
+
+from builders import tiny_model
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_student.py"
 
@@ -119,6 +124,21 @@ def test_other_settings_do_not_go_on_with_a_run(make_recipe: Any) -> None:
         run_training(make_recipe(max_steps=2, objective={"alpha": 0.2}))
 
 
+def test_another_student_in_the_same_folder_does_not_go_on_with_a_run(
+    make_recipe: Any, student: Path, tmp_path: Path
+) -> None:
+    """As after `init-student --overwrite`, for a finished run and for an unfinished one."""
+    path = tmp_path / "student"
+    shutil.copytree(student, path)
+    recipe = make_recipe(student_model=path, max_steps=2)
+    run_training(recipe)
+    tiny_model(layers=2, seed=1).save_pretrained(path)
+    for _ in range(2):
+        with pytest.raises(RecipeError, match=r"student.weights_sha256 was .*, now .*use another train.output"):
+            run_training(recipe)
+        (recipe.train.output / "summary.json").unlink(missing_ok=True)
+
+
 def test_checkpoints_of_somebody_else_are_left_alone(make_recipe: Any) -> None:
     recipe = make_recipe()
     (recipe.train.output / "checkpoint-5").mkdir(parents=True)
@@ -165,5 +185,18 @@ def test_the_summary_on_disk_is_the_result(make_recipe: Any) -> None:
     result = run_training(recipe)
     assert json.loads((recipe.train.output / "summary.json").read_text()) == result
     assert set(result) == {
-        "steps", "losses", "positions_per_second", "student", "best", "zero_stage", "seconds", "resumed_from"
+        "steps", "rows", "positions", "losses", "positions_per_second", "student", "best", "zero_stage", "seconds",
+        "resumed_from",
     }  # fmt: skip
+
+
+def test_the_last_line_says_what_was_trained(make_recipe: Any, cache: Path) -> None:
+    recipe, console = make_recipe(epochs=2, log_every=5, global_batch=10), Console(file=io.StringIO())
+    result = run_training(recipe, console=console)
+    opened = Cache.open(cache)
+    assert result["rows"] == 2 * opened.rows_of("train")
+    assert result["positions"] == 2 * opened.positions_of("train")
+    last = console.file.getvalue().splitlines()[-1]
+    best, student = result["best"], recipe.train.output / "student"
+    assert last.startswith(f"trained {result['steps']} steps: {result['rows']} rows, {result['positions']:,} positions")
+    assert last.endswith(f"best held-out loss {best['loss']:.4f} at step {best['step']}; student → {student}")

@@ -13,9 +13,11 @@ from teachercache.errors import RecipeError
 from teachercache.student.run_folder import RunFolder, RunIdentity
 
 
-def _identity(cache: str = "f1", deepspeed: dict[str, Any] | None = None, **train: Any) -> RunIdentity:
+def _identity(
+    cache: str = "f1", weights: str = "w1", deepspeed: dict[str, Any] | None = None, **train: Any
+) -> RunIdentity:
     data = {"cache": "c", "student": {"model": "s"}, "train": {"output": "run", **train}}
-    return RunIdentity(parse_recipe(data, origin="tests"), cache, deepspeed)
+    return RunIdentity(parse_recipe(data, origin="tests"), cache, {"weights_sha256": weights}, deepspeed)
 
 
 def _claimed(path: Path, identity: RunIdentity) -> RunFolder:
@@ -33,6 +35,7 @@ def test_the_same_run_is_welcome_again(tmp_path: Path) -> None:
     ("other", "words"),
     [
         (_identity(cache="f2"), 'cache was "f1", now "f2"'),
+        (_identity(weights="w2"), 'student.weights_sha256 was "w1", now "w2"'),
         (_identity(seed=1), "train.seed was 0, now 1"),
         (_identity(zero_stage=3), "train.zero_stage was 1, now 3"),
         (_identity(deepspeed={"a": 1}), "deepspeed was null, now"),

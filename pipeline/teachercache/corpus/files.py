@@ -39,9 +39,13 @@ EXCERPT_BYTES = 500
 
 def format_of(path: str | Path) -> str | None:
     """The format that a file's name says, seen through a compression suffix; None for an unknown one."""
+    return SUFFIXES.get(suffix_of(path))
+
+
+def suffix_of(path: str | Path) -> str:
+    """A file's suffix in lower case, seen through a compression suffix."""
     path = Path(path)
-    suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
-    return SUFFIXES.get(suffix.lower())
+    return (Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix).lower()
 
 
 def unreadable(reason: str, raw: bytes) -> Row:

@@ -7,6 +7,8 @@ Which reader serves a source (`corpus.format: auto`):
     a folder that `datasets` wrote or describes    `datasets` (save_to_disk, a dataset card, files named by split)
     a URL, or a name that is nothing on this disk  `datasets`
 
+The files of a folder or glob share one suffix; a README of another one describes them and is no part of the corpus.
+Where several kinds of documents lie together, `corpus.format` says which format to read, then with all its suffixes.
 Files are read in sorted order and in bounded memory, streaming or not; slices mean there what they mean to `datasets`.
 """
 
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from teachercache.config import CorpusConfig
 from teachercache.corpus import files
-from teachercache.corpus.files import Row, check_field, format_of
+from teachercache.corpus.files import Row, check_field, format_of, suffix_of
 from teachercache.corpus.hub import dataset_rows, is_saved_dataset, slice_bounds
 from teachercache.corpus.python_docs import python_topics
 from teachercache.errors import CorpusError
@@ -80,7 +82,8 @@ def _kind(config: CorpusConfig) -> str:
         return "python-docs"
     path = Path(config.source).expanduser()
     if path.is_dir():
-        return "datasets" if _is_described(path) or config.name else _kind_of_files(_visible(path), config.source)
+        described = _is_described(path) or config.name
+        return "datasets" if described else _kind_of_files(_paths(config.source, kind=None), config.source)
     if path.is_file() or glob.has_magic(config.source):
         return _kind_of_files(_paths(config.source, kind=None), config.source)
     if _names_a_path(config.source):
@@ -98,12 +101,14 @@ def _is_described(folder: Path) -> bool:
 
 
 def _kind_of_files(paths: Sequence[Path], source: str) -> str:
-    documents = [path for path in paths if path.stem.upper() != "README"] or paths
-    kinds = {kind for path in documents if (kind := format_of(path))}
+    kinds = {suffix_of(path): kind for path in paths if (kind := format_of(path))}
     if len(kinds) == 1:
-        return kinds.pop()
+        return kinds.popitem()[1]
     if kinds:
-        raise CorpusError(f"corpus {source} mixes {' and '.join(sorted(kinds))} files; say which with corpus.format")
+        raise CorpusError(
+            f"corpus {source} mixes {' and '.join(sorted(kinds))} files; say which to read with corpus.format "
+            f"({' or '.join(sorted(set(kinds.values())))}), or with a glob such as *{min(kinds)}"
+        )
     raise CorpusError(
         f"corpus {source}: no file with a known suffix (.parquet, .jsonl, .txt, .md); say what it is with corpus.format"
     )
@@ -122,9 +127,17 @@ def _paths(source: str, *, kind: str | None) -> list[Path]:
     else:
         found = []
     if not found:
-        raise CorpusError(f"corpus {source} does not exist" if not path.is_dir() else f"corpus {source} holds no files")
+        if path.is_dir():
+            raise CorpusError(f"corpus {source} is an empty folder; put files there, or set another corpus.source")
+        raise CorpusError(f"corpus {source} does not exist")
     matching = [each for each in found if kind is None or format_of(each) == kind]
-    return matching or found
+    return _documents(matching or found)
+
+
+def _documents(paths: Sequence[Path]) -> list[Path]:
+    """`paths` without a README of another suffix than all others."""
+    suffixes = {suffix_of(path) for path in paths if path.stem.upper() != "README"}
+    return [path for path in paths if not suffixes or suffix_of(path) in suffixes]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -30,7 +30,7 @@ _BATCH = 256  # documents in one call of the tokenizer: bounds its memory, chang
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A document of which nothing is stored, and why."""
+    """A document, or a window of it, of which nothing is stored, and why."""
 
     source_id: str
     occurrence: int

@@ -27,18 +27,17 @@ def run_evaluation(
     """Compare the teacher, the recipe's student as it was, and the student that training exported.
 
     `recipe_or_run` is a YAML recipe or `train.output`. The teacher is `teacher`, else the recipe's, else the one that
-    the cache names. Raises `RecipeError` when there is no trained student, `CacheError` when a run belongs to another
-    cache.
+    the cache names. Raises `RecipeError` when there is no trained student, `CacheError` when it was trained on
+    another cache.
     """
-    recipe, fingerprint = _read(Path(recipe_or_run), overrides)
+    recipe = _read(Path(recipe_or_run), overrides)
     recipe.require("student", "train")
     assert recipe.student is not None and recipe.train is not None
     after = recipe.train.output / "student"
     if not (after / "config.json").is_file():
         raise RecipeError(f"there is no trained student at {after}; run `teachercache train` with this recipe first")
     cache = Cache.open(recipe.cache)
-    if fingerprint not in (None, cache.manifest.fingerprint):
-        raise CacheError(f"{recipe_or_run} was trained on another cache than {recipe.cache} is now; train it again")
+    _check_cache(recipe.train.output, cache)
     return evaluate(
         cache=recipe.cache,
         teacher=_teacher(teacher, recipe, cache.manifest),
@@ -50,23 +49,32 @@ def run_evaluation(
     )
 
 
-def _read(path: Path, overrides: Sequence[str]) -> tuple[Recipe, str | None]:
-    """The recipe, and for a run the fingerprint of the cache that it was trained on."""
+def _read(path: Path, overrides: Sequence[str]) -> Recipe:
     if not path.is_dir():
-        return load_recipe(path, overrides), None
-    file = path / RUN_FILE
-    if not file.is_file():
+        return load_recipe(path, overrides)
+    if not (path / RUN_FILE).is_file():
         raise RecipeError(f"{path} is no run folder: it has no {RUN_FILE}; give a recipe, or the train.output of one")
-    try:
-        run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        data, fingerprint = run["recipe"], run["cache_fingerprint"]
-    except (ValueError, KeyError, TypeError):
-        raise RecipeError(f"{file} does not hold a run; give the recipe instead") from None
-    recipe = parse_recipe(data, origin=str(file))
+    recipe = parse_recipe(_recorded(path)["recipe"], origin=str(path / RUN_FILE))
     # The folder may have moved since: what lies in it counts, not where it was written.
-    return recipe.model_copy(
-        update={"train": recipe.train and recipe.train.model_copy(update={"output": path})}
-    ), fingerprint
+    return recipe.model_copy(update={"train": recipe.train and recipe.train.model_copy(update={"output": path})})
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    """What training wrote down about a run: its `recipe`, and the `cache_fingerprint` of its cache."""
+    try:
+        data = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        return {key: data[key] for key in ("recipe", "cache_fingerprint")}
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"{run / RUN_FILE} does not hold a run; delete it, and give the recipe") from None
+
+
+def _check_cache(run: Path, cache: Cache) -> None:
+    """Students are compared on rows that training held out, which those of another cache are not."""
+    if (run / RUN_FILE).is_file() and _recorded(run)["cache_fingerprint"] != cache.manifest.fingerprint:
+        raise CacheError(
+            f"the student in {run} was trained on another cache than {cache.folder} is now; "
+            "train one on this cache, with another train.output"
+        )
 
 
 def _teacher(name: str | None, recipe: Recipe, manifest: Manifest) -> ModelSpec:

@@ -44,7 +44,8 @@ def evaluate(
     each as `teachercache.evaluation.measure` prints it.
 
     Students get two figures more: `quality_kept`, their next-token accuracy over the teacher's, and `speed_up`, the
-    teacher's latency over theirs. `rows` limits the held-out rows; `progress` is told what is being measured.
+    teacher's latency over theirs. `rows` limits the held-out rows; `progress` is told what is being measured,
+    and at the end on what.
     Raises what the measuring process raised, and `JobFailed` when it died.
     """
     models = {"teacher": teacher, "student_before": student_before, "student_after": student_after}
@@ -56,6 +57,9 @@ def evaluate(
         if progress:
             progress(f"measuring the {role.replace('_', ' ')}: {spec.model}")
         table[role] = _measure_apart(spec, cache, rows=rows, batch=batch, device=device)
+    if progress:
+        teachers = table["teacher"]
+        progress(f"evaluated on {teachers['positions']:,} held-out positions in {teachers['rows']:,} rows of {cache}")
     for role in table.keys() - {"teacher"}:
         table[role] |= _compared(table[role], table["teacher"])
     return table

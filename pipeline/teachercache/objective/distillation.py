@@ -26,19 +26,13 @@ NO_TARGET = -100  # label of a token that is not a position, as everywhere in tr
 class LossTerms:
     """Sums over positions, in nats. `total` = alpha · T² · kl + (1 - alpha) · ce carries the gradient.
 
-    Without a teacher (alpha = 0) `kl` is not measured and stands at 0; `measured` leaves it out.
+    Without a teacher (alpha = 0) `kl` is not measured and stands at 0.
     """
 
     total: Tensor
     kl: Tensor
     ce: Tensor
     positions: int
-    has_teacher: bool = True
-
-    def measured(self) -> dict[str, Tensor]:
-        """Terms to log, by name."""
-        terms = {"kl": self.kl, "ce": self.ce}
-        return terms if self.has_teacher else {"ce": self.ce}
 
 
 def required_columns(config: ObjectiveConfig, targets: Mapping[str, Any]) -> tuple[str, ...]:
@@ -90,7 +84,7 @@ class DistillationObjective:
             weights=self._weights,
             vocabulary_size=self.vocabulary_size,
         )
-        return LossTerms(total, kl, ce, positions=len(positions_N), has_teacher=self.config.alpha > 0)
+        return LossTerms(total, kl, ce, positions=len(positions_N))
 
     def _teacher(self, targets: Mapping[str, Tensor], labels_N: Tensor, logits_dtype: torch.dtype) -> TeacherHead:
         dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32

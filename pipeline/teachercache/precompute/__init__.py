@@ -1,7 +1,8 @@
 """The precompute job: corpus → staged units → tokens → teacher actors → shards → manifest. The only package that imports Ray.
 
-    plan.py      what the job is: identity (fingerprint), staged work units; decides between new, resumed and finished
-    units.py     one unit through its three stages, as plain functions: tokenise, capture, write
+    plan.py      what the job is: identity (fingerprint); decides between new, resumed and finished
+    staging.py   the corpus as files of raw documents, one a work unit
+    units.py     one unit through its two stages, as plain functions: tokenise; capture and write
     cluster.py   Ray: start or join a cluster, run units through the stages
     commit.py    records of finished units → audit, digests, card, manifest
     job.py       the whole job, `run_precompute`

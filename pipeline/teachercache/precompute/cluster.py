@@ -1,11 +1,12 @@
-"""Ray: units through the three stages, on one machine or a cluster.
+"""Ray: units through the two stages, on one machine or a cluster.
 
-Tokenising and writing are tasks, the teacher is a pool of actors with one model each. Ray Data streams units between them
-with back-pressure. What flows is small next to the teacher's work; nothing is kept in Ray's store beyond a unit's way.
+Tokenising is a task; capturing and writing happen in a pool of teacher actors with one model each. Ray Data streams units
+from the one to the other with back-pressure: token ids flow, targets never leave the actor that captured them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pickle
@@ -22,12 +23,12 @@ from teachercache.config import CorpusConfig, PrecomputeConfig, Recipe, Sequence
 from teachercache.corpus.sequences import Tokenised
 from teachercache.errors import JobFailed, TeachercacheError
 from teachercache.precompute.plan import Plan
-from teachercache.precompute.units import CapturedUnit, capture_unit, tokenise_unit, write_unit
+from teachercache.precompute.units import UnitReport, actor_threads, compute_unit, tokenise_unit
 from teachercache.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Tasks beside the actors: small shares, so that a machine whose cores all belong to actors still has room for them.
+# Tasks beside the actors: a small share, so that a machine whose cores all belong to actors still has room for them.
 TASK_CPUS = 0.25
 
 
@@ -43,10 +44,18 @@ class Job:
 
     @classmethod
     def of(cls, recipe: Recipe, plan: Plan) -> Job:
-        """The parts of a recipe that stages need; the cache's path is made absolute, workers have their own folder."""
+        """The parts of a recipe that stages need, with paths made absolute: workers have a folder of their own.
+
+        Actors load the very commit that was planned with, also when the hub's newest one changes meanwhile.
+        """
         assert recipe.teacher is not None and recipe.corpus is not None
-        absolute = Plan(**{**vars(plan), "folder": plan.folder.resolve()})
-        return cls(absolute, recipe.teacher, recipe.corpus, recipe.sequence, recipe.precompute)
+        teacher = recipe.teacher
+        if Path(teacher.model).expanduser().exists():
+            teacher = teacher.model_copy(update={"model": str(Path(teacher.model).expanduser().resolve())})
+        commit = plan.identity["teacher"].get("commit")
+        teacher = teacher.model_copy(update={"revision": commit or teacher.revision})
+        absolute = dataclasses.replace(plan, folder=plan.folder.resolve())
+        return cls(absolute, teacher, recipe.corpus, recipe.sequence, recipe.precompute)
 
 
 Row = dict[str, Any]
@@ -66,7 +75,10 @@ def _carrying_errors(stage: Callable[[Row], Any], row: Row) -> Row:
         problem: TeachercacheError = error
     except Exception as error:
         logger.exception("unit %d", row["unit"])
-        problem = JobFailed(f"unit {row['unit']}: {type(error).__name__}: {error}")
+        problem = JobFailed(
+            f"unit {row['unit']} failed: {type(error).__name__}: {error}; its documents are in .work/units of the cache, "
+            "run the same command again to try once more"
+        )
     return {"unit": row["unit"], "payload": b"", "problem": pickle.dumps(type(problem)(str(problem)))}
 
 
@@ -78,24 +90,23 @@ class TeacherActor:
         self.teacher: Teacher | None = None
 
     def __call__(self, row: Row) -> Row:
-        return _carrying_errors(self._capture, row)
+        return _carrying_errors(self._compute, row)
 
-    def _capture(self, row: Row) -> tuple[CapturedUnit, dict[str, Any]]:
+    def _compute(self, row: Row) -> UnitReport:
         if self.teacher is None:
             self.teacher = _load_teacher(self.job)
         tokenised, documents = pickle.loads(row["payload"])
-        result = capture_unit(
-            self.teacher, tokenised, documents, positions_per_batch=self.job.precompute.positions_per_batch
+        size = self.job.precompute.positions_per_batch
+        return compute_unit(
+            self.teacher, self.job.plan, int(row["unit"]), tokenised, documents=documents, positions_per_batch=size
         )
-        return result, self.teacher.describe()
 
 
 def _load_teacher(job: Job) -> Teacher:
     import torch
 
-    settings = job.precompute
-    torch.set_num_threads(settings.threads_per_actor or max(1, (os.cpu_count() or 1) // settings.actors))
-    device = "cuda" if settings.gpus_per_actor > 0 else "cpu"
+    torch.set_num_threads(actor_threads(job.precompute))
+    device = "cuda" if job.precompute.gpus_per_actor > 0 else "cpu"
     pad_id = job.plan.identity["tokenizer"]["pad_id"]
     return Teacher.load(job.teacher, kind=job.plan.kind, layout=job.sequence.layout, pad_id=pad_id, device=device)
 
@@ -107,35 +118,24 @@ def _tokenise(row: Row, job: Job) -> Row:
     return _carrying_errors(stage, row)
 
 
-def _write(row: Row, job: Job) -> Row:
-    def stage(row: Row) -> Row:
-        result, teacher = pickle.loads(row["payload"])
-        record = write_unit(job.plan, int(row["unit"]), result, teacher=teacher)
-        shard = record["shard"] or {}
-        return {
-            "positions": shard.get("positions", 0),
-            "quarantined": record["quarantined_documents"],
-            "teacher_started": result.started,
-            "teacher_seconds": result.seconds,
-        }
-
-    return _carrying_errors(stage, row)
+def actor_cpus(settings: PrecomputeConfig) -> int:
+    """CPUs that Ray reserves for an actor: its threads, where they are set."""
+    return settings.threads_per_actor or 1
 
 
-def run_units(job: Job, pending: list[int]) -> Iterator[dict[str, Any]]:
-    """Run the pending units; yields a small summary as each one's shard is in place."""
+def run_units(job: Job, pending: list[int]) -> Iterator[UnitReport]:
+    """Run the pending units; yields a report as each one's shard is in place."""
     settings = job.precompute
     actors = min(settings.actors, len(pending))
     rows = [{"unit": unit, "payload": b"", "problem": None} for unit in pending]
     units = ray.data.from_items(rows, override_num_blocks=len(pending))
     # Ray's annotation of `map` has no room for a function with further arguments, or for a class.
-    tokenise, capture, write = cast(Any, _tokenise), cast(Any, TeacherActor), cast(Any, _write)
+    tokenise, compute = cast(Any, _tokenise), cast(Any, TeacherActor)
     pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2)
     gpus = settings.gpus_per_actor or None
-    stages = (
-        units.map(tokenise, fn_args=(job,), num_cpus=TASK_CPUS)
-        .map(capture, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus)
-        .map(write, fn_args=(job,), num_cpus=TASK_CPUS)
+    cpus, gpus = actor_cpus(settings), settings.gpus_per_actor or None
+    stages = units.map(tokenise, fn_args=(job,), num_cpus=TASK_CPUS).map(
+        compute, fn_constructor_args=(job,), compute=pool, num_cpus=cpus, num_gpus=gpus
     )
     try:
         for row in stages.iter_rows():
@@ -182,7 +182,7 @@ def _start_local(settings: PrecomputeConfig) -> None:
     python_path = os.pathsep.join(filter(None, [source_root, os.environ.get("PYTHONPATH")]))
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, settings.actors + 1),
+        num_cpus=max(os.cpu_count() or 1, settings.actors * actor_cpus(settings) + 1),
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,

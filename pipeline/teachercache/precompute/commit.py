@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -19,10 +18,10 @@ from teachercache.shards.verify import CARD
 
 def commit(plan: Plan) -> Manifest:
     """Commit the cache. Raises `JobFailed` when rows are unaccounted for, a unit is missing, or nothing was stored."""
-    missing = plan.pending()
-    if missing:
-        raise JobFailed(f"{len(missing)} of {plan.units} units have no result; run the same command again to do them")
-    records = [json.loads(plan.record_file(unit).read_text(encoding="utf-8")) for unit in range(plan.units)]
+    records = [record for unit in range(plan.units) if (record := plan.record(unit)) is not None]
+    if len(records) < plan.units:
+        missing = plan.units - len(records)
+        raise JobFailed(f"{missing} of {plan.units} units have no result; run the same command again to do them")
     manifest = _manifest(plan, records)
     if not manifest.shards:
         raise JobFailed(
@@ -69,10 +68,18 @@ def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
         windowed_documents=total["windowed_documents"],
         extra_windows=total["extra_windows"],
         windows_without_targets=total["windows_without_targets"],
+        windows_quarantined=total["windows_quarantined"],
     )
 
 
-_COUNTED = ("documents", "quarantined_documents", "windowed_documents", "extra_windows", "windows_without_targets")
+_COUNTED = (
+    "documents",
+    "quarantined_documents",
+    "windowed_documents",
+    "extra_windows",
+    "windows_without_targets",
+    "windows_quarantined",
+)
 
 
 def _remove_leftovers(plan: Plan, manifest: Manifest) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from teachercache.config import Recipe
+from teachercache.errors import RecipeError
+from teachercache.files import locked
 from teachercache.precompute.commit import commit
 from teachercache.precompute.plan import Plan, make_plan
 from teachercache.shards import Manifest
@@ -24,10 +28,31 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     could not be completed; finished units are kept either way.
     """
     start = time.perf_counter()
-    console.print(f"[bold]precompute[/] planning: reading {recipe.corpus.source if recipe.corpus else ''} …")
+    source = recipe.corpus.source if recipe.corpus else ""
+    console.print(f"planning: reading {source} …", markup=False)
+    _check_paths(recipe)
+    with locked(_lock_file(recipe.cache), job="precompute job", folder=recipe.cache):
+        return _run_locked(recipe, console, start)
+
+
+def _check_paths(recipe: Recipe) -> None:
+    """On a cluster, a relative path means another place in every process (a submitted job runs in a copy of the sources)."""
+    if (recipe.precompute.address or os.environ.get("RAY_ADDRESS")) and not recipe.cache.is_absolute():
+        raise RecipeError(
+            f"cache: {recipe.cache} is a relative path, which nodes of a cluster do not share; "
+            f"set it to a folder that all of them see, e.g. -s cache=/shared/{recipe.cache.name}"
+        )
+
+
+def _lock_file(cache: Path) -> Path:
+    """Beside the cache: a finished cache holds nothing that its manifest does not list."""
+    return cache.parent / f".{cache.name}.lock"
+
+
+def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any]:
     plan = make_plan(recipe)
     if (plan.folder / MANIFEST).is_file():
-        console.print(f"{plan.folder} is complete: nothing to do")
+        console.print(f"{plan.folder} is complete: nothing to do", markup=False)
         return summary(plan, read_manifest(plan.folder), Timing(), seconds=time.perf_counter() - start)
     pending = plan.pending()
     if len(pending) < plan.units:
@@ -35,7 +60,7 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     timing = _run(recipe, plan, pending, console)
     manifest = commit(plan)
     result = summary(plan, manifest, timing, seconds=time.perf_counter() - start)
-    _print_closing(console, result)
+    _print_closing(console, result, manifest)
     return result
 
 
@@ -47,6 +72,7 @@ class Timing:
     teacher_seconds: float = 0.0
     working_seconds: float = 0.0
     start_up_seconds: float = 0.0
+    batches_halved: int = 0
 
 
 def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Timing:
@@ -61,9 +87,10 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
     with connected(recipe.precompute), _progress(console) as progress:
         bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
         for done in run_units(Job.of(recipe, plan), pending):
-            first = min(first, done["teacher_started"])
-            timing.positions += done["positions"]
-            timing.teacher_seconds += done["teacher_seconds"]
+            first = min(first, done.started)
+            timing.positions += done.positions
+            timing.teacher_seconds += done.teacher_seconds
+            timing.batches_halved += done.batches_halved
             timing.working_seconds = time.time() - first
             rate = f"{timing.positions:,} positions, {timing.positions / timing.working_seconds:,.0f}/s"
             progress.update(bar, advance=1, rate=rate)
@@ -93,16 +120,28 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
         "positions_per_second": round(timing.positions / working, 1) if working else 0.0,
         "teacher_seconds": round(timing.teacher_seconds, 2),
         "start_up_seconds": round(timing.start_up_seconds, 2),
+        "batches_halved": timing.batches_halved,
         "seconds": round(seconds, 2),
         "fingerprint": manifest.fingerprint,
     }
 
 
-def _print_closing(console: Console, result: dict[str, Any]) -> None:
+def _print_closing(console: Console, result: dict[str, Any], manifest: Manifest) -> None:
     size = result["bytes_per_position"]
-    lost = f", {result['quarantined']:,} rows quarantined" if result["quarantined"] else ""
+    held_out = sum(shard.held_out_rows for shard in manifest.shards)
+    lost = f", {result['quarantined']:,} rows of the corpus quarantined" if result["quarantined"] else ""
     console.print(
-        f"[green]cached[/] {result['rows']:,} rows, {result['positions']:,} positions{lost}, "
-        f"{size['logits']:.0f} bytes per position for logits ({size['total']:.0f} in all), "
-        f"{result['positions_per_second']:,.0f} positions/s → {result['cache']}"
+        f"cached {result['rows'] - held_out:,} rows to train on and {held_out:,} held-out ones, {result['positions']:,} "
+        f"positions{lost}, {size['logits']:.0f} bytes per position for logits ({size['total']:.0f} in all), "
+        f"{result['positions_per_second']:,.0f} positions/s → {result['cache']}",
+        markup=False,
     )
+    if held_out in (0, result["rows"]):
+        missing = "no row is held out: there will be no evaluation" if not held_out else "all rows are held out"
+        console.print(f"warning: {missing}; change corpus.held_out, or use a larger corpus", markup=False)
+    if result["batches_halved"]:
+        console.print(
+            f"warning: {result['batches_halved']} batches ran out of memory and were halved; "
+            "lower precompute.positions_per_batch to spare these attempts",
+            markup=False,
+        )

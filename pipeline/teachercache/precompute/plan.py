@@ -1,33 +1,30 @@
 """What a precompute job is, before any compute is spent.
 
-Planning reads the corpus once, hashes it, and stages it as work units of raw documents under `.work/units/`, so that every
-unit is the same whenever it runs again, also from a streamed dataset. The job's identity is its fingerprint: equal
-fingerprints mean equal inputs and settings.
+The job's identity is its fingerprint: equal fingerprints mean equal inputs and settings. Planning checks the recipe against
+its teacher, reads the corpus once (staging.py), and decides between a new job, one to resume, and a finished one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from teachercache.config import Recipe
-from teachercache.corpus.documents import Document, documents
-from teachercache.corpus.readers import read_rows
-from teachercache.errors import CacheError, CorpusError, RecipeError
+from teachercache.corpus.chat import ChatRenderer
+from teachercache.errors import CacheDamaged, CacheError, RecipeError
+from teachercache.files import write_whole
 from teachercache.models import find_model, load_config, load_tokenizer, weights_identity
-from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, fingerprint_of, read_manifest
+from teachercache.precompute.staging import Staged, empty_folder, stage, unit_name
+from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint_of, read_manifest
 from teachercache.targets import TopK, target_kind
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
 
 PLAN = "plan.json"
+OURS = {WORK_FOLDER, "teacher", "shards", "quarantine"}  # what an unfinished job may leave in the cache's folder
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,6 @@ class Plan:
     units: int
     rows_in: int
     deduplicated: int
-    stage_seconds: float = field(default=0.0, compare=False)
 
     @property
     def work(self) -> Path:
@@ -50,22 +46,32 @@ class Plan:
 
     def unit_file(self, unit: int) -> Path:
         """The staged documents of a unit."""
-        return self.work / "units" / f"{unit:05d}.jsonl.zst"
+        return self.work / "units" / unit_name(unit)
 
     def record_file(self, unit: int) -> Path:
-        """Exists once the unit's shard is in place."""
+        """Written once the unit's shard is in place."""
         return self.work / "done" / f"{unit:05d}.json"
 
+    def record(self, unit: int) -> dict[str, Any] | None:
+        """The unit's record, if there is one and the files that it names are there in full."""
+        try:
+            record = json.loads(self.record_file(unit).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        files = [record[name] for name in ("shard", "quarantine") if record[name]]
+        return record if all(_is_there(self.folder, file["file"], file["bytes"]) for file in files) else None
+
     def pending(self) -> list[int]:
-        """Units without a record."""
-        return [unit for unit in range(self.units) if not self.record_file(unit).is_file()]
+        """Units that are still to be computed."""
+        return [unit for unit in range(self.units) if self.record(unit) is None]
 
 
 def make_plan(recipe: Recipe) -> Plan:
     """Check the recipe against its teacher, stage the corpus, and find what is already done.
 
-    Raises a `UserError` for everything that can be known before compute is spent: a model or corpus that cannot be read,
-    k above the vocabulary, sequences longer than the model's context, a folder that holds another job.
+    Raises a `UserError` for what can be known before compute is spent: a model or corpus that cannot be read, k above the
+    vocabulary, sequences longer than the model's context, chat rows without a template, a folder that holds another job;
+    `CacheDamaged` when the job is finished, but files of the cache are missing.
     """
     recipe.require("teacher", "corpus")
     teacher, corpus = recipe.teacher, recipe.corpus
@@ -74,6 +80,7 @@ def make_plan(recipe: Recipe) -> Plan:
     config = load_config(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
     tokens = _describe_tokenizer(tokenizer)
     if corpus.messages_field is not None:
+        ChatRenderer(tokenizer)  # raises for a tokenizer without a template
         tokens["chat_template"] = template_fingerprint(tokenizer)
     kind = target_kind(recipe.targets.logits.model_dump(), vocabulary_size=tokens["vocabulary_size"])
     _check_context(recipe, config)
@@ -87,9 +94,9 @@ def make_plan(recipe: Recipe) -> Plan:
         "tokenizer": tokens,
         "sequence": recipe.sequence.model_dump(),
         "targets": {"logits": kind.settings()},
-        "units": recipe.precompute.model_dump(include={"unit_rows", "unit_bytes", "positions_per_batch"}),
+        "units": recipe.precompute.model_dump(include={"unit_rows", "unit_bytes"}),
     }
-    return _stage(recipe, identity, kind, tokenizer, config)
+    return _find_or_begin(recipe, identity, kind, tokenizer, config)
 
 
 def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -110,109 +117,73 @@ def _check_context(recipe: Recipe, config: Any) -> None:
         )
 
 
-def _stage(recipe: Recipe, identity: dict[str, Any], kind: TopK, tokenizer: Any, config: Any) -> Plan:
-    folder, corpus = recipe.cache, recipe.corpus
+def _find_or_begin(recipe: Recipe, identity: dict[str, Any], kind: TopK, tokenizer: Any, config: Any) -> Plan:
+    folder, corpus, settings = recipe.cache, recipe.corpus, recipe.precompute
     assert corpus is not None
-    known = _known_job(folder)
-    work = folder / WORK_FOLDER
-    staging = None if known else work / "units.tmp"
     # Where a corpus comes from is no part of its identity: what it holds is.
     described = corpus.model_dump(exclude={"limit", "format", "streaming"})
     described["source"] = _portable_source(corpus.source)
-    counts = _Counts()
-    with _removed_on_failure(staging, folder):
-        units = _write_units(_counted(documents(read_rows(corpus), corpus), counts), recipe, staging)
-        if counts.rows_in == 0:
-            raise CorpusError(f"the corpus {corpus.source} is empty: check corpus.source, split and text_field")
-    identity = {**identity, "corpus": {**described, "digest": counts.digest.hexdigest()}}
-    plan = Plan(folder, fingerprint_of(identity), identity, kind, units, counts.rows_in, counts.deduplicated)
-    if known:
-        _check_same_job(known, identity, folder)
-    else:
-        _begin(plan, staging, tokenizer, config)
+
+    def planned(staged: Staged) -> Plan:
+        whole = {**identity, "corpus": {**described, "digest": staged.digest}}
+        return Plan(folder, fingerprint_of(whole), whole, kind, staged.units, staged.rows_in, staged.deduplicated)
+
+    known = _known_job(folder)
+    if known is not None:
+        plan = planned(stage(corpus, settings, None))
+        _check_same_job(known, plan.identity, folder)
+        return plan
+    with empty_folder(folder / WORK_FOLDER / "units") as staging:
+        plan = planned(stage(corpus, settings, staging))
+        save_teacher_files(folder / "teacher", tokenizer, config, fingerprint=identity["tokenizer"]["fingerprint"])
+        (plan.work / "done").mkdir()
+        write_whole(plan.work / PLAN, json.dumps(plan.identity, indent=1, sort_keys=True))  # last: now there is a job
     return plan
 
 
-@contextmanager
-def _removed_on_failure(staging: Path | None, folder: Path) -> Iterator[None]:
-    """An empty staging folder that goes, with all that was made for it, when the corpus cannot be read."""
-    if staging is None:
-        yield
-        return
-    shutil.rmtree(staging, ignore_errors=True)
-    new = not folder.exists()
-    staging.mkdir(parents=True)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder if new else staging.parent, ignore_errors=True)
-        raise
-
-
-@dataclass
-class _Counts:
-    rows_in: int = 0
-    deduplicated: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
-
-
-def _counted(items: Iterable[Any], counts: _Counts) -> Iterator[Document]:
-    for item in items:
-        counts.rows_in += 1
-        if not isinstance(item, Document):
-            counts.deduplicated += 1
-            continue
-        counts.digest.update(f"{item.source_id} {item.occurrence} {item.problem}\n".encode())
-        yield item
-
-
-def _write_units(items: Iterable[Document], recipe: Recipe, staging: Path | None) -> int:
-    """Cut the documents into units and, with a folder, write them there; returns how many there are."""
-    units = rows = size = 0
-    sink = None
-    for document in items:
-        line = (document.to_json() + "\n").encode()
-        if units == 0 or rows >= recipe.precompute.unit_rows or size >= recipe.precompute.unit_bytes:
-            if sink is not None:
-                sink.close()
-            sink = _open_unit(staging, units) if staging is not None else None
-            units, rows, size = units + 1, 0, 0
-        if sink is not None:
-            sink.write(line)
-        rows, size = rows + 1, size + len(line)
-    if sink is not None:
-        sink.close()
-    return units
-
-
-def _open_unit(staging: Path, unit: int) -> Any:
-    return pa.CompressedOutputStream(pa.OSFile(str(staging / f"{unit:05d}.jsonl.zst"), "wb"), "zstd")
-
-
-def read_unit(path: Path) -> list[Document]:
-    """The staged documents of a unit."""
-    with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
-        return [Document.from_json(line) for line in stream.read().splitlines()]
-
-
 def _known_job(folder: Path) -> dict[str, Any] | None:
-    """Identity of the job that the folder holds, finished or not; refuses folders that hold something else."""
+    """Identity of the job that the folder holds, finished or not; refuses folders that hold something else.
+
+    A job that was planned and has computed nothing yet holds nothing that could be lost: it is cleared away, so that a
+    recipe can be mended in place.
+    """
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
+        _check_files(folder, manifest)
         return manifest.job
-    plan = folder / WORK_FOLDER / PLAN
-    if plan.is_file():
-        return json.loads(plan.read_text(encoding="utf-8"))
-    if folder.exists() and (not folder.is_dir() or any(path.name != WORK_FOLDER for path in folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    work = folder / WORK_FOLDER
+    if not work.is_dir() or any(path.name not in OURS for path in folder.iterdir()):
         raise CacheError(f"{folder} exists and holds no cache of ours; choose another `cache:` or empty it")
+    plan = work / PLAN
+    if plan.is_file() and any((folder / "shards").glob("part-*")):
+        return json.loads(plan.read_text(encoding="utf-8"))
+    for name in OURS:
+        shutil.rmtree(folder / name, ignore_errors=True)
     return None
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for info in [*manifest.shards, *manifest.files]:
+        if not _is_there(folder, info.file, info.bytes):
+            raise CacheDamaged(
+                f"the cache at {folder} is finished, but {info.file} is missing or has another size; fetch that file "
+                f"again, or delete {folder} and run this command again (`teachercache verify` lists everything)"
+            )
+
+
+def _is_there(folder: Path, file: str, size: int) -> bool:
+    path = folder / file
+    return path.is_file() and path.stat().st_size == size
 
 
 def _check_same_job(known: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
     different = sorted(_differences(known, identity))
     if different:
+        rows = " (other rows: corpus.limit, or the data itself)" if "corpus.digest" in different else ""
         raise CacheError(
-            f"the cache at {folder} was made with other settings or data (different: {', '.join(different)}); "
+            f"the cache at {folder} was made with other settings or data; different: {', '.join(different)}{rows}; "
             "choose another `cache:`, or delete that folder to start over"
         )
 
@@ -227,18 +198,6 @@ def _differences(left: Any, right: Any, path: str = "") -> Iterator[str]:
 
 def _portable_source(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
-
-
-def _begin(plan: Plan, staging: Path | None, tokenizer: Any, config: Any) -> None:
-    assert staging is not None
-    save_teacher_files(
-        plan.folder / "teacher", tokenizer, config, fingerprint=plan.identity["tokenizer"]["fingerprint"]
-    )
-    staging.rename(plan.work / "units")
-    (plan.work / "done").mkdir(exist_ok=True)
-    temporary = plan.work / (PLAN + ".tmp")
-    temporary.write_text(json.dumps(plan.identity, indent=1, sort_keys=True), encoding="utf-8")
-    temporary.replace(plan.work / PLAN)
 
 
 def save_teacher_files(folder: Path, tokenizer: Any, config: Any, *, fingerprint: str) -> None:

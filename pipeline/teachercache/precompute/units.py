@@ -1,6 +1,6 @@
-"""One work unit through its three stages. Plain functions of the unit and the job: no Ray, no order, no state.
+"""One work unit through its two stages. Plain functions of the unit and the job: no Ray, no order, no state.
 
-    tokenise_unit → capture_unit → write_unit
+    tokenise_unit → compute_unit (teacher, shard, record)
 
 Shards hold no time and no name of a machine, so equal units give equal files.
 """
@@ -8,30 +8,21 @@ Shards hold no time and no name of a machine, so equal units give equal files.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from teachercache.config import SequenceConfig
+from teachercache.config import PrecomputeConfig, SequenceConfig
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
+from teachercache.files import write_whole
 from teachercache.models import load_tokenizer
-from teachercache.precompute.plan import Plan, read_unit
+from teachercache.precompute.plan import Plan
+from teachercache.precompute.staging import read_unit
 from teachercache.shards import write_shard
 from teachercache.shards.manifest import file_info
 from teachercache.teacher import Captured, Teacher
-
-
-@dataclass(frozen=True, eq=False)
-class CapturedUnit:
-    """What the teacher made of a unit."""
-
-    tokenised: Tokenised
-    documents: int
-    captured: list[Captured]
-    started: float  # wall clock
-    seconds: float
 
 
 def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text: bool) -> tuple[Tokenised, int]:
@@ -46,23 +37,45 @@ def _tokenizer(folder: str) -> Any:
     return load_tokenizer(folder)
 
 
-def capture_unit(teacher: Teacher, tokenised: Tokenised, documents: int, *, positions_per_batch: int) -> CapturedUnit:
-    """The teacher's targets of a unit's rows."""
-    started, start = time.time(), time.perf_counter()
+def actor_threads(settings: PrecomputeConfig) -> int:
+    """CPU threads of one teacher actor. They decide the last bit of its logits, so the number of actors must not change
+    them: without a setting an actor takes all cores that it may run on."""
+    return settings.threads_per_actor or len(os.sched_getaffinity(0))
+
+
+def compute_unit(
+    teacher: Teacher, plan: Plan, unit: int, tokenised: Tokenised, *, documents: int, positions_per_batch: int
+) -> UnitReport:
+    """Capture a unit's rows and write them: shard, quarantine file and, last, the record.
+
+    Both happen where the teacher is: payloads of hundreds of MB stay in one process.
+    """
+    started, start, halved = time.time(), time.perf_counter(), teacher.batches_halved
     captured = teacher.capture(tokenised.rows, positions_per_batch=positions_per_batch)
-    return CapturedUnit(tokenised, documents, captured, started, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    record = _write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher.describe())
+    positions = record["shard"]["positions"] if record["shard"] else 0
+    return UnitReport(positions, started, seconds, teacher.batches_halved - halved)
 
 
-def write_unit(plan: Plan, unit: int, result: CapturedUnit, *, teacher: dict[str, Any]) -> dict[str, Any]:
-    """Shard, quarantine file and, last, the record; returns the record."""
-    stored = [item for item in result.captured if item.columns is not None]
-    quarantined = [*result.tokenised.quarantined, *_quarantined_rows(result.captured)]
+@dataclass(frozen=True)
+class UnitReport:
+    """How a unit went; nothing of it is stored. `started` is wall clock."""
+
+    positions: int
+    started: float
+    teacher_seconds: float
+    batches_halved: int
+
+
+def _write_unit(
+    plan: Plan, unit: int, tokenised: Tokenised, captured: list[Captured], *, documents: int, teacher: dict[str, Any]
+) -> dict[str, Any]:
+    stored = [item for item in captured if item.columns is not None]
+    quarantined = [*tokenised.quarantined, *_quarantined_rows(captured)]
     record: dict[str, Any] = {
-        "documents": result.documents,
-        "quarantined_documents": len({(item.source_id, item.occurrence) for item in quarantined}),
-        "windowed_documents": result.tokenised.windowed_documents,
-        "extra_windows": result.tokenised.extra_windows,
-        "windows_without_targets": result.tokenised.windows_without_targets,
+        "documents": documents,
+        **_audit(tokenised, stored, quarantined),
         "teacher": teacher,
         "shard": None,
         "quarantine": None,
@@ -80,8 +93,22 @@ def write_unit(plan: Plan, unit: int, result: CapturedUnit, *, teacher: dict[str
         record["shard"] = vars(shard)
     if quarantined:
         record["quarantine"] = vars(_write_quarantine(plan, unit, quarantined))
-    _write_text(plan.record_file(unit), json.dumps(record, sort_keys=True))
+    write_whole(plan.record_file(unit), json.dumps(record, sort_keys=True))
     return record
+
+
+def _audit(tokenised: Tokenised, stored: list[Captured], quarantined: list[Quarantined]) -> dict[str, int]:
+    """Documents with at least one stored window are stored, the others are quarantined."""
+    windows = [(segment.source_id, segment.occurrence) for item in stored for segment in item.row.segments]
+    whole = set(windows)
+    lost = [(item.source_id, item.occurrence) for item in quarantined]
+    return {
+        "quarantined_documents": len(set(lost) - whole),
+        "windowed_documents": tokenised.windowed_documents,
+        "extra_windows": len(windows) - len(whole),
+        "windows_without_targets": tokenised.windows_without_targets,
+        "windows_quarantined": sum(key in whole for key in lost),
+    }
 
 
 def _quarantined_rows(captured: list[Captured]) -> list[Quarantined]:
@@ -97,11 +124,5 @@ def _quarantined_rows(captured: list[Captured]) -> list[Quarantined]:
 def _write_quarantine(plan: Plan, unit: int, quarantined: list[Quarantined]) -> Any:
     path = plan.folder / "quarantine" / f"part-{unit:05d}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    _write_text(path, "".join(json.dumps(vars(item), sort_keys=True) + "\n" for item in quarantined))
+    write_whole(path, "".join(json.dumps(vars(item), sort_keys=True) + "\n" for item in quarantined))
     return file_info(plan.folder, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ import numpy as np
 from teachercache.errors import CacheError
 from teachercache.shards.reader import SPLITS, Cache, Split, StoredRow
 from teachercache.targets import grid_index
+
+ROW_ID_DIGITS = 32
+_BYTE_TOKEN = re.compile(r"<0x([0-7][0-9A-F])>")  # SentencePiece's, as far as the byte is a character by itself
 
 
 def describe(cache: Cache) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def describe(cache: Cache) -> dict[str, Any]:
 def describe_row(cache: Cache, row_id: str, *, top: int = 5) -> dict[str, Any]:
     """One row, token by token, with the teacher's `top` next tokens at T = 1.
 
-    `row_id` may be a prefix, or `SPLIT:INDEX` such as `train:0`. Raises `CacheError` when no row matches.
+    `row_id` may be a prefix, or `SPLIT:INDEX` such as `train:0`. Raises `CacheError` unless exactly one row matches.
     """
     stored = _find(cache, row_id)
     texts = token_texts(cache)
@@ -86,15 +91,23 @@ def _find(cache: Cache, row_id: str) -> StoredRow:
                 f"there is no row {row_id}: the cache has {cache.rows_of(split)} {split} rows, counted from 0"
             )
         return cache.read_row(split, int(number))
-    for split in SPLITS:
-        for index in range(cache.rows_of(split)):
-            if cache.read_row(split, index, columns=()).row.row_id.startswith(row_id):
-                return cache.read_row(split, index)
-    raise CacheError(f"no row's id begins with {row_id!r}; `--row train:0` shows the first one and its id")
+    rows = ((split, index) for split in SPLITS for index in range(cache.rows_of(split)))
+    named = ((cache.read_row(*row, columns=()).row.row_id, row) for row in rows)
+    found = list(
+        islice((pair for pair in named if pair[0].startswith(row_id)), 1 if len(row_id) == ROW_ID_DIGITS else 2)
+    )
+    if not found:
+        raise CacheError(f"no row's id begins with {row_id!r}; `--row train:0` shows the first one and its id")
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        raise CacheError(
+            f"more than one row's id begins with {row_id!r}, {names} do; give more digits of the one you mean"
+        )
+    return cache.read_row(*found[0][1])
 
 
 def token_texts(cache: Cache) -> dict[int, str]:
-    """Token id to readable text; byte-level spellings (`Ġthe`) are turned back into text."""
+    """Token id to readable text; spellings, byte-level (`Ġthe`) or SentencePiece's (`▁the`), are turned back into text."""
     path = cache.teacher_folder / "tokenizer.json"
     if not path.is_file():
         return {}
@@ -103,15 +116,28 @@ def token_texts(cache: Cache) -> dict[int, str]:
     pairs = (
         vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], i) for i, entry in enumerate(vocabulary))
     )
-    texts = {token: _readable(spelling) for spelling, token in pairs}
+    readable = _byte_level_text if any(_has_byte_level(data.get(k)) for k in ("decoder", "pre_tokenizer")) else _text
+    texts = {token: readable(spelling) for spelling, token in pairs}
     texts.update({token["id"]: token["content"] for token in data.get("added_tokens", [])})
     return texts
 
 
-def _readable(spelling: str) -> str:
+def _has_byte_level(part: dict[str, Any] | None) -> bool:
+    if part is None:
+        return False
+    inner = [*part.get("decoders", []), *part.get("pretokenizers", [])]
+    return part.get("type") == "ByteLevel" or any(_has_byte_level(each) for each in inner)
+
+
+def _byte_level_text(spelling: str) -> str:
     if all(char in _BYTE_OF for char in spelling):
         return bytes(_BYTE_OF[char] for char in spelling).decode("utf-8", errors="replace")
-    return spelling.replace("▁", " ")
+    return spelling
+
+
+def _text(spelling: str) -> str:
+    byte = _BYTE_TOKEN.fullmatch(spelling)
+    return chr(int(byte[1], 16)) if byte else spelling.replace("▁", " ")
 
 
 def _byte_alphabet() -> dict[str, int]:

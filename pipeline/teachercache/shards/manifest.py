@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from teachercache.errors import CacheDamaged, CacheError
+from teachercache.files import write_whole
 from teachercache.shards.schema import ROW_COLUMNS
 
 FORMAT_VERSION = 1
@@ -54,6 +55,7 @@ class Audit:
     windowed_documents: int  # documents longer than a sequence …
     extra_windows: int  # … and the windows that they gave beyond their first
     windows_without_targets: int  # windows of stored documents that only hold prompt tokens: not stored
+    windows_quarantined: int  # windows of stored documents that have no usable targets: not stored
 
     def __post_init__(self) -> None:
         if self.rows_in != self.stored + self.quarantined + self.deduplicated:
@@ -145,9 +147,7 @@ class Manifest:
 
 def commit_manifest(manifest: Manifest, folder: Path) -> None:
     """Write manifest.json by temp file and rename; from here on the folder is a cache."""
-    temporary = folder / (MANIFEST + ".tmp")
-    temporary.write_text(manifest.to_json(), encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, manifest.to_json())
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,7 +1,8 @@
 """`Cache`: rows of a finished cache by (split, index).
 
-Shards are memory-mapped, opened at their first use and then held open (at most `OPEN_SHARDS`); at its opening a shard is
-hashed, so that no byte reaches training unchecked. Reading a row decompresses the asked-for columns of one record batch.
+Shards are memory-mapped, opened when they are needed, and the last `OPEN_SHARDS` stay open. At its first opening in a
+process a shard is hashed, so that no byte reaches training unchecked. Reading a row decompresses the asked-for columns
+of one record batch.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Cache:
         train = np.array([shard.rows for shard in manifest.shards], dtype=np.int64) - held_out
         self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
         self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._checked: set[int] = set()
 
     @classmethod
     def open(cls, folder: str | Path) -> Cache:
@@ -85,22 +87,25 @@ class Cache:
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
         if shard is None:
-            shard = self._shards[number] = Shard(self.folder, self.manifest.shards[number], self.manifest.fingerprint)
+            info = self.manifest.shards[number]
+            if number not in self._checked:  # once in a process: a random order opens shards again and again
+                check_bytes(self.folder, info)
+                self._checked.add(number)
+            shard = self._shards[number] = Shard(self.folder, info, self.manifest.fingerprint)
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return shard
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_shards": OrderedDict()}
+        return {**vars(self), "_shards": OrderedDict(), "_checked": set()}
 
 
 class Shard:
-    """One memory-mapped shard whose bytes match the manifest."""
+    """One memory-mapped shard, whose bytes are checked by now."""
 
     def __init__(self, folder: Path, info: ShardInfo, fingerprint: str) -> None:
         self.info = info
-        check_bytes(folder, info)
         self._file = pa.memory_map(str(folder / info.file))
         self.schema = pa.ipc.open_file(self._file).schema
         metadata = shard_metadata(self.schema, file=info.file)

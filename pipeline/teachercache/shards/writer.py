@@ -5,6 +5,7 @@ A pure function of its rows: equal rows and targets give equal bytes, whoever wr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def write_shard(
             writer.write_batch(batch)
             for column in schema.names:
                 column_bytes[column] += _compressed_bytes(batch.column(column))
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())  # the record that follows must not reach the disk before the shard does
     temporary.replace(path)
     return _describe(folder, path, rows), column_bytes
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from teachercache.config import StudentConfig
 from teachercache.errors import CacheError, ModelError
-from teachercache.models import isolates_packed_segments, load_tokenizer
+from teachercache.models import find_model, isolates_packed_segments, load_config, load_tokenizer, weights_identity
 from teachercache.shards import Cache, Manifest
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 
@@ -30,6 +30,17 @@ def check_student(model: Any, student: StudentConfig, manifest: Manifest) -> Non
     check_length(model, student.model, manifest)
     check_packing(model, student.model, manifest)
     check_tokenizer(student, manifest)
+
+
+def initial_weights(student: StudentConfig) -> dict[str, str | None]:
+    """What pins the weights that training begins with; loads none of them. Raises `ModelError` for no such model.
+
+    The same in every process, so that all of them refuse another run's folder, and none waits for the others.
+    """
+    commit = None
+    if not find_model(student.model).is_local:
+        commit = getattr(load_config(student.model, revision=student.revision), "_commit_hash", None)
+    return weights_identity(student.model, revision=student.revision, commit=commit)
 
 
 def check_vocabulary(model: Any, name: str, manifest: Manifest) -> None:

@@ -30,11 +30,6 @@ class Process:
         return self.rank == 0
 
 
-def is_main_process() -> bool:
-    """Whether this process may print results: the first of those that a launcher started, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @contextlib.contextmanager
 def training_process() -> Iterator[Process]:
     """Make the environment fit for DeepSpeed while a training job runs, and leave no trace of it afterwards.

@@ -1,6 +1,7 @@
 """OUTPUT, the folder of a run.
 
-run.json        whose run this is: the cache's fingerprint and every setting that decides what is learned
+run.json        whose run this is: the cache's fingerprint, the weights that it began with, and every setting that
+                decides what is learned
 checkpoint-N/   see checkpoints.py
 log.jsonl       log records
 runs/           trackers' files
@@ -11,7 +12,6 @@ summary.json    written last: the run is finished, and this is what it said
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.config import Recipe, parse_recipe
-from teachercache.errors import JobFailed, RecipeError
+from teachercache.errors import RecipeError
+from teachercache.files import locked, write_whole
 from teachercache.student.checkpoints import Checkpoint, complete_checkpoints
 
 # They change where, how fast or how often, but not what is learned (micro_batch: but for rounding).
@@ -39,27 +40,37 @@ FREE_SETTINGS = {
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Whose run it is; `deepspeed` is the content of the user's own DeepSpeed file."""
+    """Whose run it is. `student_weights` pins what the run begins with, which a path does not, as
+    `models.weights_identity` does; `deepspeed` is the content of the user's own DeepSpeed file."""
 
     recipe: Recipe
     cache_fingerprint: str
+    student_weights: dict[str, str | None]
     deepspeed: dict[str, Any] | None
 
     def decisive(self) -> dict[str, Any]:
         """What decides what is learned: two runs that are equal in it are one run."""
         recipe = self.recipe.model_dump(mode="json", include={"student", "objective", "train"})
         train = {key: value for key, value in recipe["train"].items() if key not in FREE_SETTINGS}
-        return {**recipe, "train": train, "cache": self.cache_fingerprint, "deepspeed": self.deepspeed}
+        student = {**self.student_weights, **recipe["student"]}
+        decisive = {**recipe, "student": student, "train": train}
+        return {**decisive, "cache": self.cache_fingerprint, "deepspeed": self.deepspeed}
 
     def to_json(self) -> dict[str, Any]:
         """The content of run.json."""
         recipe = self.recipe.model_dump(mode="json")
-        return {"cache_fingerprint": self.cache_fingerprint, "deepspeed": self.deepspeed, "recipe": recipe}
+        return {
+            "cache_fingerprint": self.cache_fingerprint,
+            "student_weights": self.student_weights,
+            "deepspeed": self.deepspeed,
+            "recipe": recipe,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any], *, origin: str) -> RunIdentity:
         """Inverse of `to_json`; settings that are newer than the file get their defaults."""
-        return cls(parse_recipe(data["recipe"], origin=origin), data["cache_fingerprint"], data["deepspeed"])
+        recipe = parse_recipe(data["recipe"], origin=origin)
+        return cls(recipe, data["cache_fingerprint"], data.get("student_weights", {}), data["deepspeed"])
 
 
 class RunFolder:
@@ -111,15 +122,7 @@ class RunFolder:
 
         The lock belongs to this process alone and ends with it, however it ends. Raises `JobFailed` where it is taken.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as stream:
-            try:
-                # POSIX locks, unlike flock, are not inherited by loading processes, which may outlive a killed job.
-                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JobFailed(f"another training job is writing to {self.path}; wait for it or stop it") from None
-            except OSError:  # a file system without locks
-                pass
+        with locked(self.path / ".lock", job="training job", folder=self.path):
             yield
 
     def resume_point(self, *, world_size: int, zero_stage: int) -> Checkpoint | None:
@@ -150,6 +153,4 @@ def _short(value: Any) -> str:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(data, indent=1) + "\n")

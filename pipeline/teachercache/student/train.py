@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,9 +16,10 @@ from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
-from teachercache.student.fit import check_cache, check_student
+from teachercache.student.fit import check_cache, check_student, initial_weights
 from teachercache.student.launch import Process, training_process
 from teachercache.student.run_folder import RunFolder, RunIdentity
+from teachercache.student.summary import closing_line, rows_trained, speed_and_losses
 
 if TYPE_CHECKING:
     from teachercache.student.trainer import DistillationTrainer
@@ -29,10 +29,11 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     """Train the recipe's student from its cache. Run again, it resumes; a finished run is left as it is.
     Progress goes to `console` (default: stderr).
 
-    Every process of a launched job calls this and gets the result: `steps`, `losses` (`total`, `kl`, `ce` of the last
-    logging window, nats per position; `kl` is None without a teacher), `positions_per_second` (median of the logging
-    windows), `student` (folder), `best` (`step`, `loss` on held-out rows; None without any), `zero_stage`, `seconds` of
-    this call, `resumed_from` (step or None). Only the main process writes; `train.output` must be a folder that all see.
+    Every process of a launched job calls this and gets the result: `steps`, `rows` and `positions` (trained on, counted
+    again in every epoch), `losses` (`total`, `kl`, `ce` of the last logging window, nats per position; `kl` is None
+    without a teacher), `positions_per_second` (median of the logging windows), `student` (folder), `best` (`step`,
+    `loss` on held-out rows; None without any), `zero_stage`, `seconds` of this call, `resumed_from` (step or None). Only
+    the main process writes; `train.output` must be a folder that all see.
 
     Raises `RecipeError`, `ModelError` or `CacheError` for what does not fit, before the first step; `JobFailed` when
     training diverges, memory runs out, or another job writes to the same folder.
@@ -68,8 +69,12 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         began = time.perf_counter()
-        fingerprint = self.cache.manifest.fingerprint
-        identity = RunIdentity(self.recipe, fingerprint, own_deepspeed_settings(self.config))
+        identity = RunIdentity(
+            self.recipe,
+            cache_fingerprint=self.cache.manifest.fingerprint,
+            student_weights=initial_weights(self.student),
+            deepspeed=own_deepspeed_settings(self.config),
+        )
         self.folder.check_identity(identity)
         summary = self.folder.summary()
         if summary is not None:
@@ -148,8 +153,9 @@ class _Job:
         state = json.loads(self._checkpoint(self.steps).joinpath("trainer_state.json").read_text(encoding="utf-8"))
         best_step = state["best_global_step"]
         summary = {
-            **_speed_and_losses(state["log_history"]),
+            **speed_and_losses(state["log_history"]),
             "steps": self.steps,
+            "rows": rows_trained(self.plan, steps=self.steps),
             "student": str(self.folder.student),
             "best": {"step": best_step, "loss": state["best_metric"]} if best_step else None,
             "zero_stage": self.zero_stage,
@@ -160,7 +166,7 @@ class _Job:
             chosen = self._checkpoint(best_step or self.steps)
             export_student(chosen, tokenizer=self.cache.teacher_folder, student=self.folder.student)
             self.folder.finish(summary)
-            self._say(f"trained {self.steps} steps; the student of {chosen.name} → {self.folder.student}")
+            self._say(closing_line(summary))
         return summary
 
     def _say(self, message: str) -> None:
@@ -174,13 +180,3 @@ def _own_message(error: TeachercacheError) -> str:
     """The error's line alone: torch puts the traceback of a loading process before it."""
     text = str(error)
     return text.rstrip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
-
-
-def _speed_and_losses(log_history: list[dict[str, Any]]) -> dict[str, Any]:
-    windows = [record for record in log_history if "positions_per_second" in record]
-    last = windows[-1]
-    speed = statistics.median(window["positions_per_second"] for window in windows)
-    return {
-        "losses": {"total": last["loss"], "kl": last.get("kl"), "ce": last["ce"]},
-        "positions_per_second": round(speed, 1),
-    }

@@ -152,6 +152,7 @@ class DistillationTrainer(Trainer):
             "ce": window.ce,
             **with_teacher,
             "alpha": config.alpha,
+            "positions": window.positions,
             "positions_per_second": window.positions_per_second,
         }
 

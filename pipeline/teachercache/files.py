@@ -1,0 +1,36 @@
+"""Files that appear whole or not at all, and folders that one job at a time writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+from teachercache.errors import JobFailed
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by temp file and rename: readers see the old content or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, job: str, folder: Path) -> Iterator[None]:
+    """Hold the lock file `path`, so that a second job stays out, also one whose launcher was killed and which still runs.
+
+    The lock belongs to this process alone and ends with it, however it ends. Raises `JobFailed` where it is taken, naming
+    the kind of `job` that holds it and the `folder` that it writes to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            # POSIX locks, unlike flock, are not inherited by child processes, which may outlive a killed job.
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobFailed(f"another {job} is writing to {folder}; wait for it or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield

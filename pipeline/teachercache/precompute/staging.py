@@ -1,0 +1,107 @@
+"""The corpus as files of raw documents, one a work unit: what the job computes from, whatever happens to its source.
+
+A unit is the same whenever it runs again, also from a streamed dataset. Staging costs one pass over the corpus and its
+size in zstd, until the cache is committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from teachercache.config import CorpusConfig, PrecomputeConfig
+from teachercache.corpus.documents import Document, Duplicate, documents
+from teachercache.corpus.readers import read_rows
+from teachercache.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a pass over the corpus found; `digest` covers id, occurrence and problem of every document, in order."""
+
+    units: int
+    rows_in: int
+    deduplicated: int
+    held_out: int
+    digest: str
+
+
+def unit_name(unit: int) -> str:
+    """File name of a staged unit."""
+    return f"{unit:05d}.jsonl.zst"
+
+
+def stage(corpus: CorpusConfig, settings: PrecomputeConfig, folder: Path | None) -> Staged:
+    """Cut the corpus into units and write them to `folder`; without one, only count and hash.
+
+    Raises `CorpusError` when the corpus cannot be read or holds no row.
+    """
+    counts = _Counts()
+    units = _write_units(counts.of(documents(read_rows(corpus), corpus)), settings, folder)
+    if counts.rows_in == 0:
+        raise CorpusError(f"the corpus {corpus.source} is empty: check corpus.source, split and text_field")
+    return Staged(units, counts.rows_in, counts.deduplicated, counts.held_out, counts.digest.hexdigest())
+
+
+def read_unit(path: Path) -> list[Document]:
+    """The staged documents of a unit."""
+    with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
+        return [Document.from_json(line) for line in stream.read().splitlines()]
+
+
+class _Counts:
+    def __init__(self) -> None:
+        self.rows_in = self.deduplicated = self.held_out = 0
+        self.digest = hashlib.sha256()
+
+    def of(self, items: Iterable[Document | Duplicate]) -> Iterator[Document]:
+        for item in items:
+            self.rows_in += 1
+            if isinstance(item, Duplicate):
+                self.deduplicated += 1
+                continue
+            self.held_out += item.held_out
+            self.digest.update(f"{item.source_id} {item.occurrence} {item.problem}\n".encode())
+            yield item
+
+
+def _write_units(items: Iterable[Document], settings: PrecomputeConfig, folder: Path | None) -> int:
+    units = rows = size = 0
+    sink: Any = None
+    for document in items:
+        line = (document.to_json() + "\n").encode()
+        if units == 0 or rows >= settings.unit_rows or size >= settings.unit_bytes:
+            if sink is not None:
+                sink.close()
+            sink = _open_unit(folder / unit_name(units)) if folder is not None else None
+            units, rows, size = units + 1, 0, 0
+        if sink is not None:
+            sink.write(line)
+        rows, size = rows + 1, size + len(line)
+    if sink is not None:
+        sink.close()
+    return units
+
+
+def _open_unit(path: Path) -> Any:
+    return pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd")
+
+
+@contextmanager
+def empty_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that goes, with the parents that had to be made for it, when the block fails."""
+    shutil.rmtree(folder, ignore_errors=True)
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(missing[-1] if missing else folder, ignore_errors=True)
+        raise

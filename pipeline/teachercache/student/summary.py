@@ -1,0 +1,38 @@
+"""What a finished run says about itself."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from teachercache.stream.batches import BatchPlan
+
+
+def speed_and_losses(log_history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`losses` of the last logging window, median `positions_per_second`, and `positions`, over a resumed run too:
+    windows end at checkpoints, so that no step is missing from the log and none is there twice."""
+    windows = [record for record in log_history if "positions_per_second" in record]
+    last = windows[-1]
+    speed = statistics.median(window["positions_per_second"] for window in windows)
+    return {
+        "losses": {"total": last["loss"], "kl": last.get("kl"), "ce": last["ce"]},
+        "positions": sum(window["positions"] for window in windows),
+        "positions_per_second": round(speed, 1),
+    }
+
+
+def rows_trained(plan: BatchPlan, *, steps: int) -> int:
+    """Rows in the first `steps` steps; the last batch of an epoch may be short."""
+    epochs, rest = divmod(steps, plan.steps_per_epoch)
+    return epochs * plan.rows + min(rest * plan.global_batch, plan.rows)
+
+
+def closing_line(summary: dict[str, Any]) -> str:
+    """The summary of a run, for people."""
+    best = summary["best"]
+    held_out = f"best held-out loss {best['loss']:.4f} at step {best['step']}" if best else "no held-out loss"
+    return (
+        f"trained {summary['steps']:,} steps: {summary['rows']:,} rows, {summary['positions']:,} positions at "
+        f"{summary['positions_per_second']:,.0f} positions/s (median); {held_out}; student → {summary['student']}"
+    )

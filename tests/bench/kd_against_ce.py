@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from provenance import provenance
+
 from teachercache.models import find_model
 from teachercache.quickstart import write_recipe
 
-LEARNING_RATES = (2e-4, 5e-4, 1.2e-3)
+LEARNING_RATES = (5e-4, 1.2e-3, 3e-3)
 SEEDS = (0, 1, 2)
 ARMS = {"kd": ["objective.alpha=0.9", "objective.temperature=1"], "ce": ["objective.alpha=0"]}
 LAYERS = "keep:6"
@@ -43,10 +43,10 @@ def prepare(work: Path, epochs: float) -> Path:
     return recipe
 
 
-def run(work: Path, recipe: Path, arm: str, rate: float, seed: int) -> dict:
+def run(work: Path, recipe: Path, arm: str, rate: float, seed: int, *, epochs: float) -> dict:
     """One training run; its last evaluation. Finished runs are read back, and their checkpoints removed."""
     name = f"{arm}-lr{rate:g}-seed{seed}"
-    kept = work / "results" / f"{name}.json"
+    kept = work / f"results-{LAYERS}-{epochs:g}-epochs" / f"{name}.json"
     if not kept.is_file():
         output = work / "runs" / name
         settings = [*ARMS[arm], *COMMON, f"train.learning_rate={rate}", f"train.seed={seed}", f"train.output={output}"]
@@ -54,7 +54,7 @@ def run(work: Path, recipe: Path, arm: str, rate: float, seed: int) -> dict:
         records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         last = [record for record in records if "eval_loss" in record][-1]
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps({"arm": arm, "learning_rate": rate, "seed": seed, **last}))
+        kept.write_text(json.dumps({"arm": arm, "learning_rate": rate, "seed": seed, **provenance(), **last}))
         shutil.rmtree(output)
     result = json.loads(kept.read_text())
     print(f"{name}: loss {result['eval_loss']:.4f}, agreement {result['eval_top1_agreement']:.4f}", file=sys.stderr)
@@ -65,18 +65,15 @@ def measure(work: Path, epochs: float) -> dict:
     recipe = prepare(work, epochs)
     runs, best = [], {}
     for arm in ARMS:
-        first = [run(work, recipe, arm, rate, SEEDS[0]) for rate in LEARNING_RATES]
+        first = [run(work, recipe, arm, rate, SEEDS[0], epochs=epochs) for rate in LEARNING_RATES]
         best[arm] = min(first, key=lambda result: result["eval_loss"])["learning_rate"]
         runs += first
     for arm in ARMS:
-        runs += [run(work, recipe, arm, best[arm], seed) for seed in SEEDS[1:]]
+        runs += [run(work, recipe, arm, best[arm], seed, epochs=epochs) for seed in SEEDS[1:]]
     chosen = {arm: [r for r in runs if r["arm"] == arm and r["learning_rate"] == best[arm]] for arm in ARMS}
     cache = teachercache("inspect", str(work / "cache"))
     return {
-        "device": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        **provenance(),
         "teacher": find_model(cache["teacher"]["model"]).portable_id,
         "student": f"{LAYERS} of the teacher's layers",
         "train_positions": cache["positions"]["train"],

@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from provenance import provenance
+
 
 def whole_job(work: Path, limit: int) -> dict:
     from teachercache.quickstart import write_recipe
@@ -87,6 +89,7 @@ def main() -> None:
     pairs = [(whole_job(options.work, options.limit), bare_forward(options.work)) for _ in range(options.repeats)]
     ratios = [job["positions_per_second"] / bare["positions_per_second"] for job, bare in pairs]
     result = {
+        **provenance(),
         "positions": pairs[0][1]["positions"],
         "job_positions_per_second": statistics.median(job["positions_per_second"] for job, _ in pairs),
         "bare_positions_per_second": statistics.median(bare["positions_per_second"] for _, bare in pairs),

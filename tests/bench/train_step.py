@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from provenance import provenance
 
 from teachercache.config import ObjectiveConfig
 from teachercache.models import load_causal_lm
@@ -81,6 +82,8 @@ def measure(cache: Cache, student: str, *, steps: int, batch: int) -> dict:
         print(f"round {number} of {steps}", file=sys.stderr)
     ratios = {n: statistics.median(a / b for a, b in zip(v, seconds["plain"], strict=True)) for n, v in seconds.items()}
     return {
+        **provenance(),
+        "student": student,
         "rows": batch,
         "threads": torch.get_num_threads(),
         "milliseconds": {name: round(statistics.median(values) * 1e3, 1) for name, values in seconds.items()},

@@ -60,7 +60,7 @@ class TopK:
     def capture(self, torch: Any, logits_NV: Any, labels_N: Any) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
 
-        Call it with blocks that fit a processor's cache (some dozens of positions): at 49k tokens the four
+        Call it with blocks that fit a processor's cache (about a hundred positions): at 49k tokens the four
         log-partitions then cost 60-90 µs a position instead of 960 (tests/bench/capture_cost.py). A block with a
         NaN or +inf logit gives columns that `is_usable` refuses: callers quarantine such rows.
         """

@@ -1,0 +1,150 @@
+"""`Softened`: a teacher's next-token distribution at one temperature, however a cache stores it.
+
+Every target kind is read through it: `kind.softened(columns, T)`. A head of single tokens carries its own
+log-probabilities; all other tokens share the tail's mass, and the *tail policy* says how:
+
+    ghost         the tail is one outcome: a student is asked for its mass, not for its shape
+    uniform       every token outside the head gets the same share
+    renormalise   the tail is dropped and the head scaled to mass one (the field's usual top-k loss)
+    sketch        a low-rank sketch of the logits outside the head gives every token its own share
+
+Shapes: N positions, k tokens of the head, V tokens of the vocabulary, r sketch directions, C positions of a block.
+Arrays are numpy's or torch's; log-probabilities in nats.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+TailPolicy = Literal["ghost", "uniform", "renormalise", "sketch"]
+
+
+class Tail(Protocol):
+    """The shape of a tail. `temperature` and biases are already inside."""
+
+    def logits(self, part: slice, xp: Any) -> Any:
+        """Unnormalised log-probabilities of all V tokens at some of the positions, [C, V], the caller's to overwrite.
+
+        Entries of the head are there and mean nothing.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class UniformTail:
+    """All tokens outside the head alike."""
+
+    vocabulary_size: int
+    like: Any  # an array of the wanted type and device, [N, …]
+
+    def logits(self, part: slice, xp: Any) -> Any:
+        """Zeros, [C, V]."""
+        positions = len(self.like[part])
+        if xp is np:
+            return np.zeros((positions, self.vocabulary_size), dtype=self.like.dtype)
+        return self.like.new_zeros(positions, self.vocabulary_size)
+
+
+@dataclass(frozen=True, eq=False)
+class SketchTail:
+    """Logits rebuilt from r coefficients: `cap(basis · c + base) / T + bias(T)`.
+
+    For models without a soft cap base and bias(T) are one vector, and `1/T` is already in the coefficients.
+    """
+
+    coefficients_Nr: Any
+    basis_Vr: Any
+    offset_V: Any
+    softcap: float | None = None
+    temperature: float = 1.0
+    bias_V: Any = None  # added after the soft cap; None without one
+
+    def logits(self, part: slice, xp: Any) -> Any:
+        """One matmul and an addition, [C, V]."""
+        logits_CV = self.coefficients_Nr[part] @ self.basis_Vr.T
+        logits_CV += self.offset_V
+        if self.softcap is not None:
+            logits_CV = xp.tanh(logits_CV / self.softcap) * (self.softcap / self.temperature) + self.bias_V
+        return logits_CV
+
+
+@dataclass(frozen=True, eq=False)
+class Softened:
+    """Probabilities of N positions at one temperature. Σ exp(head) + exp(tail) = 1; -inf stands for no mass.
+
+    The ids of a position are distinct. `tail` is None under the policies `ghost` and `renormalise`.
+    """
+
+    head_ids_Nk: Any
+    head_log_prob_Nk: Any
+    tail_log_prob_N: Any
+    tail: Tail | None = None
+
+    def __len__(self) -> int:
+        return len(self.tail_log_prob_N)
+
+    def topk(self, k: int) -> tuple[Any, Any]:
+        """The teacher's top-k temperature-softened probabilities: ids [N, k] and probabilities [N, k], largest first.
+
+        Probabilities are of the whole distribution, not scaled to one. Raises `ValueError` when the head holds fewer.
+        """
+        if k > self.head_ids_Nk.shape[1]:
+            raise ValueError(f"the head holds {self.head_ids_Nk.shape[1]} tokens, {k} were asked for")
+        xp = _module(self.head_log_prob_Nk)
+        if xp is np:
+            order_Nk = np.argsort(-self.head_log_prob_Nk, axis=-1, kind="stable")[:, :k]
+            take = np.take_along_axis
+            return take(self.head_ids_Nk, order_Nk, 1), np.exp(take(self.head_log_prob_Nk, order_Nk, 1))
+        log_prob_Nk, order_Nk = self.head_log_prob_Nk.topk(k, dim=-1)
+        return self.head_ids_Nk.gather(1, order_Nk), log_prob_Nk.exp()
+
+    def renormalised(self) -> Softened:
+        """The head alone, scaled to mass one."""
+        log_prob_Nk = self.head_log_prob_Nk - _logsumexp(self.head_log_prob_Nk)
+        nothing_N = self.tail_log_prob_N * 0 - math.inf if len(self) else self.tail_log_prob_N
+        return Softened(self.head_ids_Nk, log_prob_Nk, nothing_N)
+
+    def with_tail(self, tail: Tail | None) -> Softened:
+        """The same masses, the tail spread otherwise."""
+        return replace(self, tail=tail)
+
+    def dense(self, part: slice = slice(None)) -> Any:
+        """Log-probabilities of every token at some of the positions, [C, V]. Memory is that of the result.
+
+        Raises `ValueError` under `ghost`, which does not say how the tail is spread.
+        """
+        if self.tail is None:
+            raise ValueError("this distribution keeps its tail as one bucket; choose the tail policy uniform or sketch")
+        xp = _module(self.head_log_prob_Nk)
+        ids_Ck = self.head_ids_Nk[part]
+        log_prob_CV = self.tail.logits(part, xp)
+        _put(log_prob_CV, ids_Ck, -math.inf)
+        log_prob_CV += (self.tail_log_prob_N[part, None]) - _logsumexp(log_prob_CV)
+        _put(log_prob_CV, ids_Ck, self.head_log_prob_Nk[part])
+        return log_prob_CV
+
+
+def _module(array: Any) -> Any:
+    """numpy, or torch if that is whose array it is: a reader of caches never imports torch itself."""
+    return sys.modules[type(array).__module__.partition(".")[0]]
+
+
+def _logsumexp(values_NV: Any) -> Any:
+    """log Σ exp along the last axis, kept, [N, 1]."""
+    if not isinstance(values_NV, np.ndarray):
+        return values_NV.logsumexp(-1, keepdim=True)
+    largest_N1 = np.maximum(values_NV.max(-1, keepdims=True), np.finfo(values_NV.dtype).min)
+    return largest_N1 + np.log(np.exp(values_NV - largest_N1).sum(-1, keepdims=True))
+
+
+def _put(array_NV: Any, ids_Nk: Any, values: Any) -> None:
+    if isinstance(array_NV, np.ndarray):
+        np.put_along_axis(array_NV, ids_Nk.astype(np.int64), values, axis=1)
+    elif isinstance(values, float):
+        array_NV.scatter_(1, ids_Nk, values)
+    else:
+        array_NV.scatter_(1, ids_Nk, values.to(array_NV.dtype))

@@ -108,7 +108,7 @@ def tiny_recipe(
         "teacher": {"model": str(teacher)},
         "corpus": {"source": str(corpus), "held_out": 0.2},
         "sequence": {"length": 48},
-        "targets": {"logits": {"k": 16}},
+        "targets": {"logits": {"kind": "top-k", "k": 16}},
         "precompute": {"unit_rows": 16, "positions_per_batch": 256, "threads_per_actor": 1},
     }
     for name, section in sections.items():
@@ -123,14 +123,16 @@ def build_cache(recipe: Recipe, *, units: int | None = None) -> Path:
 
     from teachercache.precompute.commit import commit
     from teachercache.precompute.plan import make_plan
-    from teachercache.precompute.units import actor_threads, compute_unit, tokenise_unit
+    from teachercache.precompute.units import actor_threads, calibrate, compute_unit, tokenise_unit
     from teachercache.teacher import Teacher
 
     torch.set_num_threads(actor_threads(recipe.precompute))  # part of what decides the last bit
     plan = make_plan(recipe)
     assert recipe.teacher is not None and recipe.corpus is not None
     pad_id = plan.identity["tokenizer"]["pad_id"]
-    teacher = Teacher.load(recipe.teacher, kind=plan.kind, layout=recipe.sequence.layout, pad_id=pad_id)
+    teacher = Teacher.load(recipe.teacher, kind=plan.loaded_kind(), layout=recipe.sequence.layout, pad_id=pad_id)
+    if plan.calibration() is None:
+        calibrate(teacher, plan, sequence=recipe.sequence, positions_per_batch=recipe.precompute.positions_per_batch)
     for unit in plan.pending()[:units]:
         tokenised, documents = tokenise_unit(plan, unit, sequence=recipe.sequence, store_text=recipe.corpus.store_text)
         size = recipe.precompute.positions_per_batch

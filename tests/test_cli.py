@@ -167,7 +167,7 @@ def test_an_unknown_key_names_the_nearest_valid_one(tmp_path):
         ({"corpus": {"source": "missing.jsonl"}}, ["missing.jsonl"]),
         ({"teacher": {"model": "./missing-model"}}, ["./missing-model", "does not exist"]),
         ({"teacher": {"model": "nobody/no-such-model"}}, ["nobody/no-such-model", "was not found"]),
-        ({"targets": {"logits": {"k": 10**6}}}, ["targets.logits.k is 1000000", "300 tokens"]),
+        ({"targets": {"logits": {"kind": "top-k", "k": 10**6}}}, ["targets.logits.k is 1000000", "300 tokens"]),
     ],
 )
 def test_mistakes_in_a_precompute_recipe(tmp_path, changes, parts):

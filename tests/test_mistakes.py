@@ -18,7 +18,8 @@ from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
 from teachercache.student.fit import check_student
 from teachercache.student.trainer import DistillationTrainer
-from teachercache.targets import TopK, softened
+from teachercache.targets import TopK
+from teachercache.targets.temperature import softened
 
 from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
@@ -29,7 +30,7 @@ PADDED = 20  # rows of the output matrix that no token uses
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
     tiny_teacher(folder / "teacher", padded_vocabulary=PADDED)
-    tiny_cache(folder, teacher=folder / "teacher", targets={"logits": {"k": 300, "dtype": "float32"}})
+    tiny_cache(folder, teacher=folder / "teacher", targets={"logits": {"kind": "top-k", "k": 300, "dtype": "float32"}})
     return folder
 
 
@@ -45,7 +46,7 @@ def teacher(folder):
 
 def batch_of(cache: Cache, rows: range, columns: tuple[str, ...]) -> dict:
     stored = [cache.read_row("train", index, columns=columns) for index in rows]
-    return Collator.of(cache.manifest, columns=columns)(stored)
+    return Collator.of(cache, columns=columns)(stored)
 
 
 def objective_of(cache: Cache, **settings) -> tuple[DistillationObjective, tuple[str, ...]]:
@@ -182,7 +183,7 @@ def test_mistake_09_padding_does_not_change_what_is_captured(folder, tmp_path, l
         Cache.open(
             tiny_cache(
                 tmp_path / str(size), teacher=folder / "teacher", texts=sentences(30), sequence={"layout": layout},
-                precompute={"positions_per_batch": size}, targets={"logits": {"k": 300, "dtype": "float32"}},
+                precompute={"positions_per_batch": size}, targets={"logits": {"kind": "top-k", "k": 300, "dtype": "float32"}},
             )
         )
         for size in (1, 4096)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from teachercache.errors import RecipeError
 
@@ -92,14 +92,48 @@ class TopKConfig(Section):
         return self
 
 
-# Another kind of logit target joins here (a pydantic union on `kind`) and in `teachercache.targets.KINDS`.
-LogitsConfig = TopKConfig
+SKETCH_PRESETS: dict[str, dict[str, Any]] = {
+    "compact": {"k": 10, "rank": 320, "step": 0.16},  # about 60 bytes a position
+    "fine": {"k": 20, "rank": 384, "step": 0.1},  # about 110
+}
+
+
+class HeadSketchConfig(Section):
+    """The largest logits exactly, the tail's mass at every temperature, and a low-rank sketch of the tail's shape."""
+
+    kind: Literal["head+sketch"] = "head+sketch"
+    preset: Literal["compact", "fine"] = Field("compact", description="sets k, rank and step where they are not given")
+    k: int = Field(0, ge=1, validate_default=False, description="largest logits kept exactly")
+    rank: int = Field(
+        0, ge=1, validate_default=False, description="directions of the sketch; a narrower model takes its width"
+    )
+    step: float = Field(0.0, gt=0, validate_default=False, description="quantisation step in logits; smaller = larger")
+    calibration_positions: int = Field(
+        16384, ge=64, description="positions that the sketch is fitted to, drawn from the whole corpus by content hash"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        preset = SKETCH_PRESETS.get(values.get("preset", "compact"), {}) if isinstance(values, dict) else {}
+        return {**preset, **values} if isinstance(values, dict) else values
+
+
+def _kind_of(values: Any) -> str:
+    kind = values.get("kind", "head+sketch") if isinstance(values, dict) else values.kind
+    return str(kind)
+
+
+# Another kind of logit target joins here and in `teachercache.targets.KINDS`.
+LogitsConfig = Annotated[
+    Annotated[TopKConfig, Tag("top-k")] | Annotated[HeadSketchConfig, Tag("head+sketch")], Discriminator(_kind_of)
+]
 
 
 class TargetsConfig(Section):
     """What is stored of the teacher."""
 
-    logits: LogitsConfig = LogitsConfig()
+    logits: LogitsConfig = Field(default_factory=lambda: HeadSketchConfig.model_validate({}))
 
 
 class PrecomputeConfig(Section):

@@ -44,14 +44,14 @@ def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], N
         optimizer.zero_grad()
 
     def plain(rows: list[int]) -> None:
-        batch = Collator.of(cache.manifest, columns=())([cache.read_row("train", row, columns=()) for row in rows])
+        batch = Collator.of(cache, columns=())([cache.read_row("train", row, columns=()) for row in rows])
         labels = batch["input_ids"].clone()
         step(model(input_ids=batch["input_ids"], labels=labels, use_cache=False).loss)
 
     def cached(config: ObjectiveConfig) -> Callable[[list[int]], None]:
         objective = DistillationObjective(config, targets=logits, vocabulary_size=vocabulary)
         columns = required_columns(config, logits)
-        collate = Collator.of(cache.manifest, columns=columns)
+        collate = Collator.of(cache, columns=columns)
 
         def run(rows: list[int]) -> None:
             batch = collate([cache.read_row("train", row, columns=columns) for row in rows])

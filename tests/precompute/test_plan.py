@@ -29,7 +29,7 @@ def test_cached_logits_equal_the_teachers_own(tmp_path, teacher):
     """Every stored position against a plain forward pass over its document, labels shifted by one."""
     from transformers import AutoModelForCausalLM
 
-    recipe = tiny_recipe(tmp_path, teacher=teacher, targets={"logits": {"k": 16, "dtype": "float32"}})
+    recipe = tiny_recipe(tmp_path, teacher=teacher, targets={"logits": {"kind": "top-k", "k": 16, "dtype": "float32"}})
     cache = Cache.open(build_cache(recipe))
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
     for index in range(cache.rows_of("train")):
@@ -81,7 +81,7 @@ def _compute_one_unit(recipe) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"targets": {"logits": {"k": 9}}}, "targets.logits.k"),
+        ({"targets": {"logits": {"kind": "top-k", "k": 9}}}, "targets.logits.k"),
         ({"sequence": {"length": 20}}, "sequence.length"),
         ({"corpus": {"held_out": 0.5}}, "corpus.held_out"),
         ({"precompute": {"unit_rows": 7}}, "units.unit_rows"),
@@ -223,7 +223,11 @@ def test_a_teacher_that_gives_no_numbers_fails_with_the_reason_kept(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "error", "message"),
     [
-        ({"targets": {"logits": {"k": 1000}}}, RecipeError, "k is 1000, but the teacher's tokenizer has 300 tokens"),
+        (
+            {"targets": {"logits": {"kind": "top-k", "k": 1000}}},
+            RecipeError,
+            "k is 1000, but the teacher's tokenizer has 300 tokens",
+        ),
         ({"sequence": {"length": 5000}}, RecipeError, "context holds 256 tokens"),
         ({"corpus": {"source": "nowhere.jsonl"}}, CorpusError, "nowhere.jsonl"),
         ({"teacher": Path("./no-such-model")}, ModelError, "no-such-model"),

@@ -20,6 +20,7 @@ from teachercache.shards import Cache, verify
 from builders import build_cache, sentences, tiny_recipe, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
+SKETCH = {"logits": {"kind": "head+sketch", "k": 6, "rank": 16, "step": 0.1, "calibration_positions": 400}}
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -44,11 +45,13 @@ def command(*arguments: str, **environment: str) -> subprocess.Popen:
 
 
 def shards(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (cache / "shards").iterdir()}
+    files = [*(cache / "shards").iterdir(), *(cache / "teacher").glob("sketch-*")]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def test_any_number_of_actors_gives_identical_shards(tmp_path, teacher):
-    """1, 2 and 3 teacher actors with default threads, and the stages run one by one in this process: the same files."""
+    """1, 2 and 3 teacher actors with default threads, and the stages run one by one in this process: the same files,
+    the calibrated basis included."""
     code = (
         "import sys, json, ray; from rich.console import Console; from teachercache.config import load_recipe;"
         "from teachercache.precompute.cluster import connected; from teachercache.precompute.job import run_precompute;"
@@ -62,6 +65,7 @@ def test_any_number_of_actors_gives_identical_shards(tmp_path, teacher):
             tmp_path / f"actors-{n}",
             teacher=teacher,
             texts=texts,
+            targets=SKETCH,
             precompute={"actors": n, "threads_per_actor": None},
         )
         for n in (1, 2, 3)
@@ -69,9 +73,11 @@ def test_any_number_of_actors_gives_identical_shards(tmp_path, teacher):
     process = command("-c", code, *map(str, files))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    alone = tiny_recipe(tmp_path / "alone", teacher=teacher, texts=texts, precompute={"threads_per_actor": None})
+    alone = tiny_recipe(
+        tmp_path / "alone", teacher=teacher, texts=texts, targets=SKETCH, precompute={"threads_per_actor": None}
+    )
     expected = shards(build_cache(alone))
-    assert len(expected) == 5
+    assert len(expected) == 6
     for summary in json.loads(out):
         assert shards(Path(summary["cache"])) == expected
         assert summary["positions_computed"] == summary["positions"] > 0

@@ -143,7 +143,7 @@ def test_changed_tokenizer_files_are_found(cache_folder):
 
 
 def test_a_shard_of_another_cache_is_refused(cache_folder, tmp_path):
-    other = tiny_cache(tmp_path / "other", targets={"logits": {"k": 9}})
+    other = tiny_cache(tmp_path / "other", targets={"logits": {"kind": "top-k", "k": 9}})
     shutil.copy(other / "shards" / "part-00000.arrow", cache_folder / "shards" / "part-00000.arrow")
     assert [problem.file for problem in verify(cache_folder)] == ["shards/part-00000.arrow"]
     with pytest.raises(CacheDamaged):

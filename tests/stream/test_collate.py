@@ -12,12 +12,13 @@ import torch
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.collate import IGNORED, Collator, collate
 from teachercache.stream.dataset import CacheDataset
-from teachercache.targets import Column
+from teachercache.targets import TopK
 from teachercache.tokens.rows import Segment, TokenRow
 
 from builders import tiny_cache
 
-COLUMNS = (Column("head_ids", "<u2", (2,)), Column("head_logits", "<f2", (2,)))
+KIND = TopK(2, (1.0,), "float16", 300)
+COLUMNS = ("head_ids", "head_logits")
 
 
 def _row(ids: list[int], mask: list[int], starts: tuple[int, ...] = (0,)) -> StoredRow:
@@ -31,7 +32,7 @@ def _row(ids: list[int], mask: list[int], starts: tuple[int, ...] = (0,)) -> Sto
 
 def test_labels_and_targets_belong_to_the_token_before() -> None:
     rows = [_row([5, 6, 7, 8], [1, 0, 1, 0]), _row([9, 10], [1, 0])]
-    batch = collate(rows, layout="documents", pad_id=3, columns=COLUMNS)
+    batch = collate(rows, layout="documents", pad_id=3, kind=KIND, columns=COLUMNS)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 10, 3, 3]]
     assert batch["shift_labels"].tolist() == [[6, IGNORED, 8, IGNORED], [10, IGNORED, IGNORED, IGNORED]]
     assert batch["targets"]["head_ids"].tolist() == [[5, 6], [7, 8], [9, 10]]
@@ -39,20 +40,22 @@ def test_labels_and_targets_belong_to_the_token_before() -> None:
 
 
 def test_no_label_crosses_the_boundary_of_packed_segments() -> None:
-    batch = collate([_row([5, 6, 7, 8, 9], [1, 1, 0, 1, 0], (0, 3))], layout="packed", pad_id=3, columns=COLUMNS)
+    batch = collate(
+        [_row([5, 6, 7, 8, 9], [1, 1, 0, 1, 0], (0, 3))], layout="packed", pad_id=3, kind=KIND, columns=COLUMNS
+    )
     assert batch["shift_labels"].tolist() == [[6, 7, IGNORED, 9, IGNORED]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
 
 
 def test_types_are_what_a_loss_can_use() -> None:
-    targets = collate([_row([5, 6], [1, 0])], layout="documents", pad_id=3, columns=COLUMNS)["targets"]
+    targets = collate([_row([5, 6], [1, 0])], layout="documents", pad_id=3, kind=KIND, columns=COLUMNS)["targets"]
     assert targets["head_ids"].dtype == torch.int64
     assert targets["head_logits"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("layout", ["documents", "packed"])
 def test_an_empty_share_is_a_row_of_padding(layout: str) -> None:
-    batch = collate([], layout=layout, pad_id=3, columns=COLUMNS)
+    batch = collate([], layout=layout, pad_id=3, kind=KIND, columns=COLUMNS)
     assert (batch["input_ids"] == 3).all() and batch["input_ids"].shape[0] == 1
     assert (batch["shift_labels"] == IGNORED).all()
     assert {name: tuple(values.shape) for name, values in batch["targets"].items()} == {
@@ -66,7 +69,7 @@ def test_rows_of_a_real_cache_stay_aligned(tmp_path: Path, layout: str) -> None:
     cache = Cache.open(tiny_cache(tmp_path, sequence={"layout": layout}))
     columns = ("head_ids", "actual_log_prob")
     dataset = pickle.loads(pickle.dumps(CacheDataset(cache, "train", columns=columns)))
-    batch = Collator.of(cache.manifest, columns=columns)([dataset[index] for index in range(len(dataset))])
+    batch = Collator.of(cache, columns=columns)([dataset[index] for index in range(len(dataset))])
     labels_N = batch["shift_labels"][batch["shift_labels"] != IGNORED]
     assert len(labels_N) == len(batch["targets"]["head_ids"]) == cache.positions_of("train")
     # Where the label is the teacher's first choice its log-probability is that of a first choice: above log(1/V).

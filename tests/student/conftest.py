@@ -21,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 train rows, 12 held-out ones. The teacher that made it is gone."""
     folder = tmp_path_factory.mktemp("cache")
     teacher = tiny_teacher(folder / "teacher")
-    made = tiny_cache(folder, teacher=teacher, targets={"logits": {"k": 16, "dtype": "float32"}})
+    made = tiny_cache(folder, teacher=teacher, targets={"logits": {"kind": "top-k", "k": 16, "dtype": "float32"}})
     shutil.rmtree(teacher)
     return made
 

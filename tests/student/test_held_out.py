@@ -19,7 +19,7 @@ from builders import tiny_cache
 def test_metrics_are_those_of_the_full_distributions(make_recipe: Any, tmp_path: Any) -> None:
     # k = the whole vocabulary: then head-and-tail KL is the full one.
     folder = tmp_path / "full"
-    cache = Cache.open(tiny_cache(folder, targets={"logits": {"k": 300, "dtype": "float32"}}))
+    cache = Cache.open(tiny_cache(folder, targets={"logits": {"kind": "top-k", "k": 300, "dtype": "float32"}}))
     recipe = make_recipe(cache_folder=cache.folder, max_steps=1, learning_rate=1e-9, micro_batch=4)
     run_training(recipe)
     logged = [json.loads(line) for line in (recipe.train.output / "log.jsonl").read_text().splitlines()][-1]

@@ -17,7 +17,7 @@ from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.batches import BatchPlan
 from teachercache.student.train import run_training
-from teachercache.targets import softened
+from teachercache.targets.temperature import softened
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 
 from builders import tiny_cache
@@ -90,7 +90,9 @@ def test_it_learns_what_a_plain_loop_learns(make_recipe: Any, plain_student: Pat
 
 
 def test_a_short_last_batch_and_packed_rows(make_recipe: Any, plain_student: Path, tmp_path: Path) -> None:
-    packed = tiny_cache(tmp_path, sequence={"layout": "packed"}, targets={"logits": {"dtype": "float32"}})
+    packed = tiny_cache(
+        tmp_path, sequence={"layout": "packed"}, targets={"logits": {"kind": "top-k", "dtype": "float32"}}
+    )
     recipe = make_recipe(cache_folder=packed, student_model=plain_student, micro_batch=3, global_batch=9, epochs=2)
     assert Cache.open(packed).rows_of("train") % 9
     run_training(recipe)

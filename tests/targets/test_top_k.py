@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from teachercache.errors import CacheDamaged, CacheError, RecipeError
-from teachercache.targets import Column, TopK, is_usable, softened, target_kind
+from teachercache.errors import CacheError, RecipeError
+from teachercache.targets import TopK, target_kind
+from teachercache.targets.temperature import softened
 
 
 def logits(positions: int, vocabulary: int, *, seed: int = 0, scale: float = 4.0) -> torch.Tensor:
@@ -81,14 +80,14 @@ def test_logits_that_are_no_numbers_are_unusable(bad):
     z = logits(5, 20)
     z[3, 7] = bad
     _, columns, _ = capture(z, k=4)
-    assert is_usable(columns).tolist() == [True, True, True, False, True]
+    assert TopK.is_usable(columns).tolist() == [True, True, True, False, True]
 
 
 def test_ruled_out_tokens_are_legal():
     z = logits(4, 20)
     z[:, 2:] = -torch.inf  # fewer than k candidates (FIELD: uninitialised ids with -inf values)
     kind, columns, _ = capture(z, k=6)
-    assert is_usable(columns).all()
+    assert TopK.is_usable(columns).all()
     assert (columns["head_ids"] < 20).all()
     head, tail = softened(columns["head_logits"], columns["tail_log_partition"], kind.temperatures, 4.0)
     np.testing.assert_allclose(np.exp(head).sum(-1) + np.exp(tail), 1.0, atol=1e-6)
@@ -112,25 +111,3 @@ def test_unknown_kind_and_temperature_name_what_there_is():
         target_kind({"kind": "holographic"}, vocabulary_size=64)
     with pytest.raises(CacheError, match=r"temperature 3 is not on this cache's grid \(1, 2\)"):
         softened(np.zeros((1, 1)), np.zeros((1, 2)), (1.0, 2.0), 3.0)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    positions=st.integers(0, 7),
-    shape=st.lists(st.integers(1, 4), max_size=2),
-    dtype=st.sampled_from(["<u2", "<u4", "<f2", "<f4"]),
-)
-def test_columns_round_trip(positions, shape, dtype):
-    column = Column("c", dtype, tuple(shape))
-    values = np.random.default_rng(0).integers(0, 999, (positions, *shape)).astype(dtype)
-    again = Column.from_metadata("c", column.to_metadata()).decode(column.encode(values), positions=positions)
-    np.testing.assert_array_equal(again, values)
-    assert again.dtype == np.dtype(dtype)
-
-
-def test_columns_of_the_wrong_size_or_codec_are_damaged():
-    column = Column("c", "<f2", (2,))
-    with pytest.raises(CacheDamaged, match="7 bytes for 2 positions of 4 bytes"):
-        column.decode(b"1234567", positions=2)
-    with pytest.raises(CacheDamaged, match="coded as 'future/9'"):
-        Column.from_metadata("c", {"codec": "future/9", "dtype": "<f2", "shape": []})

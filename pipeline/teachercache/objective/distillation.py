@@ -17,7 +17,8 @@ from teachercache.config import ObjectiveConfig
 from teachercache.errors import ModelError
 from teachercache.objective.kl import distillation_sums
 from teachercache.objective.operands import TeacherHead, Weights
-from teachercache.targets import grid_index, softened, target_kind
+from teachercache.targets import grid_index, target_kind
+from teachercache.targets.temperature import softened
 
 NO_TARGET = -100  # label of a token that is not a position, as everywhere in transformers
 

@@ -23,7 +23,7 @@ from teachercache.config import CorpusConfig, PrecomputeConfig, Recipe, Sequence
 from teachercache.corpus.sequences import Tokenised
 from teachercache.errors import JobFailed, TeachercacheError
 from teachercache.precompute.plan import Plan
-from teachercache.precompute.units import UnitReport, actor_threads, compute_unit, tokenise_unit
+from teachercache.precompute.units import UnitReport, actor_threads, calibrate, compute_unit, tokenise_unit
 from teachercache.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,38 @@ def _load_teacher(job: Job) -> Teacher:
     torch.set_num_threads(actor_threads(job.precompute))
     device = "cuda" if job.precompute.gpus_per_actor > 0 else "cpu"
     pad_id = job.plan.identity["tokenizer"]["pad_id"]
-    return Teacher.load(job.teacher, kind=job.plan.kind, layout=job.sequence.layout, pad_id=pad_id, device=device)
+    return Teacher.load(
+        job.teacher, kind=job.plan.loaded_kind(), layout=job.sequence.layout, pad_id=pad_id, device=device
+    )
+
+
+def run_calibration(job: Job) -> None:
+    """Fit the sketch in a process with the resources of one actor. Raises what the teacher raises."""
+    settings = job.precompute
+    task = ray.remote(num_cpus=actor_cpus(settings), num_gpus=settings.gpus_per_actor, max_retries=1)(_calibrate)
+    try:
+        row = ray.get(task.remote(job))
+    except ray.exceptions.RayError as error:
+        raise _stopped(error) from error
+    if row["problem"] is not None:
+        raise pickle.loads(row["problem"])
+
+
+def _calibrate(job: Job) -> Row:
+    def stage(row: Row) -> None:
+        calibrate(
+            _load_teacher(job),
+            job.plan,
+            sequence=job.sequence,
+            positions_per_batch=job.precompute.positions_per_batch,
+        )
+
+    return _carrying_errors(stage, {"unit": 0, "payload": b"", "problem": None})
+
+
+def _stopped(error: Exception) -> JobFailed:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return JobFailed(f"the job stopped: {lines[-1]}; run the same command again to go on")
 
 
 def _tokenise(row: Row, job: Job) -> Row:
@@ -143,8 +174,7 @@ def run_units(job: Job, pending: list[int]) -> Iterator[UnitReport]:
                 raise pickle.loads(row["problem"])
             yield pickle.loads(row["payload"])
     except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise JobFailed(f"the job stopped: {lines[-1]}; run the same command again to go on") from error
+        raise _stopped(error) from error
 
 
 @contextmanager

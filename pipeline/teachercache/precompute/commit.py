@@ -49,6 +49,8 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
         shards=[ShardInfo(**record["shard"]) for record in records if record["shard"]],
         files=[*teacher_files, *quarantine],
         column_bytes=dict(column_bytes),
+        calibration=plan.calibration() or {},
+        fidelity=_fidelity(records),
         created_by=f"teachercache {__version__}",
     )
 
@@ -71,6 +73,26 @@ def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
         windows_quarantined=total["windows_quarantined"],
     )
 
+
+def _fidelity(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """KL(teacher ‖ stored) measured while capturing: means over all units, and units that stand out."""
+    units = [(unit, record["fidelity"]) for unit, record in enumerate(records) if record.get("fidelity")]
+    if not units:
+        return {}
+    positions = sum(measured["positions"] for _, measured in units)
+    kl = {T: sum(measured["kl"][T] for _, measured in units) / positions for T in units[0][1]["kl"]}
+    worse = [
+        {"unit": unit, "positions": measured["positions"], "kl": measured["kl"][DRIFT_AT] / measured["positions"]}
+        for unit, measured in units
+        if measured["positions"] >= DRIFT_POSITIONS
+        and measured["kl"][DRIFT_AT] / measured["positions"] > DRIFT_FACTOR * kl[DRIFT_AT]
+    ]
+    return {"positions": positions, "kl": kl, "drifting_units": worse}
+
+
+DRIFT_AT = "2"  # temperature
+DRIFT_FACTOR = 2.0
+DRIFT_POSITIONS = 20  # measured ones, below which a unit's mean says little
 
 _COUNTED = (
     "documents",

@@ -80,11 +80,15 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
     if not pending:
         return timing
     console.print("starting Ray and loading the teacher …")
-    from teachercache.precompute.cluster import Job, connected, run_units
+    from teachercache.precompute.cluster import Job, connected, run_calibration, run_units
 
     began = time.time()
     first = math.inf
     with connected(recipe.precompute), _progress(console) as progress:
+        if plan.calibration() is None:
+            console.print("calibrating: fitting the sketch to a sample of the corpus …")
+            run_calibration(Job.of(recipe, plan))
+            began = time.time()
         bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
         for done in run_units(Job.of(recipe, plan), pending):
             first = min(first, done.started)
@@ -139,9 +143,24 @@ def _print_closing(console: Console, result: dict[str, Any], manifest: Manifest)
     if held_out in (0, result["rows"]):
         missing = "no row is held out: there will be no evaluation" if not held_out else "all rows are held out"
         console.print(f"warning: {missing}; change corpus.held_out, or use a larger corpus", markup=False)
+    for line in _drift_warnings(manifest):
+        console.print(f"warning: {line}", markup=False)
     if result["batches_halved"]:
         console.print(
             f"warning: {result['batches_halved']} batches ran out of memory and were halved; "
             "lower precompute.positions_per_batch to spare these attempts",
             markup=False,
         )
+
+
+def _drift_warnings(manifest: Manifest) -> list[str]:
+    drifting = manifest.fidelity.get("drifting_units", [])
+    if not drifting:
+        return []
+    worst = max(drifting, key=lambda entry: entry["kl"])
+    mean = manifest.fidelity["kl"]["2"]
+    return [
+        f"the sketch fits {len(drifting)} of {len(manifest.shards)} units less than the rest (KL at T=2 up to "
+        f"{worst['kl']:.2f} nats in unit {worst['unit']}, {mean:.2f} on average): their text differs from the calibration "
+        "sample; raise targets.logits.calibration_positions, or cache that text apart"
+    ]

@@ -20,7 +20,7 @@ from teachercache.files import write_whole
 from teachercache.models import find_model, load_config, load_tokenizer, weights_identity
 from teachercache.precompute.staging import Staged, empty_folder, stage, unit_name
 from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint_of, read_manifest
-from teachercache.targets import TopK, target_kind
+from teachercache.targets import TargetKind, find_basis, target_kind
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
 
 PLAN = "plan.json"
@@ -34,7 +34,7 @@ class Plan:
     folder: Path
     fingerprint: str
     identity: dict[str, Any]
-    kind: TopK
+    kind: TargetKind
     units: int
     rows_in: int
     deduplicated: int
@@ -61,6 +61,30 @@ class Plan:
         files = [record[name] for name in ("shard", "quarantine") if record[name]]
         return record if all(_is_there(self.folder, file["file"], file["bytes"]) for file in files) else None
 
+    @property
+    def calibration_file(self) -> Path:
+        """Written once the basis is in place."""
+        return self.work / "calibration.json"
+
+    def calibration(self) -> dict[str, Any] | None:
+        """Which rows the sketch was fitted to and the basis they gave; {} for kinds without, None when it is still due."""
+        if not self.kind.needs_hidden:
+            return {}
+        try:
+            record = json.loads(self.calibration_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if (self.folder / record["basis"]).is_file() else None
+
+    def loaded_kind(self) -> TargetKind:
+        """The kind with its basis, if calibration has run."""
+        folder = self.folder / "teacher"
+        return target_kind(
+            self.kind.settings(),
+            vocabulary_size=self.kind.vocabulary_size,
+            folder=folder if find_basis(folder) else None,
+        )
+
     def pending(self) -> list[int]:
         """Units that are still to be computed."""
         return [unit for unit in range(self.units) if self.record(unit) is None]
@@ -82,7 +106,7 @@ def make_plan(recipe: Recipe) -> Plan:
     if corpus.messages_field is not None:
         ChatRenderer(tokenizer)  # raises for a tokenizer without a template
         tokens["chat_template"] = template_fingerprint(tokenizer)
-    kind = target_kind(recipe.targets.logits.model_dump(), vocabulary_size=tokens["vocabulary_size"])
+    kind = _target_kind(recipe, config, vocabulary_size=tokens["vocabulary_size"])
     _check_context(recipe, config)
     identity = {
         "teacher": {
@@ -117,7 +141,15 @@ def _check_context(recipe: Recipe, config: Any) -> None:
         )
 
 
-def _find_or_begin(recipe: Recipe, identity: dict[str, Any], kind: TopK, tokenizer: Any, config: Any) -> Plan:
+def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> TargetKind:
+    settings = recipe.targets.logits.model_dump()
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if "rank" in settings and width is not None:  # a sketch as wide as the model leaves nothing out
+        settings["rank"] = min(settings["rank"], width)
+    return target_kind(settings, vocabulary_size=vocabulary_size)
+
+
+def _find_or_begin(recipe: Recipe, identity: dict[str, Any], kind: TargetKind, tokenizer: Any, config: Any) -> Plan:
     folder, corpus, settings = recipe.cache, recipe.corpus, recipe.precompute
     assert corpus is not None
     # Where a corpus comes from is no part of its identity: what it holds is.

@@ -7,6 +7,7 @@ size in zstd, until the cache is committed.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ class Staged:
     digest: str
 
 
+SAMPLED_DOCUMENTS = 512
+
+
 def unit_name(unit: int) -> str:
     """File name of a staged unit."""
     return f"{unit:05d}.jsonl.zst"
@@ -43,11 +47,24 @@ def stage(corpus: CorpusConfig, settings: PrecomputeConfig, folder: Path | None)
 
     Raises `CorpusError` when the corpus cannot be read or holds no row.
     """
-    counts = _Counts()
+    counts = _Counts(sampling=folder is not None)
     units = _write_units(counts.of(documents(read_rows(corpus), corpus)), settings, folder)
     if counts.rows_in == 0:
         raise CorpusError(f"the corpus {corpus.source} is empty: check corpus.source, split and text_field")
+    if folder is not None:
+        with _open_unit(sample_file(folder)) as sink:
+            sink.write("".join(document.to_json() + "\n" for document in counts.sample()).encode())
     return Staged(units, counts.rows_in, counts.deduplicated, counts.held_out, counts.digest.hexdigest())
+
+
+def sample_file(units: Path) -> Path:
+    """Documents drawn from the whole corpus by content hash, beside the folder of units; `read_unit` reads it."""
+    return units.parent / "sample.jsonl.zst"
+
+
+def salted_hash(identity: str) -> str:
+    """Decides what calibration samples: independent of what `held_out` and the order of the corpus follow."""
+    return hashlib.blake2b(identity.encode(), digest_size=16, salt=b"calibration").hexdigest()
 
 
 def read_unit(path: Path) -> list[Document]:
@@ -57,7 +74,9 @@ def read_unit(path: Path) -> list[Document]:
 
 
 class _Counts:
-    def __init__(self) -> None:
+    def __init__(self, *, sampling: bool) -> None:
+        self._sampling = sampling
+        self._kept: list[tuple[int, int, Document]] = []  # a heap: the document with the largest hash goes first
         self.rows_in = self.deduplicated = self.held_out = 0
         self.digest = hashlib.sha256()
 
@@ -69,7 +88,20 @@ class _Counts:
                 continue
             self.held_out += item.held_out
             self.digest.update(f"{item.source_id} {item.occurrence} {item.problem}\n".encode())
+            if self._sampling and not (item.held_out or item.problem):
+                self._offer(item)
             yield item
+
+    def _offer(self, document: Document) -> None:
+        entry = (-int(salted_hash(document.source_id), 16), self.rows_in, document)
+        if len(self._kept) < SAMPLED_DOCUMENTS:
+            heapq.heappush(self._kept, entry)
+        else:
+            heapq.heappushpop(self._kept, entry)
+
+    def sample(self) -> list[Document]:
+        """The documents with the smallest hashes, smallest first; held-out ones are never among them."""
+        return [document for _, _, document in sorted(self._kept, key=lambda entry: (-entry[0], entry[1]))]
 
 
 def _write_units(items: Iterable[Document], settings: PrecomputeConfig, folder: Path | None) -> int:

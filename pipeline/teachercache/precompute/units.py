@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from teachercache.config import PrecomputeConfig, SequenceConfig
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
 from teachercache.files import write_whole
 from teachercache.models import load_tokenizer
 from teachercache.precompute.plan import Plan
-from teachercache.precompute.staging import read_unit
+from teachercache.precompute.staging import read_unit, salted_hash, sample_file
 from teachercache.shards import write_shard
 from teachercache.shards.manifest import file_info
+from teachercache.targets import HeadSketch
 from teachercache.teacher import Captured, Teacher
+from teachercache.tokens.rows import TokenRow
 
 
 def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text: bool) -> tuple[Tokenised, int]:
@@ -30,6 +34,35 @@ def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text
     staged = read_unit(plan.unit_file(unit))
     tokenizer = _tokenizer(str(plan.folder / "teacher"))
     return tokenise(staged, tokenizer=tokenizer, sequence=sequence, store_text=store_text), len(staged)
+
+
+def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positions_per_batch: int) -> None:
+    """Fit the sketch to rows drawn from the whole corpus by content hash; writes the basis, then the record of it.
+
+    At most half of what the drawn documents hold is used, so that rows remain on which fidelity can be measured.
+    """
+    rows = _calibration_rows(plan, sequence=sequence)
+    kind = teacher.calibrate(rows, positions_per_batch=positions_per_batch)
+    assert kind.basis is not None
+    path = kind.basis.save(plan.folder / "teacher")
+    record = {
+        "basis": path.relative_to(plan.folder).as_posix(),
+        "positions": sum(row.positions for row in rows),
+        "rows": sorted(row.row_id for row in rows),
+    }
+    write_whole(plan.calibration_file, json.dumps(record, sort_keys=True))
+
+
+def _calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
+    assert isinstance(plan.kind, HeadSketch)
+    documents = read_unit(sample_file(plan.unit_file(0).parent))
+    tokenised = tokenise(
+        documents, tokenizer=_tokenizer(str(plan.folder / "teacher")), sequence=sequence, store_text=False
+    )
+    rows = sorted((row for row in tokenised.rows if row.positions), key=lambda row: salted_hash(row.row_id))
+    wanted = min(plan.kind.calibration_positions, sum(row.positions for row in rows) // 2)
+    taken = np.cumsum([row.positions for row in rows])
+    return rows[: int(np.searchsorted(taken, wanted)) + 1]
 
 
 @lru_cache(maxsize=1)
@@ -51,9 +84,10 @@ def compute_unit(
     Both happen where the teacher is: payloads of hundreds of MB stay in one process.
     """
     started, start, halved = time.time(), time.perf_counter(), teacher.batches_halved
+    teacher.drift.reset()
     captured = teacher.capture(tokenised.rows, positions_per_batch=positions_per_batch)
     seconds = time.perf_counter() - start
-    record = _write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher.describe())
+    record = _write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher)
     positions = record["shard"]["positions"] if record["shard"] else 0
     return UnitReport(positions, started, seconds, teacher.batches_halved - halved)
 
@@ -69,14 +103,15 @@ class UnitReport:
 
 
 def _write_unit(
-    plan: Plan, unit: int, tokenised: Tokenised, captured: list[Captured], *, documents: int, teacher: dict[str, Any]
+    plan: Plan, unit: int, tokenised: Tokenised, captured: list[Captured], *, documents: int, teacher: Teacher
 ) -> dict[str, Any]:
     stored = [item for item in captured if item.columns is not None]
     quarantined = [*tokenised.quarantined, *_quarantined_rows(captured)]
     record: dict[str, Any] = {
         "documents": documents,
         **_audit(tokenised, stored, quarantined),
-        "teacher": teacher,
+        "teacher": teacher.describe(),
+        "fidelity": teacher.drift.result(),
         "shard": None,
         "quarantine": None,
         "column_bytes": {},
@@ -89,6 +124,7 @@ def _write_unit(
             payload=[item.columns or {} for item in stored],
             columns=plan.kind.columns,
             fingerprint=plan.fingerprint,
+            basis=(plan.calibration() or {}).get("basis"),
         )
         record["shard"] = vars(shard)
     if quarantined:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from teachercache.shards.manifest import Manifest
+from teachercache.targets import target_kind
 
 
 def render_card(manifest: Manifest) -> str:
     """Markdown for people who find the folder; made from the manifest alone."""
-    audit, logits = manifest.audit, manifest.logits
+    audit = manifest.audit
+    kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
     sizes = manifest.bytes_per_position()
-    temperatures = ", ".join(f"{value:g}" for value in logits["temperatures"])
     held_out = sum(shard.held_out_rows for shard in manifest.shards)
     counts = f"{audit.rows_in:,} rows = {audit.stored:,} stored + {audit.quarantined:,} quarantined"
     table = {
@@ -19,10 +20,14 @@ def render_card(manifest: Manifest) -> str:
         "sequences": f"{manifest.rows:,} rows of up to {manifest.sequence_length} tokens ({manifest.layout}), "
         f"{held_out:,} of them held out",
         "positions": f"{manifest.positions:,}",
-        "targets": f"{logits['kind']}, k = {logits['k']}, tail mass at T = {temperatures}",
+        "targets": kind.describe(),
         "size": f"{manifest.shard_bytes:,} bytes of shards: {sizes['logits']} per position for logits, {sizes['total']} in all",
         "fingerprint": f"`{manifest.fingerprint}`",
     }
+    if manifest.fidelity:
+        divergences = ", ".join(f"{value:.3f} at T = {T}" for T, value in manifest.fidelity["kl"].items())
+        measured = f"on {manifest.fidelity['positions']:,} positions while capturing"
+        table["KL(teacher ‖ stored)"] = f"{divergences} nats, measured {measured}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     return f"""# Teacher cache: {manifest.teacher["model"]}
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from teachercache.errors import CacheError
 from teachercache.shards.reader import SPLITS, Cache, Split, StoredRow
-from teachercache.targets import grid_index
 
 ROW_ID_DIGITS = 32
 _BYTE_TOKEN = re.compile(r"<0x([0-7][0-9A-F])>")  # SentencePiece's, as far as the byte is a character by itself
@@ -64,22 +63,18 @@ def describe_row(cache: Cache, row_id: str, *, top: int = 5) -> dict[str, Any]:
 
 
 def _describe_target(cache: Cache, stored: StoredRow, position: int, texts: dict[int, str], top: int) -> dict[str, Any]:
-    logits = stored.targets["head_logits"][position].astype(np.float64)
-    tail = float(stored.targets["tail_log_partition"][position, grid_index(_grid(cache), 1.0)])
-    log_z = np.logaddexp(np.log(np.exp(logits).sum()), tail)
-    chosen = stored.targets["head_ids"][position][:top].tolist()
+    arrays = cache.kind.decoded(stored.targets)
+    here = {name: values[position : position + 1] for name, values in arrays.items()}
+    softened = cache.kind.softened(here, 1.0, tail="ghost")
+    ids, probabilities = softened.topk(min(top, softened.head_ids_Nk.shape[1]))
     return {
-        "actual_log_prob": round(float(stored.targets["actual_log_prob"][position]), 4),
-        "tail_mass": round(math.exp(tail - log_z), 4),
+        "actual_log_prob": round(float(here["actual_log_prob"][0]), 4),
+        "tail_mass": round(math.exp(softened.tail_log_prob_N[0]), 4),
         "top": [
-            {"id": token, "text": texts.get(token, f"<{token}>"), "probability": round(math.exp(value - log_z), 4)}
-            for token, value in zip(chosen, logits, strict=False)
+            {"id": token, "text": texts.get(token, f"<{token}>"), "probability": round(probability, 4)}
+            for token, probability in zip(ids[0].tolist(), probabilities[0].tolist(), strict=True)
         ],
     }
-
-
-def _grid(cache: Cache) -> list[float]:
-    return cache.manifest.logits["temperatures"]
 
 
 def _find(cache: Cache, row_id: str) -> StoredRow:

@@ -79,6 +79,8 @@ class Manifest:
     files: list[FileInfo]
     column_bytes: dict[str, int]  # compressed bytes of each column over all shards
     created_by: str
+    calibration: dict[str, Any] = field(default_factory=dict)  # what the sketch was fitted to
+    fidelity: dict[str, Any] = field(default_factory=dict)  # KL(teacher ‖ stored), measured while capturing
     format_version: int = field(default=FORMAT_VERSION)
 
     @property

@@ -18,9 +18,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
-from teachercache.shards.manifest import Manifest, ShardInfo, hash_file, read_manifest
-from teachercache.shards.schema import ROW_COLUMNS, row_from_batch, shard_metadata
-from teachercache.targets.columns import Column
+from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo, hash_file, read_manifest
+from teachercache.shards.schema import ROW_COLUMNS, row_from_batch, shard_metadata, tables_of
+from teachercache.targets import TargetKind, target_kind
+from teachercache.targets.basis import PREFIX as BASIS_PREFIX
+from teachercache.targets.columns import Column, Decoder
 from teachercache.tokens.rows import TokenRow
 
 Split = Literal["train", "held-out"]
@@ -31,7 +33,7 @@ CACHED_BATCHES = 4
 
 @dataclass(frozen=True, eq=False)
 class StoredRow:
-    """A row and its target columns, each [positions, …]."""
+    """A row and its target columns as they are stored; `Cache.kind.decoded(targets)` makes them arrays of a batch."""
 
     row: TokenRow
     targets: dict[str, NDArray[Any]]
@@ -47,6 +49,7 @@ class Cache:
         train = np.array([shard.rows for shard in manifest.shards], dtype=np.int64) - held_out
         self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
         self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._kind: TargetKind | None = None
         self._checked: set[int] = set()
 
     @classmethod
@@ -57,6 +60,23 @@ class Cache:
         """
         folder = Path(folder)
         return cls(folder, read_manifest(folder))
+
+    @property
+    def kind(self) -> TargetKind:
+        """How the logit targets are read, with the basis that they need; loaded once."""
+        if self._kind is None:
+            manifest = self.manifest
+            self._kind = target_kind(
+                manifest.logits, vocabulary_size=manifest.vocabulary_size, folder=self._checked_teacher_folder()
+            )
+        return self._kind
+
+    def _checked_teacher_folder(self) -> Path:
+        """Its basis is checked before it is read, as shards are."""
+        for info in self.manifest.files:
+            if info.file.startswith(f"teacher/{BASIS_PREFIX}"):
+                check_bytes(self.folder, info)
+        return self.teacher_folder
 
     @property
     def teacher_folder(self) -> Path:
@@ -112,6 +132,8 @@ class Shard:
         if metadata["fingerprint"] != fingerprint:
             raise CacheDamaged(f"{info.file} belongs to another cache; fetch this cache again")
         self.columns = {name: Column.from_metadata(name, entry) for name, entry in metadata["columns"].items()}
+        self._tables = {name: tables_of(entry) for name, entry in metadata["columns"].items()}
+        self._decoders: dict[str, Decoder] = {}
         self._rows_per_batch: int = metadata["rows_per_batch"]
         self._readers: dict[tuple[str, ...], pa.RecordBatchFileReader] = {}
         self._batches: OrderedDict[tuple[tuple[str, ...], int], pa.RecordBatch] = OrderedDict()
@@ -122,11 +144,13 @@ class Shard:
         batch = self._batch(names, index // self._rows_per_batch)
         within = index % self._rows_per_batch
         row = row_from_batch(batch, within)
-        targets = {
-            name: self.columns[name].decode(batch.column(name)[within].as_buffer(), positions=row.positions)
-            for name in names
-        }
+        targets = {name: self._decoder(name)(batch.column(name)[within].as_buffer(), row.positions) for name in names}
         return StoredRow(row, targets)
+
+    def _decoder(self, name: str) -> Decoder:
+        if name not in self._decoders:
+            self._decoders[name] = self.columns[name].decoder(self._tables[name])
+        return self._decoders[name]
 
     def _batch(self, names: tuple[str, ...], number: int) -> pa.RecordBatch:
         batch = self._batches.get((names, number))
@@ -144,7 +168,7 @@ class Shard:
         return self._readers[names]
 
 
-def check_bytes(folder: Path, info: ShardInfo) -> None:
+def check_bytes(folder: Path, info: FileInfo) -> None:
     """Raise `CacheDamaged`, naming file and remedy, unless a file has the size and digest that the manifest promises."""
     path = folder / info.file
     remedy = "fetch it again, or delete the cache and run `teachercache precompute` again"

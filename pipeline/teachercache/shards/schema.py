@@ -5,6 +5,7 @@ Plain columns open in anything that reads Arrow; payload columns are binary, and
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,14 +42,21 @@ ROW_FIELDS = (
 ROW_COLUMNS = tuple(field.name for field in ROW_FIELDS)
 
 
-def shard_schema(columns: Sequence[Column], *, rows_per_batch: int, fingerprint: str) -> pa.Schema:
-    """Schema of one shard; its metadata says how payload columns are coded and which cache it belongs to."""
+def shard_schema(
+    columns: Sequence[Column], *, tables: Mapping[str, bytes], rows_per_batch: int, fingerprint: str, basis: str | None
+) -> pa.Schema:
+    """Schema of one shard; its metadata says how payload columns are coded (`tables`: what codecs keep once a shard), by
+    which basis (a file of the cache) their numbers are read, and which cache it belongs to."""
     payload = [pa.field(column.name, pa.binary(), nullable=False) for column in columns]
     metadata = {
         "fingerprint": fingerprint,
         "rows_per_batch": rows_per_batch,
-        "columns": {column.name: column.to_metadata() for column in columns},
+        "columns": {
+            column.name: column.to_metadata() | table_metadata(tables.get(column.name, b"")) for column in columns
+        },
     }
+    if basis is not None:
+        metadata["basis"] = basis
     return pa.schema([*ROW_FIELDS, *payload], metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
 
@@ -60,13 +68,18 @@ def shard_metadata(schema: pa.Schema, *, file: str) -> dict[str, Any]:
     return json.loads(raw)
 
 
-def to_batch(
-    rows: Sequence[TokenRow],
-    payload: Sequence[Mapping[str, NDArray[Any]]],
-    columns: Sequence[Column],
-    schema: pa.Schema,
-) -> pa.RecordBatch:
-    """Rows and their target columns ([positions, …] each) as one record batch."""
+def table_metadata(tables: bytes) -> dict[str, str]:
+    """Tables as JSON holds them."""
+    return {"tables": base64.b64encode(tables).decode()} if tables else {}
+
+
+def tables_of(metadata: Mapping[str, Any]) -> bytes:
+    """Inverse of `table_metadata`."""
+    return base64.b64decode(metadata.get("tables", ""))
+
+
+def to_batch(rows: Sequence[TokenRow], payload: Sequence[Sequence[bytes]], schema: pa.Schema) -> pa.RecordBatch:
+    """Rows and the encoded bytes of each target column, `payload[column][row]`, as one record batch."""
     values: list[list[Any]] = [
         [row.row_id for row in rows],
         [row.held_out for row in rows],
@@ -75,7 +88,7 @@ def to_batch(
         [row.target_mask_S for row in rows],
         [[vars(segment) for segment in row.segments] for row in rows],
     ]
-    values += [[column.encode(arrays[column.name]) for arrays in payload] for column in columns]
+    values += [list(column) for column in payload]
     arrays = [pa.array(value, type=field.type) for value, field in zip(values, schema, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.shards.manifest import ShardInfo, file_info
-from teachercache.shards.schema import shard_schema, to_batch
+from teachercache.shards.schema import shard_schema, table_metadata, to_batch
 from teachercache.targets.columns import Column
 from teachercache.tokens.rows import TokenRow
 
@@ -30,24 +30,31 @@ def write_shard(
     payload: Sequence[Mapping[str, NDArray[Any]]],
     columns: Sequence[Column],
     fingerprint: str,
+    basis: str | None = None,
 ) -> tuple[ShardInfo, dict[str, int]]:
     """Write `rows` with their target columns to `folder/shards/name`, training rows first; returns its entry and the
     compressed bytes of each column.
 
-    `payload[i]` holds the arrays [positions, …] of `rows[i]`. The file appears under its name only when it is whole.
+    `payload[i]` holds the arrays [positions, …] of `rows[i]`; `basis` names the file by which they are read. The file
+    appears under its name only when it is whole.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].held_out)
     rows, payload = [rows[index] for index in order], [payload[index] for index in order]
-    rows_per_batch = _rows_per_batch(rows, columns)
-    schema = shard_schema(columns, rows_per_batch=rows_per_batch, fingerprint=fingerprint)
+    encoded = {column.name: column.encode([arrays[column.name] for arrays in payload]) for column in columns}
+    tables = {column_name: shared for column_name, (shared, _) in encoded.items()}
+    pages = [encoded[column.name][1] for column in columns]
+    rows_per_batch = _rows_per_batch(pages, rows=len(rows))
+    schema = shard_schema(columns, tables=tables, rows_per_batch=rows_per_batch, fingerprint=fingerprint, basis=basis)
     column_bytes = dict.fromkeys(schema.names, 0)
+    for column_name, shared in tables.items():  # the schema stands at both ends of the file
+        column_bytes[column_name] = 2 * len(table_metadata(shared).get("tables", ""))
     path = folder / "shards" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{name}.tmp")
     with pa.OSFile(str(temporary), "wb") as sink, _open_writer(sink, schema) as writer:
         for start in range(0, len(rows), rows_per_batch):
             chosen = slice(start, start + rows_per_batch)
-            batch = to_batch(rows[chosen], payload[chosen], columns, schema)
+            batch = to_batch(rows[chosen], [column[chosen] for column in pages], schema)
             writer.write_batch(batch)
             for column in schema.names:
                 column_bytes[column] += _compressed_bytes(batch.column(column))
@@ -62,10 +69,9 @@ def _open_writer(sink: Any, schema: pa.Schema) -> pa.RecordBatchFileWriter:
     return pa.ipc.new_file(sink, schema, options=options)
 
 
-def _rows_per_batch(rows: Sequence[TokenRow], columns: Sequence[Column]) -> int:
-    position_bytes = sum(column.position_bytes for column in columns)
-    total = sum(row.positions for row in rows) * position_bytes
-    return max(1, min(len(rows), BATCH_BYTES * len(rows) // max(1, total)))
+def _rows_per_batch(pages: Sequence[Sequence[bytes]], *, rows: int) -> int:
+    total = sum(len(page) for column in pages for page in column)
+    return max(1, min(rows, BATCH_BYTES * rows // max(1, total)))
 
 
 def _compressed_bytes(array: pa.Array) -> int:

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from teachercache.models import model_inputs
-from teachercache.shards import Manifest, StoredRow
-from teachercache.targets import Column, target_kind
+from teachercache.shards import Cache, StoredRow
+from teachercache.targets import TargetKind
 from teachercache.tokens.rows import TokenRow
 
 IGNORED = -100  # the label that losses of torch and transformers skip
@@ -30,22 +30,23 @@ class Collator:
 
     layout: str
     pad_id: int
-    columns: tuple[Column, ...]
+    kind: TargetKind
+    columns: tuple[str, ...]
 
     @classmethod
-    def of(cls, manifest: Manifest, *, columns: Sequence[str]) -> Collator:
+    def of(cls, cache: Cache, *, columns: Sequence[str]) -> Collator:
         """The collator for some target columns of a cache."""
-        kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
-        by_name = {column.name: column for column in kind.columns}
-        return cls(manifest.layout, manifest.pad_id, tuple(by_name[name] for name in columns))
+        return cls(cache.manifest.layout, cache.manifest.pad_id, cache.kind, tuple(columns))
 
     def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
-        return collate(rows, layout=self.layout, pad_id=self.pad_id, columns=self.columns)
+        return collate(rows, layout=self.layout, pad_id=self.pad_id, kind=self.kind, columns=self.columns)
 
 
-def collate(rows: Sequence[StoredRow], *, layout: str, pad_id: int, columns: Sequence[Column]) -> dict[str, Any]:
+def collate(
+    rows: Sequence[StoredRow], *, layout: str, pad_id: int, kind: TargetKind, columns: Sequence[str]
+) -> dict[str, Any]:
     """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and `targets`: a tensor
-    [N, …] for each column, ids as int64 and other numbers as float32.
+    [N, …] for each array that the kind decodes from these columns, ids as int64 and other numbers as float32.
 
     No rows give one row of padding with N = 0: a process whose share is empty still takes part in collectives.
     """
@@ -53,7 +54,7 @@ def collate(rows: Sequence[StoredRow], *, layout: str, pad_id: int, columns: Seq
     inputs = model_inputs(tokens, pad_id=pad_id, layout=layout)
     batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
     batch["shift_labels"] = torch.from_numpy(_shift_labels(tokens, longest=inputs["input_ids"].shape[1]))
-    batch["targets"] = {column.name: _joined(rows, column) for column in columns}
+    batch["targets"] = _joined(rows, kind, columns)
     return batch
 
 
@@ -64,10 +65,13 @@ def _shift_labels(rows: Sequence[TokenRow], *, longest: int) -> NDArray[np.int64
     return labels_BS
 
 
-def _joined(rows: Sequence[StoredRow], column: Column) -> torch.Tensor:
-    arrays = [stored.targets[column.name] for stored in rows] or [np.empty((0, *column.shape), column.dtype)]
-    dtype = np.int64 if np.issubdtype(np.dtype(column.dtype), np.integer) else np.float32
-    return torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False))
+def _joined(rows: Sequence[StoredRow], kind: TargetKind, columns: Sequence[str]) -> dict[str, torch.Tensor]:
+    decoded = [kind.decoded({name: stored.targets[name] for name in columns}) for stored in rows]
+    if not decoded:
+        nothing = {column.name: np.empty((0, *column.shape), column.dtype) for column in kind.columns}
+        decoded = [kind.decoded({name: nothing[name] for name in columns})]
+    joined = {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in decoded])) for name in decoded[0]}
+    return {name: values.long() if values.dtype == torch.int32 else values for name, values in joined.items()}
 
 
 def _padding(pad_id: int) -> TokenRow:

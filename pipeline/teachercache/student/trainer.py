@@ -71,7 +71,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator.of(manifest, columns=columns),
+            data_collator=Collator.of(cache, columns=columns),
             train_dataset=CacheDataset(cache, "train", columns=columns),
             eval_dataset=CacheDataset(cache, "held-out", columns=()) if cache.rows_of("held-out") else None,
             callbacks=[Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
@@ -187,7 +187,7 @@ class DistillationTrainer(Trainer):
             self._held_out_loader = self._loader(
                 CacheDataset(self.cache, "held-out", columns=measure.columns),
                 batches,
-                Collator.of(self.cache.manifest, columns=measure.columns),
+                Collator.of(self.cache, columns=measure.columns),
                 persistent_workers=self.args.dataloader_num_workers > 0,
             )
         return self._held_out_loader

@@ -1,31 +1,62 @@
 """What is stored of a teacher, as math.
 
-A target *kind* is one file here. It says which columns it stores per position (`columns`), how they are taken from
-logits (`capture`, the only place that meets torch, which enters as an argument) and how a distribution is read back.
-`KINDS` is the one place where kinds are dispatched; the manifest's `targets` holds the settings that rebuild a kind.
+A target *kind* is one file here. It says which columns it stores (`columns`), how they are taken from logits (`capture`
+and `finish`; the only places that meet torch, which enters as an argument), how they become arrays of a batch (`decoded`)
+and how these are a distribution at any temperature (`softened`). `KINDS` is the one place where kinds are dispatched; the
+manifest's `targets` holds the settings that rebuild a kind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from teachercache.errors import CacheError
+from teachercache.errors import CacheDamaged, CacheError
+from teachercache.targets.basis import SketchBasis, find_basis
 from teachercache.targets.columns import Column
-from teachercache.targets.temperature import grid_index, softened
-from teachercache.targets.top_k import TopK, is_usable
+from teachercache.targets.head_sketch import HeadSketch
+from teachercache.targets.softened import Softened, TailPolicy
+from teachercache.targets.temperature import grid_index
+from teachercache.targets.top_k import TopK
 
-KINDS = {TopK.kind: TopK}
+TargetKind = TopK | HeadSketch
+KINDS: dict[str, type[TopK] | type[HeadSketch]] = {TopK.kind: TopK, HeadSketch.kind: HeadSketch}
 
 
-def target_kind(settings: dict[str, Any], *, vocabulary_size: int) -> TopK:
-    """The target kind that a manifest or a recipe describes, e.g. `{"kind": "top-k", "k": 64, …}`."""
+def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, folder: Path | None = None) -> TargetKind:
+    """The target kind that a manifest or a recipe describes, e.g. `{"kind": "top-k", "k": 64, …}`.
+
+    `folder` is the `teacher/` folder of a cache: kinds that need a basis to be read find it there. Without it they know
+    their columns alone. Raises `CacheError` for a kind of a later version, `CacheDamaged` when the basis is missing.
+    """
     kind = KINDS.get(settings.get("kind", ""))
     if kind is None:
         raise CacheError(
             f"this cache stores targets of kind {settings.get('kind')!r}, which this version of teachercache cannot read "
             f"(it reads: {', '.join(KINDS)}); install a newer version"
         )
-    return kind.from_settings(settings, vocabulary_size=vocabulary_size)
+    described = kind.from_settings(settings, vocabulary_size=vocabulary_size)
+    if isinstance(described, TopK) or folder is None:
+        return described
+    path = find_basis(folder)
+    if path is None:
+        raise CacheDamaged(
+            f"{folder} holds no sketch basis, without which the targets cannot be read; fetch the cache again"
+        )
+    return described.with_basis(SketchBasis.load(path))
 
 
-__all__ = ["KINDS", "Column", "TopK", "grid_index", "is_usable", "softened", "target_kind"]
+__all__ = [
+    "KINDS",
+    "Column",
+    "HeadSketch",
+    "SketchBasis",
+    "Softened",
+    "TailPolicy",
+    "TargetKind",
+    "TopK",
+    "find_basis",
+    "grid_index",
+    "target_kind",
+]

@@ -1,60 +1,106 @@
 """Payload columns: per-position arrays and their bytes on disk.
 
-A column holds, for every position of a row, an array of a fixed shape and type. On disk it is one binary value per row;
-its codec stands in the schema metadata, so that any reader of Arrow can decode it:
+A column holds, for every position of a row (or every block of `every` positions), an array of a fixed shape and type. On
+disk it is one binary value per row; its codec stands in the schema metadata, so that any reader of Arrow can decode it:
 
     plain/1   little-endian elements in C order, [positions, *shape]
+    pco/1     integers, entropy-coded: see pco.py; its tables stand in the schema metadata, once a shard
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
+from teachercache.targets import pco
 
 PLAIN = "plain/1"
+CODECS = (PLAIN, pco.NAME)
+
+Decoder = Callable[[Any, int], NDArray[Any]]  # (bytes-like, positions) -> array [entries, *shape]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A payload column: `dtype` is a numpy code with byte order (`<f2`), `shape` that of one position."""
+    """A payload column: `dtype` is a numpy code with byte order (`<f2`), `shape` that of one entry.
+
+    `groups` cuts the elements of an entry into runs that are coded with a table of their own (`pco/1` alone).
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
     codec: str = PLAIN
+    every: int = 1
+    groups: tuple[int, ...] = ()
 
     @property
-    def position_bytes(self) -> int:
-        """Bytes of one position before Arrow's compression."""
-        return np.dtype(self.dtype).itemsize * prod(self.shape)
+    def position_bytes(self) -> float:
+        """Bytes of one position before any compression."""
+        return np.dtype(self.dtype).itemsize * self.width / self.every
 
-    def encode(self, values_N: NDArray[Any]) -> bytes:
-        """Array [positions, *shape] to bytes."""
-        if values_N.shape[1:] != self.shape:
-            raise ValueError(f"column {self.name}: shape {values_N.shape} does not end in {self.shape}")
-        return np.ascontiguousarray(values_N, dtype=self.dtype).tobytes()
+    @property
+    def width(self) -> int:
+        """Elements of one entry."""
+        return prod(self.shape)
 
-    def decode(self, data: Any, *, positions: int) -> NDArray[Any]:
-        """Bytes-like to a read-only array [positions, *shape] that shares their memory."""
-        if memoryview(data).nbytes != positions * self.position_bytes:
+    def entries(self, positions: int) -> int:
+        """How many entries a row of so many positions has."""
+        return ceil(positions / self.every)
+
+    def encode(self, arrays: Sequence[NDArray[Any]]) -> tuple[bytes, list[bytes]]:
+        """The column of several rows, each [entries, *shape]: tables that they share, and the bytes of each row."""
+        for values_N in arrays:
+            if values_N.shape[1:] != self.shape:
+                raise ValueError(f"column {self.name}: shape {values_N.shape} does not end in {self.shape}")
+        if self.codec == PLAIN:
+            return b"", [np.ascontiguousarray(values_N, dtype=self.dtype).tobytes() for values_N in arrays]
+        flat = [np.asarray(values_N, dtype=self.dtype).reshape(len(values_N), self.width) for values_N in arrays]
+        return pco.encode(flat, self.groups)
+
+    def decoder(self, tables: bytes = b"") -> Decoder:
+        """How the bytes of a row become a read-only array; raises `CacheDamaged` for bytes that do not fit."""
+        return self._decode_plain if self.codec == PLAIN else self._pco_decoder(tables)
+
+    def _decode_plain(self, data: Any, positions: int) -> NDArray[Any]:
+        """Shares the memory of `data`."""
+        entries, held = self.entries(positions), memoryview(data).nbytes
+        if held != entries * self.width * np.dtype(self.dtype).itemsize:
             raise CacheDamaged(
-                f"column {self.name}: {memoryview(data).nbytes} bytes for {positions} positions of {self.position_bytes} bytes"
+                f"column {self.name}: {held} bytes for {positions} positions of {self.position_bytes:g} bytes"
             )
-        return np.frombuffer(data, dtype=self.dtype).reshape(positions, *self.shape)
+        return np.frombuffer(data, dtype=self.dtype).reshape(entries, *self.shape)
+
+    def _pco_decoder(self, tables: bytes) -> Decoder:
+        decoder = pco.Decoder(tables, self.groups, self.dtype, name=self.name)
+
+        def decode(data: Any, positions: int) -> NDArray[Any]:
+            entries = self.entries(positions)
+            return decoder.decode(memoryview(data), entries).reshape(entries, *self.shape)
+
+        return decode
 
     def to_metadata(self) -> dict[str, Any]:
-        """What the schema says about this column."""
-        return {"codec": self.codec, "dtype": self.dtype, "shape": list(self.shape)}
+        """What the schema says about this column, its tables apart."""
+        metadata: dict[str, Any] = {"codec": self.codec, "dtype": self.dtype, "shape": list(self.shape)}
+        if self.every != 1:
+            metadata["every"] = self.every
+        if self.groups:
+            metadata["groups"] = list(self.groups)
+        return metadata
 
     @classmethod
     def from_metadata(cls, name: str, metadata: dict[str, Any]) -> Column:
         """Inverse of `to_metadata`; refuses codecs of a later version."""
-        if metadata["codec"] != PLAIN:
-            raise CacheDamaged(f"column {name} is coded as {metadata['codec']!r}; this version reads {PLAIN}")
-        return cls(name, metadata["dtype"], tuple(metadata["shape"]))
+        if metadata["codec"] not in CODECS:
+            raise CacheDamaged(
+                f"column {name} is coded as {metadata['codec']!r}; this version reads {' and '.join(CODECS)}"
+            )
+        groups, every = tuple(metadata.get("groups", ())), metadata.get("every", 1)
+        return cls(name, metadata["dtype"], tuple(metadata["shape"]), metadata["codec"], every, groups)

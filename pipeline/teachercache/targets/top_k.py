@@ -10,15 +10,17 @@ stores the teacher's values as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.errors import RecipeError
+from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import Column
+from teachercache.targets.softened import Softened, TailPolicy, UniformTail
+from teachercache.targets.temperature import softened
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class TopK:
     """Settings of the kind; `columns` and `capture` follow from them."""
 
     kind = "top-k"
+    needs_hidden = False
 
     k: int
     temperatures: tuple[float, ...]
@@ -33,7 +36,7 @@ class TopK:
     vocabulary_size: int
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any], *, vocabulary_size: int) -> TopK:
+    def from_settings(cls, settings: Mapping[str, Any], *, vocabulary_size: int) -> TopK:
         """Rebuild from a recipe's or manifest's settings; raises `RecipeError` when k exceeds the vocabulary."""
         if settings["k"] > vocabulary_size:
             raise RecipeError(
@@ -46,6 +49,11 @@ class TopK:
         """What the manifest keeps."""
         return {"kind": self.kind, "k": self.k, "temperatures": list(self.temperatures), "dtype": self.dtype}
 
+    def describe(self) -> str:
+        """One line for people."""
+        grid = ", ".join(f"{value:g}" for value in self.temperatures)
+        return f"top-{self.k} logits, the tail's mass at T = {grid}"
+
     @property
     def columns(self) -> tuple[Column, ...]:
         """Payload columns, in the order in which shards store them."""
@@ -57,7 +65,7 @@ class TopK:
             Column("actual_log_prob", real),
         )
 
-    def capture(self, torch: Any, logits_NV: Any, labels_N: Any) -> dict[str, NDArray[Any]]:
+    def capture(self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
 
         Call it with blocks that fit a processor's cache (about a hundred positions): at 49k tokens the four
@@ -78,6 +86,51 @@ class TopK:
             for column, values in zip(self.columns, taken, strict=True)
         }
 
+    @staticmethod
+    def is_usable(captured: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+        """Which positions hold numbers that a student can learn from, [N].
+
+        NaN or +inf among the logits makes the first head logit NaN. -inf elsewhere is legal: a token that the teacher
+        rules out, or an empty tail.
+        """
+        return np.isfinite(captured["head_logits"][:, 0]) & ~np.isnan(captured["actual_log_prob"])
+
+    def finish(self, captured: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """One row's captured arrays to its columns: the same here."""
+        return dict(captured)
+
+    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+        """Columns that a loss with this tail policy reads. Raises `CacheError` for `sketch`, which needs another kind."""
+        if tail == "sketch":
+            raise CacheError(
+                "this cache stores top-k logits without a sketch of the tail; train with objective.tail: ghost, "
+                "or precompute with targets.logits.kind: head+sketch"
+            )
+        return ("head_ids", "head_logits", "tail_log_partition")
+
+    def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Columns as arrays ready for a batch: ids int32, other numbers float32."""
+        return {
+            name: values.astype(np.int32 if name == "head_ids" else np.float32, copy=False)
+            for name, values in stored.items()
+        }
+
+    def softened(
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: TailPolicy = "ghost", xp: Any = np
+    ) -> Softened:
+        """The distribution at a temperature of the grid, from what `decoded` gives (numpy's or torch's).
+
+        Raises `CacheError`, naming the grid, for any other temperature.
+        """
+        self.objective_columns(tail)
+        head_Nk, tail_N = softened(
+            arrays["head_logits"], arrays["tail_log_partition"], self.temperatures, temperature, xp
+        )
+        distribution = Softened(arrays["head_ids"], head_Nk, tail_N)
+        if tail == "renormalise":
+            return distribution.renormalised()
+        return distribution.with_tail(UniformTail(self.vocabulary_size, head_Nk)) if tail == "uniform" else distribution
+
 
 def _tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatures: Sequence[float]) -> Any:
     """log Σ exp(z / T) over tokens outside the head, for each T: [N, G]. Expects logits relative to the largest.
@@ -95,12 +148,3 @@ def _tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperat
         at = temperature
         sums_N.append(powers_NV.sum(-1))
     return torch.stack(sums_N[::-1], dim=-1).log()
-
-
-def is_usable(columns: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
-    """Which positions hold numbers that a student can learn from, [N].
-
-    NaN or +inf among the logits makes the first head logit NaN. -inf elsewhere is legal: a token that the teacher rules
-    out, or an empty tail.
-    """
-    return np.isfinite(columns["head_logits"][:, 0]) & ~np.isnan(columns["actual_log_prob"])

@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
 from teachercache.models import isolates_packed_segments, load_causal_lm, model_inputs
-from teachercache.targets import TopK, is_usable
+from teachercache.targets import HeadSketch, TargetKind
 from teachercache.teacher.batches import length_sorted_batches
+from teachercache.teacher.calibration import calibrate
+from teachercache.teacher.fidelity import Drift
+from teachercache.teacher.output_layer import OutputLayer, recorded_input
 from teachercache.tokens.rows import TokenRow
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ class Captured:
 class Teacher:
     """A loaded teacher on one device. `parameters`, `dtype` and `architecture` describe it for the manifest."""
 
-    def __init__(self, model: Any, *, kind: TopK, layout: str, pad_id: int, device: str = "cpu") -> None:
+    def __init__(self, model: Any, *, kind: TargetKind, layout: str, pad_id: int, device: str = "cpu") -> None:
         self.kind, self.layout, self.pad_id = kind, layout, pad_id
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
@@ -54,9 +57,10 @@ class Teacher:
             )
         self._splits = _logits_are_projected_hidden_states(self.model)
         self.batches_halved = 0
+        self.drift = Drift(kind)
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, kind: TopK, layout: str, pad_id: int, device: str = "cpu") -> Teacher:
+    def load(cls, config: TeacherConfig, *, kind: TargetKind, layout: str, pad_id: int, device: str = "cpu") -> Teacher:
         """Load the model that a recipe names. Raises `ModelError`."""
         model = load_causal_lm(
             config.model,
@@ -83,6 +87,33 @@ class Teacher:
                 captured[index] = result
         return [result for result in captured if result is not None]
 
+    def calibrate(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> HeadSketch:
+        """The kind with a basis fitted to a sample of rows; from here on this teacher captures with it.
+
+        Raises `ModelError` when a sketch cannot rebuild this model's logits, or the sample is too small.
+        """
+        assert isinstance(self.kind, HeadSketch)
+        layer = OutputLayer.of(self.model, vocabulary_size=self.kind.vocabulary_size)
+        hidden: list[Any] = [None] * len(rows)
+        for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
+            for index, values_ND in zip(batch, self._hidden([rows[index] for index in batch]), strict=True):
+                hidden[index] = values_ND
+        self.kind = calibrate(self.kind, layer, hidden)
+        self.drift = Drift(self.kind)
+        return self.kind
+
+    @torch.inference_mode()
+    def _hidden(self, rows: list[TokenRow]) -> Sequence[Any]:
+        """What enters the output layer at the positions of each row, [N, D]."""
+        inputs, index_N, _ = self._inputs(rows)
+        with recorded_input(self.model) as recorded:
+            if self._splits:
+                hidden_ND = self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[index_N]
+            else:
+                self.model(**inputs, use_cache=False)
+                hidden_ND = recorded[0].flatten(0, 1)[index_N]
+        return hidden_ND.split([row.positions for row in rows])
+
     def _capture_batch(self, rows: list[TokenRow]) -> list[Captured]:
         try:
             return self._forward(rows)
@@ -99,45 +130,60 @@ class Teacher:
 
     @torch.inference_mode()
     def _forward(self, rows: list[TokenRow]) -> list[Captured]:
+        inputs, index_N, labels_N = self._inputs(rows)
+        parts = []
+        for start, logits_nV, hidden_nD in self._logit_blocks(inputs, index_N):
+            self.drift.sample(start, logits_nV)
+            parts.append(self.kind.capture(torch, logits_nV, labels_N[start : start + len(logits_nV)], hidden_nD))
+        captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        ends = np.cumsum([row.positions for row in rows])[:-1]
+        split = {name: np.split(values, ends) for name, values in captured.items()}
+        finished = [self._finish(row, {name: split[name][i] for name in split}) for i, row in enumerate(rows)]
+        self.drift.measure([item.columns for item in finished], [row.positions for row in rows])
+        return finished
+
+    def _inputs(self, rows: list[TokenRow]) -> tuple[dict[str, Any], Any, Any]:
+        """The model's inputs, indices of all positions in the flattened batch [N], and their labels [N]."""
         inputs = {
             name: torch.from_numpy(values).to(self.device)
             for name, values in model_inputs(rows, pad_id=self.pad_id, layout=self.layout).items()
         }
         index_N = torch.from_numpy(_flat_positions(rows, inputs["input_ids"].shape[1])).to(self.device)
         labels_N = torch.from_numpy(np.concatenate([row.labels_N() for row in rows]).astype(np.int64)).to(self.device)
-        parts = [
-            self.kind.capture(torch, logits_nV, labels_N[start : start + len(logits_nV)])
-            for start, logits_nV in self._logit_blocks(inputs, index_N)
-        ]
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        ends = np.cumsum([row.positions for row in rows])[:-1]
-        split = {name: np.split(values, ends) for name, values in columns.items()}
-        return [_checked(row, {name: split[name][i] for name in split}) for i, row in enumerate(rows)]
+        return inputs, index_N, labels_N
 
-    def _logit_blocks(self, inputs: dict[str, Any], index_N: Any) -> Iterator[tuple[int, Any]]:
-        """(start, float32 logits [n, V]) over the positions, block by block; each block is the caller's to overwrite."""
+    def _logit_blocks(self, inputs: dict[str, Any], index_N: Any) -> Iterator[tuple[int, Any, Any]]:
+        """(start, float32 logits [n, V], input of the output layer [n, D]) over the positions, block by block.
+
+        Each block of logits is the caller's to overwrite.
+        """
         block = BLOCK_POSITIONS[self.device.type]
         if self._splits:
             hidden_ND = self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[index_N]
             project = self.model.get_output_embeddings()
             for start in range(0, len(index_N), block):
-                yield start, project(hidden_ND[start : start + block]).float()
+                hidden_nD = hidden_ND[start : start + block]
+                yield start, project(hidden_nD).float(), hidden_nD
             return
-        logits_BSV = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
+        with recorded_input(self.model) as recorded:
+            logits_RV = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
+        hidden_RD = recorded[0].flatten(0, 1) if recorded else None
         for start in range(0, len(index_N), block):
-            yield start, logits_BSV[index_N[start : start + block]].float()
+            chosen = index_N[start : start + block]
+            yield start, logits_RV[chosen].float(), None if hidden_RD is None else hidden_RD[chosen]
+
+    def _finish(self, row: TokenRow, captured: dict[str, NDArray[Any]]) -> Captured:
+        unusable = int((~self.kind.is_usable(captured)).sum())
+        if unusable:
+            return Captured(
+                row, None, f"the teacher's logits are not finite at {unusable} of {row.positions} positions"
+            )
+        return Captured(row, self.kind.finish(captured))
 
 
 def _flat_positions(rows: Sequence[TokenRow], width: int) -> NDArray[np.int64]:
     """Indices of all positions in a batch [B, S] that is flattened to [B * S]."""
     return np.concatenate([index * width + np.flatnonzero(row.target_mask_S) for index, row in enumerate(rows)])
-
-
-def _checked(row: TokenRow, columns: dict[str, NDArray[Any]]) -> Captured:
-    unusable = int((~is_usable(columns)).sum())
-    if unusable:
-        return Captured(row, None, f"the teacher's logits are not finite at {unusable} of {row.positions} positions")
-    return Captured(row, columns)
 
 
 @torch.inference_mode()

@@ -1,0 +1,106 @@
+"""The sketch basis: what turns r coefficients back into V logits. One file a cache, written by calibration.
+
+With h the input of the teacher's output layer, W its weights and b its bias, the logits are g(W·h + b). Let mean and Σ
+belong to h on a calibration sample, and W_c be W centred over the vocabulary (softmax does not see the difference). The
+directions are those of W_c·Σ^½, largest first (a singular value decomposition), so that `basis` has as its columns what
+one unit of each coefficient adds to every logit; units are chosen such that the root mean square of that is 1 over the
+vocabulary: one quantisation step costs the same logit error in each direction.
+
+    logits ≈ basis · coefficients + base                    (up to a constant, which softmax does not see)
+
+What quantisation loses shows as a bias per token, different at each temperature: `bias(T) = constant + slope / T`, fitted
+by matching each token's mean probability outside the head.
+
+Shapes: V vocabulary, D width of h, r directions, F features, G nodes of the tail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachercache.errors import CacheDamaged
+
+Array = NDArray[Any]
+PREFIX = "sketch-"
+
+
+@dataclass(frozen=True, eq=False)
+class SketchBasis:
+    """Arrays of one basis. `mean` and `analysis` serve capture alone, the others reading."""
+
+    mean_D: Array  # float32
+    analysis_Dr: Array  # float32: coefficients = (h - mean) · analysis
+    basis_Vr: Array  # float16
+    base_V: Array  # float32
+    bias_constant_V: Array  # float16, in units of logit / T
+    bias_slope_V: Array  # float16, likewise, times 1 / T
+    token_of_rank_V: Array  # uint32: tokens, the most frequent in heads first
+    tail_weights_GF: Array  # float32: linear prediction of the tail's nodes, see tail.py
+    softcap: float | None = None
+    copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of the reading arrays: by type and device
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.basis_Vr.shape[1]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that the basis gives logits of."""
+        return self.basis_Vr.shape[0]
+
+    @cached_property
+    def rank_of_token_V(self) -> Array:
+        """Inverse of `token_of_rank_V`."""
+        ranks_V = np.empty(self.vocabulary_size, dtype=np.uint32)
+        ranks_V[self.token_of_rank_V] = np.arange(self.vocabulary_size, dtype=np.uint32)
+        return ranks_V
+
+    def bias_V(self, temperature: float) -> Array:
+        """What is added to logit / T, float32."""
+        return self.bias_constant_V.astype(np.float32) + self.bias_slope_V.astype(np.float32) / np.float32(temperature)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "copies": {}}
+
+    def save(self, folder: Path) -> Path:
+        """Write it as safetensors, named by its content; returns the path."""
+        from safetensors.numpy import save
+
+        names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "copies")]
+        arrays = {name: getattr(self, name) for name in names}
+        data = save(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+            metadata={"format": "teachercache-sketch/1", "softcap": json.dumps(self.softcap)},
+        )
+        path = folder / f"{PREFIX}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> SketchBasis:
+        """Read a basis; raises `CacheDamaged` when the file is missing or is no basis."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                softcap = json.loads((file.metadata() or {})["softcap"])
+            return cls(**arrays, softcap=softcap)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CacheDamaged(f"{path} is no sketch basis ({error}); fetch the cache again") from None
+
+
+def find_basis(folder: Path) -> Path | None:
+    """The basis in a cache's `teacher/` folder, or None."""
+    return next(iter(sorted(folder.glob(f"{PREFIX}*.safetensors"))), None)

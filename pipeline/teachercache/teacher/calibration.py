@@ -1,0 +1,178 @@
+"""Calibration: a sketch basis from the teacher's hidden states on a sample of the corpus.
+
+Everything follows from the sample, in a fixed order: mean and covariance of h, directions, ranks of frequency, weights that
+predict the tail's nodes, and biases that make each token's mean probability outside the head right after quantisation.
+
+Shapes: N positions, V vocabulary, D width, r rank, k head, G nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teachercache.errors import ModelError
+from teachercache.targets.basis import SketchBasis
+from teachercache.targets.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
+from teachercache.targets.tail import fit_node_weights, node_sums
+from teachercache.teacher.output_layer import OutputLayer
+
+BIAS_TEMPERATURES = (1.0, 4.0)
+BIAS_ITERATIONS = 2
+LARGEST_BIAS = 3.0
+LEAST_MASS = 2e-7  # added to mean probabilities: a token seldom outside the head has no bias to speak of
+BLOCK = 256
+
+
+@torch.inference_mode()
+def calibrate(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> HeadSketch:
+    """The kind with its basis, from h at the positions of each sampled row, [N, D].
+
+    Raises `ModelError` when the sample holds fewer positions than the basis has directions.
+    """
+    hidden_ND = torch.cat([rows.float() for rows in rows_hidden_ND])
+    width = layer.weight_VD.shape[1]
+    if kind.rank > width:
+        raise ModelError(
+            f"targets.logits.rank is {kind.rank}, but the teacher's output layer is {width} wide; use rank <= {width}"
+        )
+    if len(hidden_ND) < 2 * kind.rank:
+        raise ModelError(
+            f"a sketch of rank {kind.rank} needs a calibration sample of {2 * kind.rank} positions, the corpus gives "
+            f"{len(hidden_ND)}; lower targets.logits.rank, or use kind: top-k for a corpus this small"
+        )
+    basis = _directions(kind, layer, hidden_ND)
+    sample = _Sample(kind, layer, hidden_ND)
+    basis = replace(basis, token_of_rank_V=sample.token_of_rank_V, tail_weights_GF=sample.tail_weights_GF)
+    coefficients_Nr = _quantised(kind, basis, rows_hidden_ND).to(hidden_ND.device)
+    constant_V, slope_V = _biases(basis, sample, coefficients_Nr)
+    return kind.with_basis(replace(basis, bias_constant_V=_half(constant_V), bias_slope_V=_half(slope_V)))
+
+
+def _directions(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> SketchBasis:
+    """Singular vectors of W_c·Σ^½, in float64."""
+    mean_D = hidden_ND.mean(0)
+    centred_ND = (hidden_ND - mean_D).double()
+    covariance_DD = centred_ND.T @ centred_ND / len(centred_ND)
+    weight_VD = layer.weight_VD
+    # A nonlinear g sees the constant that softmax does not: keep each position's mean logit.
+    if layer.softcap is None:
+        weight_VD = weight_VD - weight_VD.mean(0)
+    size = covariance_DD.diagonal().mean()
+    root_DD = torch.linalg.cholesky(covariance_DD + 1e-4 * size * torch.eye(len(covariance_DD), device=size.device))
+    gram_DD = root_DD.T @ _gram(weight_VD) @ root_DD
+    values_D, vectors_DD = torch.linalg.eigh(gram_DD)
+    values_r = values_D.flip(0)[: kind.rank].clamp_min(1e-12)
+    vectors_Dr = vectors_DD.flip(1)[:, : kind.rank]
+    largest_r = vectors_Dr.gather(0, vectors_Dr.abs().argmax(0, keepdim=True))
+    vectors_Dr = vectors_Dr * largest_r.sign()  # an eigenvector's sign is arbitrary: fix it
+    unit_r = (values_r / len(weight_VD)).sqrt()
+    analysis_Dr = torch.linalg.solve_triangular(root_DD.T, vectors_Dr, upper=True) * unit_r
+    basis_Vr = weight_VD @ (root_DD @ vectors_Dr / unit_r).float()
+    base_V = layer.weight_VD @ mean_D + layer.bias_V
+    if layer.softcap is None:
+        base_V = base_V - base_V.mean()
+    nothing_V = np.zeros(len(weight_VD), dtype=np.float16)
+    return SketchBasis(
+        mean_D=mean_D.cpu().numpy(),
+        analysis_Dr=analysis_Dr.float().cpu().numpy(),
+        basis_Vr=_half(basis_Vr),
+        base_V=base_V.cpu().numpy(),
+        bias_constant_V=nothing_V,
+        bias_slope_V=nothing_V,
+        token_of_rank_V=np.arange(len(weight_VD), dtype=np.uint32),
+        tail_weights_GF=np.zeros((0, 0), dtype=np.float32),
+        softcap=layer.softcap,
+    )
+
+
+def _gram(weight_VD: Tensor) -> Tensor:
+    """Wᵀ·W in float64, without a float64 copy of W."""
+    gram_DD = torch.zeros(weight_VD.shape[1], weight_VD.shape[1], dtype=torch.float64, device=weight_VD.device)
+    for part in weight_VD.split(8192):
+        gram_DD += part.double().T @ part.double()
+    return gram_DD
+
+
+class _Sample:
+    """One pass over the sample's logits: heads, nodes, and the mean mass of each token outside the head."""
+
+    def __init__(self, kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> None:
+        vocabulary = kind.vocabulary_size
+        in_head_V = torch.zeros(vocabulary, dtype=torch.int64, device=hidden_ND.device)
+        self.outside_V = {T: torch.zeros(vocabulary, device=hidden_ND.device) for T in BIAS_TEMPERATURES}
+        heads, ids, nodes, masses = [], [], [], []
+        for part_ND in hidden_ND.split(BLOCK):
+            logits_NV = layer.logits(part_ND)
+            head_Nk, ids_Nk = torch.topk(logits_NV, kind.k, dim=-1)
+            in_head_V += torch.bincount(ids_Nk.flatten(), minlength=vocabulary)
+            mass_N = []
+            for temperature in BIAS_TEMPERATURES:
+                outside_NV = torch.softmax(logits_NV / temperature, dim=-1).scatter_(1, ids_Nk, 0.0)
+                self.outside_V[temperature] += outside_NV.sum(0)
+                mass_N.append(outside_NV.sum(-1))
+            heads.append(head_Nk - head_Nk[:, :1])
+            nodes.append(node_sums(torch, logits_NV.sub_(head_Nk[:, :1]), ids_Nk))
+            ids.append(ids_Nk)
+            masses.append(torch.stack(mass_N))
+        self.ids_Nk, self.mass_TN = torch.cat(ids), torch.cat(masses, dim=1)
+        # Equally frequent tokens in the order of their ids: the order never depends on a sort's whim.
+        order_V = torch.argsort(in_head_V, descending=True, stable=True)
+        self.token_of_rank_V = order_V.cpu().numpy().astype(np.uint32)
+        self.tail_weights_GF = fit_node_weights(torch.cat(nodes).cpu().numpy(), torch.cat(heads).cpu().numpy())
+
+
+def _quantised(kind: HeadSketch, basis: SketchBasis, rows_hidden_ND: Sequence[Tensor]) -> Tensor:
+    """Coefficients of the sample as a reader will see them, [N, r]."""
+    rows = []
+    for hidden_ND in rows_hidden_ND:
+        coefficients_Nr = (hidden_ND.float().cpu().numpy() - basis.mean_D) @ basis.analysis_Dr
+        rows.append(restore_coefficients(*quantise_coefficients(coefficients_Nr, kind.step), kind.step))
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def _biases(basis: SketchBasis, sample: _Sample, coefficients_Nr: Tensor) -> tuple[Tensor, Tensor]:
+    """constant + slope / T through the biases fitted at two temperatures, [V] each."""
+    device = coefficients_Nr.device
+    basis_Vr = torch.from_numpy(basis.basis_Vr).to(device, torch.float32)
+    base_V = torch.from_numpy(basis.base_V).to(device)
+
+    def sketched(temperature: float) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(coefficients_Nr), BLOCK):
+            part = slice(start, start + BLOCK)
+            logits_NV = coefficients_Nr[part] @ basis_Vr.T + base_V
+            if basis.softcap is not None:
+                logits_NV = torch.tanh(logits_NV / basis.softcap) * basis.softcap
+            yield part, logits_NV / temperature
+
+    fitted = [
+        _fit_bias(partial(sketched, temperature), sample.ids_Nk, mass_N, sample.outside_V[temperature])
+        for temperature, mass_N in zip(BIAS_TEMPERATURES, sample.mass_TN, strict=True)
+    ]
+    (low, high), (low_V, high_V) = BIAS_TEMPERATURES, fitted
+    slope_V = (low_V - high_V) / (1 / low - 1 / high)
+    return low_V - slope_V / low, slope_V
+
+
+def _fit_bias(
+    sketched: Callable[[], Iterator[tuple[slice, Tensor]]], ids_Nk: Tensor, mass_N: Tensor, outside_V: Tensor
+) -> Tensor:
+    """Iterative scaling: each token's summed probability outside the head becomes what it is for the teacher."""
+    bias_V = torch.zeros_like(outside_V)
+    floor = LEAST_MASS * len(mass_N)
+    for _ in range(BIAS_ITERATIONS):
+        sketched_V = torch.zeros_like(outside_V)
+        for part, logits_NV in sketched():
+            logits_NV.add_(bias_V).scatter_(1, ids_Nk[part], -torch.inf)
+            sketched_V += torch.softmax(logits_NV, dim=-1).T @ mass_N[part]
+        bias_V += torch.log((outside_V + floor) / (sketched_V + floor)).clamp_(-LARGEST_BIAS, LARGEST_BIAS)
+    return bias_V
+
+
+def _half(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy().astype(np.float16)

@@ -1,0 +1,102 @@
+"""Codecs of payload columns: what is read is what was written, and damage is named."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teachercache.errors import CacheDamaged
+from teachercache.targets import Column
+from teachercache.targets.pco import NAME as PCO
+
+
+def read_back(column: Column, arrays: list[np.ndarray], positions: list[int]) -> list[np.ndarray]:
+    tables, pages = column.encode(arrays)
+    decode = Column.from_metadata("c", column.to_metadata()).decoder(tables)
+    return [decode(page, count) for page, count in zip(pages, positions, strict=True)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    positions=st.lists(st.integers(0, 7), max_size=3),
+    shape=st.lists(st.integers(1, 4), max_size=2),
+    dtype=st.sampled_from(["<u2", "<u4", "<f2", "<f4"]),
+)
+def test_plain_columns_round_trip(positions: list[int], shape: list[int], dtype: str) -> None:
+    column = Column("c", dtype, tuple(shape))
+    arrays = [np.random.default_rng(0).integers(0, 999, (count, *shape)).astype(dtype) for count in positions]
+    for again, values in zip(read_back(column, arrays, positions), arrays, strict=True):
+        np.testing.assert_array_equal(again, values)
+        assert again.dtype == np.dtype(dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    positions=st.lists(st.integers(0, 150), max_size=4),
+    groups=st.lists(st.integers(1, 5), max_size=3),
+    every=st.sampled_from([1, 64]),
+    dtype=st.sampled_from(["<i2", "<u2", "<i4", "<u4"]),
+    spread=st.sampled_from([0.1, 3, 1e4, 1e9]),
+    seed=st.integers(0, 99),
+)
+def test_entropy_coded_columns_round_trip(
+    positions: list[int], groups: list[int], every: int, dtype: str, spread: float, seed: int
+) -> None:
+    column = Column("c", dtype, (sum(groups),), PCO, every=every, groups=tuple(groups))
+    limits, generator = np.iinfo(dtype), np.random.default_rng(seed)
+    arrays = [
+        np.clip(generator.normal(0, spread, (column.entries(count), sum(groups))), limits.min, limits.max).astype(dtype)
+        for count in positions
+    ]
+    for again, values in zip(read_back(column, arrays, positions), arrays, strict=True):
+        np.testing.assert_array_equal(again, values)
+
+
+def test_a_row_is_read_without_its_neighbours() -> None:
+    column = Column("c", "<i2", (3,), PCO, groups=(1, 2))
+    arrays = [np.full((count, 3), count, dtype=np.int16) for count in (300, 7, 1)]
+    tables, pages = column.encode(arrays)
+    np.testing.assert_array_equal(column.decoder(tables)(pages[1], 7), arrays[1])
+
+
+def test_groups_cost_near_their_entropy() -> None:
+    generator = np.random.default_rng(0)
+    spreads = np.array([8.0] * 4 + [1.0] * 16 + [0.2] * 64)
+    rows = [np.rint(generator.normal(0, spreads, (256, 84))).astype(np.int16) for _ in range(32)]
+    together = np.concatenate(rows)
+    bits = sum(_entropy(together[:, index]) for index in range(84))
+    _, pages = Column("c", "<i2", (84,), PCO, groups=(4, 16, 64)).encode(rows)
+    assert sum(map(len, pages)) / len(together) < 1.06 * bits / 8
+
+
+def _entropy(values: np.ndarray) -> float:
+    shares = np.unique(values, return_counts=True)[1] / len(values)
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def test_columns_of_the_wrong_size_or_codec_are_damaged() -> None:
+    column = Column("c", "<f2", (2,))
+    with pytest.raises(CacheDamaged, match="7 bytes for 2 positions of 4 bytes"):
+        column.decoder()(b"1234567", 2)
+    with pytest.raises(CacheDamaged, match="coded as 'future/9'"):
+        Column.from_metadata("c", {"codec": "future/9", "dtype": "<f2", "shape": []})
+
+
+def test_damaged_entropy_coded_rows_are_named() -> None:
+    column = Column("codes", "<i2", (4,), PCO, groups=(2, 2))
+    tables, (page,) = column.encode([np.arange(400, dtype=np.int16).reshape(100, 4)])
+    decode = column.decoder(tables)
+    with pytest.raises(CacheDamaged, match="column codes"):
+        decode(page[: len(page) // 2], 100)
+    with pytest.raises(CacheDamaged, match="column codes"):
+        decode(page + b"more", 100)
+    with pytest.raises(CacheDamaged, match="its tables cannot be read"):
+        column.decoder(b"\x04\x00\x00\x00junk")
+    lengths = [len(tables[:end]) for end in range(0, len(tables), 7)]
+    for _, end in pairwise(lengths):  # a table cut anywhere is refused, never read past its end
+        with pytest.raises(CacheDamaged):
+            column.decoder(tables[:end])(page, 100)

@@ -1,0 +1,212 @@
+"""Kind head+sketch from real (tiny) models: calibration, capture, reading, and the models that it must know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from teachercache.errors import CacheError, ModelError
+from teachercache.shards import Cache
+from teachercache.shards.verify import verify
+from teachercache.targets import HeadSketch, SketchBasis
+from teachercache.teacher.calibration import calibrate
+from teachercache.teacher.fidelity import kl_divergence
+from teachercache.teacher.output_layer import OutputLayer, recorded_input
+
+from builders import sentences, tiny_cache, tiny_model, tiny_teacher
+
+V = 300
+SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SETTINGS = {"kind": "head+sketch", "k": 6, "rank": 24, "step": 0.05, "calibration_positions": 600}
+
+
+def scaled_up(model: Any) -> Any:
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() == 2:
+                weights.mul_(20)
+    return model.eval()
+
+
+def gemma2() -> Any:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=2, final_logit_softcapping=10.0)
+    return scaled_up(Gemma2ForCausalLM(config))
+
+
+def granite() -> Any:
+    torch.manual_seed(0)
+    return scaled_up(GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=4.0)))
+
+
+def cohere() -> Any:
+    torch.manual_seed(0)
+    return scaled_up(CohereForCausalLM(CohereConfig(**SIZES, num_key_value_heads=2, logit_scale=0.25)))
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    model = scaled_up(BertForMaskedLM(BertConfig(**SIZES)))
+    with torch.no_grad():
+        model.get_output_embeddings().bias.normal_()
+    return model
+
+
+MODELS = {
+    "llama tied": lambda: tiny_model(vocabulary=V),
+    "llama untied": lambda: tiny_model(vocabulary=V, tied=False),
+    "llama padded": lambda: tiny_model(vocabulary=V + 20),
+    "gemma2 (soft cap)": gemma2,
+    "granite (divided)": granite,
+    "cohere (multiplied)": cohere,
+    "bert (transform, bias)": bert,
+}
+
+
+def observe(
+    model: Any, *, rows: int = 24, length: int = 48, seed: int = 0
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What enters the output layer, and the model's own logits over V tokens, row by row."""
+    ids = torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode(), recorded_input(model) as inputs:
+        logits = model(input_ids=ids).logits[..., :V].float()
+    return list(inputs[0].float()), list(logits)
+
+
+def stored_arrays(kind: HeadSketch, logits: torch.Tensor, hidden: torch.Tensor) -> dict[str, np.ndarray]:
+    captured = kind.capture(torch, logits.clone(), torch.arange(len(logits)), hidden)
+    assert kind.is_usable(captured).all()
+    finished = kind.finish(captured)
+    read = {}
+    for column in kind.columns:
+        tables, (page,) = column.encode([finished[column.name]])
+        read[column.name] = column.decoder(tables)(page, len(logits))
+        np.testing.assert_array_equal(read[column.name], finished[column.name])
+    return kind.decoded(read)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 6.0])
+def test_every_output_layer_is_rebuilt(name: str, temperature: float) -> None:
+    model = MODELS[name]()
+    layer = OutputLayer.of(model, vocabulary_size=V)
+    hidden, logits = observe(model)
+    torch.testing.assert_close(layer.logits(hidden[0]), logits[0], atol=2e-3, rtol=1e-3)
+    kind = calibrate(HeadSketch(6, 32, 0.01, V, 600), layer, hidden)
+    fresh_hidden, fresh_logits = observe(model, rows=2, seed=9)
+    arrays = stored_arrays(kind, fresh_logits[0], fresh_hidden[0])
+    dense = torch.from_numpy(kind.softened(arrays, temperature).dense())
+    divergence = np.mean([kl_divergence(z / temperature, p) for z, p in zip(fresh_logits[0], dense, strict=True)])
+    assert divergence < 2e-3  # full rank and a fine step leave rounding alone
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3, 4.0])
+def test_head_mass_and_actual_token_are_right_whatever_the_sketch(temperature: float) -> None:
+    model = tiny_model(vocabulary=V)
+    hidden, logits = observe(model)
+    kind = calibrate(HeadSketch(6, 4, 1.0, V, 600), OutputLayer.of(model, vocabulary_size=V), hidden)
+    arrays = stored_arrays(kind, logits[0], hidden[0])
+    softened = kind.softened(arrays, temperature)
+    exact = torch.log_softmax(logits[0].double() / temperature, -1)
+    ids = torch.from_numpy(softened.head_ids_Nk).long()
+    assert (ids == logits[0].topk(6).indices).all()
+    np.testing.assert_allclose(softened.head_log_prob_Nk, exact.gather(1, ids).numpy(), atol=0.04)  # steps of 1/32
+    np.testing.assert_allclose(np.exp(softened.dense()).sum(-1), 1, atol=1e-5)
+    labels = torch.arange(len(logits[0]))
+    actual = torch.log_softmax(logits[0].double(), -1).gather(1, labels[:, None])[:, 0]
+    np.testing.assert_allclose(np.sqrt(-arrays["actual_log_prob"]), np.sqrt(-actual.numpy()), atol=1 / 128 + 1e-4)
+
+
+def test_finer_steps_and_more_directions_are_more_faithful() -> None:
+    model = tiny_model(vocabulary=V)
+    layer, (hidden, logits) = OutputLayer.of(model, vocabulary_size=V), observe(model)
+
+    def divergence(rank: int, step: float) -> float:
+        kind = calibrate(HeadSketch(6, rank, step, V, 600), layer, hidden)
+        dense = torch.from_numpy(kind.softened(stored_arrays(kind, logits[1], hidden[1]), 2.0).dense())
+        return float(np.mean([kl_divergence(z / 2, p) for z, p in zip(logits[1], dense, strict=True)]))
+
+    assert divergence(32, 0.05) < divergence(32, 0.4) < divergence(4, 0.4)
+
+
+def test_a_basis_is_deterministic_and_survives_its_file(tmp_path: Path) -> None:
+    model = tiny_model(vocabulary=V)
+    layer, (hidden, logits) = OutputLayer.of(model, vocabulary_size=V), observe(model)
+    kinds = [calibrate(HeadSketch(6, 16, 0.1, V, 600), layer, hidden) for _ in range(2)]
+    paths = [kind.basis.save(tmp_path) for kind in kinds if kind.basis]
+    assert paths[0] == paths[1]  # named by content
+    again = kinds[0].with_basis(SketchBasis.load(paths[0]))
+    arrays = stored_arrays(kinds[0], logits[0], hidden[0])
+    np.testing.assert_array_equal(again.softened(arrays, 2.0).dense(), kinds[0].softened(arrays, 2.0).dense())
+
+
+def test_a_model_that_is_more_than_its_output_layer_is_refused() -> None:
+    model = tiny_model(vocabulary=V)
+
+    def reshape(module: Any, inputs: Any, output: Any) -> None:
+        output.logits += output.logits.roll(1, -1).square()
+
+    model.register_forward_hook(reshape)
+    with pytest.raises(ModelError, match=r"differ by .*targets.logits.kind: top-k"):
+        OutputLayer.of(model, vocabulary_size=V)
+
+
+def test_a_sample_smaller_than_the_rank_is_refused() -> None:
+    model = tiny_model(vocabulary=V)
+    hidden, _ = observe(model, rows=1, length=20)
+    with pytest.raises(ModelError, match="needs a calibration sample of 48 positions, the corpus gives 20"):
+        calibrate(HeadSketch(6, 24, 0.1, V, 600), OutputLayer.of(model, vocabulary_size=V), hidden)
+
+
+def test_reading_without_a_basis_says_where_it_should_be() -> None:
+    with pytest.raises(CacheError, match="the sketch basis in the cache's teacher/ folder"):
+        HeadSketch(6, 24, 0.1, V, 600).decoded({})
+
+
+@pytest.mark.parametrize("layout", ["documents", "packed"])
+def test_a_cache_holds_what_the_teacher_says(tmp_path: Path, layout: str) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    folder = tiny_cache(
+        tmp_path, teacher=teacher, texts=sentences(60), sequence={"layout": layout}, targets={"logits": SETTINGS}
+    )
+    assert verify(folder) == []
+    cache = Cache.open(folder)
+    calibrated = set(cache.manifest.calibration["rows"])
+    assert calibrated and cache.manifest.fidelity["positions"] > 0
+    model = tiny_model_of(teacher)
+    divergences = []
+    for split in ("train", "held-out"):
+        for index in range(min(6, cache.rows_of(split))):
+            stored = cache.read_row(split, index)
+            if split == "held-out":
+                assert stored.row.row_id not in calibrated
+            if layout == "packed":
+                continue
+            with torch.inference_mode():
+                logits = model(torch.from_numpy(stored.row.input_ids_S.astype(np.int64))[None]).logits[0].float()
+            chosen = logits[torch.from_numpy(stored.row.target_mask_S)][:, : cache.manifest.vocabulary_size]
+            dense = torch.from_numpy(cache.kind.softened(cache.kind.decoded(stored.targets), 2.0).dense())
+            divergences += [kl_divergence(z / 2, p) for z, p in zip(chosen, dense, strict=True)]
+    if layout == "documents":
+        assert np.mean(divergences) < 0.05
+        assert cache.manifest.fidelity["kl"]["2"] < 0.05
+
+
+def tiny_model_of(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -21,7 +21,7 @@ from provenance import provenance
 
 from teachercache.config import ObjectiveConfig
 from teachercache.models import load_causal_lm
-from teachercache.objective import DistillationObjective, required_columns
+from teachercache.objective import DistillationObjective
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
@@ -50,7 +50,7 @@ def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], N
 
     def cached(config: ObjectiveConfig) -> Callable[[list[int]], None]:
         objective = DistillationObjective(config, targets=logits, vocabulary_size=vocabulary)
-        columns = required_columns(config, logits)
+        columns = objective.columns
         collate = Collator.of(cache.manifest, columns=columns)
 
         def run(rows: list[int]) -> None:

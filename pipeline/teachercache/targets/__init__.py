@@ -11,6 +11,7 @@ from typing import Any
 
 from teachercache.errors import CacheError
 from teachercache.targets.columns import Column
+from teachercache.targets.softened import Softened, TailPolicy  # before `softened`, the function: a module of that name
 from teachercache.targets.temperature import grid_index, softened
 from teachercache.targets.top_k import TopK, is_usable
 
@@ -28,4 +29,4 @@ def target_kind(settings: dict[str, Any], *, vocabulary_size: int) -> TopK:
     return kind.from_settings(settings, vocabulary_size=vocabulary_size)
 
 
-__all__ = ["KINDS", "Column", "TopK", "grid_index", "is_usable", "softened", "target_kind"]
+__all__ = ["KINDS", "Column", "Softened", "TailPolicy", "TopK", "grid_index", "is_usable", "softened", "target_kind"]

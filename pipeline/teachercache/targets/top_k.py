@@ -10,15 +10,17 @@ stores the teacher's values as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.errors import RecipeError
+from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import Column
+from teachercache.targets.softened import Softened, TailPolicy, UniformTail
+from teachercache.targets.temperature import grid_index, softened
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class TopK:
     """Settings of the kind; `columns` and `capture` follow from them."""
 
     kind = "top-k"
+    tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
 
     k: int
     temperatures: tuple[float, ...]
@@ -56,6 +59,30 @@ class TopK:
             Column("tail_log_partition", real, (len(self.temperatures),)),
             Column("actual_log_prob", real),
         )
+
+    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+        """Columns that `softened` reads; raises `CacheError` for a tail policy that they do not allow."""
+        if tail not in self.tail_policies:
+            raise CacheError(
+                f"objective.tail is {tail}, but targets of kind {self.kind} hold no sketch of the tail; "
+                f"use {', '.join(self.tail_policies)} or auto, or precompute with targets.logits.kind: head+sketch"
+            )
+        return "head_ids", "head_logits", "tail_log_partition"
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raise `CacheError` when the cache does not hold this temperature."""
+        grid_index(self.temperatures, temperature)
+
+    def softened(self, columns: Mapping[str, Any], temperature: float, *, tail: TailPolicy, xp: Any = np) -> Softened:
+        """The distribution of N positions at one temperature, in the precision of the columns' float arrays."""
+        self.objective_columns(tail)
+        head_Nk, tail_N = softened(
+            columns["head_logits"], columns["tail_log_partition"], self.temperatures, temperature, xp
+        )
+        teacher = Softened(columns["head_ids"], head_Nk, tail_N)
+        if tail == "renormalise":
+            return teacher.renormalised()
+        return teacher.with_tail(UniformTail(self.vocabulary_size, like=head_Nk)) if tail == "uniform" else teacher
 
     def capture(self, torch: Any, logits_NV: Any, labels_N: Any) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.

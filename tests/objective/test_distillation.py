@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teachercache.config import ObjectiveConfig
-from teachercache.errors import CacheError, ModelError
+from teachercache.config import ObjectiveConfig, parse_recipe
+from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.objective import DistillationObjective
 from teachercache.targets import TopK
 
@@ -67,6 +67,41 @@ def test_ghost_and_renormalised_tails(temperature: float) -> None:
         torch.testing.assert_close(terms.divergence, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon", "total-variation"])
+def test_a_uniform_tail_is_a_dense_teacher(divergence: str) -> None:
+    """Every divergence of the recipe against the teacher that the tail policy describes."""
+    teacher_NV, student = _logits(0, N), _logits(1).view(B, S, V).requires_grad_()
+    objective = _objective(4, alpha=1.0, temperature=2.0, tail="uniform", divergence=divergence, mixing=0.3)
+    terms = objective(student, LABELS, _columns(teacher_NV, 4))
+    ids = teacher_NV.topk(4).indices
+    p_NV = (teacher_NV / 2).softmax(-1)
+    share_N1 = (1 - p_NV.gather(1, ids).sum(-1, keepdim=True)) / (V - 4)
+    p_NV = share_N1.expand(N, V).scatter(1, ids, p_NV.gather(1, ids))
+    q_NV = (student[LABELS != -100] / 2).softmax(-1)
+    m_NV = 0.3 * p_NV + 0.7 * q_NV
+    expected = {
+        "forward-kl": (p_NV * (p_NV / q_NV).log()).sum(),
+        "reverse-kl": (q_NV * (q_NV / p_NV).log()).sum(),
+        "jensen-shannon": (0.3 * p_NV * (p_NV / m_NV).log() + 0.7 * q_NV * (q_NV / m_NV).log()).sum(),
+        "total-variation": (p_NV - q_NV).abs().sum() / 2,
+    }[divergence]
+    torch.testing.assert_close(terms.divergence, expected.detach(), rtol=1e-3, atol=1e-4)
+    gradients = (torch.autograd.grad(loss, student)[0] for loss in (terms.total, 4 * expected))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_position_of_weight_two_counts_twice() -> None:
+    student, columns = _logits(1).view(B, S, V), _columns(_logits(0, N), 4)
+    objective, weight_N = _objective(4, alpha=0.5, temperature=2.0), torch.zeros(N)
+    weight_N[3] = 2
+    alone_BS = torch.full_like(LABELS, -100)
+    alone_BS[0, 4] = LABELS[0, 4]
+    weighted = objective(student, LABELS, columns, position_weight_N=weight_N)
+    alone = objective(student, alone_BS, {name: values[3:4] for name, values in columns.items()})
+    torch.testing.assert_close(weighted.total, 2 * alone.total)
+    torch.testing.assert_close([weighted.divergence, weighted.ce], [2 * alone.divergence, 2 * alone.ce])
+
+
 def test_labels_are_aligned_with_the_logits_that_predict_them() -> None:
     """Mistake 1 of the field, off by one: the gradient is zero exactly where shift_labels is -100."""
     student = _logits(1).view(B, S, V).requires_grad_()
@@ -114,6 +149,29 @@ def test_a_batch_without_positions_gives_zero_and_reaches_the_logits(alpha: floa
 def test_a_temperature_off_the_grid_is_refused_with_the_grid() -> None:
     with pytest.raises(CacheError, match=r"temperature 3 .*\(1, 2, 4\).*precompute"):
         _objective(4, alpha=0.9, temperature=3.0)
+
+
+def test_a_tail_policy_that_the_cache_cannot_serve_is_refused() -> None:
+    with pytest.raises(CacheError, match=r"tail is sketch.*ghost, uniform, renormalise or auto.*head\+sketch"):
+        _objective(4, tail="sketch")
+
+
+def test_without_a_sketch_auto_means_ghost() -> None:
+    student, columns = _logits(1).view(B, S, V), _columns(_logits(0, N), 4)
+    auto, ghost = (_objective(4, tail=tail)(student, LABELS, columns).total for tail in ("auto", "ghost"))
+    assert auto == ghost
+
+
+def test_reverse_kl_against_a_renormalised_head_is_refused() -> None:
+    data = {"cache": "c", "objective": {"divergence": "reverse-kl", "tail": "renormalise"}}
+    with pytest.raises(RecipeError, match=r"reverse-kl is infinite.*tail: ghost or uniform"):
+        parse_recipe(data, origin="r.yaml")
+
+
+@pytest.mark.parametrize("mixing", [0, 1])
+def test_a_mixture_of_one_side_alone_is_refused(mixing: float) -> None:
+    with pytest.raises(RecipeError, match=r"objective.mixing"):
+        parse_recipe({"cache": "c", "objective": {"mixing": mixing}}, origin="r.yaml")
 
 
 def test_an_unknown_kind_of_targets_is_refused() -> None:

@@ -3,7 +3,7 @@
     forward-kl          Σ p log(p / q)                                   covers the teacher's modes (Hinton et al., 2015)
     reverse-kl          Σ q log(q / p)                                   seeks one of them (Gu et al., "MiniLLM", 2023)
     jensen-shannon      β KL(p ‖ m) + (1-β) KL(q ‖ m), m = βp + (1-β)q   between the two (Agarwal et al., "GKD", 2023)
-    total-variation     ½ Σ |p - q|                                      bounded (Wen et al., "f-Divergence KD", 2023)
+    total-variation     ½ Σ |p - q|                                      bounded (Wen et al., "f-Divergence Minimization", 2023)
 
 The gradient needs one number for each outcome a: its *pull* -q_a ∂D/∂q_a. With q = softmax(z / T),
 

@@ -1,7 +1,7 @@
 """The logits of a teacher's tail, expanded for some positions at a time into one buffer.
 
-A sketch costs a matmul. With few rows that is slow (16 rows take three times as long a row as 128), while the passes
-over its result want blocks that fit a processor's cache: so a chunk of several blocks is expanded at once.
+A sketch costs a matmul. With few rows that is slow (8 rows take three times as long a row as 128), while the passes over
+its result want blocks that fit a processor's cache: so a chunk of several blocks is expanded at once.
 
 Shapes: N positions, C of them in a block, V vocabulary, r sketch directions.
 """

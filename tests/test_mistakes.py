@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from teachercache.config import ObjectiveConfig, StudentConfig
 from teachercache.errors import CacheDamaged, ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
-from teachercache.objective import NO_TARGET, DistillationObjective, required_columns
+from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.shards import Cache, verify
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
@@ -51,9 +51,8 @@ def batch_of(cache: Cache, rows: range, columns: tuple[str, ...]) -> dict:
 
 def objective_of(cache: Cache, **settings) -> tuple[DistillationObjective, tuple[str, ...]]:
     config = ObjectiveConfig(**settings)
-    logits = cache.manifest.logits
-    objective = DistillationObjective(config, targets=logits, vocabulary_size=cache.manifest.vocabulary_size)
-    return objective, required_columns(config, logits)
+    objective = DistillationObjective(config, kind=cache.kind)
+    return objective, objective.columns
 
 
 def test_mistake_01_labels_and_masks_are_not_shifted_against_the_logits(cache, teacher):
@@ -64,7 +63,7 @@ def test_mistake_01_labels_and_masks_are_not_shifted_against_the_logits(cache, t
         logits = teacher(input_ids=batch["input_ids"], use_cache=False).logits
         terms = objective(logits, batch["shift_labels"], batch["targets"])
         moved = objective(logits.roll(1, dims=1), batch["shift_labels"], batch["targets"])
-    assert abs(float(terms.kl)) / terms.positions < 1e-5 < float(moved.kl) / terms.positions
+    assert abs(float(terms.divergence)) / terms.positions < 1e-5 < float(moved.divergence) / terms.positions
     ids, labels = batch["input_ids"], batch["shift_labels"]
     shifted = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NO_TARGET)], dim=1)
     at_target = labels != NO_TARGET
@@ -169,7 +168,7 @@ def test_mistake_08_teacher_and_student_are_normalised_over_the_same_tokens(cach
         plain = objective(logits, batch["shift_labels"], batch["targets"])
         logits[..., cache.manifest.vocabulary_size :] = 50.0
         padded = objective(logits, batch["shift_labels"], batch["targets"])
-    assert float(plain.kl) == float(padded.kl) and float(plain.ce) == float(padded.ce)
+    assert float(plain.divergence) == float(padded.divergence) and float(plain.ce) == float(padded.ce)
     naive = torch.nn.functional.cross_entropy(
         logits[..., : cache.manifest.vocabulary_size].flatten(0, 1), batch["shift_labels"].flatten(), reduction="sum"
     )

@@ -162,13 +162,29 @@ class StudentConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """`L = alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE` (Hinton, Vinyals & Dean 2015)."""
+    """`L = alpha * T^2 * D(teacher_T, student_T) + (1 - alpha) * CE` (Hinton, Vinyals & Dean 2015)."""
 
     alpha: float = Field(0.9, ge=0, le=1)
     temperature: float = Field(1.0, gt=0, description="one of the temperatures that the cache holds")
-    tail: Literal["ghost", "renormalise"] = Field(
-        "ghost", description="tokens outside the head: one bucket with their exact mass, or dropped"
+    divergence: Literal["forward-kl", "reverse-kl", "jensen-shannon", "total-variation"] = Field(
+        "forward-kl", description="D: forward-kl covers all that the teacher does, reverse-kl seeks its main mode"
     )
+    mixing: float = Field(
+        0.5, gt=0, lt=1, description="the teacher's share in the mixture of jensen-shannon; 0.5 is the symmetric one"
+    )
+    tail: Literal["auto", "ghost", "uniform", "renormalise", "sketch"] = Field(
+        "auto",
+        description="tokens outside the head: one bucket with their exact mass (ghost), alike (uniform), dropped "
+        "(renormalise) or each with its own share (sketch); auto: sketch where the cache holds one, else ghost",
+    )
+
+    @model_validator(mode="after")
+    def _finite_divergence(self) -> ObjectiveConfig:
+        if self.divergence == "reverse-kl" and self.tail == "renormalise":
+            raise ValueError(
+                "reverse-kl is infinite against a tail of mass zero, which renormalise makes; use tail: ghost or uniform"
+            )
+        return self
 
 
 class TrainConfig(Section):

@@ -58,7 +58,7 @@ def _contestants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
 
     def cached(alpha: float, temperature: float, tail: str) -> Callable[[], None]:
         config = ObjectiveConfig.model_validate({"alpha": alpha, "temperature": temperature, "tail": tail})
-        objective = DistillationObjective(config, targets=kind.settings(), vocabulary_size=options.vocabulary)
+        objective = DistillationObjective(config, kind=kind)
 
         def step() -> None:
             leaf = student_NV[None].detach().requires_grad_()

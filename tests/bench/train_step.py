@@ -21,7 +21,7 @@ from provenance import provenance
 
 from teachercache.config import ObjectiveConfig
 from teachercache.models import load_causal_lm
-from teachercache.objective import DistillationObjective, required_columns
+from teachercache.objective import DistillationObjective
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
@@ -36,7 +36,6 @@ OBJECTIVES = {
 def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], None]]:
     model = load_causal_lm(student).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    logits, vocabulary = cache.manifest.logits, cache.manifest.vocabulary_size
 
     def step(loss: torch.Tensor) -> None:
         loss.backward()
@@ -49,8 +48,8 @@ def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], N
         step(model(input_ids=batch["input_ids"], labels=labels, use_cache=False).loss)
 
     def cached(config: ObjectiveConfig) -> Callable[[list[int]], None]:
-        objective = DistillationObjective(config, targets=logits, vocabulary_size=vocabulary)
-        columns = required_columns(config, logits)
+        objective = DistillationObjective(config, kind=cache.kind)
+        columns = objective.columns
         collate = Collator.of(cache, columns=columns)
 
         def run(rows: list[int]) -> None:

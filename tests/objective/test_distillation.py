@@ -8,19 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teachercache.config import ObjectiveConfig
-from teachercache.errors import CacheError, ModelError
-from teachercache.objective import DistillationObjective, required_columns
+from teachercache.config import ObjectiveConfig, parse_recipe
+from teachercache.errors import CacheError, ModelError, RecipeError
+from teachercache.objective import DistillationObjective
 from teachercache.targets import TopK
 
 B, S, V = 2, 6, 40
 N = 6
 GRID = (1.0, 2.0, 4.0)
 LABELS = torch.tensor([[3, 4, -100, 5, 6, -100], [7, -100, -100, -100, 8, -100]])
-
-
-def _settings(k: int, dtype: str = "float32") -> dict[str, object]:
-    return TopK(k, GRID, dtype, V).settings()
 
 
 def _logits(seed: int, count: int = B * S) -> Tensor:
@@ -34,7 +30,7 @@ def _columns(teacher_NV: Tensor, k: int, dtype: str = "float32", labels: Tensor 
 
 
 def _objective(k: int, **config: object) -> DistillationObjective:
-    return DistillationObjective(ObjectiveConfig(**config), targets=_settings(k), vocabulary_size=V)  # type: ignore[arg-type]
+    return DistillationObjective(ObjectiveConfig(**config), kind=TopK(k, GRID, "float32", V))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", GRID)
@@ -46,7 +42,7 @@ def test_a_full_head_is_hinton_distillation(temperature: float) -> None:
     kl = F.kl_div((z_NV / temperature).log_softmax(-1), (teacher_NV / temperature).softmax(-1), reduction="sum")
     ce = F.cross_entropy(student.view(-1, V), LABELS.view(-1), reduction="sum")
     total = 0.9 * temperature**2 * kl + 0.1 * ce
-    torch.testing.assert_close([terms.total, terms.kl, terms.ce], [total, kl, ce], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close([terms.total, terms.divergence, terms.ce], [total, kl, ce], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, torch.autograd.grad(total, student)[0], rtol=1e-4, atol=1e-4)
     assert terms.positions == N
 
@@ -64,7 +60,42 @@ def test_ghost_and_renormalised_tails(temperature: float) -> None:
     renormalised = (head_Nk * (head_Nk / q_Nk).log()).sum()
     for tail, expected in (("ghost", ghost), ("renormalise", renormalised)):
         terms = _objective(4, alpha=1.0, temperature=temperature, tail=tail)(student, LABELS, _columns(teacher_NV, 4))
-        torch.testing.assert_close(terms.kl, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(terms.divergence, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon", "total-variation"])
+def test_a_uniform_tail_is_a_dense_teacher(divergence: str) -> None:
+    """Every divergence of the recipe against the teacher that the tail policy describes."""
+    teacher_NV, student = _logits(0, N), _logits(1).view(B, S, V).requires_grad_()
+    objective = _objective(4, alpha=1.0, temperature=2.0, tail="uniform", divergence=divergence, mixing=0.3)
+    terms = objective(student, LABELS, _columns(teacher_NV, 4))
+    ids = teacher_NV.topk(4).indices
+    p_NV = (teacher_NV / 2).softmax(-1)
+    share_N1 = (1 - p_NV.gather(1, ids).sum(-1, keepdim=True)) / (V - 4)
+    p_NV = share_N1.expand(N, V).scatter(1, ids, p_NV.gather(1, ids))
+    q_NV = (student[LABELS != -100] / 2).softmax(-1)
+    m_NV = 0.3 * p_NV + 0.7 * q_NV
+    expected = {
+        "forward-kl": (p_NV * (p_NV / q_NV).log()).sum(),
+        "reverse-kl": (q_NV * (q_NV / p_NV).log()).sum(),
+        "jensen-shannon": (0.3 * p_NV * (p_NV / m_NV).log() + 0.7 * q_NV * (q_NV / m_NV).log()).sum(),
+        "total-variation": (p_NV - q_NV).abs().sum() / 2,
+    }[divergence]
+    torch.testing.assert_close(terms.divergence, expected.detach(), rtol=1e-3, atol=1e-4)
+    gradients = (torch.autograd.grad(loss, student)[0] for loss in (terms.total, 4 * expected))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_position_of_weight_two_counts_twice() -> None:
+    student, columns = _logits(1).view(B, S, V), _columns(_logits(0, N), 4)
+    objective, weight_N = _objective(4, alpha=0.5, temperature=2.0), torch.zeros(N)
+    weight_N[3] = 2
+    alone_BS = torch.full_like(LABELS, -100)
+    alone_BS[0, 4] = LABELS[0, 4]
+    weighted = objective(student, LABELS, columns, position_weight_N=weight_N)
+    alone = objective(student, alone_BS, {name: values[3:4] for name, values in columns.items()})
+    torch.testing.assert_close(weighted.total, 2 * alone.total)
+    torch.testing.assert_close([weighted.divergence, weighted.ce], [2 * alone.divergence, 2 * alone.ce])
 
 
 def test_labels_are_aligned_with_the_logits_that_predict_them() -> None:
@@ -77,17 +108,18 @@ def test_labels_are_aligned_with_the_logits_that_predict_them() -> None:
 
 def test_without_a_teacher_no_columns_are_needed() -> None:
     config = ObjectiveConfig(alpha=0.0, temperature=2.5)
-    assert required_columns(config, _settings(4)) == ()
+    objective = DistillationObjective(config, kind=TopK(4, (1.0,), "float32", V))
+    assert objective.columns == ()
     student = _logits(1).view(B, S, V)
-    terms = DistillationObjective(config, targets={"kind": "unknown"}, vocabulary_size=V)(student, LABELS)
+    terms = objective(student, LABELS)
     expected = F.cross_entropy(student.view(-1, V), LABELS.view(-1), reduction="sum")
     torch.testing.assert_close(terms.total, expected)
-    assert terms.kl == 0
+    assert terms.divergence == 0
 
 
 def test_required_columns_are_columns_of_the_cache() -> None:
     stored = {column.name for column in TopK(4, GRID, "float16", V).columns}
-    assert set(required_columns(ObjectiveConfig(), _settings(4))) <= stored
+    assert set(_objective(4).columns) <= stored
 
 
 def test_stored_types_are_taken_as_they_come() -> None:
@@ -115,9 +147,27 @@ def test_a_temperature_off_the_grid_is_refused_with_the_grid() -> None:
         _objective(4, alpha=0.9, temperature=3.0)
 
 
-def test_an_unknown_kind_of_targets_is_refused() -> None:
-    with pytest.raises(CacheError, match="hidden-only"):
-        DistillationObjective(ObjectiveConfig(), targets={"kind": "hidden-only"}, vocabulary_size=V)
+def test_a_tail_policy_that_the_cache_cannot_serve_is_refused() -> None:
+    with pytest.raises(CacheError, match=r"tail is sketch.*ghost, uniform, renormalise or auto.*head\+sketch"):
+        _objective(4, tail="sketch")
+
+
+def test_without_a_sketch_auto_means_ghost() -> None:
+    student, columns = _logits(1).view(B, S, V), _columns(_logits(0, N), 4)
+    auto, ghost = (_objective(4, tail=tail)(student, LABELS, columns).total for tail in ("auto", "ghost"))
+    assert auto == ghost
+
+
+def test_reverse_kl_against_a_renormalised_head_is_refused() -> None:
+    data = {"cache": "c", "objective": {"divergence": "reverse-kl", "tail": "renormalise"}}
+    with pytest.raises(RecipeError, match=r"reverse-kl is infinite.*tail: ghost or uniform"):
+        parse_recipe(data, origin="r.yaml")
+
+
+@pytest.mark.parametrize("mixing", [0, 1])
+def test_a_mixture_of_one_side_alone_is_refused(mixing: float) -> None:
+    with pytest.raises(RecipeError, match=r"objective.mixing"):
+        parse_recipe({"cache": "c", "objective": {"mixing": mixing}}, origin="r.yaml")
 
 
 def test_a_student_with_too_few_tokens_is_refused() -> None:

@@ -1,10 +1,14 @@
 """What a student minimises: losses against the targets of a cache. Pure torch; the teacher's weights are never here.
 
 distillation.py   the objective of a recipe: from a batch and its cached targets to sums over positions
-kl.py             head-and-tail KL and cross-entropy, value and gradient in one pass
+divergences.py    forward and reverse KL, Jensen-Shannon, total variation: value and gradient, outcome by outcome
+fused.py          divergence and cross-entropy, value and gradient in one pass
+bucketed.py       a block of that pass where the teacher's tail is one outcome
+dense.py          ... where every token has its own share
+tail_logits.py    a tail sketch, expanded a chunk of positions at a time
 blocks.py         how that pass stays inside a processor's cache
 """
 
-from teachercache.objective.distillation import NO_TARGET, DistillationObjective, LossTerms, required_columns
+from teachercache.objective.distillation import NO_TARGET, DistillationObjective, LossTerms
 
-__all__ = ["NO_TARGET", "DistillationObjective", "LossTerms", "required_columns"]
+__all__ = ["NO_TARGET", "DistillationObjective", "LossTerms"]

@@ -22,6 +22,28 @@ CPU_BLOCK_BYTES_PER_THREAD = 2 * 2**20
 DEVICE_BLOCK_BYTES = 128 * 2**20
 
 
+class Scratch:
+    """Buffers of one block, each made when first needed."""
+
+    def __init__(self, size: int, vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._new = functools.partial(torch.empty, size, vocabulary_size, dtype=dtype, device=device)
+
+    @functools.cached_property
+    def values_CV(self) -> Tensor:
+        """For values that cannot be formed in the gradient's own memory."""
+        return self._new()
+
+    @functools.cached_property
+    def spare_CV(self) -> Tensor:
+        """For a second power of them."""
+        return self._new()
+
+    @functools.cached_property
+    def share_CV(self) -> Tensor:
+        """For a dense teacher."""
+        return self._new()
+
+
 @dataclass
 class Block:
     """C positions: their logits, and the buffer in which their gradient is formed."""
@@ -29,9 +51,14 @@ class Block:
     part: slice  # of the N positions
     logits_CV: Tensor
     values_CV: Tensor  # the gradient's own memory where it can be, else scratch
-    spare_CV: Tensor | None  # scratch for exp(z) where T != 1
     gradient_RL: Tensor | None  # where `values_CV` has to be copied to in the end
     rows: slice | Tensor  # of R
+    scratch: Scratch
+
+    @property
+    def spare_CV(self) -> Tensor:
+        """Scratch for exp(z) where T != 1."""
+        return self.scratch.spare_CV[: len(self.logits_CV)]
 
     def exponentiate(self, head_ids_Ck: Tensor, temperature: float) -> Tensor:
         """values = exp(z / T - largest) outside the head and 0 inside; returns the largest z / T outside it, [C, 1].
@@ -51,22 +78,24 @@ class Block:
 
     def raise_to(self, power: float) -> Tensor:
         """spare = values ** power = exp(z - power · largest); returns its sum, [C, 1]."""
-        assert self.spare_CV is not None
-        squarings = math.log2(power)
-        if squarings > 0 and squarings.is_integer():
-            torch.mul(self.values_CV, self.values_CV, out=self.spare_CV)
-            for _ in range(int(squarings) - 1):
-                self.spare_CV.mul_(self.spare_CV)
+        squarings, spare_CV = squarings_of(power), self.spare_CV
+        if squarings:
+            torch.mul(self.values_CV, self.values_CV, out=spare_CV)
+            for _ in range(squarings - 1):
+                spare_CV.mul_(spare_CV)
         else:
-            torch.pow(self.values_CV, power, out=self.spare_CV)
-        return self.spare_CV.sum(-1, keepdim=True)
+            torch.pow(self.values_CV, power, out=spare_CV)
+        return spare_CV.sum(-1, keepdim=True)
 
     def scale(self, values_scale_C1: Tensor, spare_scale_C1: Tensor | None) -> None:
         """values = values · scale + spare · scale."""
         self.values_CV.mul_(values_scale_C1)
         if spare_scale_C1 is not None:
-            assert self.spare_CV is not None
             self.values_CV.addcmul_(self.spare_CV, spare_scale_C1)
+
+    def add_at(self, ids_Ck: Tensor, amounts_Ck: Tensor) -> None:
+        """values += amounts at some tokens."""
+        self.values_CV.scatter_add_(1, ids_Ck, amounts_Ck)
 
     def write_back(self) -> None:
         """Bring a gradient that was formed in scratch to its place, in the logits' own type."""
@@ -81,7 +110,6 @@ def blocks(
     positions_N: Tensor,
     vocabulary_size: int,
     dtype: torch.dtype,
-    spare: bool,
     block_bytes: int | None,
 ) -> Iterator[Block]:
     """Cut N positions (rising indices into R) into blocks. Scratch is shared: use up a block before taking the next."""
@@ -89,7 +117,7 @@ def blocks(
         on_cpu = logits_RL.device.type == "cpu"
         block_bytes = CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads() if on_cpu else DEVICE_BLOCK_BYTES
     size = min(max(1, block_bytes // (vocabulary_size * dtype.itemsize)), max(1, len(positions_N)))
-    scratch = _Scratch(size, vocabulary_size, dtype, logits_RL.device)
+    scratch = Scratch(size, vocabulary_size, dtype, logits_RL.device)
     on_host_N = positions_N.cpu()
     for start in range(0, len(positions_N), size):
         part = slice(start, min(start + size, len(positions_N)))
@@ -102,22 +130,13 @@ def blocks(
             part=part,
             logits_CV=logits_RL[rows][:, :vocabulary_size],
             values_CV=values_CL[:, :vocabulary_size],
-            spare_CV=scratch.spare_CV[:count] if spare else None,
             gradient_RL=None if own_memory else gradient_RL,
             rows=rows,
+            scratch=scratch,
         )
 
 
-class _Scratch:
-    """Two buffers of one block, made when first needed."""
-
-    def __init__(self, size: int, vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._new = functools.partial(torch.empty, size, vocabulary_size, dtype=dtype, device=device)
-
-    @functools.cached_property
-    def values_CV(self) -> Tensor:
-        return self._new()
-
-    @functools.cached_property
-    def spare_CV(self) -> Tensor:
-        return self._new()
+def squarings_of(power: float) -> int:
+    """How often to square for this power; 0 where squaring does not give it."""
+    squarings = math.log2(power)
+    return int(squarings) if squarings > 0 and squarings.is_integer() else 0

@@ -1,4 +1,4 @@
-"""What enters the loss: the teacher's head, the weights, and the student's logits at single tokens.
+"""What enters the loss: its weights, its other operands, and the student's logits at single tokens.
 
 Shapes: R rows of the flat logits, L columns; N positions, k tokens of the head. Log-probabilities in nats.
 """
@@ -11,28 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from teachercache.objective.divergences import Divergence
+from teachercache.targets.softened import Softened
 
-@dataclass(frozen=True)
-class TeacherHead:
-    """The teacher at temperature T: the tokens of the head, and one bucket for all others. -inf stands for p = 0.
 
-    The ids of a position are distinct; Σ exp(log_prob) + exp(tail_log_prob) = 1.
-    """
-
-    ids_Nk: Tensor  # int64
-    log_prob_Nk: Tensor
-    tail_log_prob_N: Tensor
-
-    def renormalised(self) -> TeacherHead:
-        """The head alone, scaled to mass 1; the bucket is empty."""
-        mass_N1 = self.log_prob_Nk.logsumexp(-1, keepdim=True)
-        return TeacherHead(self.ids_Nk, self.log_prob_Nk - mass_N1, torch.full_like(self.tail_log_prob_N, -math.inf))
-
-    @classmethod
-    def absent(cls, labels_N: Tensor, dtype: torch.dtype) -> TeacherHead:
-        """No teacher: k = 0 and everything in the bucket, so that KL is 0 whatever the student does."""
-        none_N0 = labels_N.new_empty(len(labels_N), 0)
-        return cls(none_N0, none_N0.to(dtype), torch.zeros(len(labels_N), dtype=dtype, device=labels_N.device))
+def no_teacher(labels_N: Tensor, dtype: torch.dtype) -> Softened:
+    """k = 0 and everything in the bucket, so that the divergence is 0 whatever the student does."""
+    none_N0 = labels_N.new_empty(len(labels_N), 0)
+    return Softened(none_N0, none_N0.to(dtype), torch.zeros(len(labels_N), dtype=dtype, device=labels_N.device))
 
 
 @dataclass(frozen=True)
@@ -49,8 +35,10 @@ class Batch:
 
     positions_N: Tensor  # indices into R, rising
     labels_N: Tensor
-    head: TeacherHead
+    teacher: Softened
+    divergence: Divergence
     weights: Weights
+    position_weight_N: Tensor | None  # None: 1 each
     vocabulary_size: int
 
 
@@ -62,25 +50,27 @@ class Tokens:
     label_N: Tensor  # z of the label
     head_log_sum_N1: Tensor  # log Σ_head exp(z)
     softened_log_sum_N1: Tensor  # log Σ_head exp(z / T)
+    log_teacher_Nk: Tensor  # log p of the head
+    log_bucket_N1: Tensor  # log p of all other tokens together
     teacher_Nk: Tensor  # p of the head
-    bucket_N1: Tensor  # p of the bucket
-    mass_N1: Tensor  # Σ p, one up to rounding; the gradient belongs to the value with it
+    bucket_N1: Tensor  # p of all other tokens together
 
     @classmethod
     def of(cls, logits_RL: Tensor, batch: Batch) -> Tokens:
         """Gather from the logits, in float32 (float64 for float64 logits)."""
         dtype = torch.float64 if logits_RL.dtype == torch.float64 else torch.float32
-        head_Nk = logits_RL[batch.positions_N[:, None], batch.head.ids_Nk].to(dtype)
-        teacher_Nk = batch.head.log_prob_Nk.to(dtype).exp()
-        bucket_N1 = batch.head.tail_log_prob_N.to(dtype).exp()[:, None]
+        head_Nk = logits_RL[batch.positions_N[:, None], batch.teacher.head_ids_Nk].to(dtype)
+        log_teacher_Nk = batch.teacher.head_log_prob_Nk.to(dtype)
+        log_bucket_N1 = batch.teacher.tail_log_prob_N.to(dtype)[:, None]
         return cls(
             head_Nk=head_Nk,
             label_N=logits_RL[batch.positions_N, batch.labels_N].to(dtype),
             head_log_sum_N1=_log_sum(head_Nk),
             softened_log_sum_N1=_log_sum(head_Nk / batch.weights.temperature),
-            teacher_Nk=teacher_Nk,
-            bucket_N1=bucket_N1,
-            mass_N1=teacher_Nk.sum(-1, keepdim=True) + bucket_N1,
+            log_teacher_Nk=log_teacher_Nk,
+            log_bucket_N1=log_bucket_N1,
+            teacher_Nk=log_teacher_Nk.exp(),
+            bucket_N1=log_bucket_N1.exp(),
         )
 
 

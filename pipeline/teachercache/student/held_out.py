@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
-from teachercache.objective import NO_TARGET, DistillationObjective, required_columns
-from teachercache.shards import Manifest
+from teachercache.objective import NO_TARGET, DistillationObjective
+from teachercache.targets import TargetKind
 
 # Both terms are measured: neither weight may be zero.
 _BOTH = 0.5
@@ -23,13 +23,11 @@ _BOTH = 0.5
 class HeldOutMeasure:
     """Sums over the positions of some batches; add batches of every process, then `metrics` of the reduced sums."""
 
-    def __init__(self, manifest: Manifest, *, tail: str, device: torch.device) -> None:
+    def __init__(self, kind: TargetKind, *, tail: str, device: torch.device) -> None:
         config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail})
-        self.columns = required_columns(config, manifest.logits)
-        self._vocabulary_size = manifest.vocabulary_size
-        self._objective = DistillationObjective(
-            config, targets=manifest.logits, vocabulary_size=manifest.vocabulary_size
-        )
+        self._vocabulary_size = kind.vocabulary_size
+        self._objective = DistillationObjective(config, kind=kind)
+        self.columns = self._objective.columns
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def add(self, model: Any, batches: Iterable[dict[str, Any]]) -> None:
@@ -47,7 +45,7 @@ class HeldOutMeasure:
         correct = (choice_N == labels_BS[is_position_BS]).sum()
         agreeing = (choice_N == targets["head_ids"][:, 0].to(choice_N)).sum()
         positions = torch.tensor(terms.positions, device=self.sums.device)
-        self.sums += torch.stack([item.double() for item in (terms.ce, terms.kl, correct, agreeing, positions)])
+        self.sums += torch.stack([item.double() for item in (terms.ce, terms.divergence, correct, agreeing, positions)])
 
     @staticmethod
     def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:

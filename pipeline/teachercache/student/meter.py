@@ -10,13 +10,16 @@ import torch
 
 from teachercache.objective import LossTerms
 
+# Names of the divergences in the log.
+LOGGED_AS = {"forward-kl": "kl", "reverse-kl": "reverse_kl", "jensen-shannon": "jsd", "total-variation": "tv"}
+
 
 @dataclass(frozen=True)
 class Window:
-    """Means over the positions of a window, in nats; `kl` is at the training temperature, unscaled."""
+    """Means over the positions of a window, in nats; `divergence` is at the training temperature, unscaled."""
 
     total: float
-    kl: float
+    divergence: float
     ce: float
     positions: int
     seconds: float
@@ -42,15 +45,15 @@ class LossMeter:
 
     def add(self, terms: LossTerms) -> None:
         """Add the sums of one micro-batch."""
-        sums = torch.stack([terms.total.detach(), terms.kl.detach(), terms.ce.detach()]).double()
+        sums = torch.stack([terms.total.detach(), terms.divergence.detach(), terms.ce.detach()]).double()
         self._sums[:3] += sums
         self._sums[3] += terms.positions
 
     def take(self) -> Window:
         """The window over all processes; the next one begins empty."""
-        total, kl, ce, positions = self._accelerator.reduce(self._sums.clone(), "sum").tolist()
+        total, divergence, ce, positions = self._accelerator.reduce(self._sums.clone(), "sum").tolist()
         seconds = time.perf_counter() - self._started if self._started is not None else 0.0
         self._sums.zero_()
         self._started = None
         count = max(positions, 1)
-        return Window(total / count, kl / count, ce / count, int(positions), seconds)
+        return Window(total / count, divergence / count, ce / count, int(positions), seconds)

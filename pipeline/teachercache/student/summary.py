@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from teachercache.stream.batches import BatchPlan
+from teachercache.student.meter import LOGGED_AS
 
 
 def speed_and_losses(log_history: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -15,8 +16,9 @@ def speed_and_losses(log_history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     windows = [record for record in log_history if "positions_per_second" in record]
     last = windows[-1]
     speed = statistics.median(window["positions_per_second"] for window in windows)
+    divergences = {name: last[name] for name in LOGGED_AS.values() if name in last}
     return {
-        "losses": {"total": last["loss"], "kl": last.get("kl"), "ce": last["ce"]},
+        "losses": {"total": last["loss"], "kl": None, "ce": last["ce"]} | divergences,
         "positions": sum(window["positions"] for window in windows),
         "positions_per_second": round(speed, 1),
     }

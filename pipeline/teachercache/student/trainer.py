@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
-from teachercache.objective import NO_TARGET, DistillationObjective, required_columns
+from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.batches import BatchPlan, PlanSampler, spread
 from teachercache.stream.collate import Collator
@@ -32,7 +32,7 @@ from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.held_out import HeldOutMeasure
-from teachercache.student.meter import LossMeter
+from teachercache.student.meter import LOGGED_AS, LossMeter
 
 
 class DistillationTrainer(Trainer):
@@ -57,16 +57,13 @@ class DistillationTrainer(Trainer):
         keep_checkpoints: int = 2,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        manifest = cache.manifest
         self.cache = cache
         self.objective_config = objective
-        self.distillation = DistillationObjective(
-            objective, targets=manifest.logits, vocabulary_size=manifest.vocabulary_size
-        )
+        self.distillation = DistillationObjective(objective, kind=cache.kind)
         self.plan = plan or _plan_of(args, cache)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
-        columns = required_columns(objective, manifest.logits)
+        columns = self.distillation.columns
         use_cache = model.config.use_cache
         super().__init__(
             model=model,
@@ -146,11 +143,11 @@ class DistillationTrainer(Trainer):
     def _window(self) -> dict[str, float]:
         window = self.meter.take()
         config = self.objective_config
-        with_teacher = {"kl": window.kl, "temperature": config.temperature} if config.alpha > 0 else {}
+        with_teacher = {LOGGED_AS[config.divergence]: window.divergence, "temperature": config.temperature}
         return {
             "loss": window.total,
             "ce": window.ce,
-            **with_teacher,
+            **(with_teacher if config.alpha > 0 else {}),
             "alpha": config.alpha,
             "positions": window.positions,
             "positions_per_second": window.positions_per_second,
@@ -166,7 +163,7 @@ class DistillationTrainer(Trainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        measure = HeldOutMeasure(self.cache.manifest, tail=self.objective_config.tail, device=self.args.device)
+        measure = HeldOutMeasure(self.cache.kind, tail=self.objective_config.tail, device=self.args.device)
         measure.add(model, (self._prepare_inputs(batch) for batch in self._held_out_batches(measure)))
         model.train(was_training)
         metrics = measure.metrics(self.accelerator.reduce(measure.sums, "sum"), prefix=metric_key_prefix)

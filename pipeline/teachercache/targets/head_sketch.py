@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,7 @@ class HeadSketch:
 
     kind = "head+sketch"
     needs_hidden = True
+    tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("sketch", "ghost", "uniform", "renormalise")
 
     k: int
     rank: int
@@ -157,6 +158,11 @@ class HeadSketch:
         }
 
     # ------------------------------------------------------------------ reading
+
+    @staticmethod
+    def check_temperature(temperature: float) -> None:
+        """Raise `CacheError` for T < 1."""
+        tail_at(np.zeros((0, len(NODES))), temperature, tail_tokens=1)
 
     def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
         """Columns that a loss with this tail policy reads."""

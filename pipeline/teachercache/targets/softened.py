@@ -105,7 +105,7 @@ class Softened:
     def renormalised(self) -> Softened:
         """The head alone, scaled to mass one."""
         log_prob_Nk = self.head_log_prob_Nk - _logsumexp(self.head_log_prob_Nk)
-        nothing_N = self.tail_log_prob_N * 0 - math.inf if len(self) else self.tail_log_prob_N
+        nothing_N = _module(self.tail_log_prob_N).full_like(self.tail_log_prob_N, -math.inf)
         return Softened(self.head_ids_Nk, log_prob_Nk, nothing_N)
 
     def with_tail(self, tail: Tail | None) -> Softened:

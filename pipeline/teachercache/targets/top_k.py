@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import Column
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
-from teachercache.targets.temperature import softened
+from teachercache.targets.temperature import grid_index, softened
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class TopK:
 
     kind = "top-k"
     needs_hidden = False
+    tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
 
     k: int
     temperatures: tuple[float, ...]
@@ -65,6 +66,10 @@ class TopK:
             Column("actual_log_prob", real),
         )
 
+    def check_temperature(self, temperature: float) -> None:
+        """Raise `CacheError` when the cache does not hold this temperature."""
+        grid_index(self.temperatures, temperature)
+
     def capture(self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
 
@@ -100,13 +105,13 @@ class TopK:
         return dict(captured)
 
     def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
-        """Columns that a loss with this tail policy reads. Raises `CacheError` for `sketch`, which needs another kind."""
-        if tail == "sketch":
+        """Columns that `softened` reads; raises `CacheError` for a tail policy that they do not allow."""
+        if tail not in self.tail_policies:
             raise CacheError(
-                "this cache stores top-k logits without a sketch of the tail; train with objective.tail: ghost, "
-                "or precompute with targets.logits.kind: head+sketch"
+                f"objective.tail is {tail}, but targets of kind {self.kind} hold no sketch of the tail; "
+                f"use {', '.join(self.tail_policies)} or auto, or precompute with targets.logits.kind: head+sketch"
             )
-        return ("head_ids", "head_logits", "tail_log_partition")
+        return "head_ids", "head_logits", "tail_log_partition"
 
     def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Columns as arrays ready for a batch: ids int32, other numbers float32."""

@@ -1,4 +1,4 @@
-"""The fused loss against dense twins: values, gradients, masks, extremes, and what it allocates."""
+"""Forward KL with a bucket for the tail, against dense twins: values, gradients, masks, extremes, and what it allocates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teachercache.objective.kl import distillation_sums
-from teachercache.objective.operands import TeacherHead, Weights
+from teachercache.objective.fused import distillation_sums
+from teachercache.objective.operands import Weights, no_teacher
+from teachercache.targets.softened import Softened
 
 B, S, V = 2, 5, 23
 POSITIONS = torch.tensor([0, 1, 2, 5, 7, 8])  # gaps inside rows and between them
@@ -25,33 +26,31 @@ def _logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def _head(teacher_NV: Tensor, k: int, temperature: float) -> TeacherHead:
+def _head(teacher_NV: Tensor, k: int, temperature: float) -> Softened:
     log_p_NV = (teacher_NV / temperature).log_softmax(-1)
     ids_Nk = teacher_NV.topk(k).indices
     outside_NV = log_p_NV.scatter(1, ids_Nk, -math.inf)
-    return TeacherHead(ids_Nk, log_p_NV.gather(1, ids_Nk), outside_NV.logsumexp(-1))
+    return Softened(ids_Nk, log_p_NV.gather(1, ids_Nk), outside_NV.logsumexp(-1))
 
 
 def _labels(seed: int = 9, count: int = N) -> Tensor:
     return torch.randint(0, V, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def _ours(
-    logits_BSL: Tensor, head: TeacherHead, alpha: float, temperature: float, **options: Any
-) -> tuple[Tensor, ...]:
+def _ours(logits_BSL: Tensor, head: Softened, alpha: float, temperature: float, **options: Any) -> tuple[Tensor, ...]:
     arguments: dict[str, Any] = {"positions_N": POSITIONS, "labels_N": _labels(), "vocabulary_size": V} | options
-    return distillation_sums(logits_BSL, head=head, weights=Weights(alpha, temperature), **arguments)
+    return distillation_sums(logits_BSL, teacher=head, weights=Weights(alpha, temperature), **arguments)
 
 
-def _dense(logits_BSL: Tensor, head: TeacherHead, alpha: float, temperature: float) -> tuple[Tensor, ...]:
+def _dense(logits_BSL: Tensor, head: Softened, alpha: float, temperature: float) -> tuple[Tensor, ...]:
     """The same loss, written down naively: the twin."""
     z_NV = logits_BSL.reshape(-1, logits_BSL.shape[-1])[POSITIONS][:, :V]
     log_q_NV = (z_NV / temperature).log_softmax(-1)
-    log_q_Nk = log_q_NV.gather(1, head.ids_Nk)
-    p_Nk, tail_N = head.log_prob_Nk.exp(), head.tail_log_prob_N.exp()
-    kl = torch.where(p_Nk > 0, p_Nk * (head.log_prob_Nk - log_q_Nk), 0.0).sum()
+    log_q_Nk = log_q_NV.gather(1, head.head_ids_Nk)
+    p_Nk, tail_N = head.head_log_prob_Nk.exp(), head.tail_log_prob_N.exp()
+    kl = torch.where(p_Nk > 0, p_Nk * (head.head_log_prob_Nk - log_q_Nk), 0.0).sum()
     if bool((tail_N > 0).any()):
-        log_q_tail_N = log_q_NV.scatter(1, head.ids_Nk, -math.inf).logsumexp(-1)
+        log_q_tail_N = log_q_NV.scatter(1, head.head_ids_Nk, -math.inf).logsumexp(-1)
         kl = kl + torch.where(tail_N > 0, tail_N * (head.tail_log_prob_N - log_q_tail_N), 0.0).sum()
     ce = F.cross_entropy(z_NV, _labels(), reduction="sum")
     return alpha * temperature**2 * kl + (1 - alpha) * ce, kl, ce
@@ -108,7 +107,7 @@ def test_head_of_the_whole_vocabulary_is_full_distillation(temperature: float) -
 
 def test_without_a_teacher_it_is_cross_entropy() -> None:
     student = _logits(0, B, S, V)
-    values, gradient = _gradient(_ours, student, TeacherHead.absent(_labels(), torch.float64), 0.0, 1.0)
+    values, gradient = _gradient(_ours, student, no_teacher(_labels(), torch.float64), 0.0, 1.0)
     leaf = student.clone().requires_grad_()
     expected = F.cross_entropy(leaf.reshape(-1, V)[POSITIONS], _labels(), reduction="sum")
     expected.backward()

@@ -1,0 +1,52 @@
+"""The logits of a teacher's tail, expanded for some positions at a time into one buffer.
+
+A sketch costs a matmul. With few rows that is slow (8 rows take three times as long a row as 128), while the passes over
+its result want blocks that fit a processor's cache: so a chunk of several blocks is expanded at once.
+
+Shapes: N positions, C of them in a block, V vocabulary, r sketch directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teachercache.targets.softened import SketchTail, Tail
+
+CHUNK_POSITIONS = 128
+
+
+class TailLogits:
+    """Rows of a tail's logits, for blocks of equal size that come in order; only the last may be smaller."""
+
+    def __init__(self, tail: Tail, *, positions: int, vocabulary_size: int) -> None:
+        self._tail = tail
+        self._positions = positions
+        self._vocabulary_size = vocabulary_size
+        self._chunk = slice(0, 0)
+        self._buffer: Tensor | None = None
+
+    def of(self, part: slice, like: Tensor) -> Tensor:
+        """Unnormalised log-probabilities of V tokens, [C, V], in the type of `like`, the caller's to overwrite."""
+        if part.stop > self._chunk.stop:
+            self._expand(part, like)
+        assert self._buffer is not None
+        return self._buffer[part.start - self._chunk.start : part.stop - self._chunk.start]
+
+    def _expand(self, part: slice, like: Tensor) -> None:
+        block = part.stop - part.start
+        size = -(-CHUNK_POSITIONS // block) * block  # whole blocks
+        self._chunk = slice(part.start, min(part.start + size, self._positions))
+        if self._buffer is None:
+            self._buffer = like.new_empty(self._chunk.stop - self._chunk.start, self._vocabulary_size)
+        _write(self._tail, self._chunk, self._buffer[: self._chunk.stop - self._chunk.start])
+
+
+def _write(tail: Tail, part: slice, logits_CV: Tensor) -> None:
+    """`tail.logits(part)` into a buffer; a sketch is computed in it."""
+    if not isinstance(tail, SketchTail) or tail.basis_Vr.dtype != logits_CV.dtype:
+        logits_CV.copy_(tail.logits(part, torch))
+        return
+    torch.addmm(tail.offset_V, tail.coefficients_Nr[part], tail.basis_Vr.T, out=logits_CV)
+    if tail.softcap is not None:
+        logits_CV.div_(tail.softcap).tanh_().mul_(tail.softcap / tail.temperature).add_(tail.bias_V)

@@ -140,6 +140,33 @@ def evaluate(
 
 
 @app.command()
+def fidelity(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    teacher: Annotated[
+        str | None, typer.Option(help="where the teacher is here; default: as the cache names it")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="compare so many rows, spread over the cache")] = 32,
+    temperatures: Annotated[str, typer.Option(help="comma-separated")] = "1,2,4",
+    tail: Annotated[
+        str | None, typer.Option(help="sketch, uniform or renormalise; default: the best the cache holds")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the teacher again on some rows and compare what it says with what is stored."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.evaluation.fidelity import parse_options, run_fidelity
+        from teachercache.shards import Cache
+
+        options = parse_options(temperatures, tail)
+        opened = Cache.open(cache)
+        console.print(f"running the teacher again on up to {rows} rows of {cache} …", markup=False, soft_wrap=True)
+        return run_fidelity(opened, teacher=teacher, rows=rows, **options)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=_fidelity_table))
+
+
+@app.command()
 def inspect(
     cache: Annotated[Path, typer.Argument(metavar="CACHE")],
     row: Annotated[str | None, typer.Option(help="a row's id (or its beginning), or train:0, held-out:3")] = None,
@@ -197,6 +224,20 @@ def _cache_table(result: dict[str, Any]) -> Table:
     table.add_row("size", f"{result['bytes']:,} bytes in {result['shards']} shards")
     table.add_row("bytes/position", ", ".join(f"{key} {value}" for key, value in sizes.items()))
     table.add_row("fingerprint", result["fingerprint"])
+    return table
+
+
+def _fidelity_table(result: dict[str, Any]) -> Table:
+    title = f"{result['cache']}: {result['positions']:,} positions of {result['rows']} rows, tail: {result['tail']}"
+    table = Table(title=Text(title, style="table.title"))
+    for name in ("T", "KL(teacher ‖ stored)", "gradient angle", "5 % cosine", "ECE"):
+        table.add_column(name, justify="right")
+    for temperature, figures in result["temperatures"].items():
+        angle, cosine = figures["gradient_angle_degrees"], figures["gradient_cosine_p05"]
+        table.add_row(temperature, f"{figures['kl']:.4f}", f"{angle:.2f}°", f"{cosine:.4f}", f"{figures['ece']:.4f}")
+    table.caption = (
+        f"{result['bytes_per_position']['logits']} bytes a position, {result['basis_bytes']:,} bytes of basis"
+    )
     return table
 
 

@@ -22,7 +22,7 @@ from provenance import provenance
 from teachercache.models import find_model
 from teachercache.quickstart import write_recipe
 
-LEARNING_RATES = (5e-4, 1.2e-3, 3e-3)
+LEARNING_RATES = (1.2e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2)
 ARMS = {"kd": ["objective.alpha=0.9", "objective.temperature=1"], "ce": ["objective.alpha=0"]}
 LAYERS = "keep:6"

@@ -1,0 +1,261 @@
+"""How faithful is a cache? The teacher runs again on some of its rows, and what is stored is compared with what it says.
+
+Per temperature:
+
+    kl                       KL(teacher ‖ stored), nats per position
+    gradient_angle_degrees   between the gradients that a student's output matrix gets from the stored and from the exact
+                             teacher, summed over all positions: Σ (q - p)·sᵀ
+    gradient_cosine_p05      of the same gradients position by position, the 5 % quantile
+    ece                      calibration error of the stored first choice against the real next token (Guo et al. 2017)
+
+The student q is the teacher without its last block: s is what enters the output layer then. A student that is nearly the
+teacher would only measure rounding, a random one hardly sees the tail.
+
+Rows that calibration saw are never used. Shapes: N positions, V vocabulary, D width of s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teachercache.errors import CacheError, ModelError, UserError
+from teachercache.models import load_causal_lm, model_inputs
+from teachercache.shards import Cache, StoredRow
+from teachercache.shards.reader import Split
+from teachercache.targets import Softened, TailPolicy, TargetKind
+from teachercache.targets.softened import UniformTail
+from teachercache.teacher.output_layer import recorded_input
+from teachercache.tokens.rows import TokenRow
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+BLOCK = 128  # positions
+LEAST_PROBABILITY = 1e-12  # what a token counts for that is stored without any mass: KL stays finite
+ECE_BINS = 15
+
+
+def run_fidelity(
+    cache: Cache,
+    *,
+    teacher: str | None = None,
+    rows: int = 32,
+    temperatures: Sequence[float] = TEMPERATURES,
+    tail: TailPolicy | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Compare `rows` rows of a cache, spread over both splits, with the teacher; what `teachercache fidelity` prints.
+
+    `teacher` says where it is, by default where the manifest says. `tail` is the policy by which targets are read, by
+    default the first of the kind's that gives every token a probability. Raises `CacheError` when there is no row to
+    compare, `ModelError` when the teacher cannot be loaded or is another one.
+    """
+    manifest = cache.manifest
+    policy = tail or dense_policy(cache.kind)
+    for temperature in temperatures:
+        cache.kind.check_temperature(temperature)
+    chosen = _rows(cache, rows)
+    settings = manifest.teacher
+    model: Any = load_causal_lm(
+        teacher or settings["model"],
+        revision=settings.get("revision") if teacher is None else None,
+        dtype=settings["dtype"],
+        attention=settings.get("attention"),
+    )
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if model.get_output_embeddings().weight.shape[0] < manifest.vocabulary_size:
+        raise ModelError(
+            f"{teacher or settings['model']} predicts fewer tokens than the cache's tokenizer has "
+            f"({manifest.vocabulary_size}): it is not the teacher of this cache"
+        )
+    comparison = Comparison(temperatures)
+    for stored in chosen:
+        logits_NV, student_NV, input_ND = observe(model, stored.row, pad_id=manifest.pad_id, layout=manifest.layout)
+        vocabulary = manifest.vocabulary_size
+        labels_N = torch.from_numpy(stored.row.labels_N().astype(np.int64)).to(logits_NV.device)
+        comparison.add(
+            lambda temperature, stored=stored, like=logits_NV: read(
+                cache.kind, stored.targets, temperature, policy, like
+            ),
+            logits_NV[:, :vocabulary],
+            student_NV[:, :vocabulary],
+            input_ND,
+            labels_N,
+        )
+    return {
+        "cache": str(cache.folder),
+        "teacher": teacher or settings["model"],
+        "targets": manifest.logits,
+        "tail": policy,
+        "rows": len(chosen),
+        "positions": comparison.positions,
+        "temperatures": comparison.result(),
+        "bytes_per_position": manifest.bytes_per_position(),
+        "basis_bytes": sum(info.bytes for info in manifest.files if info.file.endswith(".safetensors")),
+    }
+
+
+def parse_options(temperatures: str, tail: str | None) -> dict[str, Any]:
+    """`temperatures` and `tail` of `run_fidelity` from what a user typed; raises `UserError`."""
+    try:
+        values = tuple(float(part) for part in temperatures.split(","))
+    except ValueError:
+        raise UserError(f"--temperatures {temperatures!r} is no list of numbers; write e.g. 1,2,4") from None
+    allowed = [policy for policy in get_args(TailPolicy) if policy != "ghost"]
+    if tail is not None and tail not in allowed:
+        raise UserError(f"--tail {tail!r} gives no token outside the head a probability; use {', '.join(allowed)}")
+    return {"temperatures": values, "tail": tail}
+
+
+def dense_policy(kind: TargetKind) -> TailPolicy:
+    """The first of a kind's tail policies that gives every token a probability."""
+    return next(policy for policy in kind.tail_policies if policy != "ghost")
+
+
+def read(kind: TargetKind, stored: Mapping[str, Any], temperature: float, tail: TailPolicy, like: Tensor) -> Softened:
+    """One row's columns as a distribution over all tokens, float32 on the device of `like`."""
+    arrays = {
+        name: torch.from_numpy(np.ascontiguousarray(values)).to(like.device)
+        for name, values in kind.decoded(stored).items()
+    }
+    arrays = {name: values.float() if values.is_floating_point() else values.long() for name, values in arrays.items()}
+    softened = kind.softened(arrays, temperature, tail=tail, xp=torch)
+    if softened.tail is None:  # no mass outside the head: spread it evenly
+        return softened.with_tail(UniformTail(kind.vocabulary_size, softened.head_log_prob_Nk))
+    return softened
+
+
+def _rows(cache: Cache, count: int) -> list[StoredRow]:
+    """Evenly spread over the cache, without those that the sketch was fitted to."""
+    seen = set(cache.manifest.calibration.get("rows", ()))
+    splits: tuple[Split, ...] = ("train", "held-out")
+    everything = [(split, index) for split in splits for index in range(cache.rows_of(split))]
+    ids = [(place, cache.read_row(*place, columns=()).row.row_id) for place in everything] if seen else []
+    fresh = [place for place, row_id in ids if row_id not in seen] if seen else everything
+    if not fresh:
+        raise CacheError(
+            f"every row of {cache.folder} was used to fit the sketch, so that none is left to measure it on; "
+            "precompute a larger corpus, or lower targets.logits.calibration_positions"
+        )
+    chosen = np.unique(np.linspace(0, len(fresh) - 1, min(count, len(fresh))).round().astype(int))
+    return [cache.read_row(*fresh[index]) for index in chosen]
+
+
+@torch.inference_mode()
+def observe(model: Any, row: TokenRow, *, pad_id: int, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """At a row's positions: the teacher's logits, the logits without its last block, and what entered the output layer
+    then; float32 [N, V], [N, V], [N, D]."""
+    inputs = {
+        name: torch.from_numpy(values).to(model.device)
+        for name, values in model_inputs([row], pad_id=pad_id, layout=layout).items()
+    }
+    chosen = torch.from_numpy(np.flatnonzero(row.target_mask_S)).to(model.device)
+    logits_NV = model(**inputs, use_cache=False).logits[0, chosen].float()
+    with without_last_block(model), recorded_input(model) as recorded:
+        student_NV = model(**inputs, use_cache=False).logits[0, chosen].float()
+    return logits_NV, student_NV, recorded[0][0, chosen].float()
+
+
+@contextmanager
+def without_last_block(model: Any) -> Iterator[None]:
+    """While it is open, the model's last block hands its input on unchanged. Raises `ModelError` for unknown shapes."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    if not lists:
+        raise ModelError(
+            f"{type(model).__name__} does not keep its blocks in one list: no student can be cut out of it"
+        )
+
+    def skip(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = lists[0][-1].register_forward_hook(skip, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class _Sums:
+    kl: float = 0.0
+    exact: Tensor | None = None  # gradient [V, D]
+    stored: Tensor | None = None
+    cosines: list[Tensor] = field(default_factory=list)
+    confidence: list[Tensor] = field(default_factory=list)
+    correct: list[Tensor] = field(default_factory=list)
+
+
+class Comparison:
+    """Sums over rows. Memory: two gradients [V, D] for each temperature."""
+
+    def __init__(self, temperatures: Sequence[float]) -> None:
+        self._sums = {temperature: _Sums() for temperature in temperatures}
+        self.positions = 0
+
+    @torch.inference_mode()
+    def add(self, stored_at: Any, logits_NV: Tensor, student_NV: Tensor, input_ND: Tensor, labels_N: Tensor) -> None:
+        """One row. `stored_at(T)` is what is stored, a `Softened` of its N positions."""
+        self.positions += len(logits_NV)
+        for temperature, sums in self._sums.items():
+            softened = stored_at(temperature)
+            for start in range(0, len(logits_NV), BLOCK):
+                part = slice(start, start + BLOCK)
+                log_p_CV = torch.log_softmax(logits_NV[part] / temperature, dim=-1)
+                log_stored_CV = softened.dense(part).clamp_min_(math.log(LEAST_PROBABILITY))
+                student_CV = torch.softmax(student_NV[part] / temperature, dim=-1)
+                self._block(sums, log_p_CV, log_stored_CV, student_CV, input_ND[part], labels_N[part])
+
+    @staticmethod
+    def _block(
+        sums: _Sums, log_p_CV: Tensor, log_stored_CV: Tensor, student_CV: Tensor, input_CD: Tensor, labels_C: Tensor
+    ) -> None:
+        p_CV, stored_CV = log_p_CV.exp(), log_stored_CV.exp()
+        sums.kl += float((p_CV * (log_p_CV - log_stored_CV)).sum(dtype=torch.float64))
+        exact_CV, approximate_CV = student_CV - p_CV, student_CV - stored_CV
+        sums.cosines.append(torch.nn.functional.cosine_similarity(exact_CV, approximate_CV, dim=-1))
+        confidence_C, choice_C = stored_CV.max(dim=-1)
+        sums.confidence.append(confidence_C)
+        sums.correct.append(choice_C == labels_C)
+        exact_VD, stored_VD = exact_CV.T @ input_CD, approximate_CV.T @ input_CD
+        sums.exact = exact_VD if sums.exact is None else sums.exact.add_(exact_VD)
+        sums.stored = stored_VD if sums.stored is None else sums.stored.add_(stored_VD)
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """The figures by temperature, as text: `{"1": {"kl": …}, …}`."""
+        return {f"{temperature:g}": self._figures(sums) for temperature, sums in self._sums.items()}
+
+    def _figures(self, sums: _Sums) -> dict[str, float]:
+        assert sums.exact is not None and sums.stored is not None
+        return {
+            "kl": sums.kl / self.positions,
+            "gradient_angle_degrees": angle_degrees(sums.exact, sums.stored),
+            "gradient_cosine_p05": float(torch.cat(sums.cosines).quantile(0.05)),
+            "ece": calibration_error(torch.cat(sums.confidence), torch.cat(sums.correct)),
+        }
+
+
+def angle_degrees(left: Tensor, right: Tensor) -> float:
+    """Between two tensors taken as vectors. By way of the difference of directions: acos loses what is below 0.02 degrees."""
+    left, right = left.flatten().double(), right.flatten().double()
+    half = (left / left.norm() - right / right.norm()).norm() / 2
+    return math.degrees(2 * math.asin(min(1.0, float(half))))
+
+
+def calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
+    """Expected calibration error: |confidence - accuracy| over `ECE_BINS` equal bins, weighted by their size."""
+    bins_N = (confidence_N * ECE_BINS).long().clamp_max(ECE_BINS - 1)
+    error = torch.zeros((), dtype=torch.float64)
+    for number in range(ECE_BINS):
+        inside_N = bins_N == number
+        if inside_N.any():
+            gap = confidence_N[inside_N].double().mean() - correct_N[inside_N].double().mean()
+            error += gap.abs().cpu() * inside_N.sum().cpu() / len(bins_N)
+    return float(error)

@@ -1,0 +1,170 @@
+"""How faithful is what each kind of targets stores, and how many bytes does it take? One teacher pass serves them all.
+
+    python tests/bench/codec_fidelity.py [--teacher ID] [--positions 4096] [--calibration 16384] [--only NAME …]
+                                         [--out results/codec_fidelity.json] [--json]
+
+Rows are windows of 256 tokens of CPython's documentation, in the order of a salted hash of their ids: the first are for
+calibration, the next ones for measuring. Bytes are those of the target columns in the shard file, tables included;
+token ids apart, the basis (stored once a cache) apart. `kl` in nats; `angle` in degrees, see
+`teachercache.evaluation.fidelity` for the student; `log_z` is the error of log Z(T) over 15 temperatures in [1, 8].
+`decode` is positions per second of one thread from the file to arrays of a batch, its sha256 included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from provenance import provenance
+
+from teachercache.config import CorpusConfig, SequenceConfig, parse_recipe
+from teachercache.corpus.documents import Document, documents
+from teachercache.corpus.readers import read_rows
+from teachercache.corpus.sequences import tokenise
+from teachercache.evaluation.fidelity import TEMPERATURES, Comparison, dense_policy, observe, read
+from teachercache.models import load_causal_lm, load_tokenizer
+from teachercache.precompute.staging import salted_hash
+from teachercache.quickstart import TEACHER
+from teachercache.shards.manifest import hash_file
+from teachercache.shards.reader import Shard
+from teachercache.shards.schema import ROW_COLUMNS
+from teachercache.shards.writer import write_shard
+from teachercache.targets import TargetKind, target_kind
+from teachercache.teacher import Teacher
+from teachercache.tokens.rows import TokenRow
+
+SPECS: dict[str, dict[str, Any]] = {
+    "head+sketch, compact": {"kind": "head+sketch", "preset": "compact"},
+    "head+sketch, fine": {"kind": "head+sketch", "preset": "fine"},
+    "top-12, renormalised": {"kind": "top-k", "k": 12, "tail": "renormalise"},
+    "top-50, renormalised": {"kind": "top-k", "k": 50, "tail": "renormalise"},
+    "top-16, uniform tail of exact mass": {"kind": "top-k", "k": 16, "tail": "uniform"},
+    "top-64, uniform tail of exact mass": {"kind": "top-k", "k": 64, "tail": "uniform"},
+}
+LOG_Z_TEMPERATURES = (1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6.5, 8)
+
+
+class Bench:
+    """The teacher, the rows, and what it says of them."""
+
+    def __init__(self, model_id: str, *, positions: int, calibration: int) -> None:
+        self.model: Any = load_causal_lm(model_id, dtype="float32").eval()
+        self.tokenizer = load_tokenizer(model_id)
+        self.pad_id = self.tokenizer.eos_token_id or 0
+        rows = _rows(self.tokenizer)
+        self.calibration = _until(rows, calibration)
+        self.rows = _until(rows[len(self.calibration) :], positions)
+        self.positions = positions
+        self.observed = [observe(self.model, row, pad_id=self.pad_id, layout="documents") for row in self.rows]
+
+    def run(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Figures of one way to store."""
+        settings = dict(settings)
+        tail = settings.pop("tail", None)
+        recipe = parse_recipe({"cache": "unused", "targets": {"logits": settings}}, origin="bench")
+        kind = target_kind(recipe.targets.logits.model_dump(), vocabulary_size=len(self.tokenizer))
+        teacher = Teacher(self.model, kind=kind, layout="documents", pad_id=self.pad_id)
+        basis_bytes = 0
+        if kind.needs_hidden:
+            kind = teacher.calibrate(self.calibration, positions_per_batch=2048)
+            with tempfile.TemporaryDirectory() as folder:
+                basis_bytes = kind.basis.save(Path(folder)).stat().st_size
+        captured = [item.columns for item in teacher.capture(self.rows, positions_per_batch=2048)]
+        result = {"tail": tail or dense_policy(kind), **self._stored(kind, captured), "basis_bytes": basis_bytes}
+        result["temperatures"] = self._compare(kind, captured, result["tail"])
+        if any(name == "tail_nodes" for name in captured[0]):
+            result["log_z"] = self._log_z(kind, captured)
+        return result
+
+    def _stored(self, kind: TargetKind, captured: list[Any]) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            info, column_bytes = write_shard(
+                folder, "part.arrow", rows=self.rows, payload=captured, columns=kind.columns, fingerprint="bench"
+            )
+            columns = {name: size for name, size in column_bytes.items() if name not in ROW_COLUMNS}
+            start = time.process_time()
+            hash_file(folder / info.file)
+            shard = Shard(folder, info, "bench")
+            for index in range(info.rows):
+                kind.decoded(shard.read_row(index, None).targets)
+            rate = info.positions / (time.process_time() - start)
+        each = {name: round(size / info.positions, 2) for name, size in columns.items()}
+        return {"bytes": round(sum(columns.values()) / info.positions, 2), "columns": each, "decode": round(rate)}
+
+    def _compare(self, kind: TargetKind, captured: list[Any], tail: Any) -> dict[str, Any]:
+        comparison = Comparison(TEMPERATURES)
+        for row, columns, (logits_NV, student_NV, input_ND) in zip(self.rows, captured, self.observed, strict=True):
+            left = self.positions - comparison.positions
+            if left <= 0:
+                break
+            labels_N = torch.from_numpy(row.labels_N().astype(np.int64))
+            comparison.add(
+                lambda T, columns=columns, like=logits_NV: read(kind, columns, T, tail, like),
+                logits_NV[:left, : kind.vocabulary_size],
+                student_NV[:left, : kind.vocabulary_size],
+                input_ND[:left],
+                labels_N[:left],
+            )
+        return comparison.result()
+
+    def _log_z(self, kind: Any, captured: list[Any]) -> dict[str, float]:
+        errors = []
+        for columns, (logits_NV, _, _) in zip(captured, self.observed, strict=True):
+            relative_NV = (logits_NV - logits_NV.amax(-1, keepdim=True))[:, : kind.vocabulary_size]
+            arrays = kind.decoded(columns)
+            for temperature in LOG_Z_TEMPERATURES:
+                exact_N = (relative_NV / temperature).logsumexp(-1).numpy()
+                head_N = kind.softened(arrays, temperature, tail="ghost").head_log_prob_Nk[:, 0]
+                errors.append(np.abs(-head_N - exact_N))  # the largest logit is 0: its log-probability is -log Z
+        every = np.concatenate(errors)
+        return {"p99": float(np.quantile(every, 0.99)), "max": float(every.max())}
+
+
+def _rows(tokenizer: Any) -> list[TokenRow]:
+    corpus = CorpusConfig(source="python-docs", held_out=0)
+    found = [item for item in documents(read_rows(corpus), corpus) if isinstance(item, Document)]
+    sequence = SequenceConfig(length=256)
+    rows = tokenise(found, tokenizer=tokenizer, sequence=sequence, store_text=False).rows
+    return sorted((row for row in rows if row.positions), key=lambda row: salted_hash(row.row_id))
+
+
+def _until(rows: list[TokenRow], positions: int) -> list[TokenRow]:
+    ends = np.cumsum([row.positions for row in rows])
+    return rows[: int(np.searchsorted(ends, positions)) + 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=TEACHER)
+    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--calibration", type=int, default=16384)
+    parser.add_argument("--only", nargs="*", help="names of SPECS, or JSON settings of targets.logits")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    chosen = {name: SPECS[name] if name in SPECS else json.loads(name) for name in options.only or SPECS}
+    bench = Bench(options.teacher, positions=options.positions, calibration=options.calibration)
+    result = {**provenance(), "teacher": options.teacher, "positions": options.positions, "kinds": {}}
+    for name, settings in chosen.items():
+        figures = result["kinds"][name] = bench.run(settings)
+        temperatures = "  ".join(
+            f"T={T}: {value['gradient_angle_degrees']:.2f}°, KL {value['kl']:.4f}"
+            for T, value in figures["temperatures"].items()
+        )
+        print(f"{name:36} {figures['bytes']:7.1f} B  {temperatures}", file=sys.stderr)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The fidelity command: figures against what is known of a cache, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from teachercache.cli import main
+from teachercache.errors import CacheError, UserError
+from teachercache.evaluation.fidelity import (
+    angle_degrees,
+    calibration_error,
+    parse_options,
+    run_fidelity,
+    without_last_block,
+)
+from teachercache.shards import Cache
+
+from builders import sentences, tiny_cache, tiny_model, tiny_teacher
+
+SKETCH = {"kind": "head+sketch", "k": 6, "rank": 32, "calibration_positions": 800}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_teacher(tmp_path_factory.mktemp("fidelity") / "teacher")
+
+
+def made(folder: Path, teacher: Path, logits: dict[str, Any]) -> Cache:
+    texts = sentences(80, seed=4)
+    return Cache.open(tiny_cache(folder, teacher=teacher, texts=texts, targets={"logits": logits}))
+
+
+def figures(cache: Cache, teacher: Path, **options: Any) -> dict[str, dict[str, float]]:
+    return run_fidelity(cache, teacher=str(teacher), rows=6, **options)["temperatures"]
+
+
+def test_a_finer_sketch_is_nearer_and_a_fine_one_is_exact(tmp_path: Path, teacher: Path) -> None:
+    fine = figures(made(tmp_path / "fine", teacher, {**SKETCH, "step": 0.01}), teacher)
+    coarse = figures(made(tmp_path / "coarse", teacher, {**SKETCH, "step": 0.5}), teacher)
+    for temperature in ("1", "2", "4"):
+        assert 0 <= fine[temperature]["kl"] < 2e-3
+        assert fine[temperature]["gradient_angle_degrees"] < 1.5
+        assert fine[temperature]["gradient_cosine_p05"] > 0.99
+        assert coarse[temperature]["kl"] > 3 * fine[temperature]["kl"]
+
+
+def test_the_usual_top_k_points_elsewhere_at_higher_temperatures(tmp_path: Path, teacher: Path) -> None:
+    cache = made(tmp_path, teacher, {"kind": "top-k", "k": 8, "temperatures": [1, 4]})
+    found = figures(cache, teacher, temperatures=(1.0, 4.0), tail="renormalise")
+    spread = figures(cache, teacher, temperatures=(1.0, 4.0), tail="uniform")
+    assert found["4"]["gradient_angle_degrees"] > spread["4"]["gradient_angle_degrees"] + 15
+    assert found["4"]["kl"] > 10 * spread["4"]["kl"]
+
+
+def test_rows_that_calibration_saw_are_never_measured(tmp_path: Path, teacher: Path) -> None:
+    cache = made(tmp_path, teacher, {**SKETCH, "step": 0.2})
+    seen = set(cache.manifest.calibration["rows"])
+    everything = sum(cache.rows_of(split) for split in ("train", "held-out"))
+    assert run_fidelity(cache, teacher=str(teacher), rows=10**6)["rows"] == everything - len(seen)
+    cache.manifest.calibration["rows"] = [
+        cache.read_row(split, index).row.row_id
+        for split in ("train", "held-out")
+        for index in range(cache.rows_of(split))
+    ]
+    with pytest.raises(CacheError, match="none is left to measure it on"):
+        run_fidelity(cache, teacher=str(teacher))
+
+
+def test_the_command_prints_one_document(tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = made(tmp_path, teacher, {**SKETCH, "step": 0.2})
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["fidelity", str(cache.folder), "--teacher", str(teacher), "--rows", "2", "--temperatures", "1,3", "--json"]
+        )
+    assert end.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed["temperatures"]) == {"1", "3"} and printed["tail"] == "sketch"
+    assert printed["basis_bytes"] > 0 and printed["positions"] > 0
+
+
+def test_options_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(UserError, match="write e.g. 1,2,4"):
+        parse_options("one", None)
+    with pytest.raises(UserError, match="use uniform, renormalise, sketch"):
+        parse_options("1", "ghost")
+
+
+def test_the_student_is_the_teacher_without_its_last_block() -> None:
+    model, ids = tiny_model(vocabulary=300), torch.arange(20)[None]
+    with torch.inference_mode():
+        expected = model(ids, output_hidden_states=True).hidden_states[-2]
+        expected = model.lm_head(model.model.norm(expected))
+        with without_last_block(model):
+            cut = model(ids).logits
+        whole = model(ids).logits
+    torch.testing.assert_close(cut, expected)
+    assert not torch.allclose(cut, whole)
+
+
+def test_angles_and_calibration_errors_are_what_they_say() -> None:
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([1.0, math.tan(math.radians(0.001))])
+    assert angle_degrees(x, 3 * y) == pytest.approx(0.001, rel=1e-3)
+    assert angle_degrees(x, torch.tensor([0.0, 2.0])) == pytest.approx(90)
+    confidence = torch.tensor([0.9] * 10 + [0.5] * 10)
+    correct = torch.tensor([True] * 9 + [False] + [True] * 10)
+    assert calibration_error(confidence, correct) == pytest.approx(0.25, abs=1e-6)

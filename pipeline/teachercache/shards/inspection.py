@@ -38,6 +38,8 @@ def describe(cache: Cache) -> dict[str, Any]:
         "bytes_per_position": manifest.bytes_per_position(),
         "column_bytes": manifest.column_bytes,
         "audit": vars(manifest.audit),
+        "calibration": {name: value for name, value in manifest.calibration.items() if name != "rows"},
+        "fidelity": manifest.fidelity,
     }
 
 

@@ -2,7 +2,8 @@
 
     python tests/bench/kd_against_ce.py WORK_FOLDER [--out results/kd_against_ce.json] [--json]
 
-Both arms try three learning rates with the first seed; each arm's best one is then run with two further seeds. What is
+Both arms try learning rates with the first seed until the best is better than both its neighbours; each arm's best one is
+then run with two further seeds. What is
 compared is the held-out loss and the top-1 agreement with the teacher after the last step, against the spread over seeds.
 Every run is `teachercache train` in a process of its own. Stop it at any time: run again, it goes on where it was.
 """
@@ -15,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from provenance import provenance
@@ -22,7 +24,8 @@ from provenance import provenance
 from teachercache.models import find_model
 from teachercache.quickstart import write_recipe
 
-LEARNING_RATES = (1.2e-3, 3e-3, 6e-3)
+LEARNING_RATES = (2e-4, 5e-4, 1.2e-3, 3e-3, 6e-3)
+FIRST_TRIED = (5e-4, 1.2e-3, 3e-3)
 SEEDS = (0, 1, 2)
 ARMS = {"kd": ["objective.alpha=0.9", "objective.temperature=1"], "ce": ["objective.alpha=0"]}
 LAYERS = "keep:6"
@@ -61,11 +64,22 @@ def run(work: Path, recipe: Path, arm: str, rate: float, seed: int, *, epochs: f
     return result
 
 
+def bracket(run_at: Callable[[float], dict]) -> list[dict]:
+    """Runs at the first three rates, and at further ones while the best lies at the edge of what was tried."""
+    results = {rate: run_at(rate) for rate in FIRST_TRIED}
+    while True:
+        best = LEARNING_RATES.index(min(results, key=lambda rate: results[rate]["eval_loss"]))
+        wanted = [rate for rate in LEARNING_RATES[max(0, best - 1) : best + 2] if rate not in results]
+        if not wanted:
+            return list(results.values())
+        results[wanted[0]] = run_at(wanted[0])
+
+
 def measure(work: Path, epochs: float) -> dict:
     recipe = prepare(work, epochs)
     runs, best = [], {}
     for arm in ARMS:
-        first = [run(work, recipe, arm, rate, SEEDS[0], epochs=epochs) for rate in LEARNING_RATES]
+        first = bracket(lambda rate, arm=arm: run(work, recipe, arm, rate, SEEDS[0], epochs=epochs))
         best[arm] = min(first, key=lambda result: result["eval_loss"])["learning_rate"]
         runs += first
     for arm in ARMS:

@@ -67,8 +67,8 @@ class Plan:
         return self.work / "calibration.json"
 
     def calibration(self) -> dict[str, Any] | None:
-        """Which rows the sketch was fitted to and the basis they gave; {} for kinds without, None when it is still due."""
-        if not self.kind.needs_hidden:
+        """Which rows the basis was made from and the basis they gave; {} for kinds without, None when it is still due."""
+        if not self.kind.needs_calibration:
             return {}
         try:
             record = json.loads(self.calibration_file.read_text(encoding="utf-8"))

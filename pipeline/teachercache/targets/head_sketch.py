@@ -51,6 +51,7 @@ class HeadSketch:
 
     kind = "head+sketch"
     needs_hidden = True
+    needs_calibration = True
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("sketch", "ghost", "uniform", "renormalise")
 
     k: int
@@ -109,7 +110,9 @@ class HeadSketch:
 
     # ------------------------------------------------------------------ capture
 
-    def capture(self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any) -> dict[str, Array]:
+    def capture(
+        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+    ) -> dict[str, Array]:
         """What is taken of N positions while their logits are at hand; `finish` turns a row of it into columns.
 
         `logits_NV` are float32 [N, V >= vocabulary], overwritten; `hidden_ND` is what entered the output layer.

@@ -29,6 +29,7 @@ class TopK:
 
     kind = "top-k"
     needs_hidden = False
+    needs_calibration = False
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
 
     k: int
@@ -70,7 +71,9 @@ class TopK:
         """Raise `CacheError` when the cache does not hold this temperature."""
         grid_index(self.temperatures, temperature)
 
-    def capture(self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None) -> dict[str, NDArray[Any]]:
+    def capture(
+        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+    ) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
 
         Call it with blocks that fit a processor's cache (about a hundred positions): at 49k tokens the four

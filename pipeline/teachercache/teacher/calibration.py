@@ -1,7 +1,8 @@
-"""Calibration: a sketch basis from the teacher's hidden states on a sample of the corpus.
+"""Calibration: a basis from the teacher's hidden states on a sample of the corpus.
 
-Everything follows from the sample, in a fixed order: mean and covariance of h, directions, ranks of frequency, weights that
-predict the tail's nodes, and biases that make each token's mean probability outside the head right after quantisation.
+Of a sketch everything follows from the sample, in a fixed order: mean and covariance of h, directions, ranks of frequency,
+weights that predict the tail's nodes, and biases that make each token's mean probability outside the head right after
+quantisation.
 
 Shapes: N positions, V vocabulary, D width, r rank, k head, G nodes.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from teachercache.errors import ModelError
+from teachercache.targets import CalibratedKind
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
 from teachercache.targets.tail import fit_node_weights, node_sums
@@ -30,8 +32,14 @@ BLOCK = 256
 
 
 @torch.inference_mode()
-def calibrate(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> HeadSketch:
-    """The kind with its basis, from h at the positions of each sampled row, [N, D].
+def calibrate(kind: CalibratedKind, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> CalibratedKind:
+    """The kind with its basis, from h at the positions of each sampled row, [N, D]. Raises `ModelError`."""
+    assert isinstance(kind, HeadSketch)
+    return fit_sketch(kind, layer, rows_hidden_ND)
+
+
+def fit_sketch(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> HeadSketch:
+    """The kind with a basis fitted to the sample.
 
     Raises `ModelError` when the sample holds fewer positions than the basis has directions.
     """

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
 from teachercache.models import isolates_packed_segments, load_causal_lm, model_inputs
-from teachercache.targets import HeadSketch, TargetKind
+from teachercache.targets import CalibratedKind, TargetKind, calibrates
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift
@@ -87,20 +87,20 @@ class Teacher:
                 captured[index] = result
         return [result for result in captured if result is not None]
 
-    def calibrate(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> HeadSketch:
-        """The kind with a basis fitted to a sample of rows; from here on this teacher captures with it.
+    def calibrate(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> CalibratedKind:
+        """The kind with a basis made from a sample of rows; from here on this teacher captures with it.
 
-        Raises `ModelError` when a sketch cannot rebuild this model's logits, or the sample is too small.
+        Raises `ModelError` when no basis can rebuild this model's logits, or the sample is too small.
         """
-        assert isinstance(self.kind, HeadSketch)
+        assert calibrates(self.kind)
         layer = OutputLayer.of(self.model, vocabulary_size=self.kind.vocabulary_size)
         hidden: list[Any] = [None] * len(rows)
         for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
             for index, values_ND in zip(batch, self._hidden([rows[index] for index in batch]), strict=True):
                 hidden[index] = values_ND
-        self.kind = calibrate(self.kind, layer, hidden)
-        self.drift = Drift(self.kind)
-        return self.kind
+        calibrated = self.kind = calibrate(self.kind, layer, hidden)
+        self.drift = Drift(calibrated)
+        return calibrated
 
     @torch.inference_mode()
     def _hidden(self, rows: list[TokenRow]) -> Sequence[Any]:

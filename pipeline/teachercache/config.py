@@ -75,21 +75,34 @@ class SequenceConfig(Section):
     add_eos: bool = Field(True, description="end every text document with the tokenizer's end-of-sequence token")
 
 
-class TopKConfig(Section):
-    """Top-k logits with the exact tail log-partition on a temperature grid."""
+class GridConfig(Section):
+    """Base of kinds that hold the tail log-partition on a temperature grid."""
 
-    kind: Literal["top-k"] = "top-k"
-    k: int = Field(64, ge=1)
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0, 4.0, 8.0)
     dtype: Literal["float16", "float32"] = "float16"
 
     @model_validator(mode="after")
-    def _ordered_grid(self) -> TopKConfig:
+    def _ordered_grid(self) -> GridConfig:
         if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
             raise ValueError("temperatures must rise, each once, and hold at least one: [1, 2, 4, 8]")
         if 1.0 not in self.temperatures:
             raise ValueError("temperatures must hold 1: the log-probability of the actual token is taken there")
         return self
+
+
+class TopKConfig(GridConfig):
+    """Top-k logits with the exact tail log-partition on a temperature grid."""
+
+    kind: Literal["top-k"] = "top-k"
+    k: int = Field(64, ge=1)
+
+
+class TopPConfig(GridConfig):
+    """As many of the largest logits as hold a share p of the mass, and the exact tail log-partition outside them."""
+
+    kind: Literal["top-p"] = "top-p"
+    p: float = Field(0.95, gt=0, le=1, description="mass of a head at T = 1")
+    k: int = Field(64, ge=1, description="most tokens of a head, whatever its mass")
 
 
 SKETCH_PRESETS: dict[str, dict[str, Any]] = {
@@ -126,7 +139,10 @@ def _kind_of(values: Any) -> str:
 
 # Another kind of logit target joins here and in `teachercache.targets.KINDS`.
 LogitsConfig = Annotated[
-    Annotated[TopKConfig, Tag("top-k")] | Annotated[HeadSketchConfig, Tag("head+sketch")], Discriminator(_kind_of)
+    Annotated[HeadSketchConfig, Tag("head+sketch")]
+    | Annotated[TopKConfig, Tag("top-k")]
+    | Annotated[TopPConfig, Tag("top-p")],
+    Discriminator(_kind_of),
 ]
 
 

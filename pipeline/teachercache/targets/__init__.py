@@ -20,8 +20,9 @@ from teachercache.targets.kind import CalibratedKind, TargetKind, calibrates
 from teachercache.targets.softened import Softened, TailPolicy
 from teachercache.targets.temperature import grid_index
 from teachercache.targets.top_k import TopK
+from teachercache.targets.top_p import TopP
 
-_ALL: tuple[type[TargetKind], ...] = (TopK, HeadSketch)
+_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, HeadSketch)
 KINDS = {str(kind.kind): kind for kind in _ALL}
 
 
@@ -58,6 +59,7 @@ __all__ = [
     "TailPolicy",
     "TargetKind",
     "TopK",
+    "TopP",
     "calibrates",
     "find_basis",
     "grid_index",

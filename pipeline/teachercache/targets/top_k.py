@@ -85,7 +85,7 @@ class TopK:
         largest_N1 = head_Nk[:, :1].clone()
         actual_N = logits_NV.gather(1, labels_N[:, None]) - largest_N1
         logits_NV.sub_(largest_N1)
-        tail_NG = _tail_log_partition(torch, logits_NV, ids_Nk, self.temperatures)
+        tail_NG = tail_log_partition(torch, logits_NV, ids_Nk, self.temperatures)
         head_Nk = head_Nk - largest_N1
         log_z_N = torch.logaddexp(head_Nk.exp().sum(-1).log(), tail_NG[:, self.temperatures.index(1.0)])
         taken = (ids_Nk, head_Nk, tail_NG, actual_N[:, 0] - log_z_N)
@@ -140,7 +140,7 @@ class TopK:
         return distribution.with_tail(UniformTail(self.vocabulary_size, head_Nk)) if tail == "uniform" else distribution
 
 
-def _tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatures: Sequence[float]) -> Any:
+def tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatures: Sequence[float]) -> Any:
     """log Σ exp(z / T) over tokens outside the head, for each T: [N, G]. Expects logits relative to the largest.
 
     From the highest temperature down: where one is half of the one before, exp(z / T) is the square of what is at hand.

@@ -105,6 +105,16 @@ class TopPConfig(GridConfig):
     k: int = Field(64, ge=1, description="most tokens of a head, whatever its mass")
 
 
+class RandomSamplingConfig(Section):
+    """Tokens drawn from the teacher with replacement, and how often each came up."""
+
+    kind: Literal["random-sampling"] = "random-sampling"
+    draws: int = Field(
+        50, ge=1, le=2**16 - 1, description="draws at each position; about 12 to 16 different tokens of 50"
+    )
+    draw_temperature: float = Field(1.0, gt=0, description="where the sample is unbiased: train at this temperature")
+
+
 SKETCH_PRESETS: dict[str, dict[str, Any]] = {
     "compact": {"k": 10, "rank": 320, "step": 0.16},  # about 60 bytes a position
     "fine": {"k": 20, "rank": 384, "step": 0.1},  # about 110
@@ -141,7 +151,8 @@ def _kind_of(values: Any) -> str:
 LogitsConfig = Annotated[
     Annotated[HeadSketchConfig, Tag("head+sketch")]
     | Annotated[TopKConfig, Tag("top-k")]
-    | Annotated[TopPConfig, Tag("top-p")],
+    | Annotated[TopPConfig, Tag("top-p")]
+    | Annotated[RandomSamplingConfig, Tag("random-sampling")],
     Discriminator(_kind_of),
 ]
 

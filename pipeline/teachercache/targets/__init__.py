@@ -17,12 +17,13 @@ from teachercache.targets.basis import SketchBasis, find_basis
 from teachercache.targets.columns import Column
 from teachercache.targets.head_sketch import HeadSketch
 from teachercache.targets.kind import CalibratedKind, TargetKind, calibrates
+from teachercache.targets.random_sampling import RandomSampling
 from teachercache.targets.softened import Softened, TailPolicy
 from teachercache.targets.temperature import grid_index
 from teachercache.targets.top_k import TopK
 from teachercache.targets.top_p import TopP
 
-_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, HeadSketch)
+_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, HeadSketch)
 KINDS = {str(kind.kind): kind for kind in _ALL}
 
 
@@ -54,6 +55,7 @@ __all__ = [
     "CalibratedKind",
     "Column",
     "HeadSketch",
+    "RandomSampling",
     "SketchBasis",
     "Softened",
     "TailPolicy",

@@ -23,6 +23,7 @@ from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
 from teachercache.models import isolates_packed_segments, load_causal_lm, model_inputs
 from teachercache.targets import CalibratedKind, TargetKind, calibrates
+from teachercache.targets.draws import position_seeds
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift
@@ -131,10 +132,12 @@ class Teacher:
     @torch.inference_mode()
     def _forward(self, rows: list[TokenRow]) -> list[Captured]:
         inputs, index_N, labels_N = self._inputs(rows)
+        seeds_N = np.concatenate([position_seeds(row.row_id, row.positions) for row in rows])
         parts = []
         for start, logits_nV, hidden_nD in self._logit_blocks(inputs, index_N):
             self.drift.sample(start, logits_nV)
-            parts.append(self.kind.capture(torch, logits_nV, labels_N[start : start + len(logits_nV)], hidden_nD))
+            part = slice(start, start + len(logits_nV))
+            parts.append(self.kind.capture(torch, logits_nV, labels_N[part], hidden_nD, seeds_N[part]))
         captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         ends = np.cumsum([row.positions for row in rows])[:-1]
         split = {name: np.split(values, ends) for name, values in captured.items()}

@@ -115,6 +115,13 @@ class RandomSamplingConfig(Section):
     draw_temperature: float = Field(1.0, gt=0, description="where the sample is unbiased: train at this temperature")
 
 
+class FullConfig(Section):
+    """Every log-probability, for vocabularies of at most 4096 tokens or classes."""
+
+    kind: Literal["full"] = "full"
+    dtype: Literal["float16", "float32"] = "float16"
+
+
 SKETCH_PRESETS: dict[str, dict[str, Any]] = {
     "compact": {"k": 10, "rank": 320, "step": 0.16},  # about 60 bytes a position
     "fine": {"k": 20, "rank": 384, "step": 0.1},  # about 110
@@ -152,7 +159,8 @@ LogitsConfig = Annotated[
     Annotated[HeadSketchConfig, Tag("head+sketch")]
     | Annotated[TopKConfig, Tag("top-k")]
     | Annotated[TopPConfig, Tag("top-p")]
-    | Annotated[RandomSamplingConfig, Tag("random-sampling")],
+    | Annotated[RandomSamplingConfig, Tag("random-sampling")]
+    | Annotated[FullConfig, Tag("full")],
     Discriminator(_kind_of),
 ]
 

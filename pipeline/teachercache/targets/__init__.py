@@ -15,6 +15,7 @@ from typing import Any
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.basis import SketchBasis, find_basis
 from teachercache.targets.columns import Column
+from teachercache.targets.full import Full
 from teachercache.targets.head_sketch import HeadSketch
 from teachercache.targets.kind import CalibratedKind, TargetKind, calibrates
 from teachercache.targets.random_sampling import RandomSampling
@@ -23,7 +24,7 @@ from teachercache.targets.temperature import grid_index
 from teachercache.targets.top_k import TopK
 from teachercache.targets.top_p import TopP
 
-_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, HeadSketch)
+_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, Full, HeadSketch)
 KINDS = {str(kind.kind): kind for kind in _ALL}
 
 
@@ -54,6 +55,7 @@ __all__ = [
     "KINDS",
     "CalibratedKind",
     "Column",
+    "Full",
     "HeadSketch",
     "RandomSampling",
     "SketchBasis",

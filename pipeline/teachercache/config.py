@@ -122,6 +122,17 @@ class FullConfig(Section):
     dtype: Literal["float16", "float32"] = "float16"
 
 
+class HiddenConfig(Section):
+    """The final hidden state, quantised, and the teacher's output matrix once a cache."""
+
+    kind: Literal["hidden"] = "hidden"
+    width: int | None = Field(None, ge=1, description="inputs of the teacher's output layer; default: its hidden_size")
+    step: float = Field(1 / 32, gt=0, description="quantisation step in units of a channel's spread; smaller = larger")
+    calibration_positions: int = Field(
+        4096, ge=64, description="positions that give means and spreads, drawn from the whole corpus by content hash"
+    )
+
+
 SKETCH_PRESETS: dict[str, dict[str, Any]] = {
     "compact": {"k": 10, "rank": 320, "step": 0.16},  # about 60 bytes a position
     "fine": {"k": 20, "rank": 384, "step": 0.1},  # about 110
@@ -160,7 +171,8 @@ LogitsConfig = Annotated[
     | Annotated[TopKConfig, Tag("top-k")]
     | Annotated[TopPConfig, Tag("top-p")]
     | Annotated[RandomSamplingConfig, Tag("random-sampling")]
-    | Annotated[FullConfig, Tag("full")],
+    | Annotated[FullConfig, Tag("full")]
+    | Annotated[HiddenConfig, Tag("hidden")],
     Discriminator(_kind_of),
 ]
 

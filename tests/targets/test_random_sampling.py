@@ -15,8 +15,8 @@ from teachercache.shards import Cache
 from teachercache.targets import RandomSampling, target_kind
 from teachercache.targets.draws import position_seeds, uniforms
 
-from .kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache
 from builders import sentences, tiny_cache, tiny_teacher
+from kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache
 
 V = 30
 

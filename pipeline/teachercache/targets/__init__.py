@@ -17,6 +17,7 @@ from teachercache.targets.basis import SketchBasis, find_basis
 from teachercache.targets.columns import Column
 from teachercache.targets.full import Full
 from teachercache.targets.head_sketch import HeadSketch
+from teachercache.targets.hidden import Hidden
 from teachercache.targets.kind import CalibratedKind, TargetKind, calibrates
 from teachercache.targets.random_sampling import RandomSampling
 from teachercache.targets.softened import Softened, TailPolicy
@@ -24,7 +25,7 @@ from teachercache.targets.temperature import grid_index
 from teachercache.targets.top_k import TopK
 from teachercache.targets.top_p import TopP
 
-_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, Full, HeadSketch)
+_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, Full, Hidden, HeadSketch)
 KINDS = {str(kind.kind): kind for kind in _ALL}
 
 
@@ -57,6 +58,7 @@ __all__ = [
     "Column",
     "Full",
     "HeadSketch",
+    "Hidden",
     "RandomSampling",
     "SketchBasis",
     "Softened",

@@ -4,7 +4,7 @@ N draws with replacement from the teacher at one temperature τ (`draw_temperatu
 (columns.py):
 
     sample_sizes         how many different tokens were drawn
-    sample_ids           their ids, rising
+    sample_gaps          their ids, rising: the first, and how far each lies above the one before
     sample_counts        how often each was drawn; they sum up to `draws`
     actual_log_prob      log-probability (nats, T = 1) of the token that really follows
 
@@ -37,7 +37,7 @@ from teachercache.errors import CacheError
 from teachercache.targets.columns import Column
 from teachercache.targets.draws import uniforms
 from teachercache.targets.pco import NAME as PCO
-from teachercache.targets.ragged import places, spread, spread_ids
+from teachercache.targets.ragged import places, spread
 from teachercache.targets.softened import Softened, TailPolicy
 from teachercache.targets.temperature import check_positive
 
@@ -76,7 +76,7 @@ class RandomSampling:
         ids = "<u2" if self.vocabulary_size <= 2**16 else "<u4"
         return (
             Column("sample_sizes", "<u2", (), PCO, groups=(1,)),
-            Column("sample_ids", ids, (), PCO, groups=(1,), ragged=True),
+            Column("sample_gaps", ids, (), PCO, groups=(1,), ragged=True),
             Column("sample_counts", "<u2", (), PCO, groups=(1,), ragged=True),
             Column("actual_log_prob", "<f2"),
         )
@@ -118,10 +118,10 @@ class RandomSampling:
         first_Nd = np.ones(drawn_Nd.shape, dtype=np.bool_)
         first_Nd[:, 1:] = drawn_Nd[:, 1:] != drawn_Nd[:, :-1]
         starts_E = np.flatnonzero(first_Nd)  # a run never goes on into the next position
-        ids = self.columns[1].dtype
+        gaps_Nd = np.diff(drawn_Nd, axis=1, prepend=0)
         return {
             "sample_sizes": first_Nd.sum(-1).astype(np.uint16),
-            "sample_ids": drawn_Nd[first_Nd].astype(ids),
+            "sample_gaps": gaps_Nd[first_Nd].astype(self.columns[1].dtype),
             "sample_counts": np.diff(starts_E, append=drawn_Nd.size).astype(np.uint16),
             "actual_log_prob": captured["actual_log_prob"],
         }
@@ -133,14 +133,15 @@ class RandomSampling:
                 f"objective.tail is {tail}, but a random sample has no tail: its mass is all on the drawn tokens; use "
                 "renormalise or auto, or precompute with targets.logits.kind: head+sketch"
             )
-        return "sample_sizes", "sample_ids", "sample_counts"
+        return "sample_sizes", "sample_gaps", "sample_counts"
 
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
         """Columns as arrays ready for a batch: `sample_ids` int32 and `sample_counts` float32, [N, most], padded."""
         arrays: dict[str, Array] = {}
         if "sample_sizes" in stored:
             held_Nk = places(stored["sample_sizes"], self.most)
-            arrays["sample_ids"] = spread_ids(stored["sample_ids"], held_Nk)
+            ids_Nk = spread(stored["sample_gaps"], held_Nk, fill=0, dtype=np.int32).cumsum(1, dtype=np.int32)
+            arrays["sample_ids"] = np.where(held_Nk, ids_Nk, ids_Nk[:, :1])  # padding: softened.py
             arrays["sample_counts"] = spread(stored["sample_counts"], held_Nk, fill=0, dtype=np.float32)
         if "actual_log_prob" in stored:
             arrays["actual_log_prob"] = stored["actual_log_prob"].astype(np.float32)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -353,11 +353,19 @@ def _explain(item: Any) -> str:
 
 
 def _keys_at(parents: Sequence[str]) -> list[str]:
-    section: Any = Recipe
+    sections: list[type[BaseModel]] = [Recipe]
     for part in parents:
-        field = section.model_fields.get(part)
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
+        # Where kinds share a key, the path of an error names the kind as well: targets.logits.top-k.
+        named = [
+            section
+            for section in sections
+            if "kind" in section.model_fields and section.model_fields["kind"].default == part
+        ]
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = named or [model for field in fields for model in _models_in(field.annotation)]
+    return list(sections[0].model_fields) if sections else []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    bare = [getattr(each, "__origin__", each) for each in (annotation, *get_args(annotation))]  # out of `Annotated`
+    return [each for each in bare if isinstance(each, type) and issubclass(each, BaseModel)]

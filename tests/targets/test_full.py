@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from teachercache.config import parse_recipe
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets import Full, target_kind
 
@@ -73,3 +74,8 @@ def test_a_whole_cache(tmp_path: Path, tail: str) -> None:
     log_p = np.concatenate(dense).astype(np.float64)
     uniform_student = (np.exp(log_p) * (log_p + np.log(cache.kind.vocabulary_size))).sum(-1).mean()
     assert float(divergence) == pytest.approx(uniform_student, rel=1e-4)
+
+
+def test_a_wrong_key_of_any_kind_is_answered_with_that_kinds_keys() -> None:
+    with pytest.raises(RecipeError, match=r"unknown key `targets.logits.full.dtypes`; did you mean `dtype`\?"):
+        parse_recipe({"cache": "c", "targets": {"logits": {"kind": "full", "dtypes": 1}}}, origin="r")

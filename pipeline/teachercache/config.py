@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -75,21 +75,62 @@ class SequenceConfig(Section):
     add_eos: bool = Field(True, description="end every text document with the tokenizer's end-of-sequence token")
 
 
-class TopKConfig(Section):
-    """Top-k logits with the exact tail log-partition on a temperature grid."""
+class GridConfig(Section):
+    """Base of kinds that hold the tail log-partition on a temperature grid."""
 
-    kind: Literal["top-k"] = "top-k"
-    k: int = Field(64, ge=1)
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0, 4.0, 8.0)
     dtype: Literal["float16", "float32"] = "float16"
 
     @model_validator(mode="after")
-    def _ordered_grid(self) -> TopKConfig:
+    def _ordered_grid(self) -> GridConfig:
         if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
             raise ValueError("temperatures must rise, each once, and hold at least one: [1, 2, 4, 8]")
         if 1.0 not in self.temperatures:
             raise ValueError("temperatures must hold 1: the log-probability of the actual token is taken there")
         return self
+
+
+class TopKConfig(GridConfig):
+    """Top-k logits with the exact tail log-partition on a temperature grid."""
+
+    kind: Literal["top-k"] = "top-k"
+    k: int = Field(64, ge=1)
+
+
+class TopPConfig(GridConfig):
+    """As many of the largest logits as hold a share p of the mass, and the exact tail log-partition outside them."""
+
+    kind: Literal["top-p"] = "top-p"
+    p: float = Field(0.95, gt=0, le=1, description="mass of a head at T = 1")
+    k: int = Field(64, ge=1, description="most tokens of a head, whatever its mass")
+
+
+class RandomSamplingConfig(Section):
+    """Tokens drawn from the teacher with replacement, and how often each came up."""
+
+    kind: Literal["random-sampling"] = "random-sampling"
+    draws: int = Field(
+        50, ge=1, le=2**16 - 1, description="draws at each position; about 12 to 16 different tokens of 50"
+    )
+    draw_temperature: float = Field(1.0, gt=0, description="where the sample is unbiased: train at this temperature")
+
+
+class FullConfig(Section):
+    """Every log-probability, for vocabularies of at most 4096 tokens or classes."""
+
+    kind: Literal["full"] = "full"
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class HiddenConfig(Section):
+    """The final hidden state, quantised, and the teacher's output matrix once a cache."""
+
+    kind: Literal["hidden"] = "hidden"
+    width: int | None = Field(None, ge=1, description="inputs of the teacher's output layer; default: its hidden_size")
+    step: float = Field(1 / 32, gt=0, description="quantisation step in units of a channel's spread; smaller = larger")
+    calibration_positions: int = Field(
+        4096, ge=64, description="positions that give means and spreads, drawn from the whole corpus by content hash"
+    )
 
 
 SKETCH_PRESETS: dict[str, dict[str, Any]] = {
@@ -126,7 +167,13 @@ def _kind_of(values: Any) -> str:
 
 # Another kind of logit target joins here and in `teachercache.targets.KINDS`.
 LogitsConfig = Annotated[
-    Annotated[TopKConfig, Tag("top-k")] | Annotated[HeadSketchConfig, Tag("head+sketch")], Discriminator(_kind_of)
+    Annotated[HeadSketchConfig, Tag("head+sketch")]
+    | Annotated[TopKConfig, Tag("top-k")]
+    | Annotated[TopPConfig, Tag("top-p")]
+    | Annotated[RandomSamplingConfig, Tag("random-sampling")]
+    | Annotated[FullConfig, Tag("full")]
+    | Annotated[HiddenConfig, Tag("hidden")],
+    Discriminator(_kind_of),
 ]
 
 
@@ -306,11 +353,19 @@ def _explain(item: Any) -> str:
 
 
 def _keys_at(parents: Sequence[str]) -> list[str]:
-    section: Any = Recipe
+    sections: list[type[BaseModel]] = [Recipe]
     for part in parents:
-        field = section.model_fields.get(part)
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
+        # Where kinds share a key, the path of an error names the kind as well: targets.logits.top-k.
+        named = [
+            section
+            for section in sections
+            if "kind" in section.model_fields and section.model_fields["kind"].default == part
+        ]
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = named or [model for field in fields for model in _models_in(field.annotation)]
+    return list(sections[0].model_fields) if sections else []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    bare = [getattr(each, "__origin__", each) for each in (annotation, *get_args(annotation))]  # out of `Annotated`
+    return [each for each in bare if isinstance(each, type) and issubclass(each, BaseModel)]

@@ -100,3 +100,25 @@ def test_damaged_entropy_coded_rows_are_named() -> None:
     for _, end in pairwise(lengths):  # a table cut anywhere is refused, never read past its end
         with pytest.raises(CacheDamaged):
             column.decoder(tables[:end])(page, 100)
+
+
+@settings(max_examples=40, deadline=None)
+@given(entries=st.lists(st.integers(0, 50), max_size=4), coded=st.booleans(), shape=st.sampled_from([(), (3,)]))
+def test_ragged_columns_round_trip(entries: list[int], coded: bool, shape: tuple[int, ...]) -> None:
+    groups = (3,) if shape else (1,)
+    column = (
+        Column("c", "<u2", shape, PCO, groups=groups, ragged=True) if coded else Column("c", "<u2", shape, ragged=True)
+    )
+    arrays = [np.random.default_rng(0).integers(0, 99, (count, *shape)).astype("<u2") for count in entries]
+    for again, values in zip(read_back(column, arrays, [7] * len(arrays)), arrays, strict=True):
+        np.testing.assert_array_equal(again, values)
+
+
+def test_damaged_ragged_rows_are_named() -> None:
+    with pytest.raises(CacheDamaged, match="column c: 7 bytes"):
+        Column("c", "<f4", ragged=True).decoder()(b"1234567", 2)
+    column = Column("c", "<u2", (), PCO, groups=(1,), ragged=True)
+    tables, (page,) = column.encode([np.arange(30, dtype=np.uint16)])
+    for data in (page[:3], page[:9], page + b"x", b"\xff\xff\0\0" + page[4:]):
+        with pytest.raises(CacheDamaged, match="column c"):
+            column.decoder(tables)(data, 5)

@@ -71,5 +71,5 @@ class BucketedLoss:
         part, weights = block.part, self.batch.weights
         gradient_Ck = factor_Ck.mul_(weights.alpha * weights.temperature)
         gradient_Ck.add_((self.tokens.head_Nk[part] - log_sum_C1).exp_(), alpha=1 - weights.alpha)
-        block.values_CV.scatter_(1, self.batch.teacher.head_ids_Nk[part], gradient_Ck)
+        block.add_at(self.batch.teacher.head_ids_Nk[part], gradient_Ck)  # to zeros; padding adds 0 to its token's
         block.add_at(self.batch.labels_N[part, None], torch.full_like(log_sum_C1, weights.alpha - 1))

@@ -26,6 +26,7 @@ from teachercache.objective.blocks import Block, squarings_of
 from teachercache.objective.divergences import forward_kl
 from teachercache.objective.operands import Batch, Tokens
 from teachercache.objective.tail_logits import TailLogits
+from teachercache.targets.softened import put_head
 
 # Stands for -inf among the tail's logits: the same zero share, but 0 · it is 0, and an empty tail is no nan.
 NOTHING = -1e30
@@ -66,7 +67,7 @@ class DenseLoss:
         log_q_Ck = tokens.head_Nk[part] / temperature - softened_C1
         head_Ck, _ = forward_kl(p_Ck, tokens.log_teacher_Nk[part], log_q_Ck.exp(), log_q_Ck)
         kl_C = head_Ck.sum(-1) + torch.where(p_tail_C1 > 0, p_tail_C1 * gap_C1, 0.0)[:, 0]
-        p_CV = share_CV.mul_(p_tail_C1).scatter_(1, self.batch.teacher.head_ids_Nk[part], p_Ck)
+        p_CV = share_CV.mul_(p_tail_C1).scatter_add_(1, self.batch.teacher.head_ids_Nk[part], p_Ck)
         return kl_C, p_Ck.sum(-1, keepdim=True) + p_tail_C1, p_CV
 
     def _diverge(self, block: Block, tail_CV: Tensor, softened_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +75,7 @@ class DenseLoss:
         part = block.part
         share_CV, log_tail_sum_C1 = self._tail_share(block, tail_CV)
         log_p_CV = tail_CV.add_(self.tokens.log_bucket_N1[part] - log_tail_sum_C1)
-        log_p_CV.scatter_(1, self.batch.teacher.head_ids_Nk[part], self.tokens.log_teacher_Nk[part])
+        put_head(log_p_CV, self.batch.teacher.head_ids_Nk[part], self.tokens.log_teacher_Nk[part])
         p_CV = torch.exp(log_p_CV, out=share_CV)
         log_q_CV = block.logits_CV.to(p_CV.dtype) / self.batch.weights.temperature - softened_C1
         value_CV, pull_CV = self.batch.divergence(p_CV, log_p_CV, block.values_CV, log_q_CV)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
-from teachercache.errors import ModelError
+from teachercache.errors import CacheError, ModelError
 from teachercache.objective.divergences import divergence_of
 from teachercache.objective.fused import distillation_sums
 from teachercache.objective.operands import Weights, no_teacher
@@ -52,6 +52,11 @@ class DistillationObjective:
         if config.alpha > 0:
             self._kind.check_temperature(config.temperature)
             self._tail: TailPolicy = self._kind.tail_policies[0] if config.tail == "auto" else config.tail
+            if config.divergence == "reverse-kl" and self._tail == "renormalise":
+                raise CacheError(
+                    f"reverse-kl is infinite against targets of kind {kind.kind}, which give all other tokens no mass; "
+                    "use divergence: forward-kl"
+                )
             self.columns = self._kind.objective_columns(self._tail)
         self._divergence = divergence_of(config)
         self._weights = Weights(config.alpha, config.temperature if config.alpha > 0 else 1.0)

@@ -46,7 +46,7 @@ class Batch:
 class Tokens:
     """The student's logits at the head and the label, and the teacher as probabilities."""
 
-    head_Nk: Tensor  # z of the head
+    head_Nk: Tensor  # z of the head, -inf for padding
     label_N: Tensor  # z of the label
     head_log_sum_N1: Tensor  # log Σ_head exp(z)
     softened_log_sum_N1: Tensor  # log Σ_head exp(z / T)
@@ -59,7 +59,10 @@ class Tokens:
     def of(cls, logits_RL: Tensor, batch: Batch) -> Tokens:
         """Gather from the logits, in float32 (float64 for float64 logits)."""
         dtype = torch.float64 if logits_RL.dtype == torch.float64 else torch.float32
-        head_Nk = logits_RL[batch.positions_N[:, None], batch.teacher.head_ids_Nk].to(dtype)
+        ids_Nk = batch.teacher.head_ids_Nk
+        head_Nk = logits_RL[batch.positions_N[:, None], ids_Nk].to(dtype)
+        # Padding repeats a position's first token, which must count once: its own q is 0, like its p.
+        head_Nk[:, 1:].masked_fill_(ids_Nk[:, 1:] == ids_Nk[:, :1], -math.inf)
         log_teacher_Nk = batch.teacher.head_log_prob_Nk.to(dtype)
         log_bucket_N1 = batch.teacher.tail_log_prob_N.to(dtype)[:, None]
         return cls(

@@ -50,7 +50,7 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
         files=[*teacher_files, *quarantine],
         column_bytes=dict(column_bytes),
         calibration=plan.calibration() or {},
-        fidelity=_fidelity(records),
+        fidelity=_fidelity(records, drifts=plan.kind.needs_calibration),
         created_by=f"teachercache {__version__}",
     )
 
@@ -78,20 +78,23 @@ def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
     )
 
 
-def _fidelity(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """KL(teacher ‖ stored) measured while capturing: means over all units, and units that stand out."""
+def _fidelity(records: list[dict[str, Any]], *, drifts: bool) -> dict[str, Any]:
+    """KL(teacher ‖ stored) measured while capturing: means over all units; where a basis can drift, units that stand out."""
     units = [(unit, record["fidelity"]) for unit, record in enumerate(records) if record.get("fidelity")]
     if not units:
         return {}
     positions = sum(measured["positions"] for _, measured in units)
     kl = {T: sum(measured["kl"][T] for _, measured in units) / positions for T in units[0][1]["kl"]}
+    fidelity = {"positions": positions, "tail": units[0][1]["tail"], "kl": kl}
+    if not drifts:
+        return fidelity
     worse = [
         {"unit": unit, "positions": measured["positions"], "kl": measured["kl"][DRIFT_AT] / measured["positions"]}
         for unit, measured in units
         if measured["positions"] >= DRIFT_POSITIONS
         and measured["kl"][DRIFT_AT] / measured["positions"] > DRIFT_FACTOR * kl[DRIFT_AT]
     ]
-    return {"positions": positions, "kl": kl, "drifting_units": worse}
+    return {**fidelity, "drifting_units": worse}
 
 
 DRIFT_AT = "2"  # temperature

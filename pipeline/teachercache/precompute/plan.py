@@ -67,8 +67,8 @@ class Plan:
         return self.work / "calibration.json"
 
     def calibration(self) -> dict[str, Any] | None:
-        """Which rows the sketch was fitted to and the basis they gave; {} for kinds without, None when it is still due."""
-        if not self.kind.needs_hidden:
+        """Which rows the basis was made from and the basis they gave; {} for kinds without, None when it is still due."""
+        if not self.kind.needs_calibration:
             return {}
         try:
             record = json.loads(self.calibration_file.read_text(encoding="utf-8"))
@@ -146,6 +146,10 @@ def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> Target
     width = getattr(config.get_text_config(), "hidden_size", None)
     if "rank" in settings and width is not None:  # a sketch as wide as the model leaves nothing out
         settings["rank"] = min(settings["rank"], width)
+    if "width" in settings and settings["width"] is None:
+        if width is None:
+            raise RecipeError("the teacher's config.json has no hidden_size; set targets.logits.width")
+        settings["width"] = width
     return target_kind(settings, vocabulary_size=vocabulary_size)
 
 

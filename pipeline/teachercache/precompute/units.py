@@ -24,7 +24,7 @@ from teachercache.precompute.plan import Plan
 from teachercache.precompute.staging import read_unit, salted_hash, sample_file
 from teachercache.shards import write_shard
 from teachercache.shards.manifest import file_info
-from teachercache.targets import HeadSketch
+from teachercache.targets import calibrates
 from teachercache.teacher import Captured, Teacher
 from teachercache.tokens.rows import TokenRow
 
@@ -37,7 +37,7 @@ def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text
 
 
 def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positions_per_batch: int) -> None:
-    """Fit the sketch to rows drawn from the whole corpus by content hash; writes the basis, then the record of it.
+    """Make the basis from rows drawn from the whole corpus by content hash; writes the basis, then the record of it.
 
     At most half of what the drawn documents hold is used, so that rows remain on which fidelity can be measured.
     """
@@ -54,7 +54,7 @@ def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positio
 
 
 def _calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
-    assert isinstance(plan.kind, HeadSketch)
+    assert calibrates(plan.kind)
     documents = read_unit(sample_file(plan.unit_file(0).parent))
     tokenised = tokenise(
         documents, tokenizer=_tokenizer(str(plan.folder / "teacher")), sequence=sequence, store_text=False

@@ -27,7 +27,7 @@ def render_card(manifest: Manifest) -> str:
     if manifest.fidelity:
         divergences = ", ".join(f"{value:.3f} at T = {T}" for T, value in manifest.fidelity["kl"].items())
         measured = f"on {manifest.fidelity['positions']:,} positions while capturing"
-        table["KL(teacher ‖ stored)"] = f"{divergences} nats, measured {measured}"
+        table["KL(teacher ‖ stored)"] = f"{divergences} nats ({manifest.fidelity['tail']} tail), measured {measured}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     return f"""# Teacher cache: {manifest.teacher["model"]}
 

@@ -67,14 +67,16 @@ def describe_row(cache: Cache, row_id: str, *, top: int = 5) -> dict[str, Any]:
 def _describe_target(cache: Cache, stored: StoredRow, position: int, texts: dict[int, str], top: int) -> dict[str, Any]:
     arrays = cache.kind.decoded(stored.targets)
     here = {name: values[position : position + 1] for name, values in arrays.items()}
-    softened = cache.kind.softened(here, 1.0, tail="ghost")
-    ids, probabilities = softened.topk(min(top, softened.head_ids_Nk.shape[1]))
+    softened = cache.kind.softened(here, 1.0, tail=cache.kind.tail_policies[0])
+    ranked = softened.head_ids_Nk.shape[1] if softened.tail is None else cache.kind.vocabulary_size
+    ids, probabilities = softened.topk(min(top, ranked))
     return {
         "actual_log_prob": round(float(here["actual_log_prob"][0]), 4),
         "tail_mass": round(math.exp(softened.tail_log_prob_N[0]), 4),
         "top": [
             {"id": token, "text": texts.get(token, f"<{token}>"), "probability": round(probability, 4)}
             for token, probability in zip(ids[0].tolist(), probabilities[0].tolist(), strict=True)
+            if probability > 0
         ],
     }
 

@@ -3,7 +3,7 @@
 A target *kind* is one file here. It says which columns it stores (`columns`), how they are taken from logits (`capture`
 and `finish`; the only places that meet torch, which enters as an argument), how they become arrays of a batch (`decoded`)
 and how these are a distribution at any temperature (`softened`). `KINDS` is the one place where kinds are dispatched; the
-manifest's `targets` holds the settings that rebuild a kind.
+manifest's `targets` holds the settings that rebuild a kind. kind.py writes down what each provides.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from typing import Any
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.basis import SketchBasis, find_basis
 from teachercache.targets.columns import Column
+from teachercache.targets.full import Full
 from teachercache.targets.head_sketch import HeadSketch
+from teachercache.targets.hidden import Hidden
+from teachercache.targets.kind import CalibratedKind, TargetKind, calibrates
+from teachercache.targets.random_sampling import RandomSampling
 from teachercache.targets.softened import Softened, TailPolicy
 from teachercache.targets.temperature import grid_index
 from teachercache.targets.top_k import TopK
+from teachercache.targets.top_p import TopP
 
-TargetKind = TopK | HeadSketch
-KINDS: dict[str, type[TopK] | type[HeadSketch]] = {TopK.kind: TopK, HeadSketch.kind: HeadSketch}
+_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, Full, Hidden, HeadSketch)
+KINDS = {str(kind.kind): kind for kind in _ALL}
 
 
 def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, folder: Path | None = None) -> TargetKind:
@@ -37,7 +42,7 @@ def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, folder: Pa
             f"(it reads: {', '.join(KINDS)}); install a newer version"
         )
     described = kind.from_settings(settings, vocabulary_size=vocabulary_size)
-    if isinstance(described, TopK) or folder is None:
+    if folder is None or not calibrates(described):
         return described
     path = find_basis(folder)
     if path is None:
@@ -49,13 +54,19 @@ def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, folder: Pa
 
 __all__ = [
     "KINDS",
+    "CalibratedKind",
     "Column",
+    "Full",
     "HeadSketch",
+    "Hidden",
+    "RandomSampling",
     "SketchBasis",
     "Softened",
     "TailPolicy",
     "TargetKind",
     "TopK",
+    "TopP",
+    "calibrates",
     "find_basis",
     "grid_index",
     "target_kind",

@@ -11,6 +11,9 @@ vocabulary: one quantisation step costs the same logit error in each direction.
 What quantisation loses shows as a bias per token, different at each temperature: `bias(T) = constant + slope / T`, fitted
 by matching each token's mean probability outside the head.
 
+Kind `hidden` stores h itself: its directions are the channels, r = D, and its basis is W. It has no biases, and ranks and
+weights, which serve heads, are empty.
+
 Shapes: V vocabulary, D width of h, r directions, F features, G nodes of the tail.
 """
 
@@ -27,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
+from teachercache.targets.softened import SketchTail
 
 Array = NDArray[Any]
 PREFIX = "sketch-"
@@ -37,8 +41,8 @@ class SketchBasis:
     """Arrays of one basis. `mean` and `analysis` serve capture alone, the others reading."""
 
     mean_D: Array  # float32
-    analysis_Dr: Array  # float32: coefficients = (h - mean) · analysis
-    basis_Vr: Array  # float16
+    analysis_Dr: Array  # float32: coefficients = (h - mean) · analysis; of kind hidden [D]: a factor for each channel
+    basis_Vr: Array  # float16; of kind hidden float32 where the steps are finer than float16's rounding
     base_V: Array  # float32
     bias_constant_V: Array  # float16, in units of logit / T
     bias_slope_V: Array  # float16, likewise, times 1 / T
@@ -64,9 +68,24 @@ class SketchBasis:
         ranks_V[self.token_of_rank_V] = np.arange(self.vocabulary_size, dtype=np.uint32)
         return ranks_V
 
-    def bias_V(self, temperature: float) -> Array:
-        """What is added to logit / T, float32."""
-        return self.bias_constant_V.astype(np.float32) + self.bias_slope_V.astype(np.float32) / np.float32(temperature)
+    def tail(self, coefficients_Nr: Any, temperature: float) -> SketchTail:
+        """The logits of N positions at a temperature, from coefficients of numpy's or torch's, on any device."""
+        basis_Vr, base_V, constant_V, slope_V = self._reading_arrays(coefficients_Nr)
+        bias_V = constant_V + slope_V / temperature
+        if self.softcap is not None:
+            return SketchTail(coefficients_Nr, basis_Vr, base_V, self.softcap, temperature, bias_V)
+        return SketchTail(coefficients_Nr / temperature, basis_Vr, base_V / temperature + bias_V)
+
+    def _reading_arrays(self, like: Any) -> tuple[Any, Any, Any, Any]:
+        """Basis, base and the two biases with the type, module and device of an array; made once for each."""
+        key = ("numpy", str(like.dtype)) if isinstance(like, np.ndarray) else (str(like.device), str(like.dtype))
+        if key not in self.copies:
+            arrays = (self.basis_Vr, self.base_V, self.bias_constant_V, self.bias_slope_V)
+            if isinstance(like, np.ndarray):
+                self.copies[key] = tuple(array.astype(like.dtype) for array in arrays)
+            else:
+                self.copies[key] = tuple(like.new_tensor(array.astype(np.float32)) for array in arrays)
+        return self.copies[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "copies": {}}

@@ -5,10 +5,14 @@ disk it is one binary value per row; its codec stands in the schema metadata, so
 
     plain/1   little-endian elements in C order, [positions, *shape]
     pco/1     integers, entropy-coded: see pco.py; its tables stand in the schema metadata, once a shard
+
+A *ragged* column has as many entries as its row needs, position after position without padding; another column says how
+many belong to each (ragged.py). Under `pco/1` their number stands before a row's pages, as a uint32.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -39,6 +43,7 @@ class Column:
     codec: str = PLAIN
     every: int = 1
     groups: tuple[int, ...] = ()
+    ragged: bool = False
 
     @property
     def position_bytes(self) -> float:
@@ -62,7 +67,10 @@ class Column:
         if self.codec == PLAIN:
             return b"", [np.ascontiguousarray(values_N, dtype=self.dtype).tobytes() for values_N in arrays]
         flat = [np.asarray(values_N, dtype=self.dtype).reshape(len(values_N), self.width) for values_N in arrays]
-        return pco.encode(flat, self.groups)
+        tables, pages = pco.encode(flat, self.groups)
+        if self.ragged:
+            pages = [struct.pack("<I", len(values_N)) + page for values_N, page in zip(arrays, pages, strict=True)]
+        return tables, pages
 
     def decoder(self, tables: bytes = b"") -> Decoder:
         """How the bytes of a row become a read-only array; raises `CacheDamaged` for bytes that do not fit."""
@@ -70,8 +78,9 @@ class Column:
 
     def _decode_plain(self, data: Any, positions: int) -> NDArray[Any]:
         """Shares the memory of `data`."""
-        entries, held = self.entries(positions), memoryview(data).nbytes
-        if held != entries * self.width * np.dtype(self.dtype).itemsize:
+        held, entry_bytes = memoryview(data).nbytes, self.width * np.dtype(self.dtype).itemsize
+        entries = held // entry_bytes if self.ragged else self.entries(positions)
+        if held != entries * entry_bytes:
             raise CacheDamaged(
                 f"column {self.name}: {held} bytes for {positions} positions of {self.position_bytes:g} bytes"
             )
@@ -81,8 +90,12 @@ class Column:
         decoder = pco.Decoder(tables, self.groups, self.dtype, name=self.name)
 
         def decode(data: Any, positions: int) -> NDArray[Any]:
-            entries = self.entries(positions)
-            return decoder.decode(memoryview(data), entries).reshape(entries, *self.shape)
+            pages, entries = memoryview(data), self.entries(positions)
+            if self.ragged:
+                if len(pages) < 4:
+                    raise CacheDamaged(f"column {self.name}: a row does not say how many entries it has")
+                (entries,), pages = struct.unpack_from("<I", pages), pages[4:]
+            return decoder.decode(pages, entries).reshape(entries, *self.shape)
 
         return decode
 
@@ -93,6 +106,8 @@ class Column:
             metadata["every"] = self.every
         if self.groups:
             metadata["groups"] = list(self.groups)
+        if self.ragged:
+            metadata["ragged"] = True
         return metadata
 
     @classmethod
@@ -103,4 +118,5 @@ class Column:
                 f"column {name} is coded as {metadata['codec']!r}; this version reads {' and '.join(CODECS)}"
             )
         groups, every = tuple(metadata.get("groups", ())), metadata.get("every", 1)
-        return cls(name, metadata["dtype"], tuple(metadata["shape"]), metadata["codec"], every, groups)
+        shape, ragged = tuple(metadata["shape"]), metadata.get("ragged", False)
+        return cls(name, metadata["dtype"], shape, metadata["codec"], every, groups, ragged)

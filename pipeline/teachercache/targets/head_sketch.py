@@ -32,7 +32,7 @@ from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.columns import Column
 from teachercache.targets.pco import NAME as PCO
-from teachercache.targets.softened import SketchTail, Softened, TailPolicy, UniformTail
+from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.tail import NODES, decode_nodes, node_sums, quantise_nodes, tail_at
 
 HEAD_STEP = 1 / 32  # of a logit
@@ -51,6 +51,7 @@ class HeadSketch:
 
     kind = "head+sketch"
     needs_hidden = True
+    needs_calibration = True
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("sketch", "ghost", "uniform", "renormalise")
 
     k: int
@@ -109,7 +110,9 @@ class HeadSketch:
 
     # ------------------------------------------------------------------ capture
 
-    def capture(self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any) -> dict[str, Array]:
+    def capture(
+        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+    ) -> dict[str, Array]:
         """What is taken of N positions while their logits are at hand; `finish` turns a row of it into columns.
 
         `logits_NV` are float32 [N, V >= vocabulary], overwritten; `hidden_ND` is what entered the output layer.
@@ -205,29 +208,9 @@ class HeadSketch:
             return softened.renormalised()
         if tail == "uniform":
             return softened.with_tail(UniformTail(self.vocabulary_size, scaled_Nk))
-        return (
-            softened.with_tail(self._sketch_tail(arrays["coefficients"], temperature)) if tail == "sketch" else softened
-        )
-
-    def _sketch_tail(self, coefficients_Nr: Any, temperature: float) -> SketchTail:
-        basis_Vr, base_V, constant_V, slope_V = self._reading_arrays(coefficients_Nr)
-        bias_V = constant_V + slope_V / temperature
-        softcap = self._basis().softcap
-        if softcap is not None:
-            return SketchTail(coefficients_Nr, basis_Vr, base_V, softcap, temperature, bias_V)
-        return SketchTail(coefficients_Nr / temperature, basis_Vr, base_V / temperature + bias_V)
-
-    def _reading_arrays(self, like: Any) -> tuple[Any, Any, Any, Any]:
-        """Basis, base and the two biases with the type, module and device of an array; made once for each."""
-        basis = self._basis()
-        key = ("numpy", str(like.dtype)) if isinstance(like, np.ndarray) else (str(like.device), str(like.dtype))
-        if key not in basis.copies:
-            arrays = (basis.basis_Vr, basis.base_V, basis.bias_constant_V, basis.bias_slope_V)
-            if isinstance(like, np.ndarray):
-                basis.copies[key] = tuple(array.astype(like.dtype) for array in arrays)
-            else:
-                basis.copies[key] = tuple(like.new_tensor(array.astype(np.float32)) for array in arrays)
-        return basis.copies[key]
+        if tail == "sketch":
+            return softened.with_tail(self._basis().tail(arrays["coefficients"], temperature))
+        return softened
 
     def _basis(self) -> SketchBasis:
         if self.basis is None:

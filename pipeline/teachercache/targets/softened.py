@@ -76,7 +76,8 @@ class SketchTail:
 class Softened:
     """Probabilities of N positions at one temperature. Σ exp(head) + exp(tail) = 1; -inf stands for no mass.
 
-    The ids of a position are distinct. `tail` is None under the policies `ghost` and `renormalise`.
+    `tail` is None under the policies `ghost` and `renormalise`. The ids of a position are distinct; one with fewer than
+    k tokens is filled up with *padding*: its first id again, with log-probability -inf.
     """
 
     head_ids_Nk: Any
@@ -90,17 +91,17 @@ class Softened:
     def topk(self, k: int) -> tuple[Any, Any]:
         """The teacher's top-k temperature-softened probabilities: ids [N, k] and probabilities [N, k], largest first.
 
-        Probabilities are of the whole distribution, not scaled to one. Raises `ValueError` when the head holds fewer.
+        Probabilities are of the whole distribution, not scaled to one. Beyond the head they come from `dense`; raises
+        `ValueError` where that is a bucket.
         """
         if k > self.head_ids_Nk.shape[1]:
+            if self.tail is not None:
+                return _largest(self.dense(), k)
             raise ValueError(f"the head holds {self.head_ids_Nk.shape[1]} tokens, {k} were asked for")
-        xp = _module(self.head_log_prob_Nk)
-        if xp is np:
-            order_Nk = np.argsort(-self.head_log_prob_Nk, axis=-1, kind="stable")[:, :k]
-            take = np.take_along_axis
-            return take(self.head_ids_Nk, order_Nk, 1), np.exp(take(self.head_log_prob_Nk, order_Nk, 1))
-        log_prob_Nk, order_Nk = self.head_log_prob_Nk.topk(k, dim=-1)
-        return self.head_ids_Nk.gather(1, order_Nk), log_prob_Nk.exp()
+        order_Nk, probabilities_Nk = _largest(self.head_log_prob_Nk, k)
+        if isinstance(order_Nk, np.ndarray):
+            return np.take_along_axis(self.head_ids_Nk, order_Nk, 1), probabilities_Nk
+        return self.head_ids_Nk.gather(1, order_Nk), probabilities_Nk
 
     def renormalised(self) -> Softened:
         """The head alone, scaled to mass one."""
@@ -122,9 +123,10 @@ class Softened:
         xp = _module(self.head_log_prob_Nk)
         ids_Ck = self.head_ids_Nk[part]
         log_prob_CV = self.tail.logits(part, xp)
-        _put(log_prob_CV, ids_Ck, -math.inf)
-        log_prob_CV += (self.tail_log_prob_N[part, None]) - _logsumexp(log_prob_CV)
-        _put(log_prob_CV, ids_Ck, self.head_log_prob_Nk[part])
+        _rule_out(log_prob_CV, ids_Ck)
+        with np.errstate(divide="ignore", invalid="ignore"):  # an empty tail's shares, all of which are overwritten
+            log_prob_CV += (self.tail_log_prob_N[part, None]) - _logsumexp(log_prob_CV)
+        put_head(log_prob_CV, ids_Ck, self.head_log_prob_Nk[part])
         return log_prob_CV
 
 
@@ -141,10 +143,25 @@ def _logsumexp(values_NV: Any) -> Any:
     return largest_N1 + np.log(np.exp(values_NV - largest_N1).sum(-1, keepdims=True))
 
 
-def _put(array_NV: Any, ids_Nk: Any, values: Any) -> None:
-    if isinstance(array_NV, np.ndarray):
-        np.put_along_axis(array_NV, ids_Nk.astype(np.int64), values, axis=1)
-    elif isinstance(values, float):
-        array_NV.scatter_(1, ids_Nk, values)
+def _largest(log_prob_NA: Any, k: int) -> tuple[Any, Any]:
+    """Indices of the k largest, largest first, and their probabilities."""
+    if isinstance(log_prob_NA, np.ndarray):
+        order_Nk = np.argsort(-log_prob_NA, axis=-1, kind="stable")[:, :k]
+        return order_Nk, np.exp(np.take_along_axis(log_prob_NA, order_Nk, 1))
+    largest_Nk, order_Nk = log_prob_NA.topk(k, dim=-1)
+    return order_Nk, largest_Nk.exp()
+
+
+def put_head(array_NV: Any, ids_Nk: Any, log_prob_Nk: Any) -> None:
+    """Write the head's log-probabilities to their tokens, in place; padding writes nothing."""
+    if isinstance(array_NV, np.ndarray):  # the last of equal indices wins: the first of the head, not its padding
+        np.put_along_axis(array_NV, ids_Nk[:, ::-1].astype(np.int64), log_prob_Nk[:, ::-1], axis=1)
     else:
-        array_NV.scatter_(1, ids_Nk, values.to(array_NV.dtype))
+        array_NV.scatter_reduce_(1, ids_Nk, log_prob_Nk.to(array_NV.dtype), "amax", include_self=False)
+
+
+def _rule_out(array_NV: Any, ids_Nk: Any) -> None:
+    if isinstance(array_NV, np.ndarray):
+        np.put_along_axis(array_NV, ids_Nk.astype(np.int64), -math.inf, axis=1)
+    else:
+        array_NV.scatter_(1, ids_Nk, -math.inf)

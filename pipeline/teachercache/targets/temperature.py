@@ -32,6 +32,12 @@ def grid_index(grid: Sequence[float], temperature: float) -> int:
     )
 
 
+def check_positive(temperature: float) -> None:
+    """For kinds that are read at any temperature: raises `CacheError` for T <= 0."""
+    if not temperature > 0:
+        raise CacheError(f"temperature {temperature:g} is not positive; use T > 0")
+
+
 def softened(
     head_logits_Nk: Any, tail_log_partition_NG: Any, grid: Sequence[float], temperature: float, xp: Any = np
 ) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ class TopK:
 
     kind = "top-k"
     needs_hidden = False
+    needs_calibration = False
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
 
     k: int
@@ -70,7 +71,9 @@ class TopK:
         """Raise `CacheError` when the cache does not hold this temperature."""
         grid_index(self.temperatures, temperature)
 
-    def capture(self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None) -> dict[str, NDArray[Any]]:
+    def capture(
+        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+    ) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
 
         Call it with blocks that fit a processor's cache (about a hundred positions): at 49k tokens the four
@@ -82,7 +85,7 @@ class TopK:
         largest_N1 = head_Nk[:, :1].clone()
         actual_N = logits_NV.gather(1, labels_N[:, None]) - largest_N1
         logits_NV.sub_(largest_N1)
-        tail_NG = _tail_log_partition(torch, logits_NV, ids_Nk, self.temperatures)
+        tail_NG = tail_log_partition(torch, logits_NV, ids_Nk, self.temperatures)
         head_Nk = head_Nk - largest_N1
         log_z_N = torch.logaddexp(head_Nk.exp().sum(-1).log(), tail_NG[:, self.temperatures.index(1.0)])
         taken = (ids_Nk, head_Nk, tail_NG, actual_N[:, 0] - log_z_N)
@@ -137,7 +140,7 @@ class TopK:
         return distribution.with_tail(UniformTail(self.vocabulary_size, head_Nk)) if tail == "uniform" else distribution
 
 
-def _tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatures: Sequence[float]) -> Any:
+def tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatures: Sequence[float]) -> Any:
     """log Σ exp(z / T) over tokens outside the head, for each T: [N, G]. Expects logits relative to the largest.
 
     From the highest temperature down: where one is half of the one before, exp(z / T) is the square of what is at hand.

@@ -1,7 +1,8 @@
-"""Calibration: a sketch basis from the teacher's hidden states on a sample of the corpus.
+"""Calibration: a basis from the teacher's hidden states on a sample of the corpus.
 
-Everything follows from the sample, in a fixed order: mean and covariance of h, directions, ranks of frequency, weights that
-predict the tail's nodes, and biases that make each token's mean probability outside the head right after quantisation.
+Of a sketch everything follows from the sample, in a fixed order: mean and covariance of h, directions, ranks of frequency,
+weights that predict the tail's nodes, and biases that make each token's mean probability outside the head right after
+quantisation.
 
 Shapes: N positions, V vocabulary, D width, r rank, k head, G nodes.
 """
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from teachercache.errors import ModelError
+from teachercache.targets import CalibratedKind
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
+from teachercache.targets.hidden import Hidden
 from teachercache.targets.tail import fit_node_weights, node_sums
 from teachercache.teacher.output_layer import OutputLayer
 
@@ -26,12 +29,52 @@ BIAS_TEMPERATURES = (1.0, 4.0)
 BIAS_ITERATIONS = 2
 LARGEST_BIAS = 3.0
 LEAST_MASS = 2e-7  # added to mean probabilities: a token seldom outside the head has no bias to speak of
+FINEST_WITH_HALF = 1 / 256  # step of kind hidden down to which its rounding outweighs float16's by ten
 BLOCK = 256
 
 
 @torch.inference_mode()
-def calibrate(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> HeadSketch:
-    """The kind with its basis, from h at the positions of each sampled row, [N, D].
+def calibrate(kind: CalibratedKind, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> CalibratedKind:
+    """The kind with its basis, from h at the positions of each sampled row, [N, D]. Raises `ModelError`."""
+    if isinstance(kind, Hidden):
+        return keep_output_layer(kind, layer, rows_hidden_ND)
+    assert isinstance(kind, HeadSketch)
+    return fit_sketch(kind, layer, rows_hidden_ND)
+
+
+def keep_output_layer(kind: Hidden, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> Hidden:
+    """The kind with the teacher's output matrix, in units of each channel's spread in the sample.
+
+    Raises `ModelError` when the layer has another width than the settings say.
+    """
+    width = layer.weight_VD.shape[1]
+    if kind.width != width:
+        raise ModelError(
+            f"targets.logits.width is {kind.width}, but the teacher's output layer is {width} wide; set it to {width}"
+        )
+    hidden_ND = torch.cat([rows.float() for rows in rows_hidden_ND])
+    mean_D, spread_D = hidden_ND.mean(0), hidden_ND.std(0, correction=0)
+    # A power of two moves no bit of the matrix. A channel that never varies keeps its unit.
+    unit_D = torch.where(spread_D > 0, spread_D, 1.0).log2().round().exp2()
+    basis_VD = layer.weight_VD * unit_D
+    fits_half = kind.step >= FINEST_WITH_HALF and float(basis_VD.abs().max()) < torch.finfo(torch.float16).max
+    nothing_V = np.zeros(len(basis_VD), dtype=np.float16)
+    basis = SketchBasis(
+        mean_D=mean_D.cpu().numpy(),
+        analysis_Dr=(1 / unit_D).cpu().numpy(),
+        basis_Vr=_half(basis_VD) if fits_half else basis_VD.cpu().numpy(),
+        base_V=(layer.weight_VD @ mean_D + layer.bias_V).cpu().numpy(),
+        bias_constant_V=nothing_V,
+        bias_slope_V=nothing_V,
+        token_of_rank_V=np.zeros(0, dtype=np.uint32),
+        tail_weights_GF=np.zeros((0, 0), dtype=np.float32),
+        softcap=layer.softcap,
+    )
+    return kind.with_basis(basis)
+
+
+def fit_sketch(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> HeadSketch:
+    """The kind with a basis fitted to the sample.
 
     Raises `ModelError` when the sample holds fewer positions than the basis has directions.
     """

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
 from teachercache.models import isolates_packed_segments, load_causal_lm, model_inputs
-from teachercache.targets import HeadSketch, TargetKind
+from teachercache.targets import CalibratedKind, TargetKind, calibrates
+from teachercache.targets.draws import position_seeds
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift
@@ -87,20 +88,20 @@ class Teacher:
                 captured[index] = result
         return [result for result in captured if result is not None]
 
-    def calibrate(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> HeadSketch:
-        """The kind with a basis fitted to a sample of rows; from here on this teacher captures with it.
+    def calibrate(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> CalibratedKind:
+        """The kind with a basis made from a sample of rows; from here on this teacher captures with it.
 
-        Raises `ModelError` when a sketch cannot rebuild this model's logits, or the sample is too small.
+        Raises `ModelError` when no basis can rebuild this model's logits, or the sample is too small.
         """
-        assert isinstance(self.kind, HeadSketch)
+        assert calibrates(self.kind)
         layer = OutputLayer.of(self.model, vocabulary_size=self.kind.vocabulary_size)
         hidden: list[Any] = [None] * len(rows)
         for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
             for index, values_ND in zip(batch, self._hidden([rows[index] for index in batch]), strict=True):
                 hidden[index] = values_ND
-        self.kind = calibrate(self.kind, layer, hidden)
-        self.drift = Drift(self.kind)
-        return self.kind
+        calibrated = self.kind = calibrate(self.kind, layer, hidden)
+        self.drift = Drift(calibrated)
+        return calibrated
 
     @torch.inference_mode()
     def _hidden(self, rows: list[TokenRow]) -> Sequence[Any]:
@@ -131,10 +132,12 @@ class Teacher:
     @torch.inference_mode()
     def _forward(self, rows: list[TokenRow]) -> list[Captured]:
         inputs, index_N, labels_N = self._inputs(rows)
+        seeds_N = np.concatenate([position_seeds(row.row_id, row.positions) for row in rows])
         parts = []
         for start, logits_nV, hidden_nD in self._logit_blocks(inputs, index_N):
             self.drift.sample(start, logits_nV)
-            parts.append(self.kind.capture(torch, logits_nV, labels_N[start : start + len(logits_nV)], hidden_nD))
+            part = slice(start, start + len(logits_nV))
+            parts.append(self.kind.capture(torch, logits_nV, labels_N[part], hidden_nD, seeds_N[part]))
         captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         ends = np.cumsum([row.positions for row in rows])[:-1]
         split = {name: np.split(values, ends) for name, values in captured.items()}

@@ -149,6 +149,9 @@ class HeadSketchConfig(Section):
         0, ge=1, validate_default=False, description="directions of the sketch; a narrower model takes its width"
     )
     step: float = Field(0.0, gt=0, validate_default=False, description="quantisation step in logits; smaller = larger")
+    target_kl: float | None = Field(
+        None, gt=0, description="instead of a step: the coarsest whose KL(teacher ‖ stored) is at most this, in nats"
+    )
     calibration_positions: int = Field(
         16384, ge=64, description="positions that the sketch is fitted to, drawn from the whole corpus by content hash"
     )

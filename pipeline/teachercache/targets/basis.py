@@ -34,6 +34,7 @@ from teachercache.targets.softened import SketchTail
 
 Array = NDArray[Any]
 PREFIX = "sketch-"
+METADATA_KEY = "teachercache-sketch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,7 @@ class SketchBasis:
     token_of_rank_V: Array  # uint32: tokens, the most frequent in heads first
     tail_weights_GF: Array  # float32: linear prediction of the tail's nodes, see tail.py
     softcap: float | None = None
+    step: float | None = None  # where calibration chose it
     copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of the reading arrays: by type and device
 
     @property
@@ -94,11 +96,12 @@ class SketchBasis:
         """Write it as safetensors, named by its content; returns the path."""
         from safetensors.numpy import save
 
-        names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "copies")]
+        names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "step", "copies")]
         arrays = {name: getattr(self, name) for name in names}
+        # One key: safetensors writes several in an order that differs from call to call.
         data = save(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            metadata={"format": "teachercache-sketch/1", "softcap": json.dumps(self.softcap)},
+            metadata={METADATA_KEY: json.dumps({"version": 1, "softcap": self.softcap, "step": self.step})},
         )
         path = folder / f"{PREFIX}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         temporary = path.with_suffix(".tmp")
@@ -114,8 +117,8 @@ class SketchBasis:
         try:
             with safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                softcap = json.loads((file.metadata() or {})["softcap"])
-            return cls(**arrays, softcap=softcap)
+                described = json.loads((file.metadata() or {})[METADATA_KEY])
+            return cls(**arrays, softcap=described["softcap"], step=described["step"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CacheDamaged(f"{path} is no sketch basis ({error}); fetch the cache again") from None
 

@@ -59,6 +59,7 @@ class HeadSketch:
     step: float
     vocabulary_size: int
     calibration_positions: int
+    target_kl: float | None = None  # calibration chooses the step by it
     basis: SketchBasis | None = None
 
     @classmethod
@@ -76,15 +77,25 @@ class HeadSketch:
                 f"the sketch basis has {basis.rank} directions for {basis.vocabulary_size} tokens, the manifest says "
                 f"{settings['rank']} for {vocabulary_size}; fetch the cache again"
             )
-        names = ("k", "rank", "step", "calibration_positions")
-        return cls(**{name: settings[name] for name in names}, vocabulary_size=vocabulary_size, basis=basis)
+        step = settings["step"] if basis is None or basis.step is None else basis.step
+        return cls(
+            k=settings["k"],
+            rank=settings["rank"],
+            step=step,
+            vocabulary_size=vocabulary_size,
+            calibration_positions=settings["calibration_positions"],
+            target_kl=settings.get("target_kl"),
+            basis=basis,
+        )
 
     def settings(self) -> dict[str, Any]:
         """What the manifest keeps."""
-        return {
+        settings: dict[str, Any] = {
             "kind": self.kind, "k": self.k, "rank": self.rank, "step": self.step,
             "calibration_positions": self.calibration_positions,
         }  # fmt: skip
+        # The step that a target leads to is known after calibration: it stands with the basis.
+        return settings if self.target_kl is None else {**settings, "step": None, "target_kl": self.target_kl}
 
     def with_basis(self, basis: SketchBasis) -> HeadSketch:
         """The kind, ready to capture and to read."""
@@ -92,7 +103,8 @@ class HeadSketch:
 
     def describe(self) -> str:
         """One line for people."""
-        return f"{self.k} largest logits, and a sketch of the others (rank {self.rank}, step {self.step:g}): any T >= 1"
+        step = f"step {self.step:g}" if self.target_kl is None else f"KL of at most {self.target_kl:g} nats"
+        return f"{self.k} largest logits, and a sketch of the others (rank {self.rank}, {step}): any T >= 1"
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -23,6 +23,7 @@ from teachercache.targets.basis import SketchBasis
 from teachercache.targets.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
 from teachercache.targets.hidden import Hidden
 from teachercache.targets.tail import fit_node_weights, node_sums
+from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer
 
 BIAS_TEMPERATURES = (1.0, 4.0)
@@ -30,6 +31,9 @@ BIAS_ITERATIONS = 2
 LARGEST_BIAS = 3.0
 LEAST_MASS = 2e-7  # added to mean probabilities: a token seldom outside the head has no bias to speak of
 FINEST_WITH_HALF = 1 / 256  # step of kind hidden down to which its rounding outweighs float16's by ten
+STEPS = (0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.13, 0.1, 0.08, 0.064, 0.05, 0.04, 0.03, 0.02)
+STEP_TEMPERATURES = (1.0, 2.0)
+STEP_POSITIONS = 1024  # of the sample, on which a step's KL is measured
 BLOCK = 256
 
 
@@ -92,9 +96,46 @@ def fit_sketch(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Te
     basis = _directions(kind, layer, hidden_ND)
     sample = _Sample(kind, layer, hidden_ND)
     basis = replace(basis, token_of_rank_V=sample.token_of_rank_V, tail_weights_GF=sample.tail_weights_GF)
+    if kind.target_kl is not None:
+        basis = replace(basis, step=_coarsest_step(kind, basis, layer, rows_hidden_ND))
+        kind = kind.with_basis(basis)
     coefficients_Nr = _quantised(kind, basis, rows_hidden_ND).to(hidden_ND.device)
     constant_V, slope_V = _biases(basis, sample, coefficients_Nr)
     return kind.with_basis(replace(basis, bias_constant_V=_half(constant_V), bias_slope_V=_half(slope_V)))
+
+
+def _coarsest_step(kind: HeadSketch, basis: SketchBasis, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> float:
+    """The first of `STEPS` whose KL, at the worst of `STEP_TEMPERATURES`, is within the target; biases still at zero.
+
+    Raises `ModelError`, with what can be had, when the finest misses it.
+    """
+    assert kind.target_kl is not None
+    count = int(np.searchsorted(np.cumsum([len(rows) for rows in rows_hidden_ND]), STEP_POSITIONS)) + 1
+    divergence = float("inf")
+    for step in STEPS:
+        candidate = kind.with_basis(replace(basis, step=step))
+        divergence = _divergence(candidate, layer, rows_hidden_ND[:count])
+        if divergence <= kind.target_kl:
+            return step
+    raise ModelError(
+        f"targets.logits.target_kl is {kind.target_kl:g}, but even a step of {STEPS[-1]:g} leaves {divergence:.3g} nats with "
+        f"k = {kind.k} and rank = {kind.rank}; raise rank or k, or the target"
+    )
+
+
+def _divergence(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> float:
+    sums, positions = dict.fromkeys(STEP_TEMPERATURES, 0.0), 0
+    for hidden_ND in rows_hidden_ND:
+        logits_NV = layer.logits(hidden_ND.float())
+        labels_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
+        arrays = kind.decoded(kind.finish(kind.capture(torch, logits_NV.clone(), labels_N, hidden_ND)))
+        tensors = {name: torch.from_numpy(values).to(logits_NV.device) for name, values in arrays.items()}
+        tensors["head_ids"] = tensors["head_ids"].long()
+        for temperature in STEP_TEMPERATURES:
+            stored_NV = kind.softened(tensors, temperature, tail="sketch", xp=torch).dense()
+            sums[temperature] += float(kl_divergence(logits_NV / temperature, stored_NV).sum())
+        positions += len(hidden_ND)
+    return max(sums.values()) / positions
 
 
 def _directions(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> SketchBasis:

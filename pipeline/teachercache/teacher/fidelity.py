@@ -49,22 +49,25 @@ class Drift:
     def measure(self, rows: Sequence[Mapping[str, Any] | None], positions: Sequence[int]) -> None:
         """Compare the kept logits with the finished columns of the batch's rows (None: quarantined)."""
         starts = np.cumsum([0, *positions])
-        for position, logits_V in self._logits:
-            index = int(np.searchsorted(starts, position, side="right")) - 1
-            columns = rows[index]
-            if columns is not None:
-                self._add(columns, position - int(starts[index]), logits_V)
+        owners = [int(np.searchsorted(starts, position, side="right")) - 1 for position, _ in self._logits]
+        decoded = {index: self.kind.decoded(rows[index] or {}) for index in set(owners) if rows[index] is not None}
+        kept = [(*sampled, index) for sampled, index in zip(self._logits, owners, strict=True) if index in decoded]
         self._logits = []
+        if not kept:
+            return
+        here = [(decoded[index], position - int(starts[index])) for position, _, index in kept]
+        arrays = {name: np.stack([row[name][at] for row, at in here]) for name in here[0][0]}
+        self._add(arrays, torch.stack([logits_V for _, logits_V, _ in kept]))
 
-    def _add(self, columns: Mapping[str, Any], position: int, logits_V: Tensor) -> None:
+    def _add(self, arrays: Mapping[str, Any], logits_NV: Tensor) -> None:
+        """All of a batch at once: what is stored is expanded by one matmul, whose matrix is read once."""
         assert self._tail is not None
-        arrays = {name: values[position : position + 1] for name, values in self.kind.decoded(columns).items()}
-        tensors = {name: torch.from_numpy(values).to(logits_V.device) for name, values in arrays.items()}
+        tensors = {name: torch.from_numpy(values).to(logits_NV.device) for name, values in arrays.items()}
         tensors = {name: values.long() if values.dtype == torch.int32 else values for name, values in tensors.items()}
         for temperature in self._temperatures:
-            stored_V = self.kind.softened(tensors, temperature, tail=self._tail, xp=torch).dense()[0]
-            self._sums[temperature] += kl_divergence(logits_V / temperature, stored_V)
-        self._positions += 1
+            stored_NV = self.kind.softened(tensors, temperature, tail=self._tail, xp=torch).dense()
+            self._sums[temperature] += float(kl_divergence(logits_NV / temperature, stored_NV).sum())
+        self._positions += len(logits_NV)
 
     def result(self) -> dict[str, Any]:
         """`positions` measured, the `tail` policy, and sums of KL in nats by temperature; empty when nothing was measured."""
@@ -74,10 +77,10 @@ class Drift:
         return {"positions": self._positions, "tail": self._tail, "kl": kl}
 
 
-def kl_divergence(logits_V: Tensor, log_prob_V: Tensor) -> float:
-    """KL(softmax(logits) ‖ p) in nats, 0 log 0 = 0."""
-    exact_V = torch.log_softmax(logits_V.double(), dim=-1)
-    return float((exact_V.exp() * (exact_V - log_prob_V.double())).nan_to_num(0.0, posinf=torch.inf).sum())
+def kl_divergence(logits_NV: Tensor, log_prob_NV: Tensor) -> Tensor:
+    """KL(softmax(logits) ‖ p) in nats, float64 [N], 0 log 0 = 0."""
+    exact_NV = torch.log_softmax(logits_NV.double(), dim=-1)
+    return (exact_NV.exp() * (exact_NV - log_prob_NV.double())).nan_to_num(0.0, posinf=torch.inf).sum(-1)
 
 
 def _holds(kind: TargetKind, temperature: float) -> bool:

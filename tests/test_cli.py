@@ -233,8 +233,13 @@ def test_overrides_reach_any_depth(tmp_path):
         ("just words", "must be a mapping"),
         ("teacher: {model: m}", "`cache` is missing"),
         ("cache: c\ntrain: {output: o, global_batch: 5, micro_batch: 2}", "multiple of micro_batch"),
-        ("cache: c\ntargets: {logits: {temperatures: [2, 4]}}", "must hold 1"),
-        ("cache: c\ntargets: {logits: {temperatures: [2, 1]}}", "must rise"),
+        ("cache: c\ntargets: {logits: {kind: top-k, temperatures: [2, 4]}}", "must hold 1"),
+        ("cache: c\ntargets: {logits: {kind: top-k, temperatures: [2, 1]}}", "must rise"),
+        (
+            "cache: c\ntargets: {logits: {temperatures: [1, 2]}}",
+            "unknown key `targets.logits.temperatures`; valid keys: kind",
+        ),
+        ("cache: c\ntargets: {logits: {kind: top-q}}", "targets.logits"),
         ("cache: c\ncorpus: {source: s, held_out: 1.5}", "less than 1"),
     ],
 )

@@ -178,6 +178,7 @@ LogitsConfig = Annotated[
     | Annotated[HiddenConfig, Tag("hidden")],
     Discriminator(_kind_of),
 ]
+TARGET_KINDS = ("head+sketch", "top-k", "top-p", "random-sampling", "full", "hidden")
 
 
 class TargetsConfig(Section):
@@ -342,7 +343,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Any) -> str:
-    location = ".".join(str(part) for part in item["loc"])
+    # A kind of targets is a step of its own in pydantic's path, and no key of the recipe.
+    location = ".".join(str(part) for part in item["loc"] if part not in TARGET_KINDS)
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
         valid = _keys_at([str(part) for part in parents])

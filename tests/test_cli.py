@@ -240,6 +240,7 @@ def test_overrides_reach_any_depth(tmp_path):
             "unknown key `targets.logits.temperatures`; valid keys: kind",
         ),
         ("cache: c\ntargets: {logits: {kind: top-q}}", "targets.logits"),
+        ("cache: c\ntargets: {logits: top-k}", "targets.logits"),
         ("cache: c\ncorpus: {source: s, held_out: 1.5}", "less than 1"),
     ],
 )

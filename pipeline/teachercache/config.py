@@ -164,7 +164,7 @@ class HeadSketchConfig(Section):
 
 
 def _kind_of(values: Any) -> str:
-    kind = values.get("kind", "head+sketch") if isinstance(values, dict) else values.kind
+    kind = values.get("kind", "head+sketch") if isinstance(values, dict) else getattr(values, "kind", "head+sketch")
     return str(kind)
 
 

@@ -61,14 +61,12 @@ def test_the_usual_top_k_points_elsewhere_at_higher_temperatures(tmp_path: Path,
 
 def test_rows_that_calibration_saw_are_never_measured(tmp_path: Path, teacher: Path) -> None:
     cache = made(tmp_path, teacher, {**SKETCH, "step": 0.2})
-    seen = set(cache.manifest.calibration["rows"])
-    everything = sum(cache.rows_of(split) for split in ("train", "held-out"))
-    assert run_fidelity(cache, teacher=str(teacher), rows=10**6)["rows"] == everything - len(seen)
-    cache.manifest.calibration["rows"] = [
-        cache.read_row(split, index).row.row_id
-        for split in ("train", "held-out")
-        for index in range(cache.rows_of(split))
-    ]
+    seen = set(cache.manifest.calibration["sources"])
+    places = [(split, index) for split in ("train", "held-out") for index in range(cache.rows_of(split))]
+    rows = [cache.read_row(*place).row for place in places]
+    fresh = [row for row in rows if not seen & {segment.source_id for segment in row.segments}]
+    assert run_fidelity(cache, teacher=str(teacher), rows=10**6)["rows"] == len(fresh) < len(rows)
+    cache.manifest.calibration["sources"] = [segment.source_id for row in rows for segment in row.segments]
     with pytest.raises(CacheError, match="none is left to measure it on"):
         run_fidelity(cache, teacher=str(teacher))
 

@@ -122,3 +122,11 @@ def test_damaged_ragged_rows_are_named() -> None:
     for data in (page[:3], page[:9], page + b"x", b"\xff\xff\0\0" + page[4:]):
         with pytest.raises(CacheDamaged, match="column c"):
             column.decoder(tables)(data, 5)
+
+
+def test_more_values_than_one_table_takes_are_cut_up() -> None:
+    column = Column("codes", "<i2", (70,), PCO, groups=(1, 69))
+    rows = [np.zeros((150_000, 70), dtype=np.int16), np.arange(150_000 * 70, dtype=np.int64).reshape(-1, 70) % 7]
+    tables, pages = column.encode([values.astype(np.int16) for values in rows])
+    assert 69 * 300_000 > 2**24
+    np.testing.assert_array_equal(column.decoder(tables)(pages[1], 150_000), rows[1])

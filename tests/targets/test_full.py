@@ -77,5 +77,5 @@ def test_a_whole_cache(tmp_path: Path, tail: str) -> None:
 
 
 def test_a_wrong_key_of_any_kind_is_answered_with_that_kinds_keys() -> None:
-    with pytest.raises(RecipeError, match=r"unknown key `targets.logits.full.dtypes`; did you mean `dtype`\?"):
+    with pytest.raises(RecipeError, match=r"unknown key `targets.logits.dtypes`; did you mean `dtype`\?"):
         parse_recipe({"cache": "c", "targets": {"logits": {"kind": "full", "dtypes": 1}}}, origin="r")

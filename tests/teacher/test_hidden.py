@@ -75,7 +75,7 @@ def test_the_matrix_survives_its_file_and_torch_agrees(tmp_path: Path) -> None:
     model = tiny_model(vocabulary=V)
     kind, (hidden, logits) = calibrated(model, step=1 / 32), observe(model, rows=1)
     assert kind.basis is not None and kind.basis.basis_Vr.dtype == np.float16
-    again = target_kind(kind.settings(), vocabulary_size=V, folder=kind.basis.save(tmp_path).parent)
+    again = target_kind(kind.settings(), vocabulary_size=V, basis=kind.basis.save(tmp_path))
     arrays = stored_arrays(kind, logits[0], hidden_ND=hidden[0])
     expected = kind.softened(arrays, 3.0).dense()
     np.testing.assert_array_equal(again.softened(arrays, 3.0).dense(), expected)

@@ -178,6 +178,20 @@ def test_a_model_that_is_more_than_its_output_layer_is_refused() -> None:
         OutputLayer.of(model, vocabulary_size=V)
 
 
+def test_a_teacher_that_is_certain_is_stored_too() -> None:
+    model = tiny_model(vocabulary=V)
+    hidden, logits = observe(model)
+    kind = calibrate(HeadSketch(6, 16, 0.1, V, 600), OutputLayer.of(model, vocabulary_size=V), hidden)
+    certain = torch.full_like(logits[0], -500.0)
+    certain[:, 7] = 0.0
+    certain[:, 9:] = -torch.inf  # tokens that are ruled out
+    arrays = stored_arrays(kind, certain, hidden[0])
+    for temperature in (1.0, 3.0):
+        ids, probabilities = kind.softened(arrays, temperature).topk(1)
+        assert (ids == 7).all()
+        np.testing.assert_allclose(probabilities, 1, atol=1e-3)
+
+
 def test_a_sample_smaller_than_the_rank_is_refused() -> None:
     model = tiny_model(vocabulary=V)
     hidden, _ = observe(model, rows=1, length=20)

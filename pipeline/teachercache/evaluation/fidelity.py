@@ -11,7 +11,7 @@ Per temperature:
 The student q is the teacher without its last block: s is what enters the output layer then. A student that is nearly the
 teacher would only measure rounding, a random one hardly sees the tail.
 
-Rows that calibration saw are never used. Shapes: N positions, V vocabulary, D width of s.
+Rows of documents that calibration saw are never used. Shapes: N positions, V vocabulary, D width of s.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def run_fidelity(
 
     `teacher` says where it is, by default where the manifest says. `tail` is the policy by which targets are read, by
     default the first of the kind's that gives every token a probability. Raises `CacheError` when there is no row to
-    compare, `ModelError` when the teacher cannot be loaded or is another one.
+    compare, `ModelError` when the teacher cannot be loaded or has
+    a smaller vocabulary.
     """
     manifest = cache.manifest
     policy = tail or dense_policy(cache.kind)
@@ -132,12 +133,11 @@ def read(kind: TargetKind, stored: Mapping[str, Any], temperature: float, tail: 
 
 
 def _rows(cache: Cache, count: int) -> list[StoredRow]:
-    """Evenly spread over the cache, without those that the sketch was fitted to."""
-    seen = set(cache.manifest.calibration.get("rows", ()))
+    """Evenly spread over the cache, without those of a document that the sketch was fitted to."""
+    seen = set(cache.manifest.calibration.get("sources", ()))
     splits: tuple[Split, ...] = ("train", "held-out")
     everything = [(split, index) for split in splits for index in range(cache.rows_of(split))]
-    ids = [(place, cache.read_row(*place, columns=()).row.row_id) for place in everything] if seen else []
-    fresh = [place for place, row_id in ids if row_id not in seen] if seen else everything
+    fresh = [place for place in everything if not seen or not seen & _sources(cache.read_row(*place, columns=()))]
     if not fresh:
         raise CacheError(
             f"every row of {cache.folder} was used to fit the sketch, so that none is left to measure it on; "
@@ -145,6 +145,10 @@ def _rows(cache: Cache, count: int) -> list[StoredRow]:
         )
     chosen = np.unique(np.linspace(0, len(fresh) - 1, min(count, len(fresh))).round().astype(int))
     return [cache.read_row(*fresh[index]) for index in chosen]
+
+
+def _sources(stored: StoredRow) -> set[str]:
+    return {segment.source_id for segment in stored.row.segments}
 
 
 @torch.inference_mode()

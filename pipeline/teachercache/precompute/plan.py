@@ -20,7 +20,7 @@ from teachercache.files import write_whole
 from teachercache.models import find_model, load_config, load_tokenizer, weights_identity
 from teachercache.precompute.staging import Staged, empty_folder, stage, unit_name
 from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint_of, read_manifest
-from teachercache.targets import TargetKind, find_basis, target_kind
+from teachercache.targets import TargetKind, target_kind
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
 
 PLAN = "plan.json"
@@ -58,6 +58,8 @@ class Plan:
             record = json.loads(self.record_file(unit).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        if record["basis"] != (self.calibration() or {}).get("basis"):
+            return None  # calibrated anew: another basis would read its codes as other numbers
         files = [record[name] for name in ("shard", "quarantine") if record[name]]
         return record if all(_is_there(self.folder, file["file"], file["bytes"]) for file in files) else None
 
@@ -78,11 +80,11 @@ class Plan:
 
     def loaded_kind(self) -> TargetKind:
         """The kind with its basis, if calibration has run."""
-        folder = self.folder / "teacher"
+        name = (self.calibration() or {}).get("basis")
         return target_kind(
             self.kind.settings(),
             vocabulary_size=self.kind.vocabulary_size,
-            folder=folder if find_basis(folder) else None,
+            basis=self.folder / name if name else None,
         )
 
     def pending(self) -> list[int]:

@@ -49,6 +49,7 @@ def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positio
         "basis": path.relative_to(plan.folder).as_posix(),
         "positions": sum(row.positions for row in rows),
         "rows": sorted(row.row_id for row in rows),
+        "sources": sorted({segment.source_id for row in rows for segment in row.segments}),
     }
     write_whole(plan.calibration_file, json.dumps(record, sort_keys=True))
 
@@ -112,6 +113,7 @@ def _write_unit(
         **_audit(tokenised, stored, quarantined),
         "teacher": teacher.describe(),
         "fidelity": teacher.drift.result(),
+        "basis": (plan.calibration() or {}).get("basis"),
         "shard": None,
         "quarantine": None,
         "column_bytes": {},
@@ -124,7 +126,7 @@ def _write_unit(
             payload=[item.columns or {} for item in stored],
             columns=plan.kind.columns,
             fingerprint=plan.fingerprint,
-            basis=(plan.calibration() or {}).get("basis"),
+            basis=record["basis"],
         )
         record["shard"] = vars(shard)
     if quarantined:

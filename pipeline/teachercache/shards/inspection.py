@@ -38,7 +38,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "bytes_per_position": manifest.bytes_per_position(),
         "column_bytes": manifest.column_bytes,
         "audit": vars(manifest.audit),
-        "calibration": {name: value for name, value in manifest.calibration.items() if name != "rows"},
+        "calibration": {name: value for name, value in manifest.calibration.items() if name not in ("rows", "sources")},
         "fidelity": manifest.fidelity,
     }
 

@@ -21,7 +21,6 @@ from teachercache.errors import CacheDamaged
 from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo, hash_file, read_manifest
 from teachercache.shards.schema import ROW_COLUMNS, row_from_batch, shard_metadata, tables_of
 from teachercache.targets import TargetKind, target_kind
-from teachercache.targets.basis import PREFIX as BASIS_PREFIX
 from teachercache.targets.columns import Column, Decoder
 from teachercache.tokens.rows import TokenRow
 
@@ -67,16 +66,22 @@ class Cache:
         if self._kind is None:
             manifest = self.manifest
             self._kind = target_kind(
-                manifest.logits, vocabulary_size=manifest.vocabulary_size, folder=self._checked_teacher_folder()
+                manifest.logits, vocabulary_size=manifest.vocabulary_size, basis=self._checked_basis()
             )
         return self._kind
 
-    def _checked_teacher_folder(self) -> Path:
-        """Its basis is checked before it is read, as shards are."""
-        for info in self.manifest.files:
-            if info.file.startswith(f"teacher/{BASIS_PREFIX}"):
-                check_bytes(self.folder, info)
-        return self.teacher_folder
+    def _checked_basis(self) -> Path | None:
+        """The basis that the manifest names, its bytes checked as those of shards are."""
+        name = self.manifest.calibration.get("basis")
+        if name is None:
+            return None
+        info = next((info for info in self.manifest.files if info.file == name), None)
+        if info is None:
+            raise CacheDamaged(
+                f"{self.folder}: the manifest names the basis {name}, but no such file; fetch the cache again"
+            )
+        check_bytes(self.folder, info)
+        return self.folder / name
 
     @property
     def teacher_folder(self) -> Path:
@@ -112,6 +117,11 @@ class Cache:
                 check_bytes(self.folder, info)
                 self._checked.add(number)
             shard = self._shards[number] = Shard(self.folder, info, self.manifest.fingerprint)
+            if shard.basis != self.manifest.calibration.get("basis"):
+                raise CacheDamaged(
+                    f"{info.file} is read by the basis {shard.basis}, the manifest names "
+                    f"{self.manifest.calibration.get('basis')}; fetch the cache again"
+                )
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
@@ -131,6 +141,7 @@ class Shard:
         metadata = shard_metadata(self.schema, file=info.file)
         if metadata["fingerprint"] != fingerprint:
             raise CacheDamaged(f"{info.file} belongs to another cache; fetch this cache again")
+        self.basis: str | None = metadata.get("basis")
         self.columns = {name: Column.from_metadata(name, entry) for name, entry in metadata["columns"].items()}
         self._tables = {name: tables_of(entry) for name, entry in metadata["columns"].items()}
         self._decoders: dict[str, Decoder] = {}

@@ -43,7 +43,7 @@ class HeldOutMeasure:
         is_position_BS = labels_BS != NO_TARGET
         choice_N = logits_BSL[..., : self._vocabulary_size].argmax(-1)[is_position_BS]
         correct = (choice_N == labels_BS[is_position_BS]).sum()
-        agreeing = (choice_N == targets["head_ids"][:, 0].to(choice_N)).sum()
+        agreeing = (choice_N == self._objective.first_choices(targets).to(choice_N)).sum()
         positions = torch.tensor(terms.positions, device=self.sums.device)
         self.sums += torch.stack([item.double() for item in (terms.ce, terms.divergence, correct, agreeing, positions)])
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from teachercache.errors import CacheDamaged, CacheError
-from teachercache.targets.basis import SketchBasis, find_basis
+from teachercache.errors import CacheError
+from teachercache.targets.basis import SketchBasis
 from teachercache.targets.columns import Column
 from teachercache.targets.full import Full
 from teachercache.targets.head_sketch import HeadSketch
@@ -29,11 +29,11 @@ _ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, Full, Hidden, 
 KINDS = {str(kind.kind): kind for kind in _ALL}
 
 
-def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, folder: Path | None = None) -> TargetKind:
+def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, basis: Path | None = None) -> TargetKind:
     """The target kind that a manifest or a recipe describes, e.g. `{"kind": "top-k", "k": 64, …}`.
 
-    `folder` is the `teacher/` folder of a cache: kinds that need a basis to be read find it there. Without it they know
-    their columns alone. Raises `CacheError` for a kind of a later version, `CacheDamaged` when the basis is missing.
+    `basis` is the file by which kinds that calibrate are read; without it they know their columns alone. Raises `CacheError`
+    for a kind of a later version, `CacheDamaged` when the file is no basis.
     """
     kind = KINDS.get(settings.get("kind", ""))
     if kind is None:
@@ -42,14 +42,7 @@ def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, folder: Pa
             f"(it reads: {', '.join(KINDS)}); install a newer version"
         )
     described = kind.from_settings(settings, vocabulary_size=vocabulary_size)
-    if folder is None or not calibrates(described):
-        return described
-    path = find_basis(folder)
-    if path is None:
-        raise CacheDamaged(
-            f"{folder} holds no sketch basis, without which the targets cannot be read; fetch the cache again"
-        )
-    return described.with_basis(SketchBasis.load(path))
+    return described.with_basis(SketchBasis.load(basis)) if basis and calibrates(described) else described
 
 
 __all__ = [
@@ -67,7 +60,6 @@ __all__ = [
     "TopK",
     "TopP",
     "calibrates",
-    "find_basis",
     "grid_index",
     "target_kind",
 ]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -105,7 +106,10 @@ class SketchBasis:
         )
         path = folder / f"{PREFIX}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(data)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())  # shards are read by it: a record of it must not outlive it
         temporary.replace(path)
         return path
 
@@ -121,8 +125,3 @@ class SketchBasis:
             return cls(**arrays, softcap=described["softcap"], step=described["step"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CacheDamaged(f"{path} is no sketch basis ({error}); fetch the cache again") from None
-
-
-def find_basis(folder: Path) -> Path | None:
-    """The basis in a cache's `teacher/` folder, or None."""
-    return next(iter(sorted(folder.glob(f"{PREFIX}*.safetensors"))), None)

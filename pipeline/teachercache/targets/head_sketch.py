@@ -36,6 +36,7 @@ from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.tail import NODES, decode_nodes, node_sums, quantise_nodes, tail_at
 
 HEAD_STEP = 1 / 32  # of a logit
+LEAST_HEAD_LOGIT = -2000.0  # relative to the largest; what 16 bits of steps hold
 ACTUAL_STEP = 1 / 64  # of the square root of nats
 MEAN_STEP = 0.05  # of a logit, root mean square over the vocabulary
 MEAN_BLOCK = 64  # positions
@@ -135,7 +136,7 @@ class HeadSketch:
         largest_N1 = head_Nk[:, :1].clone()
         actual_N1 = logits_NV.gather(1, labels_N[:, None]) - largest_N1
         tail_NG = node_sums(torch, logits_NV.sub_(largest_N1), ids_Nk)
-        head_Nk = head_Nk - largest_N1
+        head_Nk = (head_Nk - largest_N1).clamp_min(LEAST_HEAD_LOGIT)  # a token that is ruled out: -inf
         log_z_N = torch.logaddexp(head_Nk.exp().sum(-1).log(), tail_NG[:, 0])
         mean_D, analysis_Dr = (
             torch.from_numpy(array).to(hidden_ND.device) for array in (basis.mean_D, basis.analysis_Dr)

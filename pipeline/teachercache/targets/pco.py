@@ -11,7 +11,7 @@ Source: Loncaric et al., "Pcodec: better compression for numerical sequences", 2
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
 from teachercache.errors import CacheDamaged
 
 NAME = "pco/1"
+MOST_VALUES = 2**24  # that pcodec takes under one table
 _TYPES = {"<i2": "i16", "<u2": "u16", "<i4": "i32", "<u4": "u32"}
 
 
@@ -31,9 +32,11 @@ def encode(arrays: Sequence[NDArray[Any]], groups: Sequence[int]) -> tuple[bytes
     """
     filled = [index for index, values in enumerate(arrays) if len(values)]
     compressor = wrapped.FileCompressor()
-    tables = [compressor.write_header()]
+    header = compressor.write_header()
+    tables = [struct.pack("<I", len(header)), header]
     pages: list[list[bytes]] = [[] for _ in arrays]
-    for chosen in _slices(groups) if filled else ():
+    widest = max(1, MOST_VALUES // max(1, sum(map(len, arrays))))
+    for chosen in _slices(_pieces(groups, widest)) if filled else ():
         flat = np.concatenate([arrays[index][:, chosen].T.ravel() for index in filled])
         sizes = [arrays[index][:, chosen].size for index in filled]
         config = ChunkConfig(
@@ -42,32 +45,32 @@ def encode(arrays: Sequence[NDArray[Any]], groups: Sequence[int]) -> tuple[bytes
             paging_spec=PagingSpec.exact_page_sizes(sizes),
         )
         chunk = compressor.chunk_compressor(flat, config)
-        tables.append(chunk.write_meta())
+        table = chunk.write_meta()
+        tables += [struct.pack("<II", chosen.stop - chosen.start, len(table)), table]
         for page, index in enumerate(filled):
             pages[index].append(chunk.write_page(page))
-    sized = b"".join(struct.pack("<I", len(table)) + table for table in tables)
-    return sized, [b"".join(row) for row in pages]
+    return b"".join(tables), [b"".join(row) for row in pages]
 
 
 class Decoder:
     """Reads the pages of one shard's column. Raises `CacheDamaged` for tables or pages that are no such thing."""
 
     def __init__(self, tables: bytes, groups: Sequence[int], dtype: str, *, name: str) -> None:
-        self._groups, self._dtype, self._name = tuple(groups), dtype, name
+        self._width, self._dtype, self._name = sum(groups), dtype, name
         try:
-            header, *chunks = _split(tables)
+            header, chunks = _split(tables)
             opened, _ = wrapped.FileDecompressor.new(header)
-            self._chunks = [opened.chunk_decompressor(chunk, _TYPES[dtype])[0] for chunk in chunks]
+            self._groups = tuple(width for width, _ in chunks)
+            self._chunks = [opened.chunk_decompressor(table, _TYPES[dtype])[0] for _, table in chunks]
         except (RuntimeError, ValueError, KeyError, struct.error) as error:
             raise CacheDamaged(f"column {name}: its tables cannot be read ({error})") from None
-        if self._chunks and len(self._chunks) != len(self._groups):
-            raise CacheDamaged(f"column {name}: {len(self._chunks)} tables for {len(self._groups)} groups")
+        if self._chunks and sum(self._groups) != self._width:
+            raise CacheDamaged(f"column {name}: tables of {sum(self._groups)} elements for {self._width}")
 
     def decode(self, data: Any, entries: int) -> NDArray[Any]:
         """One row's bytes to [entries, width]."""
-        width = sum(self._groups)
-        values_WE = np.empty((width, entries), dtype=self._dtype)
-        if entries == 0:
+        values_WE = np.empty((self._width, entries), dtype=self._dtype)
+        if entries == 0 or self._width == 0:
             return values_WE.T
         try:
             for chosen, chunk in zip(_slices(self._groups), self._chunks, strict=True):
@@ -83,16 +86,28 @@ class Decoder:
         return np.ascontiguousarray(values_WE.T)
 
 
-def _slices(groups: Sequence[int]) -> Iterator[slice]:
+def _slices(groups: Iterable[int]) -> Iterator[slice]:
     start = 0
     for size in groups:
         yield slice(start, start + size)
         start += size
 
 
-def _split(tables: bytes) -> Iterator[bytes]:
-    start = 0
+def _pieces(groups: Sequence[int], widest: int) -> Iterator[int]:
+    """The groups, those that would hold too many values cut up."""
+    for size in groups:
+        while size > 0:
+            yield min(size, widest)
+            size -= widest
+
+
+def _split(tables: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:
+    """The header, and each group's width and table."""
+    (size,) = struct.unpack_from("<I", tables)
+    header, start = tables[4 : 4 + size], 4 + size
+    chunks = []
     while start < len(tables):
-        (size,) = struct.unpack_from("<I", tables, start)
-        yield tables[start + 4 : start + 4 + size]
-        start += 4 + size
+        width, size = struct.unpack_from("<II", tables, start)
+        chunks.append((width, tables[start + 8 : start + 8 + size]))
+        start += 8 + size
+    return header, chunks

@@ -20,6 +20,7 @@ from teachercache.errors import CacheError
 
 NODES = (1.0, 8 / 7, 4 / 3, 2.0, 4.0, 8.0)  # temperatures
 CODED_ORDER = (0, 5, 3, 4, 2, 1)  # indices into NODES: each is predicted from those before it
+LEAST = -80.0  # nats below the largest logit: what a tail without any mass counts as
 STEP = 0.006  # nats; a node is off by half of it at most
 
 Array = NDArray[Any]
@@ -35,7 +36,7 @@ def node_sums(torch: Any, relative_NV: Any, head_ids_Nk: Any) -> Any:
     sums.insert(0, quarter_NV.mul_(half_NV).sum(-1))  # 4/3
     sums.insert(0, eighth_NV.mul_(quarter_NV).sum(-1))  # 8/7
     sums.insert(0, half_NV.square_().sum(-1))  # 1
-    return torch.stack(sums, dim=-1).log()
+    return torch.stack(sums, dim=-1).log().clamp_min_(LEAST)
 
 
 def quantise_nodes(nodes_NG: Array, head_logits_Nk: Array, weights_GF: Array) -> Array:

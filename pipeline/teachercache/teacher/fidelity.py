@@ -40,6 +40,8 @@ class Drift:
 
     def sample(self, start: int, logits_nV: Tensor) -> None:
         """Keep the logits of every hundredth position of a batch; call it before capture overwrites them."""
+        if start == 0:  # a new batch: one that ran out of memory may have left some
+            self._logits = []
         if not self._temperatures:
             return
         offsets = range(-start % EVERY, len(logits_nV), EVERY)

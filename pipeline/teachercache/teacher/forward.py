@@ -99,7 +99,15 @@ class Teacher:
         for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
             for index, values_ND in zip(batch, self._hidden([rows[index] for index in batch]), strict=True):
                 hidden[index] = values_ND
-        calibrated = self.kind = calibrate(self.kind, layer, hidden)
+        usable = [
+            values_ND for values_ND in hidden if bool(values_ND.isfinite().all())
+        ]  # capture quarantines the others
+        if not usable:
+            raise ModelError(
+                "no row is left to calibrate the sketch on: every document is held out, quarantined or gives no numbers; "
+                "lower corpus.held_out, or use targets.logits.kind: top-k"
+            )
+        calibrated = self.kind = calibrate(self.kind, layer, usable)
         self.drift = Drift(calibrated)
         return calibrated
 

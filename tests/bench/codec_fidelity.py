@@ -72,7 +72,7 @@ class Bench:
         kind = target_kind(recipe.targets.logits.model_dump(), vocabulary_size=len(self.tokenizer))
         teacher = Teacher(self.model, kind=kind, layout="documents", pad_id=self.pad_id)
         basis_bytes = 0
-        if kind.needs_hidden:
+        if kind.needs_calibration:
             kind = teacher.calibrate(self.calibration, positions_per_batch=2048)
             with tempfile.TemporaryDirectory() as folder:
                 basis_bytes = kind.basis.save(Path(folder)).stat().st_size

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.errors import CacheError, JobFailed, ModelError
 from teachercache.models import model_inputs
 from teachercache.shards import Cache, StoredRow
-from teachercache.targets import TailPolicy
+from teachercache.targets.kind import first_choice_tail, first_choices
 
 CHUNK_POSITIONS = 256
 BATCH_TOKENS = 4096  # most tokens in a forward pass, padding included: bounds the logits, which are B · S · V
@@ -57,7 +56,7 @@ def held_out_rows(cache: Cache, *, limit: int | None) -> list[StoredRow]:
             f"the cache {cache.folder} holds no held-out rows to evaluate on; precompute it with corpus.held_out "
             "above 0 (and enough rows that some are chosen)"
         )
-    columns = cache.kind.objective_columns(_cheapest_tail(cache))
+    columns = cache.kind.objective_columns(first_choice_tail(cache.kind))
     indices = np.unique(np.linspace(0, count - 1, min(limit or count, count)).round().astype(int))
     return [cache.read_row("held-out", int(index), columns=columns) for index in indices]
 
@@ -103,23 +102,14 @@ def _score(model: Any, batch: Sequence[StoredRow], cache: Cache, sums: Sums) -> 
     longest = logits_BSL.shape[1]
     positions_N = np.concatenate([i * longest + np.flatnonzero(row.target_mask_S) for i, row in enumerate(rows)])
     labels_N = np.concatenate([row.labels_N() for row in rows])
-    teacher_N = np.concatenate([_first_choices(cache, stored) for stored in batch])
+    teacher_N = np.concatenate(
+        [first_choices(cache.kind, cache.kind.decoded(stored.targets), xp=np) for stored in batch]
+    )
     tensors = [
         torch.from_numpy(array.astype(np.int64)).to(logits_RL.device) for array in (positions_N, labels_N, teacher_N)
     ]
     for part in zip(*(tensor.split(CHUNK_POSITIONS) for tensor in tensors), strict=True):
         _add(sums, logits_RL, *part, vocabulary_size=manifest.vocabulary_size)
-
-
-def _cheapest_tail(cache: Cache) -> TailPolicy:
-    """The first choice is in the head, where there is one: the tail's shape need not be read."""
-    policies = cache.kind.tail_policies
-    return "ghost" if "ghost" in policies else policies[0]
-
-
-def _first_choices(cache: Cache, stored: StoredRow) -> NDArray[np.int64]:
-    softened = cache.kind.softened(cache.kind.decoded(stored.targets), 1.0, tail=_cheapest_tail(cache))
-    return softened.topk(1)[0][:, 0].astype(np.int64)
 
 
 def _add(

@@ -95,12 +95,6 @@ class DistillationObjective:
         )
         return LossTerms(total, divergence, ce, positions=len(positions_N))
 
-    def first_choices(self, targets: Mapping[str, Tensor]) -> Tensor:
-        """The teacher's most probable token at each position, int64 [N]; `targets` as in a call."""
-        arrays = {name: values if values.is_floating_point() else values.long() for name, values in targets.items()}
-        teacher = self._kind.softened(arrays, self.config.temperature, tail=self._tail, xp=torch)
-        return teacher.topk(1)[0][:, 0]
-
     def _teacher(self, targets: Mapping[str, Tensor], labels_N: Tensor, logits_dtype: torch.dtype) -> Softened:
         dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
         if self.config.alpha == 0:

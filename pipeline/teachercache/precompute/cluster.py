@@ -61,7 +61,7 @@ class Job:
 Row = dict[str, Any]
 
 
-def _carrying_errors(stage: Callable[[Row], Any], row: Row) -> Row:
+def _carrying_errors(stage: Callable[[Row], Any], row: Row, *, what: str | None = None) -> Row:
     """Run one stage on `{unit, payload, problem}`; an exception becomes the row's `problem` and passes by later stages.
 
     Ray Data would keep a failing stage's text but lose the exception itself, so that a user's mistake could not be told
@@ -74,10 +74,10 @@ def _carrying_errors(stage: Callable[[Row], Any], row: Row) -> Row:
     except TeachercacheError as error:
         problem: TeachercacheError = error
     except Exception as error:
-        logger.exception("unit %d", row["unit"])
+        failed = what or f"unit {row['unit']} (its documents are in .work/units of the cache)"
+        logger.exception("%s", failed)
         problem = JobFailed(
-            f"unit {row['unit']} failed: {type(error).__name__}: {error}; its documents are in .work/units of the cache, "
-            "run the same command again to try once more"
+            f"{failed} failed: {type(error).__name__}: {error}; run the same command again to try once more"
         )
     return {"unit": row["unit"], "payload": b"", "problem": pickle.dumps(type(problem)(str(problem)))}
 
@@ -134,7 +134,7 @@ def _calibrate(job: Job) -> Row:
             positions_per_batch=job.precompute.positions_per_batch,
         )
 
-    return _carrying_errors(stage, {"unit": 0, "payload": b"", "problem": None})
+    return _carrying_errors(stage, {"unit": 0, "payload": b"", "problem": None}, what="calibrating the sketch")
 
 
 def _stopped(error: Exception) -> JobFailed:

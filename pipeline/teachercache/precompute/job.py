@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from teachercache.config import Recipe
 from teachercache.errors import RecipeError
 from teachercache.files import locked
-from teachercache.precompute.commit import commit
+from teachercache.precompute.commit import DRIFT_AT, commit
 from teachercache.precompute.plan import Plan, make_plan
 from teachercache.shards import Manifest
 from teachercache.shards.manifest import MANIFEST, read_manifest
@@ -158,9 +158,9 @@ def _drift_warnings(manifest: Manifest) -> list[str]:
     if not drifting:
         return []
     worst = max(drifting, key=lambda entry: entry["kl"])
-    mean = manifest.fidelity["kl"]["2"]
+    mean = manifest.fidelity["kl"][DRIFT_AT]
     return [
-        f"the sketch fits {len(drifting)} of {len(manifest.shards)} units less than the rest (KL at T=2 up to "
+        f"the sketch fits {len(drifting)} of {len(manifest.shards)} units less than the rest (KL at T={DRIFT_AT} up to "
         f"{worst['kl']:.2f} nats in unit {worst['unit']}, {mean:.2f} on average): their text differs from the calibration "
         "sample; raise targets.logits.calibration_positions, or cache that text apart"
     ]

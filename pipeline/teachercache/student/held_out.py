@@ -15,6 +15,7 @@ from torch import Tensor
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.targets import TargetKind
+from teachercache.targets.kind import first_choices
 
 # Both terms are measured: neither weight may be zero.
 _BOTH = 0.5
@@ -25,7 +26,7 @@ class HeldOutMeasure:
 
     def __init__(self, kind: TargetKind, *, tail: str, device: torch.device) -> None:
         config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail})
-        self._vocabulary_size = kind.vocabulary_size
+        self._kind, self._vocabulary_size = kind, kind.vocabulary_size
         self._objective = DistillationObjective(config, kind=kind)
         self.columns = self._objective.columns
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
@@ -43,7 +44,7 @@ class HeldOutMeasure:
         is_position_BS = labels_BS != NO_TARGET
         choice_N = logits_BSL[..., : self._vocabulary_size].argmax(-1)[is_position_BS]
         correct = (choice_N == labels_BS[is_position_BS]).sum()
-        agreeing = (choice_N == self._objective.first_choices(targets).to(choice_N)).sum()
+        agreeing = (choice_N == first_choices(self._kind, targets, xp=torch).to(choice_N)).sum()
         positions = torch.tensor(terms.positions, device=self.sums.device)
         self.sums += torch.stack([item.double() for item in (terms.ce, terms.divergence, correct, agreeing, positions)])
 

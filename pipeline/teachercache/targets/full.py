@@ -30,7 +30,6 @@ class Full:
     """Settings of the kind. Every token is in the head, so that its tail policies all mean the same."""
 
     kind = "full"
-    needs_hidden = False
     needs_calibration = False
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("ghost", "uniform")
 

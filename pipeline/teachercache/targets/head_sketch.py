@@ -51,7 +51,6 @@ class HeadSketch:
     """Settings of the kind, and the basis once there is one."""
 
     kind = "head+sketch"
-    needs_hidden = True
     needs_calibration = True
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("sketch", "ghost", "uniform", "renormalise")
 

@@ -41,7 +41,6 @@ class Hidden:
     """Settings of the kind, and the basis once there is one."""
 
     kind = "hidden"
-    needs_hidden = True
     needs_calibration = True
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("sketch",)
 

@@ -26,10 +26,6 @@ class TargetKind(Protocol):
         """Its name in recipes and manifests."""
 
     @property
-    def needs_hidden(self) -> bool:
-        """Whether `capture` reads the output layer's input."""
-
-    @property
     def needs_calibration(self) -> bool:
         """Whether it is a `CalibratedKind`: a basis must be made from a sample of the corpus before anything is captured."""
 
@@ -100,3 +96,14 @@ class CalibratedKind(TargetKind, Protocol):
 def calibrates(kind: TargetKind) -> TypeGuard[CalibratedKind]:
     """Whether the kind has a basis."""
     return kind.needs_calibration
+
+
+def first_choice_tail(kind: TargetKind) -> TailPolicy:
+    """The tail policy to read first choices by: they are in the head, where there is one, so the tail's shape is not needed."""
+    return "ghost" if "ghost" in kind.tail_policies else kind.tail_policies[0]
+
+
+def first_choices(kind: TargetKind, arrays: Arrays, *, xp: Any) -> Any:
+    """The teacher's most probable token at each position at T = 1, [N], from what `decoded` gives of the columns
+    `objective_columns(first_choice_tail(kind))`."""
+    return kind.softened(arrays, 1.0, tail=first_choice_tail(kind), xp=xp).topk(1)[0][:, 0]

@@ -49,7 +49,6 @@ class RandomSampling:
     """Settings of the kind."""
 
     kind = "random-sampling"
-    needs_hidden = False
     needs_calibration = False
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("renormalise",)
 

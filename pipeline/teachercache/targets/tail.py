@@ -1,9 +1,9 @@
 """The tail's log-partition at any temperature from a few numbers.
 
 With β = 1/T, F(β) = log Σ exp(β z) over the tokens outside the head (z relative to the largest logit) is smooth and convex,
-and F(0) = log(number of such tokens) is known. Six nodes and that one fix a polynomial of degree six: on SmolLM2 log Z(T)
-errs by 0.011 nats at most, 0.005 at the 99th percentile, for any T >= 1, and not at all at the nodes. The nodes are coded as
-differences from a linear prediction (from the head's logits and the nodes coded before), which takes half the bytes.
+and F(0) = log(number of such tokens) is known. Six nodes and that one fix a polynomial of degree six that gives every T >= 1
+(tests/bench/codec_fidelity.py measures log Z(T)), and the nodes' own temperatures up to rounding. The nodes are coded as
+differences from a linear prediction: from the head's logits and the nodes coded before.
 
 The temperatures are such that one exponential serves all nodes: exp(z/4) is exp(z/8) squared, and so on.
 """

@@ -28,7 +28,6 @@ class TopK:
     """Settings of the kind; `columns` and `capture` follow from them."""
 
     kind = "top-k"
-    needs_hidden = False
     needs_calibration = False
     tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
 
@@ -40,12 +39,7 @@ class TopK:
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], *, vocabulary_size: int) -> TopK:
         """Rebuild from a recipe's or manifest's settings; raises `RecipeError` when k exceeds the vocabulary."""
-        if settings["k"] > vocabulary_size:
-            raise RecipeError(
-                f"targets.logits.k is {settings['k']}, but the teacher's tokenizer has {vocabulary_size} tokens; "
-                f"use k <= {vocabulary_size}"
-            )
-        return cls(settings["k"], tuple(settings["temperatures"]), settings["dtype"], vocabulary_size)
+        return cls(**top_k_fields(settings, vocabulary_size))
 
     def settings(self) -> dict[str, Any]:
         """What the manifest keeps."""
@@ -138,6 +132,16 @@ class TopK:
         if tail == "renormalise":
             return distribution.renormalised()
         return distribution.with_tail(UniformTail(self.vocabulary_size, head_Nk)) if tail == "uniform" else distribution
+
+
+def top_k_fields(settings: Mapping[str, Any], vocabulary_size: int) -> dict[str, Any]:
+    if settings["k"] > vocabulary_size:
+        raise RecipeError(
+            f"targets.logits.k is {settings['k']}, but the teacher's tokenizer has {vocabulary_size} tokens; "
+            f"use k <= {vocabulary_size}"
+        )
+    fields = {"k": settings["k"], "temperatures": tuple(settings["temperatures"]), "dtype": settings["dtype"]}
+    return {**fields, "vocabulary_size": vocabulary_size}
 
 
 def tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatures: Sequence[float]) -> Any:

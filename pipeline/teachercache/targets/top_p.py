@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.errors import RecipeError
 from teachercache.targets.columns import Column
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.ragged import places, spread, spread_ids
 from teachercache.targets.softened import TailPolicy
-from teachercache.targets.top_k import TopK, tail_log_partition
+from teachercache.targets.top_k import TopK, tail_log_partition, top_k_fields
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,7 @@ class TopP(TopK):
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], *, vocabulary_size: int) -> TopP:
         """Rebuild from a recipe's or manifest's settings; raises `RecipeError` when k exceeds the vocabulary."""
-        if settings["k"] > vocabulary_size:
-            raise RecipeError(
-                f"targets.logits.k is {settings['k']}, but the teacher's tokenizer has {vocabulary_size} tokens; "
-                f"use k <= {vocabulary_size}"
-            )
-        return cls(settings["k"], tuple(settings["temperatures"]), settings["dtype"], vocabulary_size, settings["p"])
+        return cls(**top_k_fields(settings, vocabulary_size), p=settings["p"])
 
     def settings(self) -> dict[str, Any]:
         """What the manifest keeps."""

@@ -80,9 +80,10 @@ class Drift:
 
 
 def kl_divergence(logits_NV: Tensor, log_prob_NV: Tensor) -> Tensor:
-    """KL(softmax(logits) ‖ p) in nats, float64 [N], 0 log 0 = 0."""
-    exact_NV = torch.log_softmax(logits_NV.double(), dim=-1)
-    return (exact_NV.exp() * (exact_NV - log_prob_NV.double())).nan_to_num(0.0, posinf=torch.inf).sum(-1)
+    """KL(softmax(logits) ‖ p) in nats, [N], 0 log 0 = 0; summed in float64."""
+    exact_NV = torch.log_softmax(logits_NV, dim=-1)
+    gap_NV = (exact_NV - log_prob_NV).mul_(exact_NV.exp()).nan_to_num_(0.0, posinf=torch.inf)
+    return gap_NV.sum(-1, dtype=torch.float64)
 
 
 def _holds(kind: TargetKind, temperature: float) -> bool:

@@ -150,6 +150,9 @@ def fidelity(
     tail: Annotated[
         str | None, typer.Option(help="sketch, uniform or renormalise; default: the best the cache holds")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that comes with the teacher")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the teacher again on some rows and compare what it says with what is stored."""
@@ -161,7 +164,7 @@ def fidelity(
         options = parse_options(temperatures, tail)
         opened = Cache.open(cache)
         console.print(f"running the teacher again on up to {rows} rows of {cache} …", markup=False, soft_wrap=True)
-        return run_fidelity(opened, teacher=teacher, rows=rows, **options)
+        return run_fidelity(opened, teacher=teacher, rows=rows, trust_remote_code=trust_remote_code, **options)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=_fidelity_table))
 

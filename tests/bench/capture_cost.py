@@ -43,7 +43,9 @@ def main() -> None:
     kind = TopK(options.k, GRID, "float16", options.vocabulary)
     logits_NV = torch.randn(POSITIONS, options.vocabulary) * 3
     labels_N = torch.randint(0, options.vocabulary, (POSITIONS,))
-    result = {block: round(microseconds(kind, logits_NV, labels_N, block), 1) for block in (16, 32, 64, 128, POSITIONS)}
+    result = {
+        block: round(microseconds(kind, logits_NV, labels_N, block), 1) for block in (4, 8, 16, 32, 128, POSITIONS)
+    }
     print(json.dumps(result) if options.json else result)
 
 

@@ -47,6 +47,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "top-50, renormalised": {"kind": "top-k", "k": 50, "tail": "renormalise"},
     "top-16, uniform tail of exact mass": {"kind": "top-k", "k": 16, "tail": "uniform"},
     "top-64, uniform tail of exact mass": {"kind": "top-k", "k": 64, "tail": "uniform"},
+    "top-p 0.95, k up to 64, uniform tail": {"kind": "top-p", "tail": "uniform"},
+    "random sampling, 50 draws": {"kind": "random-sampling"},
+    "hidden state in int8": {"kind": "hidden"},
 }
 LOG_Z_TEMPERATURES = (1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6.5, 8)
 
@@ -68,6 +71,8 @@ class Bench:
         """Figures of one way to store."""
         settings = dict(settings)
         tail = settings.pop("tail", None)
+        if settings["kind"] == "hidden":
+            settings["width"] = self.model.get_output_embeddings().weight.shape[1]
         recipe = parse_recipe({"cache": "unused", "targets": {"logits": settings}}, origin="bench")
         kind = target_kind(recipe.targets.logits.model_dump(), vocabulary_size=len(self.tokenizer))
         teacher = Teacher(self.model, kind=kind, layout="documents", pad_id=self.pad_id)
@@ -159,9 +164,9 @@ def main() -> None:
             f"T={T}: {value['gradient_angle_degrees']:.2f}°, KL {value['kl']:.4f}"
             for T, value in figures["temperatures"].items()
         )
-        print(f"{name:36} {figures['bytes']:7.1f} B  {temperatures}", file=sys.stderr)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        print(f"{name:36} {figures['bytes']:7.1f} B  {temperatures}", file=sys.stderr, flush=True)
+        if options.out:  # what is measured so far
+            options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if options.json:
         print(json.dumps(result, ensure_ascii=False))
 

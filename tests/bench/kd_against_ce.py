@@ -29,6 +29,7 @@ FIRST_TRIED = (5e-4, 1.2e-3, 3e-3)
 SEEDS = (0, 1, 2)
 ARMS = {"kd": ["objective.alpha=0.9", "objective.temperature=1"], "ce": ["objective.alpha=0"]}
 LAYERS = "keep:6"
+TARGETS = "targets.logits={kind: top-k, k: 64, temperatures: [1, 2, 4, 8]}"
 COMMON = ["train.trackers=[]", "train.keep_checkpoints=1", "train.log_every=10"]
 
 
@@ -39,7 +40,7 @@ def teachercache(*arguments: str) -> dict:
 
 
 def prepare(work: Path, epochs: float) -> Path:
-    recipe, parsed = write_recipe(work, [f"train.epochs={epochs}"])
+    recipe, parsed = write_recipe(work, [TARGETS, f"train.epochs={epochs}"])
     teachercache("precompute", str(recipe))
     if not (Path(parsed.student.model) / "config.json").is_file():
         teachercache("init-student", parsed.teacher.model, "--layers", LAYERS, "--out", parsed.student.model)

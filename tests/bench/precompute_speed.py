@@ -1,6 +1,6 @@
 """How much of the bare teacher's speed does the whole precompute job keep?
 
-    python tests/bench/precompute_speed.py WORK_FOLDER [--repeats 3] [--json]
+    python tests/bench/precompute_speed.py WORK_FOLDER [--repeats 3] [-s KEY=VALUE …] [--out FILE] [--json]
 
 Side by side in one process tree, in turn: the whole job on Ray, and the bare forward pass (output projection included,
 nothing captured) over the very batches of that job, with as many threads. Positions per second from the first position to
@@ -22,11 +22,11 @@ from pathlib import Path
 from provenance import provenance
 
 
-def whole_job(work: Path, limit: int) -> dict:
+def whole_job(work: Path, overrides: list[str]) -> dict:
     from teachercache.quickstart import write_recipe
 
     shutil.rmtree(work / "cache", ignore_errors=True)
-    recipe, _ = write_recipe(work, [f"corpus.limit={limit}"])
+    recipe, _ = write_recipe(work, overrides)
     command = [sys.executable, "-m", "teachercache", "precompute", str(recipe), "--json"]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
@@ -80,16 +80,20 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=int, default=20, help="rows of the corpus")
+    parser.add_argument("-s", "--set", action="append", default=[], help="overrides of the recipe, as for the commands")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.bare:
         print(json.dumps(run_bare(options.work)))
         return
-    pairs = [(whole_job(options.work, options.limit), bare_forward(options.work)) for _ in range(options.repeats)]
+    overrides = [f"corpus.limit={options.limit}", *options.set]
+    pairs = [(whole_job(options.work, overrides), bare_forward(options.work)) for _ in range(options.repeats)]
     ratios = [job["positions_per_second"] / bare["positions_per_second"] for job, bare in pairs]
     result = {
         **provenance(),
+        "overrides": overrides,
         "positions": pairs[0][1]["positions"],
         "job_positions_per_second": statistics.median(job["positions_per_second"] for job, _ in pairs),
         "bare_positions_per_second": statistics.median(bare["positions_per_second"] for _, bare in pairs),
@@ -97,6 +101,8 @@ def main() -> None:
         "ratio": statistics.median(ratios),
         "ratios": ratios,
     }
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result) if options.json else result)
 
 

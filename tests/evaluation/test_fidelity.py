@@ -13,6 +13,7 @@ import torch
 from teachercache.cli import main
 from teachercache.errors import CacheError, UserError
 from teachercache.evaluation.fidelity import (
+    Comparison,
     angle_degrees,
     calibration_error,
     parse_options,
@@ -20,6 +21,8 @@ from teachercache.evaluation.fidelity import (
     without_last_block,
 )
 from teachercache.shards import Cache
+from teachercache.targets import Softened
+from teachercache.targets.softened import UniformTail
 
 from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
@@ -100,6 +103,26 @@ def test_the_student_is_the_teacher_without_its_last_block() -> None:
         whole = model(ids).logits
     torch.testing.assert_close(cut, expected)
     assert not torch.allclose(cut, whole)
+
+
+@pytest.mark.parametrize("positions", [1, 127, 128, 200])
+def test_the_first_positions_of_a_row_are_compared_with_their_own(positions: int) -> None:
+    logits, width = torch.randn(200, 30, generator=torch.Generator().manual_seed(0)), 4
+    log_prob, ids = torch.log_softmax(logits, -1).topk(29)
+    tail = torch.log1p(-log_prob.exp().sum(-1))
+    stored = Softened(ids, log_prob, tail, UniformTail(30, log_prob))  # exact: one token outside the head
+    comparison = Comparison([1.0])
+    comparison.add(
+        lambda _: stored,
+        logits[:positions],
+        torch.zeros(positions, 30),
+        torch.ones(positions, width),
+        ids[:positions, 0],
+    )
+    figures = comparison.result()["1"]
+    assert comparison.positions == positions
+    assert figures["kl"] == pytest.approx(0, abs=1e-5)
+    assert figures["gradient_angle_degrees"] < 0.1
 
 
 def test_angles_and_calibration_errors_are_what_they_say() -> None:

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from teachercache.errors import ModelError
 from teachercache.models import isolates_packed_segments
-from teachercache.targets import TopK
+from teachercache.targets import HeadSketch, TopK
 from teachercache.teacher import Teacher, length_sorted_batches
 from teachercache.tokens.rows import Segment, TokenRow
 
@@ -103,6 +103,31 @@ def test_soft_capped_logits_are_the_models_own():
     assert captured.columns["head_logits"].min() > -4.01  # two caps apart at most
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_a_half_precision_teacher_are_summed_in_float32(dtype):
+    model = tiny_model(vocabulary=VOCABULARY).to(dtype)
+    row = make_row(20, seed=5)
+    [captured] = make_teacher(model).capture([row], positions_per_batch=64)
+    with torch.no_grad():
+        hidden = model.model(torch.from_numpy(row.input_ids_S.astype(np.int64))[None])[0][0][: row.positions]
+        exact = torch.nn.functional.linear(hidden.double(), model.lm_head.weight.double())
+        rounded = model.lm_head(hidden).float()
+    head = exact.topk(8)[0]
+    np.testing.assert_allclose(captured.columns["head_logits"], (head - head[:, :1]).numpy(), atol=2e-5)
+    assert (rounded.topk(8)[0] - head).abs().max() > 2e-4  # what the model itself would have said
+
+
+def test_a_soft_capped_teacher_never_forms_the_logits_of_a_whole_batch():
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=20.0,
+    )  # fmt: skip
+    teacher = make_teacher(Gemma2ForCausalLM(config).eval())
+    teacher.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the model projected a whole batch itself"))
+    [captured] = teacher.capture([make_row(20, seed=3)], positions_per_batch=64)
+    assert captured.columns is not None
+
+
 def test_padded_output_rows_take_no_part():
     model = tiny_model(vocabulary=VOCABULARY + 38)
     row = make_row(25, seed=4)
@@ -143,6 +168,19 @@ def test_a_row_that_never_fits_gets_a_problem_and_the_others_their_targets():
     long, short = make_teacher(little_memory_model()).capture(rows, positions_per_batch=4096)
     assert long.columns is None and long.problem == "out of memory with this row of 80 tokens alone"
     assert short.columns is not None
+
+
+def test_calibration_halves_its_batches_too_and_goes_without_a_row_that_never_fits():
+    kind = HeadSketch(6, 8, 0.1, VOCABULARY, 64)
+    rows = [make_row(80, seed=99), *(make_row(16, seed=seed) for seed in range(10))]
+    little, plenty = (
+        Teacher(model, kind=kind, layout="documents", pad_id=0)
+        for model in (little_memory_model(), tiny_model(vocabulary=VOCABULARY))
+    )
+    halved = little.calibrate(rows, positions_per_batch=160)
+    assert little.batches_halved == 3
+    expected = plenty.calibrate(rows[1:], positions_per_batch=32)
+    np.testing.assert_allclose(halved.basis.mean_D, expected.basis.mean_D, atol=1e-5)
 
 
 def test_rows_whose_logits_are_not_finite_get_a_problem():

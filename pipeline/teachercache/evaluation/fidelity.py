@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from teachercache.errors import CacheError, ModelError, UserError
-from teachercache.models import load_causal_lm, model_inputs
+from teachercache.models import load_causal_lm, model_inputs, weights_identity
 from teachercache.shards import Cache, StoredRow
 from teachercache.shards.reader import Split
+from teachercache.stream.order import order_key, permuted
 from teachercache.targets import Softened, TailPolicy, TargetKind
 from teachercache.targets.softened import UniformTail
 from teachercache.teacher.output_layer import recorded_input
@@ -37,6 +38,7 @@ from teachercache.tokens.rows import TokenRow
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 BLOCK = 128  # positions
+DRAWN_AT_ONCE = 1024  # rows
 LEAST_PROBABILITY = 1e-12  # what a token counts for that is stored without any mass: KL stays finite
 ECE_BINS = 15
 
@@ -49,13 +51,14 @@ def run_fidelity(
     temperatures: Sequence[float] = TEMPERATURES,
     tail: TailPolicy | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compare `rows` rows of a cache, spread over both splits, with the teacher; what `teachercache fidelity` prints.
 
     `teacher` says where it is, by default where the manifest says. `tail` is the policy by which targets are read, by
     default the first of the kind's that gives every token a probability. Raises `CacheError` when there is no row to
-    compare, `ModelError` when the teacher cannot be loaded or has
-    a smaller vocabulary.
+    compare, `ModelError` when the teacher cannot be loaded, has other weights than the cache's, or a smaller vocabulary.
+    `trust_remote_code` runs Python code that comes with the model.
     """
     manifest = cache.manifest
     policy = tail or dense_policy(cache.kind)
@@ -63,10 +66,12 @@ def run_fidelity(
         cache.kind.check_temperature(temperature)
     chosen = _rows(cache, rows)
     settings = manifest.teacher
+    _check_weights(settings, teacher or settings["model"])
     model: Any = load_causal_lm(
         teacher or settings["model"],
-        revision=settings.get("revision") if teacher is None else None,
+        revision=settings.get("commit") or settings.get("revision") if teacher is None else None,
         dtype=settings["dtype"],
+        trust_remote_code=trust_remote_code,
         attention=settings.get("attention"),
     )
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -102,6 +107,19 @@ def run_fidelity(
     }
 
 
+def _check_weights(settings: Mapping[str, Any], model: str) -> None:
+    """Where both are known: a hub's commit says nothing about a local folder's files."""
+    expected = settings.get("weights_sha256")
+    if not expected:
+        return
+    found = weights_identity(model, revision=None, commit=None).get("weights_sha256")
+    if found and found != expected:
+        raise ModelError(
+            f"{model} has other weights than the teacher of this cache (sha256 {found[:12]}…, the manifest says "
+            f"{expected[:12]}…); name the right one with --teacher"
+        )
+
+
 def parse_options(temperatures: str, tail: str | None) -> dict[str, Any]:
     """`temperatures` and `tail` of `run_fidelity` from what a user typed; raises `UserError`."""
     try:
@@ -133,18 +151,25 @@ def read(kind: TargetKind, stored: Mapping[str, Any], temperature: float, tail: 
 
 
 def _rows(cache: Cache, count: int) -> list[StoredRow]:
-    """Evenly spread over the cache, without those of a document that the sketch was fitted to."""
+    """Drawn from the whole cache, the same at every call, without those of a document that the sketch was fitted to."""
     seen = set(cache.manifest.calibration.get("sources", ()))
-    splits: tuple[Split, ...] = ("train", "held-out")
-    everything = [(split, index) for split in splits for index in range(cache.rows_of(split))]
-    fresh = [place for place in everything if not seen or not seen & _sources(cache.read_row(*place, columns=()))]
-    if not fresh:
+    train = cache.rows_of("train")
+    total = train + cache.rows_of("held-out")
+    chosen: list[StoredRow] = []
+    for start in range(0, total, DRAWN_AT_ONCE):
+        drawn = np.arange(start, min(start + DRAWN_AT_ONCE, total), dtype=np.int64)
+        for index in permuted(drawn, size=total, key=order_key(cache.manifest.fingerprint, seed=0, epoch=0)).tolist():
+            place: tuple[Split, int] = ("train", index) if index < train else ("held-out", index - train)
+            if not seen & _sources(cache.read_row(*place, columns=())):
+                chosen.append(cache.read_row(*place))
+            if len(chosen) == count:
+                return chosen
+    if not chosen:
         raise CacheError(
             f"every row of {cache.folder} was used to fit the sketch, so that none is left to measure it on; "
             "precompute a larger corpus, or lower targets.logits.calibration_positions"
         )
-    chosen = np.unique(np.linspace(0, len(fresh) - 1, min(count, len(fresh))).round().astype(int))
-    return [cache.read_row(*fresh[index]) for index in chosen]
+    return chosen
 
 
 def _sources(stored: StoredRow) -> set[str]:
@@ -206,12 +231,13 @@ class Comparison:
 
     @torch.inference_mode()
     def add(self, stored_at: Any, logits_NV: Tensor, student_NV: Tensor, input_ND: Tensor, labels_N: Tensor) -> None:
-        """One row. `stored_at(T)` is what is stored, a `Softened` of its N positions."""
-        self.positions += len(logits_NV)
+        """A row, or its first N positions. `stored_at(T)` is what is stored, a `Softened` of at least as many."""
+        positions = len(logits_NV)
+        self.positions += positions
         for temperature, sums in self._sums.items():
             softened = stored_at(temperature)
-            for start in range(0, len(logits_NV), BLOCK):
-                part = slice(start, start + BLOCK)
+            for start in range(0, positions, BLOCK):
+                part = slice(start, min(start + BLOCK, positions))
                 log_p_CV = torch.log_softmax(logits_NV[part] / temperature, dim=-1)
                 log_stored_CV = softened.dense(part).clamp_min_(math.log(LEAST_PROBABILITY))
                 student_CV = torch.softmax(student_NV[part] / temperature, dim=-1)

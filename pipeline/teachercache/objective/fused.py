@@ -49,6 +49,11 @@ def distillation_sums(
     by rounding at most.
     """
     batch = Batch(positions_N, labels_N, teacher, divergence, weights, position_weight_N, vocabulary_size)
+    with torch.autocast(logits_BSL.device.type, enabled=False):  # it would take dot products to half precision
+        return _sums(logits_BSL, batch, block_bytes)
+
+
+def _sums(logits_BSL: Tensor, batch: Batch, block_bytes: int | None) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and logits_BSL.requires_grad:
         return _Distillation.apply(logits_BSL, batch, block_bytes)  # type: ignore[no-untyped-call]
     return _totals(*_run(logits_BSL, None, batch, block_bytes), batch)

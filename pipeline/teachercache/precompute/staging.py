@@ -34,7 +34,10 @@ class Staged:
     digest: str
 
 
+# What calibration draws from: at least so many documents and bytes of them, unless that is more than memory should hold.
 SAMPLED_DOCUMENTS = 512
+SAMPLED_BYTES = 2 * 2**20
+MOST_SAMPLED_BYTES = 64 * 2**20
 
 
 def unit_name(unit: int) -> str:
@@ -76,7 +79,8 @@ def read_unit(path: Path) -> list[Document]:
 class _Counts:
     def __init__(self, *, sampling: bool) -> None:
         self._sampling = sampling
-        self._kept: list[tuple[int, int, Document]] = []  # a heap: the document with the largest hash goes first
+        self._kept: list[tuple[int, int, int, Document]] = []  # a heap: the document with the largest hash goes first
+        self._kept_bytes = 0
         self.rows_in = self.deduplicated = self.held_out = 0
         self.digest = hashlib.sha256()
 
@@ -93,15 +97,23 @@ class _Counts:
             yield item
 
     def _offer(self, document: Document) -> None:
-        entry = (-int(salted_hash(document.source_id), 16), self.rows_in, document)
-        if len(self._kept) < SAMPLED_DOCUMENTS:
-            heapq.heappush(self._kept, entry)
-        else:
-            heapq.heappushpop(self._kept, entry)
+        """Keep the documents with the smallest hashes, as few as suffice: the order of the corpus changes nothing."""
+        place = -int(salted_hash(document.source_id), 16)
+        if self._suffices(self._kept_bytes, len(self._kept)) and place < self._kept[0][0]:
+            return
+        size = len(document.to_json())
+        heapq.heappush(self._kept, (place, self.rows_in, size, document))
+        self._kept_bytes += size
+        while self._suffices(self._kept_bytes - self._kept[0][2], len(self._kept) - 1):
+            self._kept_bytes -= heapq.heappop(self._kept)[2]
+
+    @staticmethod
+    def _suffices(size: int, documents: int) -> bool:
+        return (documents >= SAMPLED_DOCUMENTS and size >= SAMPLED_BYTES) or size >= MOST_SAMPLED_BYTES
 
     def sample(self) -> list[Document]:
         """The documents with the smallest hashes, smallest first; held-out ones are never among them."""
-        return [document for _, _, document in sorted(self._kept, key=lambda entry: (-entry[0], entry[1]))]
+        return [entry[-1] for entry in sorted(self._kept, key=lambda entry: (-entry[0], entry[1]))]
 
 
 def _write_units(items: Iterable[Document], settings: PrecomputeConfig, folder: Path | None) -> int:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.columns import Column
+from teachercache.targets.largest import largest
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.tail import NODES, decode_nodes, node_sums, quantise_nodes, tail_at
@@ -131,7 +132,7 @@ class HeadSketch:
         """
         basis = self._basis()
         logits_NV = logits_NV[:, : self.vocabulary_size]
-        head_Nk, ids_Nk = torch.topk(logits_NV, self.k, dim=-1)
+        head_Nk, ids_Nk = largest(torch, logits_NV, self.k)
         largest_N1 = head_Nk[:, :1].clone()
         actual_N1 = logits_NV.gather(1, labels_N[:, None]) - largest_N1
         tail_NG = node_sums(torch, logits_NV.sub_(largest_N1), ids_Nk)

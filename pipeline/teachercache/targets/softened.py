@@ -146,7 +146,9 @@ def _logsumexp(values_NV: Any) -> Any:
 def _largest(log_prob_NA: Any, k: int) -> tuple[Any, Any]:
     """Indices of the k largest, largest first, and their probabilities."""
     if isinstance(log_prob_NA, np.ndarray):
-        order_Nk = np.argsort(-log_prob_NA, axis=-1, kind="stable")[:, :k]
+        among_Nk = np.argpartition(-log_prob_NA, k - 1, axis=-1)[:, :k]
+        within_Nk = np.argsort(-np.take_along_axis(log_prob_NA, among_Nk, 1), axis=-1, kind="stable")
+        order_Nk = np.take_along_axis(among_Nk, within_Nk, 1)
         return order_Nk, np.exp(np.take_along_axis(log_prob_NA, order_Nk, 1))
     largest_Nk, order_Nk = log_prob_NA.topk(k, dim=-1)
     return order_Nk, largest_Nk.exp()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import Column
+from teachercache.targets.largest import largest
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.temperature import grid_index, softened
 
@@ -70,12 +71,12 @@ class TopK:
     ) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
 
-        Call it with blocks that fit a processor's cache (about a hundred positions): at 49k tokens the four
-        log-partitions then cost 60-90 µs a position instead of 960 (tests/bench/capture_cost.py). A block with a
+        Call it with blocks that fit a core's cache: what a position costs by block size, tests/bench/capture_cost.py
+        measures. A block with a
         NaN or +inf logit gives columns that `is_usable` refuses: callers quarantine such rows.
         """
         logits_NV = logits_NV[:, : self.vocabulary_size]
-        head_Nk, ids_Nk = torch.topk(logits_NV, self.k, dim=-1)
+        head_Nk, ids_Nk = largest(torch, logits_NV, self.k)
         largest_N1 = head_Nk[:, :1].clone()
         actual_N = logits_NV.gather(1, labels_N[:, None]) - largest_N1
         logits_NV.sub_(largest_N1)

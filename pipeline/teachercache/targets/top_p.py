@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.targets.columns import Column
+from teachercache.targets.largest import largest
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.ragged import places, spread, spread_ids
 from teachercache.targets.softened import TailPolicy
@@ -68,7 +69,7 @@ class TopP(TopK):
     ) -> dict[str, NDArray[Any]]:
         """As `TopK.capture`, with each position's head cut where its mass reaches p."""
         logits_NV = logits_NV[:, : self.vocabulary_size]
-        head_Nk, ids_Nk = torch.topk(logits_NV, self.k, dim=-1)
+        head_Nk, ids_Nk = largest(torch, logits_NV, self.k)
         log_z_N1 = logits_NV.logsumexp(-1, keepdim=True)
         actual_N = (logits_NV.gather(1, labels_N[:, None]) - log_z_N1)[:, 0]
         mass_Nk = (head_Nk - log_z_N1).double().exp()

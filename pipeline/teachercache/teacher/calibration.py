@@ -22,6 +22,7 @@ from teachercache.targets import CalibratedKind
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
 from teachercache.targets.hidden import Hidden
+from teachercache.targets.largest import largest
 from teachercache.targets.tail import fit_node_weights, node_sums
 from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer
@@ -67,7 +68,7 @@ def keep_output_layer(kind: Hidden, layer: OutputLayer, rows_hidden_ND: Sequence
         mean_D=mean_D.cpu().numpy(),
         analysis_Dr=(1 / unit_D).cpu().numpy(),
         basis_Vr=_half(basis_VD) if fits_half else basis_VD.cpu().numpy(),
-        base_V=(layer.weight_VD @ mean_D + layer.bias_V).cpu().numpy(),
+        base_V=_base(layer, mean_D).cpu().numpy(),
         bias_constant_V=nothing_V,
         bias_slope_V=nothing_V,
         token_of_rank_V=np.zeros(0, dtype=np.uint32),
@@ -126,16 +127,27 @@ def _coarsest_step(kind: HeadSketch, basis: SketchBasis, layer: OutputLayer, row
 def _divergence(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> float:
     sums, positions = dict.fromkeys(STEP_TEMPERATURES, 0.0), 0
     for hidden_ND in rows_hidden_ND:
-        logits_NV = layer.logits(hidden_ND.float())
-        labels_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
-        arrays = kind.decoded(kind.finish(kind.capture(torch, logits_NV.clone(), labels_N, hidden_ND)))
-        tensors = {name: torch.from_numpy(values).to(logits_NV.device) for name, values in arrays.items()}
-        tensors["head_ids"] = tensors["head_ids"].long()
+        tensors = _as_stored(kind, layer, hidden_ND)
         for temperature in STEP_TEMPERATURES:
-            stored_NV = kind.softened(tensors, temperature, tail="sketch", xp=torch).dense()
-            sums[temperature] += float(kl_divergence(logits_NV / temperature, stored_NV).sum())
+            stored = kind.softened(tensors, temperature, tail="sketch", xp=torch)
+            for start in range(0, len(hidden_ND), BLOCK):
+                part = slice(start, start + BLOCK)
+                logits_NV = layer.logits(hidden_ND[part]).div_(temperature)
+                sums[temperature] += float(kl_divergence(logits_NV, stored.dense(part)).sum())
         positions += len(hidden_ND)
     return max(sums.values()) / positions
+
+
+def _as_stored(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> dict[str, Tensor]:
+    """What a reader gets of a row, as tensors on the device of `hidden_ND`."""
+    parts = []
+    for part_ND in hidden_ND.split(BLOCK):
+        nothing_N = torch.zeros(len(part_ND), dtype=torch.int64, device=part_ND.device)
+        parts.append(kind.capture(torch, layer.logits(part_ND), nothing_N, part_ND))
+    captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    decoded = kind.decoded(kind.finish(captured))
+    tensors = {name: torch.from_numpy(values).to(hidden_ND.device) for name, values in decoded.items()}
+    return {**tensors, "head_ids": tensors["head_ids"].long()}
 
 
 def _directions(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> SketchBasis:
@@ -158,7 +170,7 @@ def _directions(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> Sket
     unit_r = (values_r / len(weight_VD)).sqrt()
     analysis_Dr = torch.linalg.solve_triangular(root_DD.T, vectors_Dr, upper=True) * unit_r
     basis_Vr = weight_VD @ (root_DD @ vectors_Dr / unit_r).float()
-    base_V = layer.weight_VD @ mean_D + layer.bias_V
+    base_V = _base(layer, mean_D)
     if layer.softcap is None:
         base_V = base_V - base_V.mean()
     nothing_V = np.zeros(len(weight_VD), dtype=np.float16)
@@ -173,6 +185,11 @@ def _directions(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> Sket
         tail_weights_GF=np.zeros((0, 0), dtype=np.float32),
         softcap=layer.softcap,
     )
+
+
+def _base(layer: OutputLayer, mean_D: Tensor) -> Tensor:
+    base_V = layer.weight_VD @ mean_D
+    return base_V if layer.bias_V is None else base_V + layer.bias_V
 
 
 def _gram(weight_VD: Tensor) -> Tensor:
@@ -193,7 +210,7 @@ class _Sample:
         heads, ids, nodes, masses = [], [], [], []
         for part_ND in hidden_ND.split(BLOCK):
             logits_NV = layer.logits(part_ND)
-            head_Nk, ids_Nk = torch.topk(logits_NV, kind.k, dim=-1)
+            head_Nk, ids_Nk = largest(torch, logits_NV, kind.k)
             in_head_V += torch.bincount(ids_Nk.flatten(), minlength=vocabulary)
             mass_N = []
             for temperature in BIAS_TEMPERATURES:

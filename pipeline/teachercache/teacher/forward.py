@@ -2,8 +2,8 @@
 
 Memory stays bounded: the transformer body runs over a batch, and the output projection over blocks of positions whose
 logits fit a processor's cache, right before they are reduced to columns. Padding and positions without a target are never
-projected. Models whose logits are more than `output_layer(body(x))` (soft-capped, scaled) are recognised by a probe at
-loading and run whole.
+projected. A probe at loading tells whether logits are what the output layer, with its scale and soft cap, makes of the
+body's output; models with more in between (an encoder's prediction head) run whole.
 
     B rows, S tokens, N positions, D hidden width, V vocabulary
 """
@@ -11,9 +11,9 @@ loading and run whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +32,11 @@ from teachercache.tokens.rows import TokenRow
 
 logger = logging.getLogger(__name__)
 
-BLOCK_POSITIONS = {"cpu": 128, "cuda": 2048}  # on a CPU, smaller blocks capture faster, but project slower
-LOGIT_RESHAPERS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+T = TypeVar("T")
+
+# A matmul wants many rows. What reduces its result wants few: as many as stay in a core's own cache.
+PROJECTED_BYTES = {"cpu": 48 * 2**20, "cuda": 400 * 2**20}
+REDUCED_BYTES = {"cpu": 3 * 2**19, "cuda": 400 * 2**20}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class Teacher:
             raise ModelError(
                 f"{type(model).__name__} does not keep the segments of a packed row apart; set `sequence.layout: documents`"
             )
-        self._splits = _logits_are_projected_hidden_states(self.model)
+        self._layer = _layer_after_body(self.model, vocabulary_size=kind.vocabulary_size)
         self.batches_halved = 0
         self.drift = Drift(kind)
 
@@ -84,8 +87,8 @@ class Teacher:
         """Targets of all rows, in their order. Rows whose logits are not numbers come back with a problem."""
         captured: list[Captured | None] = [None] * len(rows)
         for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
-            for index, result in zip(batch, self._capture_batch([rows[index] for index in batch]), strict=True):
-                captured[index] = result
+            for index, result in zip(batch, self._halving(self._forward, [rows[i] for i in batch]), strict=True):
+                captured[index] = result or _too_long(rows[index])
         return [result for result in captured if result is not None]
 
     def calibrate(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> CalibratedKind:
@@ -97,11 +100,10 @@ class Teacher:
         layer = OutputLayer.of(self.model, vocabulary_size=self.kind.vocabulary_size)
         hidden: list[Any] = [None] * len(rows)
         for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
-            for index, values_ND in zip(batch, self._hidden([rows[index] for index in batch]), strict=True):
+            for index, values_ND in zip(batch, self._halving(self._hidden, [rows[i] for i in batch]), strict=True):
                 hidden[index] = values_ND
-        usable = [
-            values_ND for values_ND in hidden if bool(values_ND.isfinite().all())
-        ]  # capture quarantines the others
+        # Capture quarantines the others.
+        usable = [values_ND for values_ND in hidden if values_ND is not None and bool(values_ND.isfinite().all())]
         if not usable:
             raise ModelError(
                 "no row is left to calibrate the sketch on: every document is held out, quarantined or gives no numbers; "
@@ -116,26 +118,27 @@ class Teacher:
         """What enters the output layer at the positions of each row, [N, D]."""
         inputs, index_N, _ = self._inputs(rows)
         with recorded_input(self.model) as recorded:
-            if self._splits:
+            if self._layer is not None:
                 hidden_ND = self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[index_N]
             else:
                 self.model(**inputs, use_cache=False)
                 hidden_ND = recorded[0].flatten(0, 1)[index_N]
         return hidden_ND.split([row.positions for row in rows])
 
-    def _capture_batch(self, rows: list[TokenRow]) -> list[Captured]:
+    def _halving(self, run: Callable[[list[TokenRow]], Sequence[T]], rows: list[TokenRow]) -> list[T | None]:
+        """What `run` makes of each row. A batch that runs out of memory is halved; None for a row too long alone."""
         try:
-            return self._forward(rows)
+            return list(run(rows))
         except torch.OutOfMemoryError:
             if len(rows) == 1:
-                return [Captured(rows[0], None, f"out of memory with this row of {rows[0].length} tokens alone")]
+                return [None]
         # Outside the handler: the exception's frames hold the tensors that did not fit.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.batches_halved += 1
         logger.warning("a batch of %d rows ran out of memory: halved; lower precompute.positions_per_batch", len(rows))
         middle = len(rows) // 2
-        return self._capture_batch(rows[:middle]) + self._capture_batch(rows[middle:])
+        return self._halving(run, rows[:middle]) + self._halving(run, rows[middle:])
 
     @torch.inference_mode()
     def _forward(self, rows: list[TokenRow]) -> list[Captured]:
@@ -144,8 +147,12 @@ class Teacher:
         parts = []
         for start, logits_nV, hidden_nD in self._logit_blocks(inputs, index_N):
             self.drift.sample(start, logits_nV)
-            part = slice(start, start + len(logits_nV))
-            parts.append(self.kind.capture(torch, logits_nV, labels_N[part], hidden_nD, seeds_N[part]))
+            size = self._rows_within(REDUCED_BYTES, logits_nV.shape[1])
+            for offset in range(0, len(logits_nV), size):
+                part = slice(offset, offset + size)
+                whole = slice(start + offset, start + min(offset + size, len(logits_nV)))
+                hidden = None if hidden_nD is None else hidden_nD[part]
+                parts.append(self.kind.capture(torch, logits_nV[part], labels_N[whole], hidden, seeds_N[whole]))
         captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         ends = np.cumsum([row.positions for row in rows])[:-1]
         split = {name: np.split(values, ends) for name, values in captured.items()}
@@ -168,20 +175,23 @@ class Teacher:
 
         Each block of logits is the caller's to overwrite.
         """
-        block = BLOCK_POSITIONS[self.device.type]
-        if self._splits:
+        if self._layer is not None:
             hidden_ND = self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[index_N]
-            project = self.model.get_output_embeddings()
+            block = self._rows_within(PROJECTED_BYTES, len(self._layer.matrix_VD))
             for start in range(0, len(index_N), block):
                 hidden_nD = hidden_ND[start : start + block]
-                yield start, project(hidden_nD).float(), hidden_nD
+                yield start, self._layer.logits(hidden_nD), hidden_nD
             return
         with recorded_input(self.model) as recorded:
             logits_RV = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
         hidden_RD = recorded[0].flatten(0, 1) if recorded else None
+        block = self._rows_within(PROJECTED_BYTES, logits_RV.shape[1])
         for start in range(0, len(index_N), block):
             chosen = index_N[start : start + block]
             yield start, logits_RV[chosen].float(), None if hidden_RD is None else hidden_RD[chosen]
+
+    def _rows_within(self, budget: dict[str, int], width: int) -> int:
+        return max(1, budget[self.device.type] // (4 * width))
 
     def _finish(self, row: TokenRow, captured: dict[str, NDArray[Any]]) -> Captured:
         unusable = int((~self.kind.is_usable(captured)).sum())
@@ -192,24 +202,19 @@ class Teacher:
         return Captured(row, self.kind.finish(captured))
 
 
+def _too_long(row: TokenRow) -> Captured:
+    return Captured(row, None, f"out of memory with this row of {row.length} tokens alone")
+
+
 def _flat_positions(rows: Sequence[TokenRow], width: int) -> NDArray[np.int64]:
     """Indices of all positions in a batch [B, S] that is flattened to [B * S]."""
     return np.concatenate([index * width + np.flatnonzero(row.target_mask_S) for index, row in enumerate(rows)])
 
 
-@torch.inference_mode()
-def _logits_are_projected_hidden_states(model: Any) -> bool:
-    """Whether `output_layer(body(x))` gives the model's own logits, tried on a few tokens."""
-    body, project = model.base_model, model.get_output_embeddings()
-    config = model.config.get_text_config()
-    # A soft cap or scale hardly shows on the small logits of an untrained model: the configuration tells.
-    reshaped = any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_RESHAPERS)
-    if body is model or project is None or reshaped:
-        return False
-    ids = torch.arange(8, device=model.device)[None] % config.vocab_size
-    whole = model(input_ids=ids, use_cache=False).logits.float()
-    split = project(body(input_ids=ids, use_cache=False)[0]).float()
-    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
-    return whole.shape == split.shape and bool(
-        (whole - split).abs().max() <= tolerance * whole.abs().max().clamp_min(1.0)
-    )
+def _layer_after_body(model: Any, *, vocabulary_size: int) -> OutputLayer | None:
+    """The output layer, if the model's logits are what it makes of the body's output."""
+    try:
+        layer = OutputLayer.of(model, vocabulary_size=vocabulary_size)
+    except ModelError:
+        return None
+    return layer if layer.follows_body(model) else None

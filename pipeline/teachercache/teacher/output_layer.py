@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,15 +18,20 @@ from torch import Tensor
 from teachercache.errors import ModelError
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+HALF = (torch.float16, torch.bfloat16)
 REMEDY = "store its targets with targets.logits.kind: top-k"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OutputLayer:
-    """W [V, D] with the scale inside, b [V] likewise, and the soft cap; float32, V that of the tokenizer."""
+    """`matrix_VD` is the model's own, in its own precision, V that of the tokenizer; `bias_V` float32, scale inside.
 
-    weight_VD: Tensor
-    bias_V: Tensor
+    Logits are float32, and summed as such: those that a half-precision model gives itself are rounded to 8 or 11 bits.
+    """
+
+    matrix_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
     softcap: float | None
 
     @classmethod
@@ -39,29 +45,55 @@ class OutputLayer:
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 2 or len(weight) < vocabulary_size:
             raise ModelError(f"{type(model).__name__} has no output matrix that a sketch could be made of; {REMEDY}")
+        matrix_VD, bias = weight.detach()[:vocabulary_size], getattr(module, "bias", None)
+        bias_V = None if bias is None else bias.detach()[:vocabulary_size].float()
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        bias = getattr(module, "bias", None)
-        weight_VD = weight[:vocabulary_size].float()
-        bias_V = bias[:vocabulary_size].float() if bias is not None else weight_VD.new_zeros(vocabulary_size)
         hidden_ND, logits_NV = _try(model, vocabulary_size)
-        plain_NV = hidden_ND @ weight_VD.T + bias_V
+        plain_NV = cls(matrix_VD, bias_V, 1.0, None).logits(hidden_ND)
         wanted_NV = softcap * torch.atanh((logits_NV / softcap).clamp(-1 + 1e-6, 1 - 1e-6)) if softcap else logits_NV
         scale = float((wanted_NV * plain_NV).sum() / plain_NV.square().sum().clamp_min(1e-30))
         scale = 1.0 if abs(scale - 1) < 1e-3 else scale
-        layer = cls(weight_VD * scale, bias_V * scale, softcap)
-        error = (layer.logits(hidden_ND) - logits_NV).abs().max() / logits_NV.abs().max().clamp_min(1e-30)
+        layer = cls(matrix_VD, None if bias_V is None else bias_V * scale, scale, softcap)
+        error = layer.error(hidden_ND, logits_NV)
         if not error <= TOLERANCE.get(weight.dtype, 6e-2):
             raise ModelError(
-                f"the logits of {type(model).__name__} are not those of its output layer (they differ by {float(error):.1%} "
+                f"the logits of {type(model).__name__} are not those of its output layer (they differ by {error:.1%} "
                 f"of the largest), so a sketch of its input cannot rebuild them; {REMEDY}"
             )
         return layer
 
+    @cached_property
+    def weight_VD(self) -> Tensor:
+        """The matrix with the scale inside, float32."""
+        return self.matrix_VD.float() * self.scale if self.scale != 1 else self.matrix_VD.float()
+
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """float32 [N, V]."""
-        logits_NV = hidden_ND.float() @ self.weight_VD.T
-        logits_NV += self.bias_V
+        """float32 [N, V] of what enters the layer."""
+        if self.matrix_VD.dtype in HALF and self.matrix_VD.is_cuda:  # there a matmul can sum, and answer, in float32
+            logits_NV = torch.mm(hidden_ND.to(self.matrix_VD.dtype), self.matrix_VD.T, out_dtype=torch.float32)
+            if self.scale != 1:
+                logits_NV *= self.scale
+        else:
+            logits_NV = hidden_ND.float() @ self.weight_VD.T
+        if self.bias_V is not None:
+            logits_NV += self.bias_V
         return logits_NV if self.softcap is None else torch.tanh_(logits_NV.div_(self.softcap)).mul_(self.softcap)
+
+    def error(self, hidden_ND: Tensor, logits_NV: Tensor) -> float:
+        """How far logits lie from those of this layer, as a share of the largest."""
+        gap = (self.logits(hidden_ND) - logits_NV).abs().max()
+        return float(gap / logits_NV.abs().max().clamp_min(1e-30))
+
+    @torch.inference_mode()
+    def follows_body(self, model: Any) -> bool:
+        """Whether what the model's body returns is what enters this layer, tried on a few tokens; up to rounding."""
+        body, vocabulary = model.base_model, len(self.matrix_VD)
+        if body is model:
+            return False
+        hidden_ND = body(input_ids=_probe(model, vocabulary), use_cache=False)[0].flatten(0, 1)
+        logits_NV = _try(model, vocabulary)[1]
+        error = self.error(hidden_ND, logits_NV) if hidden_ND.shape[-1] == self.matrix_VD.shape[1] else 1.0
+        return error <= (1e-5 if self.matrix_VD.dtype in (torch.float32, torch.float64) else 1e-2)
 
 
 @contextmanager
@@ -79,8 +111,12 @@ def recorded_input(model: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def _probe(model: Any, vocabulary_size: int) -> Tensor:
+    return torch.linspace(0, vocabulary_size - 1, steps=min(16, vocabulary_size), device=model.device).long()[None]
+
+
 def _try(model: Any, vocabulary_size: int) -> tuple[Tensor, Tensor]:
-    ids = torch.linspace(0, vocabulary_size - 1, steps=min(16, vocabulary_size), device=model.device).long()[None]
+    """What enters the layer [N, D] and the model's own logits, float32 [N, V]."""
     with recorded_input(model) as inputs:
-        logits = model(input_ids=ids).logits
+        logits = model(input_ids=_probe(model, vocabulary_size), use_cache=False).logits
     return inputs[0].flatten(0, 1).float(), logits.flatten(0, 1)[:, :vocabulary_size].float()

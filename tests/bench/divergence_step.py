@@ -5,7 +5,7 @@
 A step is forward, backward and AdamW of a student like SmolLM2-135M (hidden 576, V = 49152, tied) with fewer layers;
 the loss alone is its forward and backward from given logits. Contestants take turns on the same batch, in one process.
 `ce` is `torch.nn.functional.cross_entropy`, `ghost` and `sketch` are ours with the tail as a bucket or as a sketch of
-rank 256 (alpha 0.9), `naive` writes full-vocabulary distillation from stored dense logits in plain torch. Medians over
+rank 320 (alpha 0.9), `naive` writes full-vocabulary distillation from stored dense logits in plain torch. Medians over
 the rounds; ratios to `ce` within each round.
 """
 
@@ -29,7 +29,7 @@ from teachercache.objective.fused import distillation_sums
 from teachercache.objective.operands import Weights
 from teachercache.targets.softened import SketchTail, Softened
 
-V, HIDDEN, RANK, HEAD, ALPHA = 49152, 576, 256, 16, 0.9
+V, HIDDEN, RANK, HEAD, ALPHA = 49152, 576, 320, 10, 0.9
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, S, V] and labels [N] -> the mean over positions
 
 

@@ -1,6 +1,6 @@
 """Does a student learn as much from the cache as from the live teacher with its full vocabulary?
 
-    python tests/bench/student_quality.py WORK_FOLDER [--epochs 2] [--out results/student_quality.json] [--json]
+    python tests/bench/student_quality.py WORK_FOLDER [--epochs 1] [--out results/student_quality.json] [--json]
 
 Same student, same rows in the same order, same steps, same learning rate, pure forward KL; what differs is the teacher:
 
@@ -60,6 +60,10 @@ class LiveTail:
         """A copy, [C, V]."""
         return self.logits_NV[part].clone()
 
+    def at(self, part: slice) -> LiveTail:
+        """Of some of the positions."""
+        return LiveTail(self.logits_NV[part])
+
 
 def live(logits_NV: Tensor, temperature: float) -> Softened:
     """The teacher itself: a head of one token, and a tail that is exact."""
@@ -90,7 +94,7 @@ class Bench:
         torch.manual_seed(seed)
         cache = self.caches["sketch"]
         manifest = cache.manifest
-        plan = BatchPlan(cache.rows_of("train"), 8, 8, 1, manifest.fingerprint, seed)
+        plan = BatchPlan(cache.rows_of("train"), 4, 4, 1, manifest.fingerprint, seed)
         steps = plan.steps(epochs)
         students: dict[str, Any] = {arm: load_causal_lm(str(self.student_folder), dtype="float32") for arm in ARMS}
         optimizers = {arm: torch.optim.AdamW(student.parameters()) for arm, student in students.items()}
@@ -203,7 +207,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

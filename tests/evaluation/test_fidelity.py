@@ -18,7 +18,7 @@ from teachercache.evaluation.fidelity import (
     calibration_error,
     parse_options,
     run_fidelity,
-    without_last_block,
+    weakened_last_block,
 )
 from teachercache.shards import Cache
 from teachercache.targets import Softened
@@ -98,9 +98,11 @@ def test_the_student_is_the_teacher_without_its_last_block() -> None:
     with torch.inference_mode():
         expected = model(ids, output_hidden_states=True).hidden_states[-2]
         expected = model.lm_head(model.model.norm(expected))
-        with without_last_block(model):
+        with weakened_last_block(model):
             cut = model(ids).logits
-        whole = model(ids).logits
+        with weakened_last_block(model, share=1.0):
+            whole = model(ids).logits
+        torch.testing.assert_close(whole, model(ids).logits)
     torch.testing.assert_close(cut, expected)
     assert not torch.allclose(cut, whole)
 

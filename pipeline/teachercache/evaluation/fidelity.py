@@ -177,23 +177,28 @@ def _sources(stored: StoredRow) -> set[str]:
 
 
 @torch.inference_mode()
-def observe(model: Any, row: TokenRow, *, pad_id: int, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """At a row's positions: the teacher's logits, the logits without its last block, and what entered the output layer
-    then; float32 [N, V], [N, V], [N, D]."""
+def observe(
+    model: Any, row: TokenRow, *, pad_id: int, layout: str, share: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At a row's positions: the teacher's logits, the logits of the student that is made of it, and what entered the
+    output layer then; float32 [N, V], [N, V], [N, D]. `share` as for `weakened_last_block`."""
     inputs = {
         name: torch.from_numpy(values).to(model.device)
         for name, values in model_inputs([row], pad_id=pad_id, layout=layout).items()
     }
     chosen = torch.from_numpy(np.flatnonzero(row.target_mask_S)).to(model.device)
     logits_NV = model(**inputs, use_cache=False).logits[0, chosen].float()
-    with without_last_block(model), recorded_input(model) as recorded:
+    with weakened_last_block(model, share=share), recorded_input(model) as recorded:
         student_NV = model(**inputs, use_cache=False).logits[0, chosen].float()
     return logits_NV, student_NV, recorded[0][0, chosen].float()
 
 
 @contextmanager
-def without_last_block(model: Any) -> Iterator[None]:
-    """While it is open, the model's last block hands its input on unchanged. Raises `ModelError` for unknown shapes."""
+def weakened_last_block(model: Any, *, share: float = 0.0) -> Iterator[None]:
+    """While it is open, a share of what the model's last block adds to its input is left, 0: its input passes unchanged.
+
+    Raises `ModelError` for unknown shapes.
+    """
     count = model.config.get_text_config().num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
     if not lists:
@@ -201,11 +206,12 @@ def without_last_block(model: Any) -> Iterator[None]:
             f"{type(model).__name__} does not keep its blocks in one list: no student can be cut out of it"
         )
 
-    def skip(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def weaken(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        before = args[0] if args else kwargs["hidden_states"]
+        hidden = before + share * ((output[0] if isinstance(output, tuple) else output) - before)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = lists[0][-1].register_forward_hook(skip, with_kwargs=True)
+    handle = lists[0][-1].register_forward_hook(weaken, with_kwargs=True)
     try:
         yield
     finally:

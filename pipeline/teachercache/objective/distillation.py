@@ -17,6 +17,7 @@ from teachercache.errors import CacheError, ModelError
 from teachercache.objective.divergences import divergence_of
 from teachercache.objective.fused import distillation_sums
 from teachercache.objective.operands import Weights, no_teacher
+from teachercache.objective.projected import projected_sums
 from teachercache.targets import Softened, TailPolicy, TargetKind
 
 NO_TARGET = -100  # label of a token that is not a position, as everywhere in transformers
@@ -75,15 +76,9 @@ class DistillationObjective:
         from `columns`, each [N, …]; they may lie on another device. `position_weight_N` multiplies each position's share of all
         sums. Raises `ModelError` when the student predicts fewer tokens than the cache's vocabulary has.
         """
-        if logits_BSL.shape[-1] < self.vocabulary_size:
-            raise ModelError(
-                f"the student predicts {logits_BSL.shape[-1]} tokens, but the cache's tokenizer has "
-                f"{self.vocabulary_size}; train one with the teacher's tokenizer (see `teachercache init-student`)"
-            )
-        labels_R = shift_labels_BS.reshape(-1)
-        positions_N = (labels_R != NO_TARGET).nonzero()[:, 0]
-        labels_N = labels_R[positions_N]
-        total, divergence, ce = distillation_sums(
+        self._check_width(logits_BSL.shape[-1])
+        positions_N, labels_N = _positions(shift_labels_BS)
+        sums = distillation_sums(
             logits_BSL,
             positions_N=positions_N,
             labels_N=labels_N,
@@ -93,7 +88,45 @@ class DistillationObjective:
             divergence=self._divergence,
             position_weight_N=position_weight_N,
         )
-        return LossTerms(total, divergence, ce, positions=len(positions_N))
+        return LossTerms(*sums, positions=len(positions_N))
+
+    def projected(
+        self,
+        hidden_BSD: Tensor,
+        weight_LD: Tensor,
+        bias_L: Tensor | None,
+        shift_labels_BS: Tensor,
+        targets: Mapping[str, Tensor] | None = None,
+        *,
+        softcap: float | None = None,
+        position_weight_N: Tensor | None = None,
+    ) -> LossTerms:
+        """The same from what enters the student's output layer, and its weights: no logits of a whole batch are formed.
+
+        Raises `ModelError` when the layer has fewer rows than the cache's vocabulary.
+        """
+        self._check_width(len(weight_LD))
+        positions_N, labels_N = _positions(shift_labels_BS)
+        sums = projected_sums(
+            hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[positions_N],
+            weight_LD,
+            bias_L,
+            labels_N=labels_N,
+            teacher=self._teacher(targets or {}, labels_N, weight_LD.dtype),
+            weights=self._weights,
+            vocabulary_size=self.vocabulary_size,
+            softcap=softcap,
+            divergence=self._divergence,
+            position_weight_N=position_weight_N,
+        )
+        return LossTerms(*sums, positions=len(positions_N))
+
+    def _check_width(self, predicted: int) -> None:
+        if predicted < self.vocabulary_size:
+            raise ModelError(
+                f"the student predicts {predicted} tokens, but the cache's tokenizer has "
+                f"{self.vocabulary_size}; train one with the teacher's tokenizer (see `teachercache init-student`)"
+            )
 
     def _teacher(self, targets: Mapping[str, Tensor], labels_N: Tensor, logits_dtype: torch.dtype) -> Softened:
         dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
@@ -107,3 +140,10 @@ class DistillationObjective:
         if len(teacher) != len(labels_N):
             raise ValueError(f"targets of {len(teacher)} positions for {len(labels_N)} labels: the batch is misaligned")
         return teacher
+
+
+def _positions(shift_labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Rising indices into [B · S] of what has a label, and the labels, [N] each."""
+    labels_R = shift_labels_BS.reshape(-1)
+    positions_N = (labels_R != NO_TARGET).nonzero()[:, 0]
+    return positions_N, labels_R[positions_N]

@@ -56,14 +56,14 @@ def distillation_sums(
 def _sums(logits_BSL: Tensor, batch: Batch, block_bytes: int | None) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and logits_BSL.requires_grad:
         return _Distillation.apply(logits_BSL, batch, block_bytes)  # type: ignore[no-untyped-call]
-    return _totals(*_run(logits_BSL, None, batch, block_bytes), batch)
+    return totals(*run(logits_BSL, None, batch, block_bytes), batch)
 
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_BSL: Tensor, batch: Batch, block_bytes: int | None) -> tuple[Tensor, Tensor, Tensor]:
         ctx.gradient_BSL = torch.empty_like(logits_BSL, memory_format=torch.contiguous_format)
-        total, divergence, ce = _totals(*_run(logits_BSL, ctx.gradient_BSL, batch, block_bytes), batch)
+        total, divergence, ce = totals(*run(logits_BSL, ctx.gradient_BSL, batch, block_bytes), batch)
         ctx.mark_non_differentiable(divergence, ce)
         return total, divergence, ce
 
@@ -76,7 +76,8 @@ class _Distillation(torch.autograd.Function):
         return gradient_BSL.mul_(grad_total), None, None
 
 
-def _totals(divergence_N: Tensor, ce_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def totals(divergence_N: Tensor, ce_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, divergence, ce) from what each position has, unweighted."""
     if batch.position_weight_N is not None:
         divergence_N, ce_N = (values_N * batch.position_weight_N for values_N in (divergence_N, ce_N))
     divergence, ce = divergence_N.sum(), ce_N.sum()
@@ -86,7 +87,7 @@ def _totals(divergence_N: Tensor, ce_N: Tensor, batch: Batch) -> tuple[Tensor, T
     return torch.stack([weight * term for weight, term in terms if weight]).sum(), divergence, ce
 
 
-def _run(
+def run(
     logits_BSL: Tensor, gradient_BSL: Tensor | None, batch: Batch, block_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
     """Divergence and CE by position, [N] each, unweighted; fills the gradient of the weighted total."""

@@ -5,6 +5,7 @@ Checkpoints, schedules, callbacks and trackers are the library's. What is differ
 - The whole run is one pass over a `BatchPlan`, so that the optimizer step is the only cursor: resuming is a seek.
 - A loss is divided by the positions of the *global* batch, over micro-batches and processes, so that the number of
   processes does not change what is learned.
+- The loss is formed inside the student's output layer, in chunks: a batch's logits never exist.
 - A checkpoint counts only once its last file is written, and the best one by held-out loss is kept.
 
 Shapes: B rows, S tokens.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
-from teachercache.objective import NO_TARGET, DistillationObjective
+from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.batches import BatchPlan, PlanSampler, spread
 from teachercache.stream.collate import Collator
@@ -33,6 +35,7 @@ from teachercache.student.checkpoints import checkpoint_folder, complete_checkpo
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.held_out import HeldOutMeasure
 from teachercache.student.meter import LOGGED_AS, LossMeter
+from teachercache.student.output_layer import loss_for_logits, takes_loss
 
 
 class DistillationTrainer(Trainer):
@@ -78,6 +81,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
         self.meter = LossMeter(self.accelerator)
         self._held_out_loader: DataLoader[StoredRow] | None = None
+        self._loss_in_layer: bool | None = None if takes_loss(self.model) else False  # None: not tried yet
 
     def get_train_dataloader(self) -> DataLoader[StoredRow]:
         """This process's micro-batches from the current step on; accelerate must not shard them again."""
@@ -126,13 +130,33 @@ class DistillationTrainer(Trainer):
         """This micro-batch's share of the global batch's mean loss. Calls the wrapped model, never `model.module`."""
         inputs = dict(inputs)
         labels_BS, targets = inputs.pop("shift_labels"), inputs.pop("targets")
-        outputs = model(**inputs, use_cache=False)
-        terms = self.distillation(outputs.logits, labels_BS, targets)
+        terms, outputs = self._terms(model, inputs, labels_BS, targets)
         self.meter.add(terms)
         positions = terms.positions if num_items_in_batch is None else num_items_in_batch
         # DeepSpeed and DDP average gradients over processes where the mean over positions needs their sum.
         loss = terms.total * (self.accelerator.num_processes / _at_least_one(positions))
         return (loss, outputs) if return_outputs else loss
+
+    def _terms(
+        self, model: Any, inputs: dict[str, Any], labels_BS: torch.Tensor, targets: dict[str, torch.Tensor]
+    ) -> tuple[LossTerms, Any]:
+        """The loss, formed where logits would be, if the student's output layer allows it."""
+        if self._loss_in_layer is not False:
+            formed: list[LossTerms] = []
+
+            def loss(hidden: Any, weight: Any, bias: Any, softcap: float | None) -> torch.Tensor:
+                formed.append(self.distillation.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
+                return formed[-1].total
+
+            with loss_for_logits(self.model, loss):
+                outputs = model(**inputs, use_cache=False)
+            returned = outputs.logits.reshape(-1)
+            if self._loss_in_layer is None:  # some models scale their logits, which the loss is none of
+                self._loss_in_layer = len(formed) == 1 and torch.equal(returned, formed[0].total.reshape(1))
+            if self._loss_in_layer:
+                return replace(formed[-1], total=returned[0]), outputs
+        outputs = model(**inputs, use_cache=False)
+        return self.distillation(outputs.logits, labels_BS, targets), outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; training records carry the loss by term, per position, over the window and all processes."""

@@ -33,6 +33,9 @@ class Tail(Protocol):
         Entries of the head are there and mean nothing.
         """
 
+    def at(self, part: slice) -> Tail:
+        """The tail of some of the positions."""
+
 
 @dataclass(frozen=True, eq=False)
 class UniformTail:
@@ -47,6 +50,10 @@ class UniformTail:
         if xp is np:
             return np.zeros((positions, self.vocabulary_size), dtype=self.like.dtype)
         return self.like.new_zeros(positions, self.vocabulary_size)
+
+    def at(self, part: slice) -> UniformTail:
+        """The tail of some of the positions."""
+        return replace(self, like=self.like[part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +78,10 @@ class SketchTail:
             logits_CV = xp.tanh(logits_CV / self.softcap) * (self.softcap / self.temperature) + self.bias_V
         return logits_CV
 
+    def at(self, part: slice) -> SketchTail:
+        """The tail of some of the positions."""
+        return replace(self, coefficients_Nr=self.coefficients_Nr[part])
+
 
 @dataclass(frozen=True, eq=False)
 class Softened:
@@ -87,6 +98,11 @@ class Softened:
 
     def __len__(self) -> int:
         return len(self.tail_log_prob_N)
+
+    def at(self, part: slice) -> Softened:
+        """Some of the positions."""
+        tail = None if self.tail is None else self.tail.at(part)
+        return Softened(self.head_ids_Nk[part], self.head_log_prob_Nk[part], self.tail_log_prob_N[part], tail)
 
     def topk(self, k: int) -> tuple[Any, Any]:
         """The teacher's top-k temperature-softened probabilities: ids [N, k] and probabilities [N, k], largest first.

@@ -1,0 +1,154 @@
+"""The loss with the output projection inside it: against whole logits, and what it allocates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from teachercache.objective.divergences import Divergence, JensenShannon, forward_kl, reverse_kl
+from teachercache.objective.fused import distillation_sums
+from teachercache.objective.operands import Weights, no_teacher
+from teachercache.objective.projected import projected_sums
+from teachercache.targets.softened import SketchTail, Softened, UniformTail
+
+N, V, L, D, RANK, K = 23, 40, 43, 8, 5, 4
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def teacher(tail: str, dtype: torch.dtype = torch.float64) -> Softened:
+    log_p_NA = random(3, N, K + 1, dtype=dtype).log_softmax(-1)
+    ids_Nk = random(4, N, V).topk(K).indices
+    head = Softened(ids_Nk, log_p_NA[:, :K].contiguous(), log_p_NA[:, K].contiguous())
+    if tail == "sketch":
+        return head.with_tail(
+            SketchTail(random(5, N, RANK, dtype=dtype), random(6, V, RANK, dtype=dtype), random(7, V, dtype=dtype))
+        )
+    return head.with_tail(UniformTail(V, head.head_log_prob_Nk)) if tail == "uniform" else head
+
+
+def whole(hidden_ND: Tensor, weight_LD: Tensor, bias_L: Tensor | None, softcap: float | None, **options: Any) -> Any:
+    """The twin: all logits at once."""
+    logits_NL = torch.nn.functional.linear(hidden_ND, weight_LD, bias_L)
+    if softcap is not None:
+        logits_NL = torch.tanh(logits_NL / softcap) * softcap
+    return distillation_sums(logits_NL, positions_N=torch.arange(len(hidden_ND)), **options)
+
+
+def leaves(dtype: torch.dtype = torch.float64, bias: bool = True) -> list[Tensor | None]:
+    made = [random(0, N, D, dtype=dtype), random(1, L, D, dtype=dtype), random(2, L, dtype=dtype) if bias else None]
+    return [None if values is None else values.requires_grad_() for values in made]
+
+
+@pytest.mark.parametrize("tail", ["ghost", "uniform", "sketch"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl, JensenShannon(0.3)])
+def test_values_and_all_gradients_equal_those_of_whole_logits(
+    tail: str, temperature: float, softcap: float | None, divergence: Divergence
+) -> None:
+    options: dict[str, Any] = {
+        "labels_N": torch.arange(N) % V, "teacher": teacher(tail), "weights": Weights(0.7, temperature),
+        "vocabulary_size": V, "divergence": divergence, "position_weight_N": random(8, N).abs(),
+    }  # fmt: skip
+    ours, expected = leaves(), leaves()
+    values = projected_sums(*ours, softcap=softcap, chunk_bytes=4 * L * 6, **options)  # chunks of 6, the last of 5
+    twin = whole(*expected, softcap, **options)
+    torch.testing.assert_close(values, twin, rtol=1e-10, atol=1e-10)
+    (values[0] * 0.25).backward()
+    (twin[0] * 0.25).backward()
+    for mine, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "nothing"])
+def test_only_what_is_trained_gets_a_gradient(wanted: str) -> None:
+    hidden, weight, _ = leaves(bias=False)
+    hidden.requires_grad_(wanted == "hidden")
+    weight.requires_grad_(wanted == "weight")
+    options: dict[str, Any] = {"teacher": teacher("ghost"), "weights": Weights(0.5, 1.0), "vocabulary_size": V}
+    total, _, _ = projected_sums(hidden, weight, None, labels_N=torch.arange(N), **options)
+    assert total.requires_grad == (wanted != "nothing")
+    if wanted != "nothing":
+        total.backward()
+    assert (hidden.grad is not None, weight.grad is not None) == (wanted == "hidden", wanted == "weight")
+
+
+def test_no_positions_give_zeros_that_reach_the_weights() -> None:
+    weight = random(1, L, D).requires_grad_()
+    nothing = no_teacher(torch.zeros(0, dtype=torch.int64), torch.float64)
+    options: dict[str, Any] = {"teacher": nothing, "weights": Weights(0.0, 1.0), "vocabulary_size": V}
+    total, _, _ = projected_sums(random(0, 0, D), weight, None, labels_N=torch.zeros(0, dtype=torch.int64), **options)
+    total.backward()
+    assert float(total.detach()) == 0
+    assert not weight.grad.any()
+
+
+def test_half_precision_gradients_add_up_in_float32() -> None:
+    hidden, weight, _ = leaves(torch.bfloat16, bias=False)
+    exact_hidden, exact_weight = (values.detach().double().requires_grad_() for values in (hidden, weight))
+    common: dict[str, Any] = {"labels_N": torch.arange(N), "weights": Weights(0.5, 2.0), "vocabulary_size": V}
+    total, _, _ = projected_sums(
+        hidden, weight, None, teacher=teacher("sketch", torch.float32), chunk_bytes=4 * L, **common
+    )
+    twin, _, _ = whole(exact_hidden, exact_weight, None, None, teacher=teacher("sketch"), **common)
+    total.backward()
+    twin.backward()
+    assert total.dtype == torch.float32 and weight.grad.dtype == torch.bfloat16
+    for mine, other in ((hidden, exact_hidden), (weight, exact_weight)):
+        error = (mine.grad.double() - other.grad).norm() / other.grad.norm()
+        assert error < 0.01  # a few roundings to 8 bits, not N of them
+
+
+def test_autocast_decides_the_type_of_the_matmuls_and_gradients_come_back_in_the_weights_own() -> None:
+    hidden, weight, _ = leaves(torch.float32, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _, _ = projected_sums(
+            hidden, weight, None, labels_N=torch.arange(N), teacher=teacher("ghost", torch.float32),
+            weights=Weights(0.5, 1.0), vocabulary_size=V,
+        )  # fmt: skip
+    total.backward()
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad == weight.grad.bfloat16().float()).all()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any new tensor has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
+        return result
+
+
+@pytest.mark.parametrize("tail", ["ghost", "sketch"])
+def test_nothing_as_large_as_the_logits_is_ever_made(tail: str) -> None:
+    positions, vocabulary, width, chunk = 600, 5000, 4, 50
+    log_p = torch.randn(positions, 3).log_softmax(-1)
+    softened = Softened(torch.randint(0, 50, (positions, 1)), log_p[:, :1], log_p[:, 1:].logsumexp(-1))
+    if tail == "sketch":
+        softened = softened.with_tail(
+            SketchTail(torch.randn(positions, 2), torch.randn(vocabulary, 2), torch.randn(vocabulary))
+        )
+    hidden, weight = torch.randn(positions, width).requires_grad_(), torch.randn(vocabulary, width).requires_grad_()
+    labels = torch.randint(0, vocabulary, (positions,))
+    with Largest() as largest:
+        total, _, _ = projected_sums(
+            hidden, weight, None, labels_N=labels, teacher=softened, weights=Weights(0.5, 2.0),
+            vocabulary_size=vocabulary, chunk_bytes=4 * vocabulary * chunk,
+        )  # fmt: skip
+        total.backward()
+    assert largest.elements <= 128 * vocabulary  # a chunk of a sketch's tail is at most 128 positions
+    assert largest.elements < positions * vocabulary / 4

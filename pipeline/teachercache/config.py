@@ -247,6 +247,10 @@ class TrainConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="overrides epochs")
     global_batch: int = Field(16, ge=1, description="rows in one optimizer step, over all processes")
     micro_batch: int = Field(4, ge=1, description="rows in one forward pass of one process")
+    pack: bool = Field(
+        False,
+        description="put short rows of a micro-batch into one sequence, isolated from each other, instead of padding",
+    )
     learning_rate: float = Field(3e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_fraction: float = Field(0.05, ge=0, le=1)

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.collate import IGNORED, Collator, collate
 from teachercache.stream.dataset import CacheDataset
+from teachercache.stream.packing import first_fit
 from teachercache.targets import TopK
 from teachercache.tokens.rows import Segment, TokenRow
 
@@ -28,6 +31,26 @@ def _row(ids: list[int], mask: list[int], starts: tuple[int, ...] = (0,)) -> Sto
     # Targets that say which position they were taken from.
     head_ids_N2 = np.stack([row.input_ids_S[where], row.input_ids_S[where + 1]], axis=1).astype(np.uint16)
     return StoredRow(row, {"head_ids": head_ids_N2, "head_logits": np.tile(np.float16([0, -1]), (len(where), 1))})
+
+
+def test_packed_rows_keep_their_labels_targets_and_positions() -> None:
+    rows = [_row([5, 6], [1, 0]), _row([11, 12, 13, 14], [1, 1, 1, 0]), _row([21, 22, 23], [1, 1, 0])]
+    batch = collate(rows, layout="documents", pad_id=3, kind=KIND, columns=COLUMNS, pack_length=6)
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 5, 6], [21, 22, 23, 3, 3, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]]
+    labels = [[12, 13, 14, IGNORED, 6, IGNORED], [22, 23, IGNORED, IGNORED, IGNORED, IGNORED]]
+    assert batch["shift_labels"].tolist() == labels
+    assert batch["targets"]["head_ids"].tolist() == [[11, 12], [12, 13], [13, 14], [5, 6], [21, 22], [22, 23]]
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 50))
+def test_every_row_is_in_one_bin_and_no_bin_is_too_long(lengths: list[int], longest: int) -> None:
+    bins = first_fit(lengths, longest=longest)
+    assert sorted(index for chosen in bins for index in chosen) == list(range(len(lengths)))
+    for chosen in bins:
+        assert sum(lengths[index] for index in chosen) <= longest or len(chosen) == 1
+    half_empty = sum(2 * sum(lengths[index] for index in chosen) <= longest for chosen in bins)
+    assert half_empty <= 1  # two such bins would have been one
 
 
 def test_labels_and_targets_belong_to_the_token_before() -> None:

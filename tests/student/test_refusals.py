@@ -56,6 +56,8 @@ def test_a_model_that_sees_through_packing(make_recipe: Any, tmp_path: Path) -> 
     packed = tiny_cache(tmp_path / "packed", sequence={"layout": "packed"})
     message = _refused(make_recipe(cache_folder=packed, student_model=tmp_path / "bloom"), ModelError)
     assert "see each other" in message and "sequence.layout=documents" in message
+    message = _refused(make_recipe(student_model=tmp_path / "bloom", pack=True), ModelError)
+    assert "see each other" in message and "train.pack: false" in message
 
 
 def test_a_temperature_off_the_grid(make_recipe: Any) -> None:

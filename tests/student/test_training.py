@@ -94,6 +94,15 @@ def test_it_learns_what_a_plain_loop_learns(make_recipe: Any, plain_student: Pat
     assert sum(1 for _ in Path(result["student"]).glob("*.safetensors")) == 1 and exported.dtype == torch.float32
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_packing_a_micro_batch_changes_the_shape_of_a_step_and_not_its_loss(
+    make_recipe: Any, plain_student: Path, stage: int
+) -> None:
+    recipe = make_recipe(student_model=plain_student, zero_stage=stage, pack=True, micro_batch=8)
+    run_training(recipe)
+    np.testing.assert_allclose(losses_of(recipe.train.output), _plain_loop(recipe, 9), atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.3])
 def test_a_sketch_teaches_at_any_temperature(
     make_recipe: Any, plain_student: Path, tmp_path: Path, temperature: float

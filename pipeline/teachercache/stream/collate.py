@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from teachercache.models import model_inputs
 from teachercache.shards import Cache, StoredRow
+from teachercache.stream.packing import first_fit, merged
 from teachercache.targets import TargetKind
 from teachercache.tokens.rows import TokenRow
 
@@ -32,25 +33,47 @@ class Collator:
     pad_id: int
     kind: TargetKind
     columns: tuple[str, ...]
+    pack_length: int | None = None
 
     @classmethod
-    def of(cls, cache: Cache, *, columns: Sequence[str]) -> Collator:
-        """The collator for some target columns of a cache."""
-        return cls(cache.manifest.layout, cache.manifest.pad_id, cache.kind, tuple(columns))
+    def of(cls, cache: Cache, *, columns: Sequence[str], pack: bool = False) -> Collator:
+        """The collator for some target columns of a cache; `pack` puts short rows into sequences as long as its longest."""
+        manifest = cache.manifest
+        length = manifest.sequence_length if pack else None
+        return cls(manifest.layout, manifest.pad_id, cache.kind, tuple(columns), length)
 
     def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
-        return collate(rows, layout=self.layout, pad_id=self.pad_id, kind=self.kind, columns=self.columns)
+        return collate(
+            rows,
+            layout=self.layout,
+            pad_id=self.pad_id,
+            kind=self.kind,
+            columns=self.columns,
+            pack_length=self.pack_length,
+        )
 
 
 def collate(
-    rows: Sequence[StoredRow], *, layout: str, pad_id: int, kind: TargetKind, columns: Sequence[str]
+    rows: Sequence[StoredRow],
+    *,
+    layout: str,
+    pad_id: int,
+    kind: TargetKind,
+    columns: Sequence[str],
+    pack_length: int | None = None,
 ) -> dict[str, Any]:
     """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and `targets`: a tensor
     [N, …] for each array that the kind decodes from these columns, ids as int64 and other numbers as float32.
 
+    With `pack_length` B counts sequences of several rows, isolated as in the packed layout, and positions follow their order.
     No rows give one row of padding with N = 0: a process whose share is empty still takes part in collectives.
     """
     tokens = [stored.row for stored in rows] or [_padding(pad_id)]
+    if pack_length is not None and len(rows) > 1:
+        bins = first_fit([row.length for row in tokens], longest=pack_length)
+        rows = [rows[index] for chosen in bins for index in chosen]
+        tokens = [merged([tokens[index] for index in chosen]) for chosen in bins]
+        layout = "packed"
     inputs = model_inputs(tokens, pad_id=pad_id, layout=layout)
     batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
     batch["shift_labels"] = torch.from_numpy(_shift_labels(tokens, longest=inputs["input_ids"].shape[1]))

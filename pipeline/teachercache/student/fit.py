@@ -24,11 +24,11 @@ def check_cache(cache: Cache) -> None:
         )
 
 
-def check_student(model: Any, student: StudentConfig, manifest: Manifest) -> None:
+def check_student(model: Any, student: StudentConfig, manifest: Manifest, *, pack: bool = False) -> None:
     """Raise `ModelError` when the student cannot learn from the cache: vocabulary, row length, packing or tokenizer."""
     check_vocabulary(model, student.model, manifest)
     check_length(model, student.model, manifest)
-    check_packing(model, student.model, manifest)
+    check_packing(model, student.model, manifest, pack=pack)
     check_tokenizer(student, manifest)
 
 
@@ -64,12 +64,19 @@ def check_length(model: Any, name: str, manifest: Manifest) -> None:
         )
 
 
-def check_packing(model: Any, name: str, manifest: Manifest) -> None:
+def check_packing(model: Any, name: str, manifest: Manifest, *, pack: bool = False) -> None:
     """In packed rows a document must not see the one before it: the teacher's did not."""
-    if manifest.layout == "packed" and not isolates_packed_segments(model, vocabulary_size=manifest.vocabulary_size):
+    if manifest.layout != "packed" and not pack:
+        return
+    if not isolates_packed_segments(model, vocabulary_size=manifest.vocabulary_size):
+        why = "so it cannot learn from this cache; use another student, or precompute with sequence.layout=documents"
         raise ModelError(
-            f"student {name} lets the documents of a packed row see each other, so it cannot learn from this cache; "
-            "use another student, or precompute with sequence.layout=documents"
+            f"student {name} lets the documents of a packed row see each other, "
+            + (
+                why
+                if manifest.layout == "packed"
+                else "so train.pack would change what it learns; set train.pack: false"
+            )
         )
 
 

@@ -92,7 +92,7 @@ class _Job:
         from teachercache.models import load_causal_lm
 
         model = load_causal_lm(self.student.model, revision=self.student.revision, dtype="float32")
-        check_student(model, self.student, self.cache.manifest)
+        check_student(model, self.student, self.cache.manifest, pack=self.config.pack)
         if not self.cache.rows_of("held-out"):
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         if resume is not None:
@@ -143,6 +143,7 @@ class _Job:
             objective=self.recipe.objective,
             plan=self.plan,
             keep_checkpoints=self.config.keep_checkpoints,
+            pack=self.config.pack,
             callbacks=callbacks,
         )
 

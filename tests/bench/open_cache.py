@@ -1,0 +1,77 @@
+"""How long from nothing to the first batch, and how much memory, when a cache has very many shards?
+
+    python tests/bench/open_cache.py CACHE [--shards 100000] [--json]
+
+The manifest of a real cache, its shards listed again and again until there are that many entries (all of them name
+files that exist). Measured in a process of its own: seconds to open it and to read the first batch of 8 rows in training's
+order, and the memory that opening adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from provenance import provenance
+
+
+def multiply(cache: Path, folder: Path, shards: int) -> None:
+    """A cache in `folder` whose manifest has so many entries; files are links to those of `cache`."""
+    from dataclasses import replace
+
+    from teachercache.shards.manifest import commit_manifest, read_manifest
+
+    manifest = read_manifest(cache)
+    for name in ("shards", "teacher"):
+        (folder / name).symlink_to((cache / name).resolve())
+    entries = [manifest.shards[number % len(manifest.shards)] for number in range(shards)]
+    commit_manifest(replace(manifest, shards=entries), folder)
+
+
+def measure(folder: Path) -> dict[str, float]:
+    from teachercache.shards import Cache
+    from teachercache.stream.batches import BatchPlan
+    from teachercache.stream.collate import Collator
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    cache = Cache.open(folder)
+    opened = time.perf_counter() - start
+    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    plan = BatchPlan(cache.rows_of("train"), 8, 8, 1, cache.manifest.fingerprint, 0)
+    columns = cache.kind.objective_columns(cache.kind.tail_policies[0])
+    rows = [cache.read_row("train", int(index), columns=columns) for index in plan.step_rows(0)]
+    Collator.of(cache, columns=columns)(rows)
+    batch = time.perf_counter() - start
+    return {"open_seconds": opened, "open_megabytes": added / 1024, "first_batch_seconds": batch}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.cache)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        multiply(options.cache, folder, options.shards)
+        size = (folder / "manifest.json").stat().st_size
+        command = [sys.executable, __file__, str(folder), "--measure"]
+        runs = [json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)]
+    best = sorted(runs, key=lambda run: run["open_seconds"])[1]
+    result = {**provenance(), "shards": options.shards, "manifest_megabytes": size / 1e6, **best}
+    print(json.dumps(result) if options.json else result)
+
+
+if __name__ == "__main__":
+    main()

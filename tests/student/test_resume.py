@@ -66,6 +66,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(make_recipe: Any, tmp_p
     assert _weights(killed) == _weights(uninterrupted)
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_ends_a_run_with_a_checkpoint_and_a_line(make_recipe: Any, tmp_path: Path, processes: int) -> None:
+    settings = {"epochs": 5, "save_every": 100, "evaluate_every": 100, "trackers": []}
+    whole, stopped = (make_recipe(output=tmp_path / name, **settings) for name in ("whole", "stopped"))
+    assert _start(whole, tmp_path, processes=processes).wait() == 0
+    process, log = _start(stopped, tmp_path, processes=processes), stopped.train.output / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    newest = complete_checkpoints(stopped.train.output)[-1].step
+    assert process.returncode != 0 and 3 <= newest < 30
+    assert f"stopped by SIGTERM after step {newest} of 30; its checkpoint is whole" in errors
+    assert _start(stopped, tmp_path, processes=processes).wait() == 0
+    assert log_of(stopped.train.output) == log_of(whole.train.output)
+    assert _weights(stopped) == _weights(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_killed_processes_go_on_together(make_recipe: Any, tmp_path: Path, stage: int) -> None:

@@ -112,19 +112,26 @@ class _Job:
             raise RecipeError(f"train.deepspeed: {self.config.deepspeed}: {' '.join(str(error).split())}") from error
 
     def _run_trainer(self, model: Any, resume: Checkpoint | None, identity: RunIdentity) -> None:
+        from teachercache.student.preemption import StopWhenAsked, sigterm_as_request
         from teachercache.student.progress import LogFile, ProgressBar
 
         bar = ProgressBar(self.console)
         callbacks = [LogFile(self.folder.path / "log.jsonl"), bar] if self.process.main else []
         try:
-            trainer = self._trainer(model, callbacks)
-            if self.process.main:
-                self.folder.claim(identity)
-                remove_incomplete(self.folder.path)
-            trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
-            trainer.accelerator.wait_for_everyone()
+            with sigterm_as_request() as request:
+                trainer = self._trainer(model, [StopWhenAsked(request), *callbacks])
+                if self.process.main:
+                    self.folder.claim(identity)
+                    remove_incomplete(self.folder.path)
+                trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+                trainer.accelerator.wait_for_everyone()
         finally:
             bar.close()
+        if trainer.state.global_step < self.steps:
+            raise JobFailed(
+                f"stopped by SIGTERM after step {trainer.state.global_step} of {self.steps}; its checkpoint is whole: "
+                "run the same command again to go on"
+            )
 
     def _trainer(self, model: Any, callbacks: list[Any]) -> DistillationTrainer:
         from teachercache.student.arguments import training_arguments

@@ -1,0 +1,63 @@
+"""SIGTERM, by which schedulers take a machine back: finish the step, save a checkpoint, and end.
+
+The second SIGTERM ends the process at once, as does SIGKILL: then the run goes on from the last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# Steps between agreements of several processes: each costs a collective, and waits for the device.
+AGREE_EVERY = 4
+
+
+class Request:
+    """Whether this process was asked to stop."""
+
+    asked = False
+
+
+@contextmanager
+def sigterm_as_request() -> Iterator[Request]:
+    """While it is open, SIGTERM only sets the request; anywhere but in the main thread nothing changes."""
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(*_: Any) -> None:
+        request.asked = True
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Saves and ends after a step, in all processes at the same one, when any of them was asked to."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step < state.max_steps and self._agreed(args, state):
+            control.should_save = control.should_log = control.should_training_stop = True
+
+    def _agreed(self, args: TrainingArguments, state: TrainerState) -> bool:
+        if args.world_size == 1:
+            return self._request.asked
+        if state.global_step % AGREE_EVERY:
+            return False
+        asked = torch.tensor(int(self._request.asked), device=args.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked)

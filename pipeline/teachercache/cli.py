@@ -153,6 +153,9 @@ def fidelity(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that comes with the teacher")
     ] = False,
+    other_weights: Annotated[
+        bool, typer.Option("--other-weights", help="compare with a teacher whose files are not those of the cache's")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the teacher again on some rows and compare what it says with what is stored."""
@@ -164,7 +167,8 @@ def fidelity(
         options = parse_options(temperatures, tail)
         opened = Cache.open(cache)
         console.print(f"running the teacher again on up to {rows} rows of {cache} …", markup=False, soft_wrap=True)
-        return run_fidelity(opened, teacher=teacher, rows=rows, trust_remote_code=trust_remote_code, **options)
+        options.update(trust_remote_code=trust_remote_code, other_weights=other_weights)
+        return run_fidelity(opened, teacher=teacher, rows=rows, **options)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=_fidelity_table))
 

@@ -27,7 +27,7 @@ from teachercache.errors import RecipeError
 class Section(BaseModel):
     """Base of every recipe section: frozen, and strict about its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TeacherConfig(Section):
@@ -217,7 +217,7 @@ class ObjectiveConfig(Section):
     """`L = alpha * T^2 * D(teacher_T, student_T) + (1 - alpha) * CE` (Hinton, Vinyals & Dean 2015)."""
 
     alpha: float = Field(0.9, ge=0, le=1)
-    temperature: float = Field(1.0, gt=0, description="one of the temperatures that the cache holds")
+    temperature: float = Field(1.0, gt=0, description="any T >= 1; with targets on a grid, one of it")
     divergence: Literal["forward-kl", "reverse-kl", "jensen-shannon", "total-variation"] = Field(
         "forward-kl", description="D: forward-kl covers all that the teacher does, reverse-kl seeks its main mode"
     )
@@ -227,7 +227,8 @@ class ObjectiveConfig(Section):
     tail: Literal["auto", "ghost", "uniform", "renormalise", "sketch"] = Field(
         "auto",
         description="tokens outside the head: one bucket with their exact mass (ghost), alike (uniform), dropped "
-        "(renormalise) or each with its own share (sketch); auto: sketch where the cache holds one, else ghost",
+        "(renormalise) or each with its own share (sketch); auto: sketch, ghost "
+        "or renormalise, the first that the targets allow",
     )
 
     @model_validator(mode="after")

@@ -2,7 +2,8 @@
 
     python tests/bench/capture_cost.py [--vocabulary 49152] [--k 64] [--threads 2] [--json]
 
-Microseconds per position for `TopK.capture` (top-k and four log-partitions), median of five; compare with the 2,300 µs of a
+Microseconds per position for `TopK.capture` (top-k and four log-partitions), and for the selection alone beside
+`torch.topk`, medians of five; compare with the 2,300 µs of a
 forward pass of SmolLM2-135M on two cores.
 """
 
@@ -12,6 +13,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -28,6 +31,17 @@ def microseconds(kind: TopK, logits_NV: torch.Tensor, labels_N: torch.Tensor, bl
         start = time.perf_counter()
         for first in range(0, POSITIONS, block):
             kind.capture(torch, logits[first : first + block], labels_N[first : first + block])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) / POSITIONS * 1e6
+
+
+def selection_microseconds(select: Callable[[torch.Tensor, int], Any], logits_NV: torch.Tensor, k: int) -> float:
+    """In blocks of 8 positions, as the teacher captures on a CPU."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for block_NV in logits_NV.split(8):
+            select(block_NV, k)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds) / POSITIONS * 1e6
 

@@ -53,7 +53,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "top-64, uniform tail of exact mass": {"kind": "top-k", "k": 64, "tail": "uniform"},
     "top-p 0.95, k up to 64, uniform tail": {"kind": "top-p", "tail": "uniform"},
     "random sampling, 50 draws": {"kind": "random-sampling"},
-    "hidden state in int8": {"kind": "hidden"},
+    "hidden state, steps of 1/32": {"kind": "hidden"},
 }
 CLOSER_LOOK = ("head+sketch, compact", "head+sketch, fine", "top-50, renormalised")
 LATE_KL = 0.25

@@ -4,9 +4,9 @@
 
 A step is forward, backward and AdamW of a student like SmolLM2-135M (hidden 576, V = 49152, tied) with fewer layers;
 the loss alone is its forward and backward from given logits. Contestants take turns on the same batch, in one process.
-`ce` is `torch.nn.functional.cross_entropy`, `ghost` and `sketch` are ours with the tail as a bucket or as a sketch of
-rank 320 (alpha 0.9), `naive` writes full-vocabulary distillation from stored dense logits in plain torch. Medians over
-the rounds; ratios to `ce` within each round.
+`ce` is `torch.nn.functional.cross_entropy` on whole logits, `chunked ce` ours without a teacher, `ghost` and `sketch` are
+ours with the tail as a bucket or as a sketch of rank 320 (alpha 0.9), `naive` writes full-vocabulary distillation from
+stored dense logits in plain torch. Medians over the rounds; ratios to `ce` within each round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from teachercache.objective.divergences import Divergence, JensenShannon, forward_kl, reverse_kl, total_variation
 from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights
+from teachercache.objective.operands import Weights, no_teacher
+from teachercache.objective.projected import projected_sums
 from teachercache.targets.softened import SketchTail, Softened
 
 V, HIDDEN, RANK, HEAD, ALPHA = 49152, 576, 320, 10, 0.9
@@ -106,15 +107,42 @@ def step_runs(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     ids_BS = torch.randint(0, V, (options.rows, options.length))
     labels_N = torch.randint(0, V, (options.rows * options.length,))
 
-    def step(loss: Loss) -> Callable[[], None]:
+    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
-            loss(model(input_ids=ids_BS, use_cache=False).logits, labels_N).backward()
+            loss().backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return run
 
-    return {name: step(loss) for name, loss in losses(len(labels_N)).items()}
+    def plain() -> Tensor:
+        return cross_entropy(model(input_ids=ids_BS, use_cache=False).logits, labels_N)
+
+    def projected(target: Softened, weights: Weights) -> Callable[[], Tensor]:
+        """The loss inside the output layer, as training forms it."""
+
+        def loss() -> Tensor:
+            hidden_ND = model.model(input_ids=ids_BS, use_cache=False)[0].flatten(0, 1)
+            total, _, _ = projected_sums(
+                hidden_ND,
+                model.lm_head.weight,
+                None,
+                labels_N=labels_N,
+                teacher=target,
+                weights=weights,
+                vocabulary_size=V,
+            )
+            return total / len(labels_N)
+
+        return loss
+
+    count = len(labels_N)
+    runs = {"ce": plain, "chunked ce": projected(no_teacher(labels_N, torch.float32), Weights(0.0, 1.0))}
+    for tail in ("ghost", "sketch"):
+        for temperature in (1.0, 2.0):
+            target = teacher(count, temperature, sketch=tail == "sketch")
+            runs[f"{tail} T={temperature:g}"] = projected(target, Weights(ALPHA, temperature))
+    return {name: step(loss) for name, loss in runs.items()}
 
 
 def loss_runs(options: argparse.Namespace) -> dict[str, Callable[[], None]]:

@@ -15,16 +15,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from provenance import provenance
 
 from teachercache.config import ObjectiveConfig
 from teachercache.models import load_causal_lm
-from teachercache.objective import DistillationObjective
+from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
+from teachercache.student.output_layer import loss_for_logits
 
 OBJECTIVES = {
     "ce": ObjectiveConfig(alpha=0.0),
@@ -54,9 +56,16 @@ def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], N
 
         def run(rows: list[int]) -> None:
             batch = collate([cache.read_row("train", row, columns=columns) for row in rows])
-            outputs = model(input_ids=batch["input_ids"], use_cache=False)
-            terms = objective(outputs.logits, batch["shift_labels"], batch["targets"])
-            step(terms.total / terms.positions)
+            labels_BS, targets = batch["shift_labels"], batch["targets"]
+
+            def loss(
+                hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
+            ) -> Any:
+                return objective.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap).total
+
+            with loss_for_logits(model, loss):  # as `DistillationTrainer` does
+                total = model(input_ids=batch["input_ids"], use_cache=False).logits
+            step(total.sum() / int((labels_BS != NO_TARGET).sum()))
 
         return run
 

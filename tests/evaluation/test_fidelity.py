@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from teachercache.cli import main
-from teachercache.errors import CacheError, UserError
+from teachercache.errors import CacheError, ModelError, UserError
 from teachercache.evaluation.fidelity import (
     Comparison,
     angle_degrees,
@@ -20,12 +21,14 @@ from teachercache.evaluation.fidelity import (
     run_fidelity,
     weakened_last_block,
 )
+from teachercache.models import load_causal_lm
 from teachercache.shards import Cache
 from teachercache.targets import Softened
 from teachercache.targets.softened import UniformTail
 
 from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
+FULL = {"kind": "full", "dtype": "float32"}
 SKETCH = {"kind": "head+sketch", "k": 6, "rank": 32, "calibration_positions": 800}
 
 
@@ -86,7 +89,30 @@ def test_the_command_prints_one_document(tmp_path: Path, teacher: Path, capsys: 
     assert printed["basis_bytes"] > 0 and printed["positions"] > 0
 
 
+def test_another_teacher_is_refused_unless_it_is_wanted(tmp_path: Path, teacher: Path) -> None:
+    cache = made(tmp_path / "made", teacher, FULL)
+    other = tiny_teacher(tmp_path / "other", seed=5)
+    with pytest.raises(ModelError, match=r"not those of this cache's teacher.*--other-weights"):
+        run_fidelity(cache, teacher=str(other), rows=1)
+    assert run_fidelity(cache, teacher=str(other), rows=1, other_weights=True)["temperatures"]["1"]["kl"] > 0.01
+    assert run_fidelity(cache, teacher=str(teacher), rows=1)["temperatures"]["1"]["kl"] < 1e-6
+    with pytest.raises(ModelError, match=r"files that are not here; say where: --teacher PATH"):
+        run_fidelity(cache, rows=1)
+
+
+def test_a_half_precision_teacher_is_compared_with_what_was_stored_of_it(tmp_path: Path, teacher: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(teacher, half)
+    load_causal_lm(str(teacher)).bfloat16().save_pretrained(half)
+    found = figures(made(tmp_path / "made", half, FULL), half)["1"]
+    # Its own logits, rounded to 8 bits, lie 1e-6 nats and 0.04 degrees away.
+    assert found["kl"] < 5e-7 and found["gradient_angle_degrees"] < 0.02
+
+
 def test_options_that_make_no_sense_are_refused() -> None:
+    for text in ("nan", "1,inf"):
+        with pytest.raises(UserError, match="no list of numbers"):
+            parse_options(text, None)
     with pytest.raises(UserError, match="write e.g. 1,2,4"):
         parse_options("one", None)
     with pytest.raises(UserError, match="use uniform, renormalise, sketch"):

@@ -74,17 +74,41 @@ def test_loss_and_gradients_are_those_of_whole_logits(cache: Path, name: str, tm
         torch.testing.assert_close(ours[key], weights.grad, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_a_batch_forms_no_logits_unless_the_model_scales_them(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tied", "soft cap", "scaled"])
+def test_an_empty_first_batch_decides_nothing(cache: Path, name: str, tmp_path: Path) -> None:
+    """As a process gets that has no share of a short global batch."""
     opened = Cache.open(cache)
-    for name, expected in (("soft cap", 1), ("scaled", 3)):
+    torch.manual_seed(0)
+    model = MODELS[name](opened.manifest.vocabulary_size)
+    trainer, fresh = trainer_of(model, opened, tmp_path), trainer_of(model, opened, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert float(trainer.compute_loss(model, trainer.data_collator([]))) == 0
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), fresh.compute_loss(model, dict(batch)))
+
+
+def test_no_logits_of_a_batch_are_formed_unless_the_model_scales_them(cache: Path, tmp_path: Path) -> None:
+    opened = Cache.open(cache)
+    for name, plain in (("soft cap", True), ("scaled", False)):
         model = MODELS[name](opened.manifest.vocabulary_size)
         trainer = trainer_of(model, opened, tmp_path)
         batch, widths = next(iter(trainer.get_train_dataloader())), []
         model.register_forward_hook(lambda _, args, output, widths=widths: widths.append(output.logits.shape[-1]))
         trainer.compute_loss(model, dict(batch))
-        trainer.compute_loss(model, dict(batch))
-        vocabulary = opened.manifest.vocabulary_size
-        assert widths == ([1, 1] if expected == 1 else [1, vocabulary, vocabulary])
+        trainer.evaluate()
+        assert widths.pop(0) == 1  # the trial
+        assert set(widths) == {1 if plain else opened.manifest.vocabulary_size}
+
+
+@pytest.mark.parametrize("name", ["tied", "soft cap"])
+def test_evaluation_in_the_layer_is_that_of_whole_logits(cache: Path, name: str, tmp_path: Path) -> None:
+    opened = Cache.open(cache)
+    torch.manual_seed(0)
+    trainer = trainer_of(MODELS[name](opened.manifest.vocabulary_size), opened, tmp_path)
+    ours = trainer.evaluate()
+    trainer._loss_in_layer = False
+    expected = trainer.evaluate()
+    for metric in ("loss", "kl", "accuracy", "top1_agreement"):
+        assert ours[f"eval_{metric}"] == pytest.approx(expected[f"eval_{metric}"], rel=1e-5)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -102,3 +126,19 @@ def test_other_output_layers_are_left_alone() -> None:
     assert takes_loss(model)
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 50))
     assert not takes_loss(model)
+
+
+class WritesToLogits(LlamaForCausalLM):
+    """Rules out some tokens after the projection, as some models do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits[:, :, [3, 4]] = -100.0
+        return output
+
+
+def test_a_model_that_writes_to_its_logits_keeps_them() -> None:
+    model = WritesToLogits(LlamaConfig(vocab_size=50, **SIZES)).train()
+    assert not takes_loss(model)
+    assert model.training and "forward" not in vars(model.lm_head)
+    assert not takes_loss(MODELS["scaled"](50))

@@ -128,6 +128,33 @@ def test_a_soft_capped_teacher_never_forms_the_logits_of_a_whole_batch():
     assert captured.columns is not None
 
 
+class ProjectsByItself(LlamaForCausalLM):
+    """Uses its output layer's weight without calling the layer, as some remote code does."""
+
+    def forward(self, input_ids=None, **inputs):
+        output = super().forward(input_ids=input_ids, **inputs)
+        output.logits = torch.nn.functional.linear(self.model(input_ids=input_ids)[0], self.lm_head.weight)
+        return output
+
+
+class NeverCallsItsHead(LlamaForCausalLM):
+    def forward(self, input_ids=None, **inputs):
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        hidden = self.model(input_ids=input_ids, **inputs)[0]
+        return CausalLMOutputWithPast(logits=torch.nn.functional.linear(hidden, self.lm_head.weight))
+
+
+@pytest.mark.parametrize("kind", [ProjectsByItself, NeverCallsItsHead])
+def test_a_teacher_that_projects_by_itself_is_run_whole(kind):
+    plain = tiny_model(vocabulary=VOCABULARY)
+    model = kind(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    row = make_row(20, seed=3)
+    [captured] = make_teacher(model).capture([row], positions_per_batch=64)
+    assert_same(captured.columns, alone(plain, row))
+
+
 def test_padded_output_rows_take_no_part():
     model = tiny_model(vocabulary=VOCABULARY + 38)
     row = make_row(25, seed=4)

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from teachercache.errors import CacheError, ModelError, UserError
-from teachercache.models import load_causal_lm, model_inputs, weights_identity
+from teachercache.models import find_model, load_causal_lm, model_inputs, weights_identity
 from teachercache.shards import Cache, StoredRow
 from teachercache.shards.reader import Split
 from teachercache.stream.order import order_key, permuted
 from teachercache.targets import Softened, TailPolicy, TargetKind
 from teachercache.targets.softened import UniformTail
-from teachercache.teacher.output_layer import recorded_input
+from teachercache.teacher.output_layer import OutputLayer, layer_after_body, recorded_input
 from teachercache.tokens.rows import TokenRow
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -52,13 +52,14 @@ def run_fidelity(
     tail: TailPolicy | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    other_weights: bool = False,
 ) -> dict[str, Any]:
     """Compare `rows` rows of a cache, spread over both splits, with the teacher; what `teachercache fidelity` prints.
 
     `teacher` says where it is, by default where the manifest says. `tail` is the policy by which targets are read, by
     default the first of the kind's that gives every token a probability. Raises `CacheError` when there is no row to
     compare, `ModelError` when the teacher cannot be loaded, has other weights than the cache's, or a smaller vocabulary.
-    `trust_remote_code` runs Python code that comes with the model.
+    `trust_remote_code` runs Python code that comes with the model; `other_weights` takes one whose files differ.
     """
     manifest = cache.manifest
     policy = tail or dense_policy(cache.kind)
@@ -66,24 +67,27 @@ def run_fidelity(
         cache.kind.check_temperature(temperature)
     chosen = _rows(cache, rows)
     settings = manifest.teacher
-    _check_weights(settings, teacher or settings["model"])
+    _check_weights(settings, teacher, other_weights=other_weights)
     model: Any = load_causal_lm(
         teacher or settings["model"],
-        revision=settings.get("commit") or settings.get("revision") if teacher is None else None,
+        revision=settings.get("commit") or settings.get("revision") if teacher in (None, settings["model"]) else None,
         dtype=settings["dtype"],
         trust_remote_code=trust_remote_code,
         attention=settings.get("attention"),
     )
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    if model.get_output_embeddings().weight.shape[0] < manifest.vocabulary_size:
+    if model.get_output_embeddings() is None or len(model.get_output_embeddings().weight) < manifest.vocabulary_size:
         raise ModelError(
             f"{teacher or settings['model']} predicts fewer tokens than the cache's tokenizer has "
             f"({manifest.vocabulary_size}): it is not the teacher of this cache"
         )
+    vocabulary = manifest.vocabulary_size
+    layer = layer_after_body(model, vocabulary_size=vocabulary)
     comparison = Comparison(temperatures)
     for stored in chosen:
-        logits_NV, student_NV, input_ND = observe(model, stored.row, pad_id=manifest.pad_id, layout=manifest.layout)
-        vocabulary = manifest.vocabulary_size
+        logits_NV, student_NV, input_ND = observe(
+            model, stored.row, pad_id=manifest.pad_id, layout=manifest.layout, layer=layer
+        )
         labels_N = torch.from_numpy(stored.row.labels_N().astype(np.int64)).to(logits_NV.device)
         comparison.add(
             lambda temperature, stored=stored, like=logits_NV: read(
@@ -107,16 +111,19 @@ def run_fidelity(
     }
 
 
-def _check_weights(settings: Mapping[str, Any], model: str) -> None:
-    """Where both are known: a hub's commit says nothing about a local folder's files."""
+def _check_weights(settings: Mapping[str, Any], named: str | None, *, other_weights: bool) -> None:
+    """A cache that was made from local files pins their digest; a hub's commit is loaded by its name."""
     expected = settings.get("weights_sha256")
     if not expected:
         return
+    model = named or settings["model"]
+    if named is None and not find_model(model).is_local:
+        raise ModelError(f"the teacher of this cache was {model}, files that are not here; say where: --teacher PATH")
     found = weights_identity(model, revision=None, commit=None).get("weights_sha256")
-    if found and found != expected:
+    if found != expected and not other_weights:
         raise ModelError(
-            f"{model} has other weights than the teacher of this cache (sha256 {found[:12]}…, the manifest says "
-            f"{expected[:12]}…); name the right one with --teacher"
+            f"the files of {model} are not those of this cache's teacher (their digests differ); name the right ones with "
+            "--teacher, or compare all the same with --other-weights"
         )
 
 
@@ -124,6 +131,8 @@ def parse_options(temperatures: str, tail: str | None) -> dict[str, Any]:
     """`temperatures` and `tail` of `run_fidelity` from what a user typed; raises `UserError`."""
     try:
         values = tuple(float(part) for part in temperatures.split(","))
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError
     except ValueError:
         raise UserError(f"--temperatures {temperatures!r} is no list of numbers; write e.g. 1,2,4") from None
     allowed = [policy for policy in get_args(TailPolicy) if policy != "ghost"]
@@ -160,7 +169,7 @@ def _rows(cache: Cache, count: int) -> list[StoredRow]:
         drawn = np.arange(start, min(start + DRAWN_AT_ONCE, total), dtype=np.int64)
         for index in permuted(drawn, size=total, key=order_key(cache.manifest.fingerprint, seed=0, epoch=0)).tolist():
             place: tuple[Split, int] = ("train", index) if index < train else ("held-out", index - train)
-            if not seen & _sources(cache.read_row(*place, columns=())):
+            if not seen or not seen & _sources(cache.read_row(*place, columns=())):
                 chosen.append(cache.read_row(*place))
             if len(chosen) == count:
                 return chosen
@@ -178,16 +187,28 @@ def _sources(stored: StoredRow) -> set[str]:
 
 @torch.inference_mode()
 def observe(
-    model: Any, row: TokenRow, *, pad_id: int, layout: str, share: float = 0.0
+    model: Any,
+    row: TokenRow,
+    *,
+    pad_id: int,
+    layout: str,
+    layer: OutputLayer | None = None,
+    share: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """At a row's positions: the teacher's logits, the logits of the student that is made of it, and what entered the
-    output layer then; float32 [N, V], [N, V], [N, D]. `share` as for `weakened_last_block`."""
+    output layer then; float32 [N, V], [N, V], [N, D]. `share` as for `weakened_last_block`.
+
+    With `layer` the teacher's logits are summed in float32, as a cache's are; its own are rounded if it is half-precision.
+    """
     inputs = {
         name: torch.from_numpy(values).to(model.device)
         for name, values in model_inputs([row], pad_id=pad_id, layout=layout).items()
     }
     chosen = torch.from_numpy(np.flatnonzero(row.target_mask_S)).to(model.device)
-    logits_NV = model(**inputs, use_cache=False).logits[0, chosen].float()
+    with recorded_input(model) as recorded:
+        logits_NV = model(**inputs, use_cache=False).logits[0, chosen].float()
+    if layer is not None:
+        logits_NV = layer.logits(recorded[0][0, chosen])
     with weakened_last_block(model, share=share), recorded_input(model) as recorded:
         student_NV = model(**inputs, use_cache=False).logits[0, chosen].float()
     return logits_NV, student_NV, recorded[0][0, chosen].float()

@@ -50,15 +50,19 @@ def projected_sums(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_LD.dtype
     positions_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
     batch = Batch(positions_N, labels_N, teacher, divergence, weights, position_weight_N, vocabulary_size)
-    if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if device == "cpu" else DEVICE_CHUNK_BYTES
-    chunk = max(1, chunk_bytes // (4 * len(weight_LD)))
+    chunk = chunk_rows(weight_LD, chunk_bytes)
     with torch.autocast(device, enabled=False):
-        needs_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_LD.requires_grad)
         operands = (hidden_ND.to(dtype), weight_LD.to(dtype), None if bias_L is None else bias_L.to(dtype))
-        if needs_gradient:
+        if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
             return _Projected.apply(*operands, batch, softcap, chunk)  # type: ignore[no-untyped-call]
         return totals(*_run_chunks(operands, batch, softcap, chunk, gradients=None), batch)
+
+
+def chunk_rows(weight_LD: Tensor, chunk_bytes: int | None = None) -> int:
+    """Positions of a chunk whose float32 logits take `chunk_bytes`, by default what suits the device."""
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if weight_LD.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    return max(1, chunk_bytes // (4 * len(weight_LD)))
 
 
 class _Projected(torch.autograd.Function):

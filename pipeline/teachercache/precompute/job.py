@@ -88,6 +88,10 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
         if plan.calibration() is None:
             console.print("calibrating: fitting the sketch to a sample of the corpus …")
             run_calibration(Job.of(recipe, plan))
+            record = plan.calibration() or {}
+            console.print(
+                f"the sketch is fitted to {record['positions']:,} positions of {len(record['sources'])} documents"
+            )
             began = time.time()
         bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
         for done in run_units(Job.of(recipe, plan), pending):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective
+from teachercache.objective.projected import chunk_rows
+from teachercache.student.output_layer import loss_for_logits
 from teachercache.targets import TargetKind
 from teachercache.targets.kind import first_choices
 
@@ -31,13 +34,39 @@ class HeldOutMeasure:
         self.columns = self._objective.columns
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
-    def add(self, model: Any, batches: Iterable[dict[str, Any]]) -> None:
-        """One forward pass for each batch. The model is called as it is given: under ZeRO 3 it gathers its weights."""
+    def add(self, model: Any, batches: Iterable[dict[str, Any]], *, in_layer_of: Any = None) -> None:
+        """One forward pass for each batch. The model is called as it is given: under ZeRO 3 it gathers its weights.
+
+        `in_layer_of` is the same model unwrapped, if `takes_loss` accepts it: then no logits of a whole batch are formed.
+        """
         with torch.no_grad():
             for batch in batches:
                 labels_BS, targets = batch.pop("shift_labels"), batch.pop("targets")
-                logits_BSL = model(**batch, use_cache=False).logits
-                self._add(logits_BSL, labels_BS, targets)
+                if in_layer_of is None:
+                    self._add(model(**batch, use_cache=False).logits, labels_BS, targets)
+                    continue
+                with loss_for_logits(in_layer_of, partial(self._add_hidden, labels_BS, targets)):
+                    model(**batch, use_cache=False)
+
+    def _add_hidden(
+        self,
+        labels_BS: Tensor,
+        targets: dict[str, Tensor],
+        hidden_BSD: Tensor,
+        weight_LD: Tensor,
+        bias_L: Tensor | None,
+        softcap: float | None,
+    ) -> Tensor:
+        is_position_BS = labels_BS != NO_TARGET
+        hidden_ND, labels_N = hidden_BSD[is_position_BS], labels_BS[is_position_BS]
+        rows = chunk_rows(weight_LD)
+        for start in range(0, len(hidden_ND), rows):
+            part = slice(start, start + rows)
+            logits_CL = torch.nn.functional.linear(hidden_ND[part], weight_LD, bias_L)
+            if softcap is not None:
+                logits_CL.div_(softcap).tanh_().mul_(softcap)
+            self._add(logits_CL[None], labels_N[None, part], {name: values[part] for name, values in targets.items()})
+        return hidden_BSD.new_zeros(())
 
     def _add(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
         terms = self._objective(logits_BSL, labels_BS, targets)

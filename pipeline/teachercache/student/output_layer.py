@@ -17,17 +17,33 @@ from torch import Tensor
 LossOfHidden = Callable[[Tensor, Tensor, Tensor | None, float | None], Tensor]
 
 
-def takes_loss(model: Any) -> bool:
-    """Whether the model's output layer is a plain matrix, which `loss_for_logits` knows how to replace."""
-    return type(model.get_output_embeddings()) is torch.nn.Linear
+def takes_loss(model: Any, forward: Any = None) -> bool:
+    """Whether what `loss_for_logits` puts in the place of logits comes out of the model as it is.
+
+    Tried on two tokens, by `forward` (the model as training wraps it): some models scale their logits, or write to them.
+    Nothing is drawn at random, and every process finds the same.
+    """
+    if type(model.get_output_embeddings()) is not torch.nn.Linear:
+        return False
+    run = forward or model
+    was_training = run.training
+    run.eval()
+    try:
+        with torch.no_grad(), loss_for_logits(model, lambda hidden_BSD, *_: hidden_BSD.new_ones(())):
+            ids_BS = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+            returned = run(input_ids=ids_BS, use_cache=False).logits
+        return tuple(returned.shape) == (1, 1, 1) and float(returned) == 1.0
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+        return False
+    finally:
+        run.train(was_training)
 
 
 @contextmanager
 def loss_for_logits(model: Any, loss: LossOfHidden) -> Iterator[None]:
     """While it is open, the model returns the loss, [1, 1, 1], where it would return logits.
 
-    A soft cap is handed to the loss instead of being applied to it. What else a model does to its logits shows in what
-    it returns: compare that with the loss.
+    A soft cap is handed to the loss instead of being applied to it. For models that `takes_loss` accepts.
     """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)

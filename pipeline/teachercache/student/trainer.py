@@ -5,7 +5,8 @@ Checkpoints, schedules, callbacks and trackers are the library's. What is differ
 - The whole run is one pass over a `BatchPlan`, so that the optimizer step is the only cursor: resuming is a seek.
 - A loss is divided by the positions of the *global* batch, over micro-batches and processes, so that the number of
   processes does not change what is learned.
-- The loss is formed inside the student's output layer, in chunks: a batch's logits never exist.
+- The loss is formed inside the student's output layer, in chunks: a batch's logits never exist, in training or evaluation,
+  unless the student does more to them than a soft cap.
 - A checkpoint counts only once its last file is written, and the best one by held-out loss is kept.
 
 Shapes: B rows, S tokens.
@@ -13,6 +14,7 @@ Shapes: B rows, S tokens.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -36,6 +38,8 @@ from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.held_out import HeldOutMeasure
 from teachercache.student.meter import LOGGED_AS, LossMeter
 from teachercache.student.output_layer import loss_for_logits, takes_loss
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):
@@ -84,7 +88,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
         self.meter = LossMeter(self.accelerator)
         self._held_out_loader: DataLoader[StoredRow] | None = None
-        self._loss_in_layer: bool | None = None if takes_loss(self.model) else False  # None: not tried yet
+        self._loss_in_layer: bool | None = None  # not tried yet
 
     def get_train_dataloader(self) -> DataLoader[StoredRow]:
         """This process's micro-batches from the current step on; accelerate must not shard them again."""
@@ -144,22 +148,29 @@ class DistillationTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], labels_BS: torch.Tensor, targets: dict[str, torch.Tensor]
     ) -> tuple[LossTerms, Any]:
         """The loss, formed where logits would be, if the student's output layer allows it."""
-        if self._loss_in_layer is not False:
-            formed: list[LossTerms] = []
+        if not self._forms_loss_in_layer(model):
+            outputs = model(**inputs, use_cache=False)
+            return self.distillation(outputs.logits, labels_BS, targets), outputs
+        formed: list[LossTerms] = []
 
-            def loss(hidden: Any, weight: Any, bias: Any, softcap: float | None) -> torch.Tensor:
-                formed.append(self.distillation.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
-                return formed[-1].total
+        def loss(hidden: Any, weight: Any, bias: Any, softcap: float | None) -> torch.Tensor:
+            formed.append(self.distillation.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
+            return formed[-1].total
 
-            with loss_for_logits(self.model, loss):
-                outputs = model(**inputs, use_cache=False)
-            returned = outputs.logits.reshape(-1)
-            if self._loss_in_layer is None:  # some models scale their logits, which the loss is none of
-                self._loss_in_layer = len(formed) == 1 and torch.equal(returned, formed[0].total.reshape(1))
-            if self._loss_in_layer:
-                return replace(formed[-1], total=returned[0]), outputs
-        outputs = model(**inputs, use_cache=False)
-        return self.distillation(outputs.logits, labels_BS, targets), outputs
+        with loss_for_logits(self.model, loss):
+            outputs = model(**inputs, use_cache=False)
+        return replace(formed[-1], total=outputs.logits.reshape(())), outputs
+
+    def _forms_loss_in_layer(self, model: Any) -> bool:
+        """Found out at the first batch, by all processes at once."""
+        if self._loss_in_layer is None:
+            # Replicas of `nn.DataParallel` would share one patched layer.
+            self._loss_in_layer = self.args.n_gpu <= 1 and takes_loss(self.model, model)
+            if not self._loss_in_layer and self.is_world_process_zero():
+                logger.warning(
+                    "%s: logits of whole batches are formed, its output layer is not plain", type(self.model).__name__
+                )
+        return self._loss_in_layer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; training records carry the loss by term, per position, over the window and all processes."""
@@ -191,7 +202,9 @@ class DistillationTrainer(Trainer):
         was_training = model.training
         model.eval()
         measure = HeldOutMeasure(self.cache.kind, tail=self.objective_config.tail, device=self.args.device)
-        measure.add(model, (self._prepare_inputs(batch) for batch in self._held_out_batches(measure)))
+        in_layer = self.model if self._forms_loss_in_layer(model) else None
+        batches = (self._prepare_inputs(batch) for batch in self._held_out_batches(measure))
+        measure.add(model, batches, in_layer_of=in_layer)
         model.train(was_training)
         metrics = measure.metrics(self.accelerator.reduce(measure.sums, "sum"), prefix=metric_key_prefix)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began

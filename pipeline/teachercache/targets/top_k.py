@@ -71,9 +71,8 @@ class TopK:
     ) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
 
-        Call it with blocks that fit a core's cache: what a position costs by block size, tests/bench/capture_cost.py
-        measures. A block with a
-        NaN or +inf logit gives columns that `is_usable` refuses: callers quarantine such rows.
+        Call it with blocks that fit a core's cache: tests/bench/capture_cost.py measures what a position costs by their
+        size. A block with a NaN or +inf logit gives columns that `is_usable` refuses: callers quarantine such rows.
         """
         logits_NV = logits_NV[:, : self.vocabulary_size]
         head_Nk, ids_Nk = largest(torch, logits_NV, self.k)

@@ -27,7 +27,7 @@ from teachercache.targets.draws import position_seeds
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift
-from teachercache.teacher.output_layer import OutputLayer, recorded_input
+from teachercache.teacher.output_layer import OutputLayer, layer_after_body, recorded_input
 from teachercache.tokens.rows import TokenRow
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Teacher:
             raise ModelError(
                 f"{type(model).__name__} does not keep the segments of a packed row apart; set `sequence.layout: documents`"
             )
-        self._layer = _layer_after_body(self.model, vocabulary_size=kind.vocabulary_size)
+        self._layer = layer_after_body(self.model, vocabulary_size=kind.vocabulary_size)
         self.batches_halved = 0
         self.drift = Drift(kind)
 
@@ -97,7 +97,7 @@ class Teacher:
         Raises `ModelError` when no basis can rebuild this model's logits, or the sample is too small.
         """
         assert calibrates(self.kind)
-        layer = OutputLayer.of(self.model, vocabulary_size=self.kind.vocabulary_size)
+        layer = self._layer or OutputLayer.of(self.model, vocabulary_size=self.kind.vocabulary_size)
         hidden: list[Any] = [None] * len(rows)
         for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
             for index, values_ND in zip(batch, self._halving(self._hidden, [rows[i] for i in batch]), strict=True):
@@ -209,12 +209,3 @@ def _too_long(row: TokenRow) -> Captured:
 def _flat_positions(rows: Sequence[TokenRow], width: int) -> NDArray[np.int64]:
     """Indices of all positions in a batch [B, S] that is flattened to [B * S]."""
     return np.concatenate([index * width + np.flatnonzero(row.target_mask_S) for index, row in enumerate(rows)])
-
-
-def _layer_after_body(model: Any, *, vocabulary_size: int) -> OutputLayer | None:
-    """The output layer, if the model's logits are what it makes of the body's output."""
-    try:
-        layer = OutputLayer.of(model, vocabulary_size=vocabulary_size)
-    except ModelError:
-        return None
-    return layer if layer.follows_body(model) else None

@@ -96,6 +96,15 @@ class OutputLayer:
         return error <= (1e-5 if self.matrix_VD.dtype in (torch.float32, torch.float64) else 1e-2)
 
 
+def layer_after_body(model: Any, *, vocabulary_size: int) -> OutputLayer | None:
+    """The output layer, if the model's logits are what it makes of the body's output."""
+    try:
+        layer = OutputLayer.of(model, vocabulary_size=vocabulary_size)
+    except ModelError:
+        return None
+    return layer if layer.follows_body(model) else None
+
+
 @contextmanager
 def recorded_input(model: Any) -> Iterator[list[Tensor]]:
     """While it is open, what enters the output layer is appended to the list, [B, S, D] each."""
@@ -119,4 +128,6 @@ def _try(model: Any, vocabulary_size: int) -> tuple[Tensor, Tensor]:
     """What enters the layer [N, D] and the model's own logits, float32 [N, V]."""
     with recorded_input(model) as inputs:
         logits = model(input_ids=_probe(model, vocabulary_size), use_cache=False).logits
+    if len(inputs) != 1 or inputs[0].shape[:-1] != logits.shape[:-1]:  # code of its own, e.g. with its weight alone
+        raise ModelError(f"{type(model).__name__} does not call its output layer once for its logits; {REMEDY}")
     return inputs[0].flatten(0, 1).float(), logits.flatten(0, 1)[:, :vocabulary_size].float()

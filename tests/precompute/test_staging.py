@@ -11,12 +11,12 @@ from teachercache.config import CorpusConfig, PrecomputeConfig
 from teachercache.precompute.staging import SAMPLED_BYTES, SAMPLED_DOCUMENTS, read_unit, sample_file, stage
 
 
-def sampled(folder: Path, texts: list[str]) -> list[str]:
+def sampled(folder: Path, texts: list[str], *, positions: int = 0) -> list[str]:
     """Texts of the documents that are kept for calibration, in their order."""
     corpus, units = folder / "corpus.jsonl", folder / "work" / "units"
     units.mkdir(parents=True)
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    stage(CorpusConfig(source=str(corpus), held_out=0), PrecomputeConfig(), units)
+    stage(CorpusConfig(source=str(corpus), held_out=0), PrecomputeConfig(), units, calibration_positions=positions)
     return [document.text or "" for document in read_unit(sample_file(units))]
 
 
@@ -34,6 +34,12 @@ def test_longer_ones_until_there_are_enough_of_them_and_of_their_bytes(tmp_path:
     else:
         assert SAMPLED_DOCUMENTS < len(kept) < len(texts)
         assert SAMPLED_BYTES * 0.7 < sum(map(len, kept)) < SAMPLED_BYTES * 1.1  # of text; a line holds more than that
+
+
+def test_a_larger_calibration_draws_from_more(tmp_path: Path) -> None:
+    texts = [f"{number} {'word ' * 200}" for number in range(4000)]
+    kept = sampled(tmp_path, texts, positions=50_000)
+    assert 50_000 * 64 * 0.7 < sum(map(len, kept)) < 50_000 * 64 * 1.1
 
 
 def test_the_order_of_the_corpus_changes_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from teachercache.files import write_whole
 from teachercache.models import find_model, load_config, load_tokenizer, weights_identity
 from teachercache.precompute.staging import Staged, empty_folder, stage, unit_name
 from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint_of, read_manifest
-from teachercache.targets import TargetKind, target_kind
+from teachercache.targets import TargetKind, calibrates, target_kind
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
 
 PLAN = "plan.json"
@@ -172,7 +172,8 @@ def _find_or_begin(recipe: Recipe, identity: dict[str, Any], kind: TargetKind, t
         _check_same_job(known, plan.identity, folder)
         return plan
     with empty_folder(folder / WORK_FOLDER / "units") as staging:
-        plan = planned(stage(corpus, settings, staging))
+        positions = kind.calibration_positions if calibrates(kind) else 0
+        plan = planned(stage(corpus, settings, staging, calibration_positions=positions))
         save_teacher_files(folder / "teacher", tokenizer, config, fingerprint=identity["tokenizer"]["fingerprint"])
         (plan.work / "done").mkdir()
         write_whole(plan.work / PLAN, json.dumps(plan.identity, indent=1, sort_keys=True))  # last: now there is a job

@@ -35,9 +35,11 @@ class Staged:
 
 
 # What calibration draws from: at least so many documents and bytes of them, unless that is more than memory should hold.
+# Half of it is used; 32 bytes are more text than most tokens stand for.
 SAMPLED_DOCUMENTS = 512
 SAMPLED_BYTES = 2 * 2**20
-MOST_SAMPLED_BYTES = 64 * 2**20
+BYTES_PER_CALIBRATION_POSITION = 2 * 32
+MOST_SAMPLED_BYTES = 256 * 2**20
 
 
 def unit_name(unit: int) -> str:
@@ -45,12 +47,16 @@ def unit_name(unit: int) -> str:
     return f"{unit:05d}.jsonl.zst"
 
 
-def stage(corpus: CorpusConfig, settings: PrecomputeConfig, folder: Path | None) -> Staged:
-    """Cut the corpus into units and write them to `folder`; without one, only count and hash.
+def stage(
+    corpus: CorpusConfig, settings: PrecomputeConfig, folder: Path | None, *, calibration_positions: int = 0
+) -> Staged:
+    """Cut the corpus into units and write them to `folder`, with a sample that holds text for so many positions; without a
+    folder, only count and hash.
 
     Raises `CorpusError` when the corpus cannot be read or holds no row.
     """
-    counts = _Counts(sampling=folder is not None)
+    sampled = max(SAMPLED_BYTES, BYTES_PER_CALIBRATION_POSITION * calibration_positions)
+    counts = _Counts(least_bytes=None if folder is None else sampled)
     units = _write_units(counts.of(documents(read_rows(corpus), corpus)), settings, folder)
     if counts.rows_in == 0:
         raise CorpusError(f"the corpus {corpus.source} is empty: check corpus.source, split and text_field")
@@ -77,8 +83,8 @@ def read_unit(path: Path) -> list[Document]:
 
 
 class _Counts:
-    def __init__(self, *, sampling: bool) -> None:
-        self._sampling = sampling
+    def __init__(self, *, least_bytes: int | None) -> None:
+        self._least_bytes = least_bytes  # of the sample; None: without one
         self._kept: list[tuple[int, int, int, Document]] = []  # a heap: the document with the largest hash goes first
         self._kept_bytes = 0
         self.rows_in = self.deduplicated = self.held_out = 0
@@ -92,7 +98,7 @@ class _Counts:
                 continue
             self.held_out += item.held_out
             self.digest.update(f"{item.source_id} {item.occurrence} {item.problem}\n".encode())
-            if self._sampling and not (item.held_out or item.problem):
+            if self._least_bytes is not None and not (item.held_out or item.problem):
                 self._offer(item)
             yield item
 
@@ -107,9 +113,9 @@ class _Counts:
         while self._suffices(self._kept_bytes - self._kept[0][2], len(self._kept) - 1):
             self._kept_bytes -= heapq.heappop(self._kept)[2]
 
-    @staticmethod
-    def _suffices(size: int, documents: int) -> bool:
-        return (documents >= SAMPLED_DOCUMENTS and size >= SAMPLED_BYTES) or size >= MOST_SAMPLED_BYTES
+    def _suffices(self, size: int, documents: int) -> bool:
+        enough = documents >= SAMPLED_DOCUMENTS and size >= (self._least_bytes or 0)
+        return enough or size >= MOST_SAMPLED_BYTES
 
     def sample(self) -> list[Document]:
         """The documents with the smallest hashes, smallest first; held-out ones are never among them."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from teachercache.errors import CacheError, ModelError, UserError
 from teachercache.models import find_model, load_causal_lm, model_inputs, weights_identity
-from teachercache.shards import Cache, StoredRow
+from teachercache.shards import Cache, Manifest, StoredRow
 from teachercache.shards.reader import Split
 from teachercache.stream.order import order_key, permuted
 from teachercache.targets import Softened, TailPolicy, TargetKind
@@ -66,21 +66,10 @@ def run_fidelity(
     for temperature in temperatures:
         cache.kind.check_temperature(temperature)
     chosen = _rows(cache, rows)
-    settings = manifest.teacher
-    _check_weights(settings, teacher, other_weights=other_weights)
-    model: Any = load_causal_lm(
-        teacher or settings["model"],
-        revision=settings.get("commit") or settings.get("revision") if teacher in (None, settings["model"]) else None,
-        dtype=settings["dtype"],
-        trust_remote_code=trust_remote_code,
-        attention=settings.get("attention"),
-    )
+    named = teacher or manifest.teacher["model"]
+    _check_weights(manifest.teacher, teacher, other_weights=other_weights)
+    model = _load_teacher(manifest, named, trust_remote_code=trust_remote_code)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    if model.get_output_embeddings() is None or len(model.get_output_embeddings().weight) < manifest.vocabulary_size:
-        raise ModelError(
-            f"{teacher or settings['model']} predicts fewer tokens than the cache's tokenizer has "
-            f"({manifest.vocabulary_size}): it is not the teacher of this cache"
-        )
     vocabulary = manifest.vocabulary_size
     layer = layer_after_body(model, vocabulary_size=vocabulary)
     comparison = Comparison(temperatures)
@@ -100,7 +89,7 @@ def run_fidelity(
         )
     return {
         "cache": str(cache.folder),
-        "teacher": teacher or settings["model"],
+        "teacher": named,
         "targets": manifest.logits,
         "tail": policy,
         "rows": len(chosen),
@@ -109,6 +98,25 @@ def run_fidelity(
         "bytes_per_position": manifest.bytes_per_position(),
         "basis_bytes": sum(info.bytes for info in manifest.files if info.file.endswith(".safetensors")),
     }
+
+
+def _load_teacher(manifest: Manifest, named: str, *, trust_remote_code: bool) -> Any:
+    """As the cache's job loaded it; raises `ModelError`."""
+    settings = manifest.teacher
+    model: Any = load_causal_lm(
+        named,
+        revision=settings.get("commit") or settings.get("revision") if named == settings["model"] else None,
+        dtype=settings["dtype"],
+        trust_remote_code=trust_remote_code,
+        attention=settings.get("attention"),
+    )
+    layer = model.get_output_embeddings()
+    if layer is None or len(layer.weight) < manifest.vocabulary_size:
+        raise ModelError(
+            f"{named} predicts fewer tokens than the cache's tokenizer has "
+            f"({manifest.vocabulary_size}): it is not the teacher of this cache"
+        )
+    return model
 
 
 def _check_weights(settings: Mapping[str, Any], named: str | None, *, other_weights: bool) -> None:

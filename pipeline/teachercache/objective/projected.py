@@ -65,6 +65,12 @@ def chunk_rows(weight_LD: Tensor, chunk_bytes: int | None = None) -> int:
     return max(1, chunk_bytes // (4 * len(weight_LD)))
 
 
+def chunk_logits(hidden_CD: Tensor, weight_LD: Tensor, bias_L: Tensor | None, softcap: float | None) -> Tensor:
+    """cap(hidden · weightᵀ + bias), [C, L]."""
+    logits_CL = torch.nn.functional.linear(hidden_CD, weight_LD, bias_L)
+    return logits_CL if softcap is None else logits_CL.div_(softcap).tanh_().mul_(softcap)
+
+
 class _Projected(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -117,9 +123,7 @@ def _run_chunks(
     for start in range(0, len(hidden_ND), chunk):
         part = slice(start, start + chunk)
         hidden_CD = hidden_ND[part]
-        logits_CL = torch.nn.functional.linear(hidden_CD, weight_LD, bias_L)
-        if softcap is not None:
-            logits_CL.div_(softcap).tanh_().mul_(softcap)
+        logits_CL = chunk_logits(hidden_CD, weight_LD, bias_L, softcap)
         gradient_CL = None if gradients is None else torch.empty_like(logits_CL)
         divergence_C, ce_C = run(logits_CL, gradient_CL, _chunk_of(batch, part, len(hidden_CD)), None)
         divergences.append(divergence_C)

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 TASK_CPUS = 0.25
 
 # A forward pass on a CPU frees buffers of many megabytes and asks for them again at once. Left to itself glibc (mallopt(3))
-# maps and unmaps each of them, and the kernel clears its pages anew: a sixth of the time of SmolLM2-135M's pass.
+# maps and unmaps each of them, and the kernel clears its pages anew: 8 % of the time of
+# SmolLM2-135M's pass (tests/bench/precompute_speed.py).
 # One arena: Ray Data runs actors in threads, whose own arenas cannot grow enough.
 KEEP_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",

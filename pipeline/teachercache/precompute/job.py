@@ -88,7 +88,8 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
         if plan.calibration() is None:
             console.print("calibrating: fitting the sketch to a sample of the corpus …")
             run_calibration(Job.of(recipe, plan))
-            record = plan.calibration() or {}
+            record = plan.calibration()
+            assert record is not None
             console.print(
                 f"the sketch is fitted to {record['positions']:,} positions of {len(record['sources'])} documents"
             )

@@ -69,15 +69,12 @@ def check_packing(model: Any, name: str, manifest: Manifest, *, pack: bool = Fal
     if manifest.layout != "packed" and not pack:
         return
     if not isolates_packed_segments(model, vocabulary_size=manifest.vocabulary_size):
-        why = "so it cannot learn from this cache; use another student, or precompute with sequence.layout=documents"
-        raise ModelError(
-            f"student {name} lets the documents of a packed row see each other, "
-            + (
-                why
-                if manifest.layout == "packed"
-                else "so train.pack would change what it learns; set train.pack: false"
-            )
+        remedy = (
+            "so it cannot learn from this cache; use another student, or precompute with sequence.layout=documents"
+            if manifest.layout == "packed"
+            else "so train.pack would change what it learns; set train.pack: false"
         )
+        raise ModelError(f"student {name} lets the documents of a packed row see each other, {remedy}")
 
 
 def check_tokenizer(student: StudentConfig, manifest: Manifest) -> None:

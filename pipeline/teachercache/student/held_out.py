@@ -15,7 +15,7 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective
-from teachercache.objective.projected import chunk_rows
+from teachercache.objective.projected import chunk_logits, chunk_rows
 from teachercache.student.output_layer import loss_for_logits
 from teachercache.targets import TargetKind
 from teachercache.targets.kind import first_choices
@@ -62,9 +62,7 @@ class HeldOutMeasure:
         rows = chunk_rows(weight_LD)
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
-            logits_CL = torch.nn.functional.linear(hidden_ND[part], weight_LD, bias_L)
-            if softcap is not None:
-                logits_CL.div_(softcap).tanh_().mul_(softcap)
+            logits_CL = chunk_logits(hidden_ND[part], weight_LD, bias_L, softcap)
             self._add(logits_CL[None], labels_N[None, part], {name: values[part] for name, values in targets.items()})
         return hidden_BSD.new_zeros(())
 

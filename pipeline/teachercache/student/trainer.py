@@ -49,8 +49,8 @@ class DistillationTrainer(Trainer):
     `per_device_train_batch_size` rows, `gradient_accumulation_steps` of them on each process, order by `seed`.
     `args.max_steps`, else `args.num_train_epochs`, ends the run. The latest `keep_checkpoints` checkpoints are kept and
     the best one besides: leave `args.save_total_limit` alone. `pack` puts short rows of a micro-batch into one sequence
-    (they stay isolated), which changes the time of a step, not its loss. Works under DeepSpeed ZeRO 0-3, DDP and in one
-    process.
+    (isolated, by students for which `fit.check_packing` finds nothing), which changes the time of a step, not its loss.
+    Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
     Raises `CacheError` when the cache does not hold the objective's temperature, `JobFailed` when training diverges.
     """

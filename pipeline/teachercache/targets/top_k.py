@@ -135,6 +135,7 @@ class TopK:
 
 
 def top_k_fields(settings: Mapping[str, Any], vocabulary_size: int) -> dict[str, Any]:
+    """Fields of `TopK` from settings; raises `RecipeError` when k exceeds the vocabulary."""
     if settings["k"] > vocabulary_size:
         raise RecipeError(
             f"targets.logits.k is {settings['k']}, but the teacher's tokenizer has {vocabulary_size} tokens; "

@@ -16,6 +16,8 @@ from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.shards import Cache, verify
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
+from teachercache.stream.mixture import Mixture
+from teachercache.stream.windows import RowOrder
 from teachercache.student.fit import check_student
 from teachercache.student.trainer import DistillationTrainer
 from teachercache.targets import TopK
@@ -110,8 +112,9 @@ def test_mistake_03_the_loss_goes_through_the_data_parallel_wrapper(cache, tmp_p
 
 def test_mistake_04_rows_do_not_depend_on_world_size_or_accumulation():
     """Picking rows by `rank * batch + batch * step` loses or repeats some under another world size."""
+    order = Mixture.of([RowOrder([20, 0, 33], fingerprint="f", seed=1, window=2)])
     plans = [
-        BatchPlan(rows=53, global_batch=12, micro_batch=micro, world_size=world, fingerprint="f", seed=1)
+        BatchPlan(order, global_batch=12, micro_batch=micro, world_size=world)
         for world, micro in ((1, 12), (1, 3), (2, 6), (3, 2), (4, 3))
     ]
     for plan in plans:

@@ -4,7 +4,7 @@ Sections and who reads them:
 
     cache                                        the folder that one job writes and the other reads
     teacher, corpus, sequence, targets, precompute     `teachercache precompute`
-    student, objective, train                          `teachercache train`
+    student, objective, stream, train                  `teachercache train`
 
 Paths in a recipe are relative to the working directory. Configs are frozen; unknown keys are refused with the nearest
 valid one; `key.path=value` overrides come from the command line. A cache describes itself: a training recipe never
@@ -240,6 +240,26 @@ class ObjectiveConfig(Section):
         return self
 
 
+class MixConfig(Section):
+    """A further cache that the student learns from beside the recipe's `cache`; its tokenizer must be the same."""
+
+    cache: Path
+    share: float | None = Field(
+        None, gt=0, lt=1, description="of the rows in training; default: a row of it comes as often as one of `cache`"
+    )
+
+
+class StreamConfig(Section):
+    """How rows come out of caches."""
+
+    window: int = Field(
+        64,
+        ge=1,
+        description="shards whose rows are shuffled together (shards are shuffled too); a reader needs two windows at a time",
+    )
+    mix: tuple[MixConfig, ...] = Field((), description="further caches; an epoch is one pass over `cache`")
+
+
 class TrainConfig(Section):
     """The training job: `transformers.Trainer` under DeepSpeed ZeRO."""
 
@@ -291,6 +311,7 @@ class Recipe(Section):
     precompute: PrecomputeConfig = PrecomputeConfig()
     student: StudentConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
+    stream: StreamConfig = StreamConfig()
     train: TrainConfig | None = None
 
     def require(self, *sections: str) -> None:

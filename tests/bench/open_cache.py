@@ -38,13 +38,14 @@ def measure(folder: Path) -> dict[str, float]:
     from teachercache.shards import Cache
     from teachercache.stream.batches import BatchPlan
     from teachercache.stream.collate import Collator
+    from teachercache.stream.sources import train_order
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     cache = Cache.open(folder)
     opened = time.perf_counter() - start
     added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    plan = BatchPlan(cache.rows_of("train"), 8, 8, 1, cache.manifest.fingerprint, 0)
+    plan = BatchPlan(train_order(cache, seed=0), 8, 8, 1)
     columns = cache.kind.objective_columns(cache.kind.tail_policies[0])
     rows = [cache.read_row("train", int(index), columns=columns) for index in plan.step_rows(0)]
     Collator.of(cache, columns=columns)(rows)

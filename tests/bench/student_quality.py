@@ -37,6 +37,7 @@ from teachercache.quickstart import write_recipe
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan, spread
 from teachercache.stream.collate import Collator
+from teachercache.stream.sources import train_order
 from teachercache.student.held_out import HeldOutMeasure
 from teachercache.student.output_layer import loss_for_logits
 from teachercache.targets import Softened, TailPolicy
@@ -94,8 +95,7 @@ class Bench:
         """Train all arms; their held-out metrics."""
         torch.manual_seed(seed)
         cache = self.caches["sketch"]
-        manifest = cache.manifest
-        plan = BatchPlan(cache.rows_of("train"), 4, 4, 1, manifest.fingerprint, seed)
+        plan = BatchPlan(train_order(cache, seed=seed), 4, 4, 1)
         steps = plan.steps(epochs)
         students: dict[str, Any] = {arm: load_causal_lm(str(self.student_folder), dtype="float32") for arm in ARMS}
         optimizers = {arm: torch.optim.AdamW(student.parameters()) for arm, student in students.items()}

@@ -26,6 +26,7 @@ from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
+from teachercache.stream.sources import train_order
 from teachercache.student.output_layer import loss_for_logits
 
 OBJECTIVES = {
@@ -74,10 +75,7 @@ def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], N
 
 def measure(cache: Cache, student: str, *, steps: int, batch: int) -> dict:
     runs = contestants(cache, student)
-    plan = BatchPlan(
-        rows=cache.rows_of("train"), global_batch=batch, micro_batch=batch, world_size=1,
-        fingerprint=cache.manifest.fingerprint, seed=0,
-    )  # fmt: skip
+    plan = BatchPlan(train_order(cache, seed=0), global_batch=batch, micro_batch=batch, world_size=1)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(steps + 1):
         rows = plan.step_rows(number).tolist()

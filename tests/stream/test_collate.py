@@ -91,8 +91,8 @@ def test_an_empty_share_is_a_row_of_padding(layout: str) -> None:
 def test_rows_of_a_real_cache_stay_aligned(tmp_path: Path, layout: str) -> None:
     cache = Cache.open(tiny_cache(tmp_path, sequence={"layout": layout}))
     columns = ("head_ids", "actual_log_prob")
-    dataset = pickle.loads(pickle.dumps(CacheDataset(cache, "train", columns=columns)))
-    batch = Collator.of(cache, columns=columns)([dataset[index] for index in range(len(dataset))])
+    dataset = pickle.loads(pickle.dumps(CacheDataset([cache], "train", columns=[columns])))
+    batch = Collator.of(cache, columns=columns)(dataset.__getitems__(range(len(dataset))).rows)
     labels_N = batch["shift_labels"][batch["shift_labels"] != IGNORED]
     assert len(labels_N) == len(batch["targets"]["head_ids"]) == cache.positions_of("train")
     # Where the label is the teacher's first choice its log-probability is that of a first choice: above log(1/V).

@@ -43,6 +43,7 @@ def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
     def make(
         *,
         objective: dict[str, Any] | None = None,
+        stream: dict[str, Any] | None = None,
         student_model: Path = student,
         cache_folder: Path = cache,
         output: Path = tmp_path / "run",
@@ -57,6 +58,7 @@ def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
                 "cache": str(cache_folder),
                 "student": {"model": str(student_model)},
                 "objective": {"alpha": 0.7, "temperature": 2.0} | (objective or {}),
+                "stream": stream or {},
                 "train": {**settings, "output": str(output), **train},
             },
             origin="tests",

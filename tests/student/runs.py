@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+CLOCKED = {"positions_per_second", "waiting_for_data", "eval_seconds"}
+
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     """Log records of a run without what a clock put there."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [
-        {key: value for key, value in record.items() if key not in {"positions_per_second", "eval_seconds"}}
-        for record in records
-    ]
+    return [{key: value for key, value in record.items() if key not in CLOCKED} for record in records]
 
 
 def losses_of(run: Path) -> list[float]:

@@ -19,6 +19,8 @@ from student.runs import log_of, losses_of
 from teachercache.models import load_causal_lm
 from teachercache.student.train import run_training
 
+from builders import sentences, tiny_cache
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {
@@ -82,6 +84,13 @@ def test_two_processes_learn_what_one_learns(make_recipe: Any, student: Path, tm
     # One micro-batch for two processes: one of them has nothing but padding.
     done = _compare(make_recipe, student, tmp_path, launcher=TORCHRUN, zero_stage=stage, micro_batch=8)
     assert json.loads(done.stdout)["zero_stage"] == stage  # one document, from one of the processes
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_two_caches_what_one_learns(make_recipe: Any, student: Path, tmp_path: Path) -> None:
+    other = tiny_cache(tmp_path / "other", texts=sentences(40, seed=7), precompute={"unit_rows": 6})
+    stream = {"window": 2, "mix": [{"cache": str(other), "share": 0.3}]}
+    _compare(make_recipe, student, tmp_path, launcher=TORCHRUN, zero_stage=2, micro_batch=8, stream=stream)
 
 
 @pytest.mark.slow

@@ -204,8 +204,8 @@ def test_the_summary_on_disk_is_the_result(make_recipe: Any) -> None:
     result = run_training(recipe)
     assert json.loads((recipe.train.output / "summary.json").read_text()) == result
     assert set(result) == {
-        "steps", "rows", "positions", "losses", "positions_per_second", "student", "best", "zero_stage", "seconds",
-        "resumed_from",
+        "steps", "rows", "positions", "losses", "positions_per_second", "waiting_for_data", "student", "best",
+        "zero_stage", "seconds", "resumed_from",
     }  # fmt: skip
 
 

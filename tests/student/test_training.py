@@ -13,15 +13,16 @@ from torch import Tensor
 
 from student.runs import losses_of
 from teachercache.config import Recipe
-from teachercache.errors import CacheError
+from teachercache.errors import CacheError, RecipeError
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.batches import BatchPlan
+from teachercache.stream.sources import Mixed, train_order
 from teachercache.student.train import run_training
 from teachercache.targets import TargetKind
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 
-from builders import tiny_cache
+from builders import sentences, tiny_cache, tiny_model, tiny_tokenizer
 
 
 def _row_terms(model: Any, stored: StoredRow, recipe: Recipe, kind: TargetKind) -> tuple[Tensor, int]:
@@ -49,15 +50,18 @@ def _plain_loop(recipe: Recipe, steps: int) -> list[float]:
     from transformers import get_scheduler
 
     assert recipe.train is not None and recipe.student is not None
-    cache = Cache.open(recipe.cache)
-    plan = BatchPlan(cache.rows_of("train"), recipe.train.global_batch, 1, 1, cache.manifest.fingerprint, 0)
+    mix = [Mixed(Cache.open(each.cache), each.share) for each in recipe.stream.mix]
+    caches = [Cache.open(recipe.cache), *(mixed.cache for mixed in mix)]
+    order = train_order(caches[0], mix, seed=0, window=recipe.stream.window)
+    plan = BatchPlan(order, recipe.train.global_batch, 1, 1)
     model = load_causal_lm(recipe.student.model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.train.learning_rate, weight_decay=0)
     schedule = get_scheduler("cosine", optimizer, round(0.05 * steps), steps)
     losses = []
     for step in range(steps):
-        rows = [cache.read_row("train", row) for row in plan.step_rows(step).tolist()]
-        terms = [_row_terms(model, row, recipe, cache.kind) for row in rows]
+        located = [order.locate(row) for row in plan.step_rows(step).tolist()]
+        rows = [(caches[source].read_row("train", row), caches[source].kind) for source, row in located]
+        terms = [_row_terms(model, row, recipe, kind) for row, kind in rows]
         loss = sum(total for total, _ in terms) / sum(positions for _, positions in terms)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm)
@@ -101,6 +105,52 @@ def test_packing_a_micro_batch_changes_the_shape_of_a_step_and_not_its_loss(
     recipe = make_recipe(student_model=plain_student, zero_stage=stage, pack=True, micro_batch=8)
     run_training(recipe)
     np.testing.assert_allclose(losses_of(recipe.train.output), _plain_loop(recipe, 9), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sketched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other rows of the same teacher, in several shards, with targets of another kind."""
+    return tiny_cache(
+        tmp_path_factory.mktemp("sketched"),
+        texts=sentences(40, seed=7),
+        targets={"logits": {"kind": "head+sketch", "k": 6, "rank": 16, "step": 0.1, "calibration_positions": 400}},
+        precompute={"unit_rows": 6},
+    )
+
+
+@pytest.mark.parametrize("share", [None, 0.4])
+def test_a_mixture_teaches_what_its_rows_teach(
+    make_recipe: Any, plain_student: Path, sketched: Path, share: float | None
+) -> None:
+    """Two caches of different kinds, shuffled two shards at a time: what a loop over the same rows learns."""
+    stream = {"window": 2, "mix": [{"cache": str(sketched), "share": share}]}
+    recipe = make_recipe(student_model=plain_student, stream=stream, epochs=1, micro_batch=4, loader_workers=1)
+    result = run_training(recipe)
+    np.testing.assert_allclose(losses_of(recipe.train.output), _plain_loop(recipe, result["steps"]), atol=2e-5)
+    assert result["rows"] == 48 + (Cache.open(sketched).rows_of("train") if share is None else 32)
+    log = [json.loads(line) for line in (recipe.train.output / "log.jsonl").read_text().splitlines()]
+    [*_, held_out] = [record for record in log if "eval_loss" in record]
+    of_each = [Cache.open(cache).positions_of("held-out") for cache in (recipe.cache, sketched)]
+    means = [held_out[f"eval_cache{number}_loss"] for number in (0, 1)]
+    assert held_out["eval_loss"] == pytest.approx(np.average(means, weights=of_each))
+
+
+def test_a_run_goes_on_with_its_own_mixture_alone(make_recipe: Any, sketched: Path) -> None:
+    run_training(make_recipe(max_steps=2))
+    with pytest.raises(RecipeError, match=r"stream.mix was \[\], now .*use another train.output"):
+        run_training(make_recipe(max_steps=2, stream={"mix": [{"cache": str(sketched)}]}))
+    with pytest.raises(RecipeError, match=r"stream.window was 64, now 1"):
+        run_training(make_recipe(max_steps=2, stream={"window": 1}))
+
+
+def test_caches_that_do_not_mix_are_refused(make_recipe: Any, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="the same cache"):
+        run_training(make_recipe(stream={"mix": [{"cache": str(cache)}]}))
+    tiny_tokenizer(vocabulary=280).save_pretrained(tmp_path / "teacher")
+    tiny_model(vocabulary=280).save_pretrained(tmp_path / "teacher")
+    other = tiny_cache(tmp_path, teacher=tmp_path / "teacher")
+    with pytest.raises(CacheError, match=r"stream.mix: .* has another tokenizer"):
+        run_training(make_recipe(stream={"mix": [{"cache": str(other)}]}))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.3])

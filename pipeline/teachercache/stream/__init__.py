@@ -1,6 +1,8 @@
 """Rows of a cache to the batches of a training step, in an order that is a pure function of (manifest, seed, epoch).
 
     order.py      a keyed permutation as arithmetic: no table, whatever the number of rows
+    windows.py    `RowOrder`: the rows of one cache, shuffled in windows of shards
+    mixture.py    `Mixture`: several caches in stated shares
     batches.py    `BatchPlan`: which rows global batch t holds, and which of them a process sees
     dataset.py    rows by index, decoded by the processes that load data
     collate.py    rows to tensors

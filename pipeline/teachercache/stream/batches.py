@@ -1,9 +1,9 @@
 """Which rows a training step sees, and which of them a process sees.
 
 Optimizer step t belongs to epoch t // steps_per_epoch; an epoch visits every row exactly once. The rows of a step (the
-*global batch*) are cut into micro-batches, and micro-batch j goes to process j mod W. All processes run the same number
-of micro-batches, so collectives cannot hang: where a global batch does not fill them (the last one of an epoch, or a
-number of processes that does not divide it) the missing ones are empty.
+*global batch*) are cut into micro-batches, each of rows of one cache, and micro-batch j goes to process j mod W. All
+processes run the same number of micro-batches, so collectives cannot hang: where a global batch does not fill them (the
+last one of an epoch, or a number of processes that does not divide it) the missing ones are empty.
 """
 
 from __future__ import annotations
@@ -15,48 +15,60 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.stream.order import order_key, permuted
+from teachercache.stream.mixture import Mixture
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """The rows of every step of a run: a pure function of its fields, and of nothing else."""
 
-    rows: int  # of the split
+    order: Mixture  # of the rows of one cache or several
     global_batch: int  # rows in an optimizer step
-    micro_batch: int  # rows in a forward pass of one process
+    micro_batch: int  # most rows in a forward pass of one process
     world_size: int
-    fingerprint: str  # of the cache
-    seed: int
+
+    @property
+    def rows(self) -> int:
+        """Rows in an epoch."""
+        return self.order.rows
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that visit every row once; the last one may be short."""
+        """Optimizer steps in an epoch; the last one may be short."""
         return math.ceil(self.rows / self.global_batch)
 
     @property
     def micro_steps(self) -> int:
-        """Forward passes that each process makes in a step."""
-        return math.ceil(math.ceil(self.global_batch / self.micro_batch) / self.world_size)
+        """Forward passes that each process makes in a step; each further cache begins a micro-batch of its own."""
+        micro_batches = math.ceil(self.global_batch / self.micro_batch) + len(self.order.orders) - 1
+        return math.ceil(micro_batches / self.world_size)
 
     def steps(self, epochs: float) -> int:
         """Optimizer steps in so many epochs, at least one."""
         return max(1, math.ceil(round(epochs * self.steps_per_epoch, 6)))
 
-    def step_rows(self, step: int) -> NDArray[np.int64]:
-        """Rows of the global batch of optimizer step `step` (0 is the first), in order."""
+    def place(self, step: int) -> tuple[int, int]:
+        """Epoch of optimizer step `step` (0 is the first), and the number of its first row there."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        start = within * self.global_batch
-        index_N = np.arange(start, min(start + self.global_batch, self.rows), dtype=np.int64)
-        return permuted(index_N, size=self.rows, key=order_key(self.fingerprint, seed=self.seed, epoch=epoch))
+        return epoch, within * self.global_batch
+
+    def step_rows(self, step: int) -> NDArray[np.int64]:
+        """Rows of the global batch of a step, in order; rows of several caches are numbered one cache after the other."""
+        epoch, start = self.place(step)
+        return self.order.rows_at(epoch, np.arange(start, min(start + self.global_batch, self.rows), dtype=np.int64))
 
     def micro_batches(self, step: int, *, rank: int) -> list[list[int]]:
-        """The micro-batches of one process in one step; some may be empty."""
-        rows = self.step_rows(step).tolist()
-        return [
-            rows[number * self.micro_batch : (number + 1) * self.micro_batch]
-            for number in range(rank, self.micro_steps * self.world_size, self.world_size)
-        ]
+        """The micro-batches of one process in one step, each of rows of one cache; some may be empty."""
+        cut = self._cut(self.step_rows(step))
+        cut += [[]] * (self.micro_steps * self.world_size - len(cut))
+        return cut[rank :: self.world_size]
+
+    def _cut(self, rows_N: NDArray[np.int64]) -> list[list[int]]:
+        """All micro-batches of a step."""
+        source_N = np.searchsorted(self.order.starts, rows_N, side="right")
+        apart = [rows_N[source_N == source].tolist() for source in np.unique(source_N)]
+        size = self.micro_batch
+        return [rows[start : start + size] for rows in apart for start in range(0, len(rows), size)]
 
 
 class PlanSampler:
@@ -80,10 +92,12 @@ class PlanSampler:
             yield from self.plan.micro_batches(step, rank=self.rank)
 
 
-def spread(rows: int, *, micro_batch: int, rank: int, world_size: int) -> list[list[int]]:
-    """All rows in their own order, cut into micro-batches and dealt to processes, as many (some empty) to each."""
+def spread(rows: int, *, micro_batch: int, rank: int, world_size: int, start: int = 0) -> list[list[int]]:
+    """Rows `start` … `start + rows - 1` in their own order, cut into micro-batches and dealt to processes, as many (some
+    empty) to each."""
     count = math.ceil(math.ceil(rows / micro_batch) / world_size) * world_size
+    end = start + rows
     return [
-        list(range(start, min(start + micro_batch, rows)))
-        for start in range(rank * micro_batch, count * micro_batch, world_size * micro_batch)
+        list(range(first, min(first + micro_batch, end)))
+        for first in range(start + rank * micro_batch, start + count * micro_batch, world_size * micro_batch)
     ]

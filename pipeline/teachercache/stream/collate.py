@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from teachercache.models import model_inputs
 from teachercache.shards import Cache, StoredRow
+from teachercache.stream.dataset import Rows
 from teachercache.stream.packing import first_fit, merged
 from teachercache.targets import TargetKind
 from teachercache.tokens.rows import TokenRow
@@ -51,6 +52,16 @@ class Collator:
             columns=self.columns,
             pack_length=self.pack_length,
         )
+
+
+@dataclass(frozen=True)
+class MixedCollator:
+    """Micro-batches of several caches, each by the collator of its cache, which `source` names in the batch."""
+
+    collators: tuple[Collator, ...]
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        return {**self.collators[rows.source](rows.rows), "source": rows.source}
 
 
 def collate(

@@ -1,26 +1,49 @@
-"""Rows of a split as a map-style `torch.utils.data.Dataset`."""
+"""Rows of a split as a map-style `torch.utils.data.Dataset`, over one cache or several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 from torch.utils.data import Dataset
 
 from teachercache.shards import Cache, StoredRow
 from teachercache.shards.reader import Split
 
 
-class CacheDataset(Dataset[StoredRow]):
-    """Row `index` of a split with the target columns that are asked for; nothing else is decompressed.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a micro-batch, all of them of the cache `source` of a dataset."""
 
-    Picklable: a loading process opens shards, and checks their bytes, for itself.
+    source: int
+    rows: list[StoredRow]
+
+
+class CacheDataset(Dataset[Rows]):
+    """Row `index` of a split with the target columns that are asked for of its cache; nothing else is decompressed.
+
+    Rows of several caches are numbered one cache after the other. Picklable: a loading process opens shards, and checks
+    their bytes, for itself.
     """
 
-    def __init__(self, cache: Cache, split: Split, *, columns: tuple[str, ...]) -> None:
-        self.cache = cache
+    def __init__(self, caches: Sequence[Cache], split: Split, *, columns: Sequence[tuple[str, ...]]) -> None:
+        self.caches = tuple(caches)
         self.split = split
-        self.columns = columns
+        self.columns = tuple(columns)
+        self._ends = np.cumsum([cache.rows_of(split) for cache in caches])
 
     def __len__(self) -> int:
-        return self.cache.rows_of(self.split)
+        return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> StoredRow:
-        return self.cache.read_row(self.split, index, columns=self.columns)
+    def __getitem__(self, index: int) -> Rows:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Rows:
+        """A micro-batch; torch's loaders call this. Its rows are of one cache; none at all count as the first one's."""
+        source = int(np.searchsorted(self._ends, indices[0], side="right")) if len(indices) else 0
+        cache, columns = self.caches[source], self.columns[source]
+        start = int(self._ends[source]) - cache.rows_of(self.split)
+        # In the order of the file, so that a record batch is decompressed once for all of its rows.
+        read = {index: cache.read_row(self.split, index - start, columns=columns) for index in sorted(indices)}
+        return Rows(source, [read[index] for index in indices])

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 ROUNDS = 64
 
 
-def order_key(fingerprint: str, *, seed: int, epoch: int) -> bytes:
-    """The key of one epoch's order."""
-    return hashlib.blake2b(f"{fingerprint}/{seed}/{epoch}".encode(), digest_size=32).digest()
+def order_key(fingerprint: str, *, seed: int, epoch: int, part: str = "") -> bytes:
+    """The key of one epoch's order, or of a part of it."""
+    return hashlib.blake2b(f"{fingerprint}/{seed}/{epoch}{part}".encode(), digest_size=32).digest()
 
 
 def permuted(index_N: NDArray[np.int64], *, size: int, key: bytes) -> NDArray[np.int64]:

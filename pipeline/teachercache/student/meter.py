@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ class Window:
     ce: float
     positions: int
     seconds: float
+    waiting: float  # share of the time in which a process had no batch to work on, mean over processes
 
     @property
     def positions_per_second(self) -> float:
@@ -37,11 +40,17 @@ class LossMeter:
         self._accelerator = accelerator
         self._sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
         self._started: float | None = None
+        self._waited = 0.0
 
-    def start(self) -> None:
-        """Begin to count time, unless a window has begun already; evaluation and checkpoints lie between windows."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches batches. Time begins to count with the first one of a window; evaluation and checkpoints
+        lie between windows."""
+        began = time.perf_counter()
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = began
+        yield
+        self._waited += time.perf_counter() - began
 
     def add(self, terms: LossTerms) -> None:
         """Add the sums of one micro-batch."""
@@ -51,9 +60,12 @@ class LossMeter:
 
     def take(self) -> Window:
         """The window over all processes; the next one begins empty."""
-        total, divergence, ce, positions = self._accelerator.reduce(self._sums.clone(), "sum").tolist()
         seconds = time.perf_counter() - self._started if self._started is not None else 0.0
+        waiting = torch.tensor([self._waited / seconds if seconds else 0.0]).to(self._sums)
+        reduced = self._accelerator.reduce(torch.cat([self._sums, waiting]), "sum")
+        total, divergence, ce, positions, waiting_sum = reduced.tolist()
         self._sums.zero_()
-        self._started = None
+        self._started, self._waited = None, 0.0
         count = max(positions, 1)
-        return Window(total / count, divergence / count, ce / count, int(positions), seconds)
+        share = waiting_sum / self._accelerator.num_processes
+        return Window(total / count, divergence / count, ce / count, int(positions), seconds, share)

@@ -62,7 +62,8 @@ def _note(logs: dict[str, float]) -> str:
         loss, perplexity, agreement = (logs[f"eval_{name}"] for name in ("loss", "perplexity", "top1_agreement"))
         return f"held-out loss {loss:.4f}, perplexity {perplexity:.2f}, agreement {agreement:.1%}"
     if "loss" in logs:
-        return f"loss {logs['loss']:.4f}  {logs['positions_per_second']:,.0f} positions/s"
+        waiting = f"  {logs['waiting_for_data']:.0%} waiting for data" if logs["waiting_for_data"] >= 0.05 else ""
+        return f"loss {logs['loss']:.4f}  {logs['positions_per_second']:,.0f} positions/s{waiting}"
     return ""
 
 

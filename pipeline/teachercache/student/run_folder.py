@@ -47,13 +47,19 @@ class RunIdentity:
     cache_fingerprint: str
     student_weights: dict[str, str | None]
     deepspeed: dict[str, Any] | None
+    mixed_fingerprints: tuple[str, ...] = ()
 
     def decisive(self) -> dict[str, Any]:
         """What decides what is learned: two runs that are equal in it are one run."""
         recipe = self.recipe.model_dump(mode="json", include={"student", "objective", "train"})
         train = {key: value for key, value in recipe["train"].items() if key not in FREE_SETTINGS}
         student = {**self.student_weights, **recipe["student"]}
-        decisive = {**recipe, "student": student, "train": train}
+        shares = [each.share for each in self.recipe.stream.mix]
+        stream = {
+            "window": self.recipe.stream.window,
+            "mix": [list(pair) for pair in zip(self.mixed_fingerprints, shares, strict=True)],
+        }
+        decisive = {**recipe, "student": student, "train": train, "stream": stream}
         return {**decisive, "cache": self.cache_fingerprint, "deepspeed": self.deepspeed}
 
     def to_json(self) -> dict[str, Any]:
@@ -61,6 +67,7 @@ class RunIdentity:
         recipe = self.recipe.model_dump(mode="json")
         return {
             "cache_fingerprint": self.cache_fingerprint,
+            "mixed_fingerprints": list(self.mixed_fingerprints),
             "student_weights": self.student_weights,
             "deepspeed": self.deepspeed,
             "recipe": recipe,
@@ -70,7 +77,13 @@ class RunIdentity:
     def from_json(cls, data: dict[str, Any], *, origin: str) -> RunIdentity:
         """Inverse of `to_json`; settings that are newer than the file get their defaults."""
         recipe = parse_recipe(data["recipe"], origin=origin)
-        return cls(recipe, data["cache_fingerprint"], data.get("student_weights", {}), data["deepspeed"])
+        return cls(
+            recipe,
+            cache_fingerprint=data["cache_fingerprint"],
+            student_weights=data.get("student_weights", {}),
+            deepspeed=data["deepspeed"],
+            mixed_fingerprints=tuple(data.get("mixed_fingerprints", ())),
+        )
 
 
 class RunFolder:

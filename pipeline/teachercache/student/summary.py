@@ -11,16 +11,20 @@ from teachercache.student.meter import LOGGED_AS
 
 
 def speed_and_losses(log_history: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`losses` of the last logging window, median `positions_per_second`, and `positions`, over a resumed run too:
-    windows end at checkpoints, so that no step is missing from the log and none is there twice."""
+    """`losses` of the last logging window, `positions`, and medians of `positions_per_second` and `waiting_for_data` (share
+    of the time), over a resumed run too: windows end at checkpoints, so that no step is missing or there twice."""
     windows = [record for record in log_history if "positions_per_second" in record]
     last = windows[-1]
-    speed = statistics.median(window["positions_per_second"] for window in windows)
+    speed, waiting = (
+        statistics.median(window[name] for window in windows if name in window)
+        for name in ("positions_per_second", "waiting_for_data")
+    )
     divergences = {name: last[name] for name in LOGGED_AS.values() if name in last}
     return {
         "losses": {"total": last["loss"], "kl": None, "ce": last["ce"]} | divergences,
         "positions": sum(window["positions"] for window in windows),
         "positions_per_second": round(speed, 1),
+        "waiting_for_data": round(waiting, 4),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from teachercache.config import Recipe, StudentConfig, TrainConfig
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
+from teachercache.stream.sources import Mixed, check_mix, train_order
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
 from teachercache.student.fit import check_cache, check_student, initial_weights
@@ -40,16 +42,19 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     """
     recipe.require("student", "train")
     cache = Cache.open(recipe.cache)  # before libraries are imported that take seconds
-    check_cache(cache)
+    mix = [Mixed(Cache.open(each.cache), each.share) for each in recipe.stream.mix]
+    for each in (cache, *(mixed.cache for mixed in mix)):
+        check_cache(each)
+    check_mix(cache, mix)
     with training_process() as process:
         shown = console or Console(stderr=True)
-        return _Job(recipe, cache, process, shown if process.main else Console(quiet=True)).run()
+        return _Job(recipe, cache, mix, process, shown if process.main else Console(quiet=True)).run()
 
 
 class _Job:
     """One call of `run_training` in one process."""
 
-    def __init__(self, recipe: Recipe, cache: Cache, process: Process, console: Console) -> None:
+    def __init__(self, recipe: Recipe, cache: Cache, mix: Sequence[Mixed], process: Process, console: Console) -> None:
         assert recipe.student is not None and recipe.train is not None
         self.recipe, self.cache, self.process, self.console = recipe, cache, process, console
         self.student: StudentConfig = recipe.student
@@ -57,13 +62,12 @@ class _Job:
         settings = deepspeed_config(self.config, on_gpu=process.on_gpu)
         self.zero_stage: int = settings["zero_optimization"]["stage"]
         self.folder = RunFolder(self.config.output)
+        self.mix = mix
         self.plan = BatchPlan(
-            rows=self.cache.rows_of("train"),
+            order=train_order(cache, mix, seed=self.config.seed, window=recipe.stream.window),
             global_batch=self.config.global_batch,
             micro_batch=self.config.micro_batch,
             world_size=process.world_size,
-            fingerprint=self.cache.manifest.fingerprint,
-            seed=self.config.seed,
         )
         self.steps = self.config.max_steps or self.plan.steps(self.config.epochs)
 
@@ -72,6 +76,7 @@ class _Job:
         identity = RunIdentity(
             self.recipe,
             cache_fingerprint=self.cache.manifest.fingerprint,
+            mixed_fingerprints=tuple(mixed.cache.manifest.fingerprint for mixed in self.mix),
             student_weights=initial_weights(self.student),
             deepspeed=own_deepspeed_settings(self.config),
         )
@@ -92,8 +97,9 @@ class _Job:
         from teachercache.models import load_causal_lm
 
         model = load_causal_lm(self.student.model, revision=self.student.revision, dtype="float32")
-        check_student(model, self.student, self.cache.manifest, pack=self.config.pack)
-        if not self.cache.rows_of("held-out"):
+        for cache in self._caches:
+            check_student(model, self.student, cache.manifest, pack=self.config.pack)
+        if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         if resume is not None:
             self._say(f"resuming at step {resume.step} of {self.steps}")
@@ -140,7 +146,7 @@ class _Job:
         args = training_arguments(
             self.config,
             plan=self.plan,
-            evaluates=self.cache.rows_of("held-out") > 0,
+            evaluates=self._evaluates,
             on_gpu=self.process.on_gpu,
         )
         return DistillationTrainer(
@@ -148,6 +154,7 @@ class _Job:
             cache=self.cache,
             args=args,
             objective=self.recipe.objective,
+            mix=self.mix,
             plan=self.plan,
             keep_checkpoints=self.config.keep_checkpoints,
             pack=self.config.pack,
@@ -176,6 +183,14 @@ class _Job:
             self.folder.finish(summary)
             self._say(closing_line(summary))
         return summary
+
+    @property
+    def _caches(self) -> list[Cache]:
+        return [self.cache, *(mixed.cache for mixed in self.mix)]
+
+    @property
+    def _evaluates(self) -> bool:
+        return any(cache.rows_of("held-out") for cache in self._caches)
 
     def _say(self, message: str) -> None:
         self.console.print(message, soft_wrap=True, highlight=False, markup=False)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
-from teachercache.shards import Cache, StoredRow
+from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan, PlanSampler, spread
-from teachercache.stream.collate import Collator
-from teachercache.stream.dataset import CacheDataset
+from teachercache.stream.collate import Collator, MixedCollator
+from teachercache.stream.dataset import CacheDataset, Rows
+from teachercache.stream.sources import Mixed, check_mix, train_order
 from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
 from teachercache.student.divergence import DivergenceGuard
@@ -50,9 +51,11 @@ class DistillationTrainer(Trainer):
     `args.max_steps`, else `args.num_train_epochs`, ends the run. The latest `keep_checkpoints` checkpoints are kept and
     the best one besides: leave `args.save_total_limit` alone. `pack` puts short rows of a micro-batch into one sequence
     (isolated, by students for which `fit.check_packing` finds nothing), which changes the time of a step, not its loss.
+    `mix` adds further caches of the same tokenizer, whatever their kinds of targets; a micro-batch is of one cache.
     Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
-    Raises `CacheError` when the cache does not hold the objective's temperature, `JobFailed` when training diverges.
+    Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `JobFailed` when training
+    diverges.
     """
 
     def __init__(
@@ -62,35 +65,42 @@ class DistillationTrainer(Trainer):
         cache: Cache,
         args: TrainingArguments,
         objective: ObjectiveConfig,
+        mix: Sequence[Mixed] = (),
         plan: BatchPlan | None = None,
         keep_checkpoints: int = 2,
         pack: bool = False,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.cache = cache
+        check_mix(cache, mix)
+        self.caches = (cache, *(mixed.cache for mixed in mix))
         self.objective_config = objective
-        self.distillation = DistillationObjective(objective, kind=cache.kind)
-        self.plan = plan or _plan_of(args, cache)
+        self.objectives = [DistillationObjective(objective, kind=each.kind) for each in self.caches]
+        self.plan = plan or _plan_of(args, cache, mix)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
-        columns = self.distillation.columns
+        columns = [objective.columns for objective in self.objectives]
+        held_out = sum(each.rows_of("held-out") for each in self.caches)
         use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator.of(cache, columns=columns, pack=pack),
-            train_dataset=CacheDataset(cache, "train", columns=columns),
-            eval_dataset=CacheDataset(cache, "held-out", columns=()) if cache.rows_of("held-out") else None,
+            data_collator=self._collator(columns, pack=pack),  # type: ignore[arg-type]  # of `Rows`, not a list
+            train_dataset=CacheDataset(self.caches, "train", columns=columns),
+            eval_dataset=CacheDataset(self.caches, "held-out", columns=columns) if held_out else None,
             callbacks=[Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
         )
         model.config.use_cache = use_cache  # Trainer turns it off, and would export a student that generates slowly
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
         self.meter = LossMeter(self.accelerator)
-        self._held_out_loader: DataLoader[StoredRow] | None = None
+        self._held_out_loader: DataLoader[Rows] | None = None
         self._loss_in_layer: bool | None = None  # not tried yet
 
-    def get_train_dataloader(self) -> DataLoader[StoredRow]:
+    def _collator(self, columns: Sequence[tuple[str, ...]], *, pack: bool = False) -> MixedCollator:
+        paired = zip(self.caches, columns, strict=True)
+        return MixedCollator(tuple(Collator.of(cache, columns=names, pack=pack) for cache, names in paired))
+
+    def get_train_dataloader(self) -> DataLoader[Rows]:
         """This process's micro-batches from the current step on; accelerate must not shard them again."""
         sampler = PlanSampler(
             self.plan,
@@ -100,7 +110,7 @@ class DistillationTrainer(Trainer):
         )
         return self._loader(self.train_dataset, sampler, self.data_collator)
 
-    def _loader(self, dataset: Any, batch_sampler: Any, collator: Any, **settings: Any) -> DataLoader[StoredRow]:
+    def _loader(self, dataset: Any, batch_sampler: Any, collator: Any, **settings: Any) -> DataLoader[Rows]:
         return DataLoader(
             dataset,
             batch_sampler=batch_sampler,
@@ -116,8 +126,8 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """The micro-batches of one optimizer step, and the positions of all of its micro-batches on all processes."""
-        self.meter.start()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        with self.meter.waiting():
+            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return [], None
         positions = sum(int((batch["shift_labels"] != NO_TARGET).sum()) for batch in batches)
@@ -137,7 +147,7 @@ class DistillationTrainer(Trainer):
         """This micro-batch's share of the global batch's mean loss. Calls the wrapped model, never `model.module`."""
         inputs = dict(inputs)
         labels_BS, targets = inputs.pop("shift_labels"), inputs.pop("targets")
-        terms, outputs = self._terms(model, inputs, labels_BS, targets)
+        terms, outputs = self._terms(model, inputs, labels_BS, targets, self.objectives[inputs.pop("source")])
         self.meter.add(terms)
         positions = terms.positions if num_items_in_batch is None else num_items_in_batch
         # DeepSpeed and DDP average gradients over processes where the mean over positions needs their sum.
@@ -145,16 +155,21 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _terms(
-        self, model: Any, inputs: dict[str, Any], labels_BS: torch.Tensor, targets: dict[str, torch.Tensor]
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        labels_BS: torch.Tensor,
+        targets: dict[str, torch.Tensor],
+        objective: DistillationObjective,
     ) -> tuple[LossTerms, Any]:
         """The loss, formed where logits would be, if the student's output layer allows it."""
         if not self._forms_loss_in_layer(model):
             outputs = model(**inputs, use_cache=False)
-            return self.distillation(outputs.logits, labels_BS, targets), outputs
+            return objective(outputs.logits, labels_BS, targets), outputs
         formed: list[LossTerms] = []
 
         def loss(hidden: Any, weight: Any, bias: Any, softcap: float | None) -> torch.Tensor:
-            formed.append(self.distillation.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
+            formed.append(objective.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
             return formed[-1].total
 
         with loss_for_logits(self.model, loss):
@@ -189,6 +204,7 @@ class DistillationTrainer(Trainer):
             "alpha": config.alpha,
             "positions": window.positions,
             "positions_per_second": window.positions_per_second,
+            "waiting_for_data": window.waiting,
         }
 
     def evaluate(
@@ -201,30 +217,48 @@ class DistillationTrainer(Trainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        measure = HeldOutMeasure(self.cache.kind, tail=self.objective_config.tail, device=self.args.device)
+        measures = [
+            HeldOutMeasure(each.kind, tail=self.objective_config.tail, device=self.args.device) for each in self.caches
+        ]
         in_layer = self.model if self._forms_loss_in_layer(model) else None
-        batches = (self._prepare_inputs(batch) for batch in self._held_out_batches(measure))
-        measure.add(model, batches, in_layer_of=in_layer)
+        for batch in self._held_out_batches([measure.columns for measure in measures]):
+            measures[batch.pop("source")].add(model, [self._prepare_inputs(batch)], in_layer_of=in_layer)
         model.train(was_training)
-        metrics = measure.metrics(self.accelerator.reduce(measure.sums, "sum"), prefix=metric_key_prefix)
+        metrics = self._held_out_metrics(measures, prefix=metric_key_prefix)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _held_out_batches(self, measure: HeldOutMeasure) -> DataLoader[StoredRow]:
+    def _held_out_metrics(self, measures: Sequence[HeldOutMeasure], *, prefix: str) -> dict[str, float]:
+        """Over all held-out rows; where there are several caches, of each besides: `eval_cache0_loss`, …"""
+        sums = [self.accelerator.reduce(measure.sums, "sum") for measure in measures]
+        metrics = HeldOutMeasure.metrics(sum(sums[1:], sums[0]), prefix=prefix)
+        if len(sums) > 1:
+            for number, of_cache in enumerate(sums):
+                if self.caches[number].rows_of("held-out"):
+                    metrics |= HeldOutMeasure.metrics(of_cache, prefix=f"{prefix}_cache{number}")
+        return metrics
+
+    def _held_out_batches(self, columns: Sequence[tuple[str, ...]]) -> DataLoader[Rows]:
         """Kept from one evaluation to the next: its workers hold shards open that they have checked."""
         if self._held_out_loader is None:
-            batches = spread(
-                self.cache.rows_of("held-out"),
-                micro_batch=self.args.per_device_train_batch_size,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-            )
+            rows = [each.rows_of("held-out") for each in self.caches]
+            batches = [
+                batch
+                for number, count in enumerate(rows)
+                for batch in spread(
+                    count,
+                    start=sum(rows[:number]),
+                    micro_batch=self.args.per_device_train_batch_size,
+                    rank=self.args.process_index,
+                    world_size=self.args.world_size,
+                )
+            ]
             self._held_out_loader = self._loader(
-                CacheDataset(self.cache, "held-out", columns=measure.columns),
+                CacheDataset(self.caches, "held-out", columns=columns),
                 batches,
-                Collator.of(self.cache, columns=measure.columns),
+                self._collator(columns),
                 persistent_workers=self.args.dataloader_num_workers > 0,
             )
         return self._held_out_loader
@@ -262,15 +296,13 @@ class DistillationTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
 
-def _plan_of(args: TrainingArguments, cache: Cache) -> BatchPlan:
+def _plan_of(args: TrainingArguments, cache: Cache, mix: Sequence[Mixed]) -> BatchPlan:
     micro_batch = args.per_device_train_batch_size
     return BatchPlan(
-        rows=cache.rows_of("train"),
+        order=train_order(cache, mix, seed=args.seed),
         global_batch=micro_batch * args.gradient_accumulation_steps * args.world_size,
         micro_batch=micro_batch,
         world_size=args.world_size,
-        fingerprint=cache.manifest.fingerprint,
-        seed=args.seed,
     )
 
 
@@ -287,7 +319,7 @@ def _run_as_one_pass(args: TrainingArguments, plan: BatchPlan) -> None:
 def _to_device(data: Any, device: torch.device) -> Any:
     if isinstance(data, Mapping):
         return {name: _to_device(value, device) for name, value in data.items()}
-    return data.to(device, non_blocking=True)
+    return data.to(device, non_blocking=True) if isinstance(data, torch.Tensor) else data
 
 
 def _at_least_one(positions: torch.Tensor | int) -> Any:

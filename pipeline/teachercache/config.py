@@ -206,11 +206,25 @@ class PrecomputeConfig(Section):
     address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters instead of all weights, through peft (Hu et al. 2022)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0, description="adapters are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="names of layers, or all-linear: every linear layer but the output layer"
+    )
+
+
 class StudentConfig(Section):
     """The model that learns."""
 
     model: str = Field(description="Hugging Face id or local folder, e.g. one that `teachercache init-student` made")
     revision: str | None = None
+    lora: LoraConfig | None = Field(
+        None, description="train low-rank adapters; the exported student has them merged into its weights"
+    )
 
 
 class ObjectiveConfig(Section):

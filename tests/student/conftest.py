@@ -45,6 +45,7 @@ def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
         objective: dict[str, Any] | None = None,
         stream: dict[str, Any] | None = None,
         student_model: Path = student,
+        lora: dict[str, Any] | None = None,
         cache_folder: Path = cache,
         output: Path = tmp_path / "run",
         **train: Any,
@@ -56,7 +57,7 @@ def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
         return parse_recipe(
             {
                 "cache": str(cache_folder),
-                "student": {"model": str(student_model)},
+                "student": {"model": str(student_model), "lora": lora},
                 "objective": {"alpha": 0.7, "temperature": 2.0} | (objective or {}),
                 "stream": stream or {},
                 "train": {**settings, "output": str(output), **train},

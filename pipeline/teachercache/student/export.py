@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from teachercache.config import StudentConfig
+from teachercache.student.lora import copy_adapters, write_merged
+
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -19,15 +22,20 @@ TOKENIZER_FILES = (
 )
 
 
-def export_student(checkpoint: Path, *, tokenizer: Path, student: Path) -> None:
+def export_student(checkpoint: Path, *, config: StudentConfig, tokenizer: Path, student: Path) -> None:
     """Make the folder `student` from a checkpoint's weights and the tokenizer's files.
 
-    It appears under its name only when it is whole; an earlier one is replaced.
+    It appears under its name only when it is whole; an earlier one is replaced. Where adapters were trained, they are
+    merged, and lie by themselves in the folder `adapters` beside it.
     """
     temporary = student.with_name(f".{student.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _copy(_matching(checkpoint, MODEL_FILES), temporary)
+    if config.lora is None:
+        _copy(_matching(checkpoint, MODEL_FILES), temporary)
+    else:
+        write_merged(checkpoint, config, temporary)
+        copy_adapters(checkpoint, student.with_name("adapters"))
     _copy(_matching(tokenizer, TOKENIZER_FILES), temporary)
     shutil.rmtree(student, ignore_errors=True)
     temporary.replace(student)

@@ -6,6 +6,7 @@ checkpoint-N/   see checkpoints.py
 log.jsonl       log records
 runs/           trackers' files
 student/        the exported student
+adapters/       its adapters by themselves, where `student.lora` trained them
 summary.json    written last: the run is finished, and this is what it said
 """
 

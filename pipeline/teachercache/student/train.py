@@ -99,6 +99,10 @@ class _Job:
         model = load_causal_lm(self.student.model, revision=self.student.revision, dtype="float32")
         for cache in self._caches:
             check_student(model, self.student, cache.manifest, pack=self.config.pack)
+        if self.student.lora is not None:
+            from teachercache.student.lora import with_adapters
+
+            model = with_adapters(model, self.student.lora, seed=self.config.seed)
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         if resume is not None:
@@ -179,7 +183,9 @@ class _Job:
         }
         if self.process.main:
             chosen = self._checkpoint(best_step or self.steps)
-            export_student(chosen, tokenizer=self.cache.teacher_folder, student=self.folder.student)
+            export_student(
+                chosen, config=self.student, tokenizer=self.cache.teacher_folder, student=self.folder.student
+            )
             self.folder.finish(summary)
             self._say(closing_line(summary))
         return summary

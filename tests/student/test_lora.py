@@ -1,0 +1,71 @@
+"""Adapters through peft: little is trained, the loss is the same one, and what leaves the run is a plain student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from student.runs import log_of, losses_of
+from teachercache.errors import ModelError, RecipeError
+from teachercache.models import load_causal_lm
+from teachercache.student.train import run_training
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adapters_learn_and_leave_a_plain_student(make_recipe: Any, student: Path, stage: int) -> None:
+    import peft
+
+    recipe = make_recipe(lora={"rank": 4}, zero_stage=stage, epochs=3, evaluate_every=100, gradient_checkpointing=True)
+    result = run_training(recipe)
+    losses = losses_of(recipe.train.output)
+    assert losses[-1] < 0.9 * losses[0]
+    run = recipe.train.output
+    exported, before = load_causal_lm(result["student"]), load_causal_lm(str(student))
+    assert {name for name, _ in exported.named_parameters()} == {name for name, _ in before.named_parameters()}
+    ids = torch.arange(20)[None]
+    adapted = peft.PeftModel.from_pretrained(before, str(run / "adapters")).eval()
+    torch.testing.assert_close(exported(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+    weights = load_file(run / "adapters" / "adapter_model.safetensors")
+    assert weights and all(".lora_" in name for name in weights)
+    embedding = exported.get_input_embeddings().weight
+    assert torch.equal(embedding, load_causal_lm(str(student)).get_input_embeddings().weight)  # frozen
+
+
+def test_the_loss_is_formed_in_the_output_layer_of_an_adapted_student(
+    make_recipe: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_training(make_recipe(lora={"rank": 4}, max_steps=2))
+    assert not [record for record in caplog.records if "logits of whole batches" in record.getMessage()]
+
+
+def test_adapters_resume_as_if_nothing_had_happened(make_recipe: Any, tmp_path: Path) -> None:
+    whole, halved = (make_recipe(lora={"rank": 4, "dropout": 0.1}, output=tmp_path / name) for name in ("a", "b"))
+    run_training(whole)
+    run_training(halved)
+    run = halved.train.output
+    (run / "summary.json").unlink()
+    (run / "checkpoint-9" / "complete.json").unlink()
+    assert run_training(halved)["resumed_from"] == 8
+    assert log_of(run) == log_of(whole.train.output)
+    first, second = (
+        load_file(each.train.output / "adapters" / "adapter_model.safetensors") for each in (whole, halved)
+    )
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_adapters_are_part_of_whose_run_it_is(make_recipe: Any) -> None:
+    recipe = make_recipe(lora={"rank": 4}, max_steps=2)
+    run_training(recipe)
+    assert json.loads((recipe.train.output / "run.json").read_text())["recipe"]["student"]["lora"]["rank"] == 4
+    with pytest.raises(RecipeError, match=r"student.lora.rank was 4, now 8"):
+        run_training(make_recipe(lora={"rank": 8}, max_steps=2))
+
+
+def test_layers_that_the_student_does_not_have_are_refused(make_recipe: Any) -> None:
+    with pytest.raises(ModelError, match=r"student.lora.target_modules: .*gate_of_heaven"):
+        run_training(make_recipe(lora={"target_modules": ["gate_of_heaven"]}))

@@ -4,12 +4,12 @@
 
 Same student, same rows in the same order, same steps, same learning rate, pure forward KL; what differs is the teacher:
 
-    live        logits of the teacher, run at every step
+    live        all logits of the teacher
     sketch      a cache of the default kind, preset compact
     top-50      a cache of the 50 largest logits, renormalised
 
-at T = 1 throughout, and with T = 5, then 3, then 1 for a third of the steps each. The arms of a seed learn side by side,
-so that the teacher runs once a batch for all of them. What counts is the held-out loss (CE, nats) after the last step.
+at T = 1 throughout, and with T = 5, then 3, then 1 for a third of the steps each. The arms of a seed learn side by side.
+What counts is the held-out loss (CE, nats) after the last step.
 Stop it at any time: run again, it goes on with the seed where it was.
 """
 
@@ -48,6 +48,7 @@ ARMS = ("live", "sketch", "top-50")
 LEARNING_RATE = 1e-3
 WARM_UP = 0.1  # of the steps; then a linear decay to zero
 LAYERS = "keep:6"
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 TARGETS = {"sketch": "{preset: compact}", "top-50": "{kind: top-k, k: 50, temperatures: [1, 3, 5]}"}
 POLICIES: dict[str, TailPolicy] = {"sketch": "sketch", "top-50": "renormalise"}
 
@@ -89,6 +90,7 @@ class Bench:
         if not (self.student_folder / "config.json").is_file():
             teachercache("init-student", recipe.teacher.model, "--layers", LAYERS, "--out", str(self.student_folder))
         self.teacher: Any = load_causal_lm(recipe.teacher.model, dtype="float32").eval()
+        self.hidden: dict[str, Tensor] = {}  # what enters the teacher's output layer, by row
         self.columns = {arm: cache.kind.objective_columns(POLICIES[arm]) for arm, cache in self.caches.items()}
 
     def run(self, schedule: str, seed: int, *, epochs: float) -> dict[str, dict[str, float]]:
@@ -132,14 +134,22 @@ class Bench:
             batch = Collator.of(cache, columns=self.columns[arm])(stored)
             targets = batch.pop("targets")
             if arm == "sketch":
-                yield "live", live(self._logits(batch), temperature), batch
+                yield "live", live(self._logits(row_ids, batch), temperature), batch
             yield arm, cache.kind.softened(targets, temperature, tail=POLICIES[arm], xp=torch), batch
 
     @torch.no_grad()
-    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {name: values for name, values in batch.items() if name != "shift_labels"}
-        logits_BSV = self.teacher(**inputs, use_cache=False).logits
-        return logits_BSV[batch["shift_labels"] != NO_TARGET][:, : self.caches["sketch"].manifest.vocabulary_size]
+    def _logits(self, row_ids: list[str], batch: dict[str, Tensor]) -> Tensor:
+        """All of the teacher's logits at the positions of a batch, [N, V].
+
+        Its weights stand still, so a row's final hidden states are the same at every step: they are kept, and projected anew.
+        """
+        for index, row_id in enumerate(row_ids):
+            if row_id not in self.hidden:
+                is_position_S = batch["shift_labels"][index] != NO_TARGET
+                inputs = {name: batch[name][index : index + 1] for name in INPUTS if name in batch}
+                self.hidden[row_id] = self.teacher.model(**inputs, use_cache=False).last_hidden_state[0][is_position_S]
+        hidden_ND = torch.cat([self.hidden[row_id] for row_id in row_ids])
+        return self.teacher.lm_head(hidden_ND)[:, : self.caches["sketch"].manifest.vocabulary_size]
 
     def _loss(self, student: Any, batch: dict[str, Tensor], teacher: Softened, temperature: float) -> Tensor:
         inputs = {name: values for name, values in batch.items() if name != "shift_labels"}

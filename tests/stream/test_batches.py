@@ -15,8 +15,10 @@ FEW = settings(deadline=None, max_examples=40)
 SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any)
 
 
-def _order(shards: list[int], *, window: int = 64, seed: int = 0) -> Mixture:
-    return Mixture.of([RowOrder(shards, fingerprint="cache", seed=seed, window=window)])
+def _order(shards: list[int], *, window: int = 64, seed: int = 0, block: int = 2) -> Mixture:
+    return Mixture.of(
+        [RowOrder(shards, block_rows=[block] * len(shards), fingerprint="cache", seed=seed, window=window)]
+    )
 
 
 PLANS = st.builds(
@@ -72,7 +74,7 @@ def test_starting_late_is_a_seek(plan: BatchPlan, first: int, rank: int) -> None
 
 
 def test_a_seek_computes_nothing_that_lies_before() -> None:
-    plan = BatchPlan(_order([10**7] * 10**5), 64, 8, 2)
+    plan = BatchPlan(_order([10**7] * 10**5, block=10**5), 64, 8, 2)
     far = 10**10  # walking there would take hours
     assert len(next(iter(PlanSampler(plan, rank=1, steps=far + 1, first_step=lambda: far)))) == 8
 
@@ -104,7 +106,10 @@ def test_held_out_rows_are_spread_evenly(rows: int, micro: int, world: int, star
 def test_a_micro_batch_is_of_one_cache_and_none_is_lost(
     shards: list[list[int]], share: float | None, micro: int, per_step: int, world: int, step: int
 ) -> None:
-    orders = [RowOrder(each, fingerprint=str(number), seed=0, window=2) for number, each in enumerate(shards)]
+    orders = [
+        RowOrder(each, block_rows=[2] * len(each), fingerprint=str(number), seed=0, window=2)
+        for number, each in enumerate(shards)
+    ]
     mixture = Mixture.of(orders, shares=[share, *[None] * (len(orders) - 2)])
     plan = BatchPlan(mixture, micro * per_step, micro, world)
     batches = [batch for rank in range(world) for batch in plan.micro_batches(step, rank=rank)]

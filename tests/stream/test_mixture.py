@@ -17,7 +17,10 @@ FEW = settings(deadline=None, max_examples=60)
 SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)
 MIXTURES = st.builds(
     lambda shards, shares: Mixture.of(
-        [RowOrder(each, fingerprint=str(number), seed=0, window=2) for number, each in enumerate(shards)],
+        [
+            RowOrder(each, block_rows=[2] * len(each), fingerprint=str(number), seed=0, window=2)
+            for number, each in enumerate(shards)
+        ],
         shares=[shares[number] for number in range(len(shards) - 1)],
     ),
     st.lists(SHARDS, min_size=1, max_size=4),
@@ -72,7 +75,10 @@ def test_any_row_is_found_without_the_others(mixture: Mixture, data: st.DataObje
 
 
 def _mixture(rows: list[int], shares: list[float | None]) -> Mixture:
-    orders = [RowOrder([count], fingerprint=str(number), seed=0) for number, count in enumerate(rows)]
+    orders = [
+        RowOrder([count], block_rows=[count // 1000 + 1], fingerprint=str(number), seed=0)
+        for number, count in enumerate(rows)
+    ]
     return Mixture.of(orders, shares=shares)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,11 @@ import numpy as np
 
 from teachercache.errors import CacheError
 from teachercache.shards import Cache
+from teachercache.shards.writer import BATCH_BYTES
 from teachercache.stream.mixture import Mixture
 from teachercache.stream.windows import WINDOW, RowOrder
+
+MOST_BLOCKS = 4096  # of a shard
 
 
 @dataclass(frozen=True)
@@ -40,5 +44,14 @@ def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
 
 
 def _row_order(cache: Cache, *, seed: int, window: int) -> RowOrder:
-    rows_S = np.array([shard.rows - shard.held_out_rows for shard in cache.manifest.shards], dtype=np.int64)
-    return RowOrder(rows_S, fingerprint=cache.manifest.fingerprint, seed=seed, window=window)
+    shards = cache.manifest.shards
+    return RowOrder(
+        np.array([shard.rows - shard.held_out_rows for shard in shards], dtype=np.int64),
+        # About as many rows as a record batch has.
+        block_rows=np.array(
+            [max(1, BATCH_BYTES * shard.rows // max(1, shard.bytes)) for shard in shards], dtype=np.int64
+        ),
+        fingerprint=cache.manifest.fingerprint,
+        seed=seed,
+        window=window,
+    )

@@ -1,14 +1,19 @@
-"""Shard-aware shuffling: the order of one cache's rows in an epoch, a pure function of (its shards, seed, epoch).
+"""Shard-aware shuffling: the order of one cache's rows in an epoch, a pure function of (its manifest, seed, epoch).
 
-Shards are put in a random order and cut into *windows* of a fixed number; the rows of a window are shuffled together. So a
-reader needs the shards of one window at a time (of two where a batch lies across), and a bounded local cache in front of an
-object store never fetches a shard twice in an epoch. The price: rows of different windows do not meet in a batch of that
-epoch; which shards share a window is drawn anew in the next. A cache within one window is shuffled as a whole.
+    epoch    shards in a random order, cut into *windows* of so many shards
+    window   its shards cut into *blocks* of neighbouring rows, about a MiB each; blocks in a random order, `GROUP` at a time
+    group    the rows of its blocks, shuffled
 
-Any row of an epoch is found without those before it: a search among windows, a keyed permutation within (order.py), a
-search among shards. What an epoch costs once is a table of its shards: 10 ms for 100,000 of them.
+A reader needs the shards of one window at a time (of two where a batch lies across), so that bounded local copies in front of
+an object store are fetched once an epoch, and the record batches of one group, which it keeps decompressed, so that each is
+decompressed about once an epoch. The price: rows of one batch come from `GROUP` blocks, drawn from all over the window; which
+shards share a window, and which blocks a group, is drawn anew in each epoch. A cache of one group is shuffled as a whole.
 
-Shapes: S shards, W windows, N indices.
+Any row of an epoch is found without those before it: a search among windows, groups and blocks, and a keyed permutation
+(order.py). What an epoch costs once is a table of its shards, a tenth of a second for 100,000 of them; what a window costs
+once, a table of its blocks.
+
+Shapes: S shards, W windows, B blocks of a window, G groups of a window, N indices.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,70 +31,122 @@ from teachercache.stream.order import order_key, permuted
 
 Indices = NDArray[np.int64]
 WINDOW = 64  # shards
+GROUP = 96  # blocks; with the record batches at their ends they fit what a reader keeps (`shards.reader.KEPT_BYTES`)
 
 
 @dataclass(frozen=True, eq=False)
 class _Epoch:
-    """Where rows lie in one epoch."""
-
+    number: int
     shard_S: Indices  # in the epoch's order
-    end_S: Indices  # rows of that shard and those before it
     end_W: Indices  # rows of a window and those before it
 
 
+@dataclass(frozen=True, eq=False)
+class _Window:
+    epoch: int
+    number: int
+    start_B: Indices  # first row of a block, blocks in the window's order
+    end_B: Indices  # rows of a block and those before it in the window
+    end_G: Indices  # rows of a group and those before it in the window
+
+
 class RowOrder:
-    """The rows of a split, epoch by epoch. `shard_rows[s]` rows of shard s are numbered in the order of shards."""
+    """The rows of a split, epoch by epoch. `shard_rows[s]` rows of shard s are numbered in the order of shards; its blocks
+    have `block_rows[s]` rows."""
 
     def __init__(
-        self, shard_rows: Sequence[int] | Indices, *, fingerprint: str, seed: int, window: int = WINDOW
+        self,
+        shard_rows: Sequence[int] | Indices,
+        *,
+        block_rows: Sequence[int] | Indices,
+        fingerprint: str,
+        seed: int,
+        window: int = WINDOW,
     ) -> None:
         self.shard_rows_S = np.asarray(shard_rows, dtype=np.int64)
+        self.block_rows_S = np.asarray(block_rows, dtype=np.int64)
         self.rows = int(self.shard_rows_S.sum())
         self.fingerprint, self.seed, self.window = fingerprint, seed, window
         self._start_S = np.cumsum(self.shard_rows_S) - self.shard_rows_S
-        self._last: tuple[int, _Epoch] | None = None
+        self._last_epoch: _Epoch | None = None
+        self._last_window: _Window | None = None
 
     def rows_at(self, epoch: int, index_N: Indices) -> Indices:
         """The rows that come as number `index_N` of an epoch; raises `IndexError` outside of 0 … rows - 1."""
         index_N = np.asarray(index_N, dtype=np.int64)
         if index_N.size and (index_N.min() < 0 or index_N.max() >= self.rows):
             raise IndexError(f"an epoch has rows 0 … {self.rows - 1}")
-        tables = self._tables(epoch)
-        window_N = np.searchsorted(tables.end_W, index_N, side="right")
-        place_N = np.empty_like(index_N)
-        for window in np.unique(window_N).tolist():
-            chosen_N = window_N == window
-            start = int(tables.end_W[window - 1]) if window else 0
-            size = int(tables.end_W[window]) - start
-            key = self._key(epoch, f"/{window}" if len(tables.end_W) > 1 else "")
-            place_N[chosen_N] = start + permuted(index_N[chosen_N] - start, size=size, key=key)
-        slot_N = np.searchsorted(tables.end_S, place_N, side="right")
-        shard_N = tables.shard_S[slot_N]
-        before_N = tables.end_S[slot_N] - self.shard_rows_S[shard_N]
-        return self._start_S[shard_N] + place_N - before_N
+        return _piecewise(index_N, self._epoch(epoch).end_W, partial(self._rows_of_window, epoch))
 
     def shards_at(self, epoch: int, index: int) -> list[int]:
         """The shards that hold the rows around number `index` of an epoch: its window's, then the next window's."""
-        tables = self._tables(epoch)
+        tables = self._epoch(epoch)
         window = int(np.searchsorted(tables.end_W, index, side="right"))
         return tables.shard_S[window * self.window : (window + 2) * self.window].tolist()
 
-    def _tables(self, epoch: int) -> _Epoch:
-        if self._last is None or self._last[0] != epoch:
-            self._last = (epoch, self._made(epoch))
-        return self._last[1]
+    def _rows_of_window(self, epoch: int, window: int, index_N: Indices, rows: int) -> Indices:
+        tables = self._window(epoch, window)
+        place_N = _piecewise(index_N, tables.end_G, partial(self._places_of_group, epoch, window))
+        block_N = np.searchsorted(tables.end_B, place_N, side="right")
+        before_N = np.where(block_N > 0, tables.end_B[block_N - 1], 0)
+        return tables.start_B[block_N] + place_N - before_N
 
-    def _made(self, epoch: int) -> _Epoch:
-        count = len(self.shard_rows_S)
-        shard_S = np.arange(count, dtype=np.int64)
-        if count > self.window:
-            shard_S = permuted(shard_S, size=count, key=self._key(epoch, "/shards"))
-        end_S = np.cumsum(self.shard_rows_S[shard_S])
-        last_W = np.minimum(np.arange(1, math.ceil(count / self.window) + 1) * self.window, count) - 1
-        return _Epoch(shard_S, end_S, end_S[last_W])
+    def _places_of_group(self, epoch: int, window: int, group: int, index_N: Indices, rows: int) -> Indices:
+        """Shuffled within the group, counted from the window's first row."""
+        tables = self._window(epoch, window)
+        start = int(tables.end_G[group]) - rows
+        whole = len(tables.end_G) == 1 and len(self._epoch(epoch).end_W) == 1
+        return start + permuted(index_N, size=rows, key=self._key(epoch, "" if whole else f"/{window}/{group}"))
+
+    def _epoch(self, number: int) -> _Epoch:
+        if self._last_epoch is None or self._last_epoch.number != number:
+            count = len(self.shard_rows_S)
+            shard_S = np.arange(count, dtype=np.int64)
+            if count > self.window:
+                shard_S = permuted(shard_S, size=count, key=self._key(number, "/shards"))
+            last_W = np.minimum(np.arange(1, math.ceil(count / self.window) + 1) * self.window, count) - 1
+            self._last_epoch = _Epoch(number, shard_S, np.cumsum(self.shard_rows_S[shard_S])[last_W])
+        return self._last_epoch
+
+    def _window(self, epoch: int, number: int) -> _Window:
+        known = self._last_window
+        if known is None or (known.epoch, known.number) != (epoch, number):
+            known = self._last_window = self._made(epoch, number)
+        return known
+
+    def _made(self, epoch: int, number: int) -> _Window:
+        chosen = self._epoch(epoch).shard_S[number * self.window : (number + 1) * self.window]
+        starts, sizes = [], []
+        for start, rows, step in zip(
+            self._start_S[chosen].tolist(),
+            self.shard_rows_S[chosen].tolist(),
+            self.block_rows_S[chosen].tolist(),
+            strict=True,
+        ):
+            first_B = np.arange(0, rows, step)
+            starts.append(start + first_B)
+            sizes.append(np.minimum(rows - first_B, step))
+        start_B, size_B = np.concatenate(starts), np.concatenate(sizes)
+        if len(start_B) > GROUP:
+            order_B = permuted(np.arange(len(start_B)), size=len(start_B), key=self._key(epoch, f"/{number}/blocks"))
+            start_B, size_B = start_B[order_B], size_B[order_B]
+        end_B = np.cumsum(size_B)
+        last_G = np.minimum(np.arange(1, math.ceil(len(end_B) / GROUP) + 1) * GROUP, len(end_B)) - 1
+        return _Window(epoch, number, start_B, end_B, end_B[last_G])
 
     def _key(self, epoch: int, part: str) -> bytes:
         return order_key(self.fingerprint, seed=self.seed, epoch=epoch, part=part)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_last": None}
+        return {**vars(self), "_last_epoch": None, "_last_window": None}
+
+
+def _piecewise(index_N: Indices, end_P: Indices, within: Any) -> Indices:
+    """`within(piece, indices from the piece's first on, rows of the piece)` for the indices that lie in each piece."""
+    piece_N = np.searchsorted(end_P, index_N, side="right")
+    found_N = np.empty_like(index_N)
+    for piece in np.unique(piece_N).tolist():
+        start = int(end_P[piece - 1]) if piece else 0
+        chosen_N = piece_N == piece
+        found_N[chosen_N] = within(piece, index_N[chosen_N] - start, int(end_P[piece]) - start)
+    return found_N

@@ -45,12 +45,11 @@ def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
 
 def _row_order(cache: Cache, *, seed: int, window: int) -> RowOrder:
     shards = cache.manifest.shards
+    # About as many rows as a record batch has; the number of blocks stays bounded whatever a manifest says.
+    blocks = [min(max(1, shard.bytes // BATCH_BYTES), MOST_BLOCKS) for shard in shards]
     return RowOrder(
         np.array([shard.rows - shard.held_out_rows for shard in shards], dtype=np.int64),
-        # About as many rows as a record batch has.
-        block_rows=np.array(
-            [max(1, BATCH_BYTES * shard.rows // max(1, shard.bytes)) for shard in shards], dtype=np.int64
-        ),
+        block_rows=[math.ceil(max(1, shard.rows) / count) for shard, count in zip(shards, blocks, strict=True)],
         fingerprint=cache.manifest.fingerprint,
         seed=seed,
         window=window,

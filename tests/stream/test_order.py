@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachercache.stream.order import order_key, permuted
+from teachercache.stream.order import BLOCK, order_key, permuted
 
 FEW = settings(deadline=None, max_examples=40)
 SIZES = st.one_of(st.integers(1, 40), st.integers(1, 5000))
 SEEDS = st.integers(0, 2**31)
+PUBLISHED = [141, 3507, 3519, 4055, 2605, 3081, 2687, 2495]
 
 
 @FEW
@@ -30,6 +31,22 @@ def test_it_is_computed_index_by_index(size: int, seed: int, data: st.DataObject
     chosen = data.draw(st.lists(st.integers(0, size - 1), max_size=5))
     everything = permuted(np.arange(size), size=size, key=key)
     assert permuted(np.array(chosen, dtype=np.int64), size=size, key=key).tolist() == everything[chosen].tolist()
+
+
+@FEW
+@given(size=st.integers(1, 9 * BLOCK), seed=SEEDS, data=st.data())
+def test_a_batch_is_a_piece_of_the_whole_order(size: int, seed: int, data: st.DataObject) -> None:
+    key = order_key("cache", seed=seed, epoch=0)
+    everything = permuted(np.arange(size), size=size, key=key)
+    start = data.draw(st.integers(0, size - 1))
+    index_N = np.arange(start, min(size, start + data.draw(st.integers(0, 3 * BLOCK))))
+    assert permuted(index_N, size=size, key=key).tolist() == everything[index_N].tolist()
+
+
+def test_the_order_is_the_published_one() -> None:
+    """Runs that were begun by an earlier version go on in the same order."""
+    order = permuted(np.arange(2000, 2008), size=5000, key=order_key("cache", seed=3, epoch=1))
+    assert order.tolist() == PUBLISHED
 
 
 @FEW

@@ -2,7 +2,7 @@
 
 Shards are memory-mapped, opened when they are needed, and the last `OPEN_SHARDS` stay open. At its first opening in a
 process a shard is hashed, so that no byte reaches training unchecked. Reading a row decompresses the asked-for columns
-of one record batch.
+of one record batch; the batches that were used last stay in memory, up to `KEPT_BYTES`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
+from teachercache.shards.decompressed import Decompressed
 from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo, hash_file, read_manifest
 from teachercache.shards.schema import ROW_COLUMNS, row_from_batch, shard_metadata, tables_of
 from teachercache.targets import TargetKind, target_kind
@@ -27,7 +28,9 @@ from teachercache.tokens.rows import TokenRow
 Split = Literal["train", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "held-out")
 OPEN_SHARDS = 64
-CACHED_BATCHES = 4
+# Of decompressed record batches, in each process. In a random order a cache that fits is decompressed once, and each row of a
+# larger one costs the batch around it (tests/bench/reader_peers.py measures both).
+KEPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,7 @@ class Cache:
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._kind: TargetKind | None = None
         self._checked: set[int] = set()
+        self.recent = Decompressed(KEPT_BYTES)
 
     @classmethod
     def open(cls, folder: str | Path) -> Cache:
@@ -107,7 +111,7 @@ class Cache:
         within = index - (int(ends[number - 1]) if number else 0)
         info = self.manifest.shards[number]
         offset = info.rows - info.held_out_rows if split == "held-out" else 0
-        return self._shard(number).read_row(offset + within, columns)
+        return self._shard(number).read_row(offset + within, columns, self.recent)
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
@@ -128,7 +132,7 @@ class Cache:
         return shard
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_shards": OrderedDict(), "_checked": set()}
+        return {**vars(self), "_shards": OrderedDict(), "_checked": set(), "recent": Decompressed(KEPT_BYTES)}
 
 
 class Shard:
@@ -147,13 +151,12 @@ class Shard:
         self._decoders: dict[str, Decoder] = {}
         self._rows_per_batch: int = metadata["rows_per_batch"]
         self._readers: dict[tuple[str, ...], pa.RecordBatchFileReader] = {}
-        self._batches: OrderedDict[tuple[tuple[str, ...], int], pa.RecordBatch] = OrderedDict()
 
-    def read_row(self, index: int, columns: Sequence[str] | None) -> StoredRow:
-        """The row at `index` of this shard."""
+    def read_row(self, index: int, columns: Sequence[str] | None, recent: Decompressed) -> StoredRow:
+        """The row at `index` of this shard, from a batch in `recent` if it is there."""
         names = tuple(self.columns) if columns is None else tuple(columns)
-        batch = self._batch(names, index // self._rows_per_batch)
-        within = index % self._rows_per_batch
+        number, within = divmod(index, self._rows_per_batch)
+        batch = recent.get((self.info.file, names, number), lambda: self._reader(names).get_batch(number))
         row = row_from_batch(batch, within)
         targets = {name: self._decoder(name)(batch.column(name)[within].as_buffer(), row.positions) for name in names}
         return StoredRow(row, targets)
@@ -162,14 +165,6 @@ class Shard:
         if name not in self._decoders:
             self._decoders[name] = self.columns[name].decoder(self._tables[name])
         return self._decoders[name]
-
-    def _batch(self, names: tuple[str, ...], number: int) -> pa.RecordBatch:
-        batch = self._batches.get((names, number))
-        if batch is None:
-            batch = self._batches[names, number] = self._reader(names).get_batch(number)
-            if len(self._batches) > CACHED_BATCHES:
-                self._batches.popitem(last=False)
-        return batch
 
     def _reader(self, names: tuple[str, ...]) -> pa.RecordBatchFileReader:
         if names not in self._readers:

@@ -104,8 +104,11 @@ def _joined(rows: Sequence[StoredRow], kind: TargetKind, columns: Sequence[str])
     if not decoded:
         nothing = {column.name: np.empty((0, *column.shape), column.dtype) for column in kind.columns}
         decoded = [kind.decoded({name: nothing[name] for name in columns})]
-    joined = {name: torch.from_numpy(np.concatenate([arrays[name] for arrays in decoded])) for name in decoded[0]}
-    return {name: values.long() if values.dtype == torch.int32 else values for name, values in joined.items()}
+    return {name: torch.from_numpy(_concatenated([arrays[name] for arrays in decoded])) for name in decoded[0]}
+
+
+def _concatenated(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(arrays, dtype=np.int64 if arrays[0].dtype == np.int32 else arrays[0].dtype)
 
 
 def _padding(pad_id: int) -> TokenRow:

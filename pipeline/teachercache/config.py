@@ -127,7 +127,9 @@ class HiddenConfig(Section):
 
     kind: Literal["hidden"] = "hidden"
     width: int | None = Field(None, ge=1, description="inputs of the teacher's output layer; default: its hidden_size")
-    step: float = Field(1 / 32, gt=0, description="quantisation step in units of a channel's spread; smaller = larger")
+    step: float = Field(
+        1 / 32, gt=0, le=1000, description="quantisation step in units of a channel's spread; smaller = larger"
+    )
     calibration_positions: int = Field(
         4096, ge=64, description="positions that give means and spreads, drawn from the whole corpus by content hash"
     )
@@ -149,7 +151,9 @@ class HeadSketchConfig(Section):
     rank: int = Field(
         0, ge=1, validate_default=False, description="directions of the sketch; a narrower model takes its width"
     )
-    step: float = Field(0.0, gt=0, validate_default=False, description="quantisation step in logits; smaller = larger")
+    step: float = Field(
+        0.0, gt=0, le=1000, validate_default=False, description="quantisation step in logits; smaller = larger"
+    )
     target_kl: float | None = Field(
         None, gt=0, description="instead of a step: the coarsest whose KL(teacher ‖ stored) is at most this, in nats"
     )

@@ -122,6 +122,54 @@ class SketchBasis:
             with safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 described = json.loads((file.metadata() or {})[METADATA_KEY])
-            return cls(**arrays, softcap=described["softcap"], step=described["step"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CacheDamaged(f"{path} is no sketch basis ({error}); fetch the cache again") from None
+            if described["version"] != 1:
+                raise ValueError(f"it is of version {described['version']!r}, this version of teachercache reads 1")
+            basis = cls(**arrays, softcap=described["softcap"], step=described["step"])
+            basis.check()
+            return basis
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CacheDamaged(f"{path} is no sketch basis ({reason}); fetch the cache again") from None
+
+    def check(self) -> None:
+        """Raise `ValueError` for arrays that do not fit together, are of other types, or hold what is no number."""
+        for name, kinds in _TYPES.items():
+            array = getattr(self, name)
+            if array.ndim != (_DIMENSIONS.get(name, 1)) and not (name == "analysis_Dr" and array.ndim == 1):
+                raise ValueError(f"{name} has {array.ndim} dimensions")
+            if array.dtype.str not in kinds:
+                raise ValueError(f"{name} is of type {array.dtype.str}")
+            if array.dtype.kind == "f" and not _within(array, LARGEST):
+                raise ValueError(f"{name} holds what is no number, or is beyond {LARGEST:g}")
+        sizes = {len(array) for array in (self.basis_Vr, self.base_V, self.bias_constant_V, self.bias_slope_V)}
+        inputs, width = len(self.mean_D), self.analysis_Dr.shape
+        if len(sizes) != 1 or width not in ((inputs, self.rank), (self.rank,)) or not 1 <= self.rank <= inputs:
+            raise ValueError("its arrays are of sizes that do not fit together")
+        ranks_V = self.token_of_rank_V
+        if len(ranks_V) and (len(ranks_V) != self.vocabulary_size or not _is_permutation(ranks_V)):
+            raise ValueError("token_of_rank_V does not name each token once")
+        for name in ("softcap", "step"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) in (int, float) and 0 < value <= LARGEST):
+                raise ValueError(f"its {name} is no positive number")
+
+
+LARGEST = 1e9  # magnitude of anything in a basis: sums of products with codes stay finite in float32
+_TYPES = {
+    "mean_D": ("<f4",), "analysis_Dr": ("<f4",), "basis_Vr": ("<f2", "<f4"), "base_V": ("<f4",),
+    "bias_constant_V": ("<f2",), "bias_slope_V": ("<f2",), "token_of_rank_V": ("<u4",), "tail_weights_GF": ("<f4",),
+}  # fmt: skip
+_DIMENSIONS = {"analysis_Dr": 2, "basis_Vr": 2, "tail_weights_GF": 2}
+
+
+def _within(array: Array, largest: float) -> bool:
+    """Whether magnitudes are numbers up to `largest`. By their bits: numpy compares 16-bit floats one by one."""
+    width = array.dtype.itemsize
+    limit = np.array(min(largest, float(np.finfo(array.dtype).max)), array.dtype).view(f"<u{width}")
+    magnitudes = array.view(f"<u{width}") & np.array(2 ** (8 * width - 1) - 1, f"<u{width}")
+    return array.size == 0 or bool(magnitudes.max() <= limit)
+
+
+def _is_permutation(ranks_V: Array) -> bool:
+    """Whether every number below their count is there, once each."""
+    return int(ranks_V.max()) < len(ranks_V) and bool((np.bincount(ranks_V, minlength=len(ranks_V)) == 1).all())

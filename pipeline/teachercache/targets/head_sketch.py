@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.errors import CacheError, RecipeError
+from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.columns import Column
 from teachercache.targets.largest import largest
@@ -74,10 +74,12 @@ class HeadSketch:
                 f"use a smaller k, or targets.logits.kind: top-k with k = {vocabulary_size}"
             )
         if basis is not None and (basis.vocabulary_size, basis.rank) != (vocabulary_size, settings["rank"]):
-            raise CacheError(
+            raise CacheDamaged(
                 f"the sketch basis has {basis.rank} directions for {basis.vocabulary_size} tokens, the manifest says "
                 f"{settings['rank']} for {vocabulary_size}; fetch the cache again"
             )
+        if basis is not None:
+            _check_basis(basis, settings["k"])
         step = settings["step"] if basis is None or basis.step is None else basis.step
         return cls(
             k=settings["k"],
@@ -113,7 +115,9 @@ class HeadSketch:
         ids = "<u2" if self.vocabulary_size <= 2**16 else "<u4"
         runs = _runs(self.rank)
         return (
-            Column("head_ranks", ids, (self.k,), PCO, groups=_head_groups(self.k)),
+            Column(
+                "head_ranks", ids, (self.k,), PCO, groups=_head_groups(self.k), within=(0, self.vocabulary_size - 1)
+            ),
             Column("head_gaps", "<u2", (self.k - 1,), PCO, groups=_head_groups(self.k - 1)),
             Column("tail_nodes", "<i2", (len(NODES),), PCO, groups=(1,) * len(NODES)),
             Column("sketch_codes", "<i2", (self.rank,), PCO, groups=runs),
@@ -185,6 +189,9 @@ class HeadSketch:
         head = ("head_ranks", "head_gaps", "tail_nodes")
         return (*head, "sketch_codes", "sketch_means") if tail == "sketch" else head
 
+    def check_stored(self, stored: Mapping[str, Array]) -> None:
+        """Columns of fixed shapes cannot contradict each other."""
+
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
         """One row's columns, those that are there, as arrays ready for a batch, [N, …]:
 
@@ -229,6 +236,12 @@ class HeadSketch:
         if self.basis is None:
             raise CacheError("this kind of targets is read with the sketch basis in the cache's teacher/ folder")
         return self.basis
+
+
+def _check_basis(basis: SketchBasis, k: int) -> None:
+    weights, ranks = basis.tail_weights_GF.shape, len(basis.token_of_rank_V)
+    if weights != (len(NODES), k + len(NODES)) or ranks != basis.vocabulary_size or basis.analysis_Dr.ndim != 2:
+        raise CacheDamaged(f"the basis is none of a sketch with {k} largest logits; fetch the cache again")
 
 
 def quantise_coefficients(coefficients_Nr: Array, step: float) -> tuple[Array, Array]:

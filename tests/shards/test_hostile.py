@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from shards.forgery import SHARD, payload, problems, read_everything, rewrite, sign
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache
 from teachercache.shards.inspection import token_texts
@@ -23,7 +24,6 @@ from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST
 from teachercache.targets.basis import METADATA_KEY
 
-from .forgery import SHARD, payload, problems, read_everything, rewrite, sign
 from builders import tiny_cache, tiny_teacher
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -407,7 +407,7 @@ def read_or_refused(folder: Path) -> None:
     problems(folder)
 
 
-ANY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+ANY = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @ANY

@@ -133,7 +133,7 @@ def _check_settings(settings: Mapping[str, Any], vocabulary_size: int) -> None:
         raise ValueError("targets.logits.kind is no text")
     if kind not in TARGET_KINDS:
         return
-    chosen = ("rank", "step") if settings.get("target_kl") is not None else ()  # by calibration, where there is none
+    chosen = ("rank", "step") if settings.get("target_kl") is not None else ()  # by calibration
     given = {name: value for name, value in settings.items() if value is not None or name not in chosen}
     if None in given.values():
         raise ValueError("a setting of targets.logits has no value")

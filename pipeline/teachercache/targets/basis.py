@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ class SketchBasis:
     tail_weights_GF: Array  # float32: linear prediction of the tail's nodes, see tail.py
     softcap: float | None = None
     step: float | None = None  # where calibration chose it
+    chosen: dict[str, Any] | None = (
+        None  # by a target: rank and step, what they cost and leave, and what else was tried
+    )
     copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of the reading arrays: by type and device
 
     @property
@@ -70,6 +73,11 @@ class SketchBasis:
         ranks_V = np.empty(self.vocabulary_size, dtype=np.uint32)
         ranks_V[self.token_of_rank_V] = np.arange(self.vocabulary_size, dtype=np.uint32)
         return ranks_V
+
+    def first(self, rank: int) -> SketchBasis:
+        """The basis of the `rank` leading directions."""
+        analysis_Dr, basis_Vr = (np.ascontiguousarray(each[:, :rank]) for each in (self.analysis_Dr, self.basis_Vr))
+        return replace(self, analysis_Dr=analysis_Dr, basis_Vr=basis_Vr, copies={})
 
     def tail(self, coefficients_Nr: Any, temperature: float) -> SketchTail:
         """The logits of N positions at a temperature, from coefficients of numpy's or torch's, on any device."""
@@ -97,12 +105,15 @@ class SketchBasis:
         """Write it as safetensors, named by its content; returns the path."""
         from safetensors.numpy import save
 
-        names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "step", "copies")]
+        names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "step", "chosen", "copies")]
         arrays = {name: getattr(self, name) for name in names}
+        described: dict[str, Any] = {"version": 1, "softcap": self.softcap, "step": self.step}
+        if self.chosen is not None:
+            described["chosen"] = self.chosen
         # One key: safetensors writes several in an order that differs from call to call.
         data = save(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            metadata={METADATA_KEY: json.dumps({"version": 1, "softcap": self.softcap, "step": self.step})},
+            metadata={METADATA_KEY: json.dumps(described)},
         )
         path = folder / f"{PREFIX}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         temporary = path.with_suffix(".tmp")
@@ -125,6 +136,7 @@ class SketchBasis:
             if described["version"] != 1:
                 raise ValueError(f"it is of version {described['version']!r}, this version of teachercache reads 1")
             basis = cls(**arrays, softcap=described["softcap"], step=described["step"])
+            basis = replace(basis, chosen=described.get("chosen"))
             basis.check()
             return basis
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:

@@ -127,7 +127,9 @@ class HiddenConfig(Section):
 
     kind: Literal["hidden"] = "hidden"
     width: int | None = Field(None, ge=1, description="inputs of the teacher's output layer; default: its hidden_size")
-    step: float = Field(1 / 32, gt=0, description="quantisation step in units of a channel's spread; smaller = larger")
+    step: float = Field(
+        1 / 32, gt=0, le=1000, description="quantisation step in units of a channel's spread; smaller = larger"
+    )
     calibration_positions: int = Field(
         4096, ge=64, description="positions that give means and spreads, drawn from the whole corpus by content hash"
     )
@@ -146,12 +148,17 @@ class HeadSketchConfig(Section):
     kind: Literal["head+sketch"] = "head+sketch"
     preset: Literal["compact", "fine"] = Field("compact", description="sets k, rank and step where they are not given")
     k: int = Field(0, ge=1, validate_default=False, description="largest logits kept exactly")
-    rank: int = Field(
+    rank: int | None = Field(
         0, ge=1, validate_default=False, description="directions of the sketch; a narrower model takes its width"
     )
-    step: float = Field(0.0, gt=0, validate_default=False, description="quantisation step in logits; smaller = larger")
+    step: float | None = Field(
+        0.0, gt=0, le=1000, validate_default=False, description="quantisation step in logits; smaller = larger"
+    )
     target_kl: float | None = Field(
-        None, gt=0, description="instead of a step: the coarsest whose KL(teacher ‖ stored) is at most this, in nats"
+        None,
+        gt=0,
+        description="instead of the preset's rank and step: the pair of fewest bytes whose KL(teacher ‖ stored), in nats, is "
+        "at most this at T = 1 and 2; a rank or step that is given beside it stays",
     )
     calibration_positions: int = Field(
         16384, ge=64, description="positions that the sketch is fitted to, drawn from the whole corpus by content hash"
@@ -160,8 +167,18 @@ class HeadSketchConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, values: Any) -> Any:
-        preset = SKETCH_PRESETS.get(values.get("preset", "compact"), {}) if isinstance(values, dict) else {}
-        return {**preset, **values} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        preset = SKETCH_PRESETS.get(values.get("preset", "compact"), {})
+        if values.get("target_kl") is not None:
+            preset = {**preset, "rank": None, "step": None}
+        return {**preset, **values}
+
+    @model_validator(mode="after")
+    def _rank_and_step(self) -> HeadSketchConfig:
+        if self.target_kl is None and (self.rank is None or self.step is None):
+            raise ValueError("rank and step need values, or a target_kl by which calibration chooses them")
+        return self
 
 
 def _kind_of(values: Any) -> str:

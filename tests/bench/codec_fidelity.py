@@ -57,6 +57,7 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 CLOSER_LOOK = ("head+sketch, compact", "head+sketch, fine", "top-50, renormalised")
 LATE_KL = 0.25
+LENGTH = 256
 COPIES = 16
 LOG_Z_TEMPERATURES = (1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6.5, 8)
 
@@ -136,7 +137,7 @@ class Bench:
         names = [column.name for column in kind.columns]
         start = time.process_time()
         hash_file(folder / info.file)
-        shard = Shard(folder, info, "bench")
+        shard = Shard(folder, info, fingerprint="bench", kind=kind, longest=LENGTH)
         for index in range(info.rows):
             kind.decoded(shard.read_row(index, names).targets)
         return info.positions / (time.process_time() - start)
@@ -186,7 +187,7 @@ class Bench:
 def _rows(tokenizer: Any) -> list[TokenRow]:
     corpus = CorpusConfig(source="python-docs", held_out=0)
     found = [item for item in documents(read_rows(corpus), corpus) if isinstance(item, Document)]
-    sequence = SequenceConfig(length=256)
+    sequence = SequenceConfig(length=LENGTH)
     rows = tokenise(found, tokenizer=tokenizer, sequence=sequence, store_text=False).rows
     return sorted((row for row in rows if row.positions), key=lambda row: salted_hash(row.row_id))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from teachercache.errors import CacheError, ModelError
+from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.targets import Hidden, SketchBasis, target_kind
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import kl_divergence
@@ -98,7 +98,7 @@ def test_refusals_name_the_remedy() -> None:
         Hidden(WIDTH, 0.1, V, 600).objective_columns("ghost")
     kind = calibrated(model, step=0.1)
     assert isinstance(kind.basis, SketchBasis)
-    with pytest.raises(CacheError, match="has 32 channels for 300 tokens, the manifest says 31"):
+    with pytest.raises(CacheDamaged, match="has 32 channels for 300 tokens, the manifest says 31"):
         Hidden(31, 0.1, V, 600).with_basis(kind.basis)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from teachercache.errors import CacheError, ModelError
+from teachercache.config import parse_recipe
+from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.shards import Cache
 from teachercache.shards.verify import verify
-from teachercache.targets import HeadSketch, SketchBasis
+from teachercache.targets import HeadSketch, SketchBasis, target_kind
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer, recorded_input
+from teachercache.teacher.sketch_choice import STEPS, _Trial, candidate_ranks
 
 from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
@@ -154,17 +157,82 @@ def test_a_basis_is_deterministic_and_survives_its_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.softened(arrays, 2.0).dense(), kinds[0].softened(arrays, 2.0).dense())
 
 
-def test_the_step_follows_from_a_target(tmp_path: Path) -> None:
-    cache = Cache.open(
-        tiny_cache(tmp_path, texts=sentences(60), targets={"logits": {**SETTINGS, "rank": 32, "target_kl": 0.02}})
-    )
-    assert isinstance(cache.kind, HeadSketch) and cache.kind.basis is not None
-    assert cache.kind.step == cache.kind.basis.step and cache.manifest.logits["step"] is None
-    assert 0.004 < cache.manifest.fidelity["kl"]["1"] < 0.03
+def sketch(**logits: Any) -> HeadSketch:
+    """The kind that a recipe's settings give."""
+    recipe = parse_recipe({"cache": "unused", "targets": {"logits": {"k": 6, **logits}}}, origin="tests")
+    kind = target_kind(recipe.targets.logits.model_dump(), vocabulary_size=V)
+    assert isinstance(kind, HeadSketch)
+    return kind
+
+
+def test_rank_and_step_are_the_cheapest_that_meet_a_target() -> None:
     model = tiny_model(vocabulary=V)
-    hidden, _ = observe(model)
-    with pytest.raises(ModelError, match=r"target_kl is 1e-05, but even a step of 0.02 leaves .* raise rank or k"):
-        calibrate(HeadSketch(6, 4, 0, V, 600, 1e-5), OutputLayer.of(model, vocabulary_size=V), hidden)
+    layer, (hidden, _) = OutputLayer.of(model, vocabulary_size=V), observe(model, rows=8)
+    kind = calibrate(sketch(target_kl=0.02), layer, hidden)
+    assert isinstance(kind, HeadSketch) and kind.basis is not None and kind.basis.chosen is not None
+    record = kind.basis.chosen
+    assert (record["rank"], record["step"]) == (kind.rank, kind.step) == (kind.basis.rank, kind.basis.step)
+    everything = calibrate(sketch(rank=32, step=STEPS[-1]), layer, hidden)
+    assert isinstance(everything, HeadSketch) and everything.basis is not None
+    unbiased = replace(everything.basis, bias_constant_V=np.zeros(V, "<f2"), bias_slope_V=np.zeros(V, "<f2"))
+    trial = _Trial(sketch(target_kl=0.02), unbiased, layer, hidden)
+    ranks = candidate_ranks(sketch(target_kl=0.02), width=32, positions=8 * 48)
+    every = [trial(rank, step) for rank in ranks for step in STEPS]
+    meeting = [tried for tried in every if tried.kl <= 0.02]
+    assert len(meeting) < len(every)
+    best = min(meeting, key=lambda tried: tried.sketch_bytes)
+    assert (best.rank, best.step) == (kind.rank, kind.step)
+    assert len(record["tried"]) < len(every) / 3
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"), [({"rank": 24}, ["step"]), ({"step": 0.1}, ["rank"]), ({}, ["rank", "step"])]
+)
+def test_what_is_given_beside_a_target_stays(tmp_path: Path, given: dict[str, Any], chosen: list[str]) -> None:
+    logits = {"kind": "head+sketch", "k": 6, "target_kl": 0.1, "calibration_positions": 600, **given}
+    folder = tiny_cache(tmp_path, texts=sentences(60), targets={"logits": logits})
+    assert verify(folder) == []
+    cache = Cache.open(folder)
+    kind, manifest = cache.kind, cache.manifest
+    assert isinstance(kind, HeadSketch) and kind.basis is not None
+    for name in ("rank", "step"):
+        assert manifest.logits[name] == (None if name in chosen else given[name])
+        assert getattr(kind, name) == given.get(name, manifest.calibration["chosen"][name])
+    record = manifest.calibration["chosen"]
+    assert record["target_kl"] == 0.1 >= record["kl"] > 0.005 and record in [kind.basis.chosen]
+    assert {"rank", "step", "sketch_bytes", "kl"} == set(record["tried"][0])
+    assert manifest.fidelity["kl"]["1"] < 0.15
+    read = cache.read_row("train", 0)
+    assert kind.decoded(read.targets)["coefficients"].shape == (read.row.positions, kind.rank)
+
+
+def test_estimated_bytes_are_near_those_on_disk() -> None:
+    model = tiny_model(vocabulary=V)
+    layer, (hidden, logits) = OutputLayer.of(model, vocabulary_size=V), observe(model, rows=16, length=240)
+    kind = calibrate(sketch(target_kl=0.05), layer, hidden)
+    assert isinstance(kind, HeadSketch) and kind.basis is not None and kind.basis.chosen is not None
+    rows = []
+    for hidden_ND, logits_NV in zip(hidden, logits, strict=True):
+        rows.append(kind.finish(kind.capture(torch, logits_NV.clone(), torch.arange(len(logits_NV)), hidden_ND)))
+    columns = [column for column in kind.columns if column.name.startswith("sketch_")]
+    pages = [column.encode([row[column.name] for row in rows])[1] for column in columns]
+    on_disk = sum(len(page) for column in pages for page in column) / (16 * 240)
+    assert 0.85 * on_disk < kind.basis.chosen["sketch_bytes"] < 1.02 * on_disk
+
+
+def test_a_target_that_cannot_be_met_says_what_can() -> None:
+    model = tiny_model(vocabulary=V)
+    layer, (hidden, _) = OutputLayer.of(model, vocabulary_size=V), observe(model)
+    with pytest.raises(
+        ModelError, match=r"target_kl is 1e-05, but even a step of 0.02 leaves .* rank = 4; raise rank or k"
+    ):
+        calibrate(sketch(rank=4, target_kl=1e-5), layer, hidden)
+    with pytest.raises(ModelError, match=r"a step of 0.02 leaves .* rank = 32; raise k, or the target"):
+        calibrate(sketch(target_kl=1e-9), layer, hidden)
+    with pytest.raises(ModelError, match=r"a step of 0.5 leaves .* rank = 4; raise rank or k"):
+        calibrate(sketch(rank=4, step=0.5, target_kl=1e-5), layer, hidden)
+    with pytest.raises(RecipeError, match="need values, or a target_kl"):
+        sketch(rank=None)
 
 
 def test_a_model_that_is_more_than_its_output_layer_is_refused() -> None:

@@ -92,6 +92,7 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
             assert record is not None
             console.print(
                 f"the sketch is fitted to {record['positions']:,} positions of {len(record['sources'])} documents"
+                + _describe_choice(record.get("chosen"))
             )
             began = time.time()
         bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
@@ -105,6 +106,13 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
             progress.update(bar, advance=1, rate=rate)
     timing.start_up_seconds = first - began
     return timing
+
+
+def _describe_choice(chosen: dict[str, Any] | None) -> str:
+    if chosen is None:
+        return ""
+    left = f"{chosen['kl']:.3g} nats, about {chosen['sketch_bytes']:.0f} bytes a position"
+    return f"; for target_kl {chosen['target_kl']:g}: rank {chosen['rank']}, step {chosen['step']:g} ({left})"
 
 
 def _progress(console: Console) -> Progress:

@@ -146,7 +146,7 @@ def _check_context(recipe: Recipe, config: Any) -> None:
 def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> TargetKind:
     settings = recipe.targets.logits.model_dump()
     width = getattr(config.get_text_config(), "hidden_size", None)
-    if "rank" in settings and width is not None:  # a sketch as wide as the model leaves nothing out
+    if settings.get("rank") is not None and width is not None:  # a sketch as wide as the model leaves nothing out
         settings["rank"] = min(settings["rank"], width)
     if "width" in settings and settings["width"] is None:
         if width is None:

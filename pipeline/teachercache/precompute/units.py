@@ -45,12 +45,14 @@ def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positio
     kind = teacher.calibrate(rows, positions_per_batch=positions_per_batch)
     assert kind.basis is not None
     path = kind.basis.save(plan.folder / "teacher")
-    record = {
+    record: dict[str, Any] = {
         "basis": path.relative_to(plan.folder).as_posix(),
         "positions": sum(row.positions for row in rows),
         "rows": sorted(row.row_id for row in rows),
         "sources": sorted({segment.source_id for row in rows for segment in row.segments}),
     }
+    if kind.basis.chosen is not None:
+        record["chosen"] = kind.basis.chosen
     write_whole(plan.calibration_file, json.dumps(record, sort_keys=True))
 
 
@@ -124,7 +126,7 @@ def _write_unit(
             f"part-{unit:05d}.arrow",
             rows=[item.row for item in stored],
             payload=[item.columns or {} for item in stored],
-            columns=plan.kind.columns,
+            columns=teacher.kind.columns,
             fingerprint=plan.fingerprint,
             basis=record["basis"],
         )

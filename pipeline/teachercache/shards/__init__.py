@@ -2,6 +2,8 @@
 
     schema.py     columns of a shard
     writer.py     rows and target columns to an Arrow file, by temp file and rename, with its digest
+    claims.py     what a manifest and a shard's rows say of themselves, checked
+    ipc_blocks.py what a record batch claims to take in memory
     manifest.py   manifest.json: what the cache holds, committed last
     reader.py     `Cache`: rows by (split, index), digests checked before the first row is handed out
     verify.py     every file against the manifest

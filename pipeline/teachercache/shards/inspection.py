@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from teachercache.errors import CacheError
+from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards.reader import SPLITS, Cache, Split, StoredRow
 
 ROW_ID_DIGITS = 32
@@ -106,11 +106,20 @@ def _find(cache: Cache, row_id: str) -> StoredRow:
 
 
 def token_texts(cache: Cache) -> dict[int, str]:
-    """Token id to readable text; spellings, byte-level (`Ġthe`) or SentencePiece's (`▁the`), are turned back into text."""
+    """Token id to readable text; spellings, byte-level (`Ġthe`) or SentencePiece's (`▁the`), are turned back into text.
+
+    Raises `CacheDamaged` for a tokenizer.json that is none.
+    """
     path = cache.teacher_folder / "tokenizer.json"
     if not path.is_file():
         return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _texts(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CacheDamaged(f"{path} is no tokenizer ({error}); fetch the cache again") from None
+
+
+def _texts(data: dict[str, Any]) -> dict[int, str]:
     vocabulary = data["model"].get("vocab", {})
     pairs = (
         vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], i) for i, entry in enumerate(vocabulary))

@@ -16,6 +16,7 @@ from typing import Any
 
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
+from teachercache.shards.claims import check_manifest
 from teachercache.shards.schema import ROW_COLUMNS
 
 FORMAT_VERSION = 1
@@ -173,7 +174,7 @@ def read_manifest(folder: Path) -> Manifest:
         if digest != _digest(data):
             raise ValueError("its digest does not match: it was edited or damaged")
         return _build(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheDamaged(f"{path} cannot be trusted: {error}; fetch the cache again or precompute it again") from None
 
 
@@ -186,6 +187,7 @@ def _build(data: dict[str, Any]) -> Manifest:
         raise ValueError("its fingerprint does not match its settings")
     for entry in [*manifest.shards, *manifest.files]:
         _check_inside(entry.file)
+    check_manifest(manifest, row_columns=ROW_COLUMNS)
     return manifest
 
 

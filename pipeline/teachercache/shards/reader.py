@@ -18,9 +18,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
+from teachercache.shards.claims import MOST_BATCH_BYTES, check_rows
 from teachercache.shards.decompressed import Decompressed
+from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo, hash_file, read_manifest
-from teachercache.shards.schema import ROW_COLUMNS, row_from_batch, shard_metadata, tables_of
+from teachercache.shards.schema import ROW_COLUMNS, check_schema, row_from_batch, shard_metadata, tables_of
 from teachercache.targets import TargetKind, target_kind
 from teachercache.targets.columns import Column, Decoder
 from teachercache.tokens.rows import TokenRow
@@ -120,7 +122,13 @@ class Cache:
             if number not in self._checked:  # once in a process: a random order opens shards again and again
                 check_bytes(self.folder, info)
                 self._checked.add(number)
-            shard = self._shards[number] = Shard(self.folder, info, self.manifest.fingerprint)
+            shard = self._shards[number] = Shard(
+                self.folder,
+                info,
+                fingerprint=self.manifest.fingerprint,
+                kind=self.kind,
+                longest=self.manifest.sequence_length,
+            )
             if shard.basis != self.manifest.calibration.get("basis"):
                 raise CacheDamaged(
                     f"{info.file} is read by the basis {shard.basis}, the manifest names "
@@ -136,29 +144,52 @@ class Cache:
 
 
 class Shard:
-    """One memory-mapped shard, whose bytes are checked by now."""
+    """One memory-mapped shard, whose bytes are checked by now, but not what they say: see claims.py.
 
-    def __init__(self, folder: Path, info: ShardInfo, fingerprint: str) -> None:
-        self.info = info
-        self._file = pa.memory_map(str(folder / info.file))
-        self.schema = pa.ipc.open_file(self._file).schema
-        metadata = shard_metadata(self.schema, file=info.file)
-        if metadata["fingerprint"] != fingerprint:
-            raise CacheDamaged(f"{info.file} belongs to another cache; fetch this cache again")
+    `kind` says which columns it must have, `longest` how many tokens a row may have. Everything raises `CacheDamaged`,
+    naming file and remedy, for a shard that cannot be one of such a cache.
+    """
+
+    def __init__(self, folder: Path, info: ShardInfo, *, fingerprint: str, kind: TargetKind, longest: int) -> None:
+        self.info, self._kind, self._longest = info, kind, longest
+        try:
+            self._file = pa.memory_map(str(folder / info.file))
+            self._blocks = Blocks(self._file.read_buffer())
+            self._file.seek(0)
+            self.schema = pa.ipc.open_file(self._file).schema
+            metadata = shard_metadata(self.schema)
+            if metadata["fingerprint"] != fingerprint:
+                raise CacheDamaged("it belongs to another cache")
+            check_schema(self.schema, [column.name for column in kind.columns])
+            described = metadata["columns"]
+            self.columns = {
+                column.name: column.read_as(Column.from_metadata(column.name, described.get(column.name)))
+                for column in kind.columns
+            }
+            self._tables = {name: tables_of(described[name]) for name in self.columns}
+        except DAMAGE as error:
+            raise _damaged(info.file, error) from None
         self.basis: str | None = metadata.get("basis")
-        self.columns = {name: Column.from_metadata(name, entry) for name, entry in metadata["columns"].items()}
-        self._tables = {name: tables_of(entry) for name, entry in metadata["columns"].items()}
         self._decoders: dict[str, Decoder] = {}
         self._rows_per_batch: int = metadata["rows_per_batch"]
         self._readers: dict[tuple[str, ...], pa.RecordBatchFileReader] = {}
+        self._checked: set[tuple[tuple[str, ...], int]] = set()  # record batches whose rows are as they should be
 
     def read_row(self, index: int, columns: Sequence[str] | None, recent: Decompressed) -> StoredRow:
         """The row at `index` of this shard, from a batch in `recent` if it is there."""
         names = tuple(self.columns) if columns is None else tuple(columns)
+        missing = set(names) - set(self.columns)
+        if missing:
+            raise KeyError(f"the targets have no column {min(missing)}; there are {', '.join(self.columns)}")
         number, within = divmod(index, self._rows_per_batch)
-        batch = recent.get((self.info.file, names, number), lambda: self._reader(names).get_batch(number))
-        row = row_from_batch(batch, within)
-        targets = {name: self._decoder(name)(batch.column(name)[within].as_buffer(), row.positions) for name in names}
+        try:
+            batch = recent.get((self.info.file, names, number), lambda: self._read_batch(names, number))
+            row = row_from_batch(batch, within)
+            positions = row.positions
+            targets = {name: self._decoder(name)(batch.column(name)[within].as_buffer(), positions) for name in names}
+            self._kind.check_stored(targets)
+        except DAMAGE as error:
+            raise _damaged(f"{self.info.file}, row {index},", error) from None
         return StoredRow(row, targets)
 
     def _decoder(self, name: str) -> Decoder:
@@ -166,12 +197,48 @@ class Shard:
             self._decoders[name] = self.columns[name].decoder(self._tables[name])
         return self._decoders[name]
 
+    def _read_batch(self, names: tuple[str, ...], number: int) -> pa.RecordBatch:
+        if (names, number) in self._checked:
+            return self._reader(names).get_batch(number)
+        if number >= len(self._blocks):
+            raise ValueError(f"it holds {len(self._blocks)} record batches, which is fewer than its rows need")
+        claimed = self._blocks.decompressed_bytes(number)
+        if claimed > MOST_BATCH_BYTES:
+            raise ValueError(f"record batch {number} claims {claimed} bytes, at most {MOST_BATCH_BYTES} are possible")
+        batch = self._reader(names).get_batch(number)
+        first = number * self._rows_per_batch
+        if batch.num_rows != min(self._rows_per_batch, self.info.rows - first):
+            raise ValueError(
+                f"record batch {number} holds {batch.num_rows} rows, other than its place in the file says"
+            )
+        check_rows(
+            batch,
+            vocabulary_size=self._kind.vocabulary_size,
+            longest=self._longest,
+            first=first,
+            held_out_from=self.info.rows - self.info.held_out_rows,
+        )
+        self._checked.add((names, number))
+        return batch
+
     def _reader(self, names: tuple[str, ...]) -> pa.RecordBatchFileReader:
         if names not in self._readers:
             fields = [self.schema.get_field_index(name) for name in (*ROW_COLUMNS, *names)]
             options = pa.ipc.IpcReadOptions(included_fields=fields)
             self._readers[names] = pa.ipc.open_file(self._file, options=options)
         return self._readers[names]
+
+
+# What reading bytes that make no sense raises.
+DAMAGE = (CacheDamaged, ValueError, IndexError, KeyError, OSError, MemoryError, pa.ArrowException)
+
+
+def _damaged(place: str, error: BaseException) -> CacheDamaged:
+    """In one line, with the remedy."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return CacheDamaged(
+        f"{place} cannot be trusted: {reason}; fetch the cache again, or delete it and run `teachercache precompute` again"
+    )
 
 
 def check_bytes(folder: Path, info: FileInfo) -> None:

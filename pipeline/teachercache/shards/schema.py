@@ -60,12 +60,33 @@ def shard_schema(
     return pa.schema([*ROW_FIELDS, *payload], metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
 
-def shard_metadata(schema: pa.Schema, *, file: str) -> dict[str, Any]:
-    """Our metadata of a shard's schema; raises `CacheDamaged` when it is not a shard."""
+def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
+    """Our metadata of a shard's schema; raises `CacheDamaged` when it is not a shard's."""
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
-        raise CacheDamaged(f"{file} is an Arrow file, but no shard of teachercache")
-    return json.loads(raw)
+        raise CacheDamaged("it is an Arrow file, but no shard of teachercache")
+    try:
+        metadata = json.loads(raw)
+        fingerprint, rows, columns = (metadata[name] for name in ("fingerprint", "rows_per_batch", "columns"))
+        sound = type(fingerprint) is str and type(rows) is int and rows >= 1 and type(columns) is dict
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise CacheDamaged("its metadata is not a shard's")
+    return metadata
+
+
+def check_schema(schema: pa.Schema, columns: Sequence[str]) -> None:
+    """Raise `CacheDamaged` unless a shard has the columns of every shard, and those of its targets, in order and type."""
+    expected = [*ROW_COLUMNS, *columns]
+    if schema.names != expected:
+        raise CacheDamaged(
+            f"its columns are {', '.join(schema.names)[:500]}; the manifest's settings ask for {', '.join(expected)}"
+        )
+    types = [*(field.type for field in ROW_FIELDS), *(pa.binary() for _ in columns)]
+    for name, found, wanted in zip(expected, schema.types, types, strict=True):
+        if not found.equals(wanted):
+            raise CacheDamaged(f"its column {name} is of type {str(found)[:200]}, not {wanted}")
 
 
 def table_metadata(tables: bytes) -> dict[str, str]:
@@ -74,8 +95,11 @@ def table_metadata(tables: bytes) -> dict[str, str]:
 
 
 def tables_of(metadata: Mapping[str, Any]) -> bytes:
-    """Inverse of `table_metadata`."""
-    return base64.b64decode(metadata.get("tables", ""))
+    """Inverse of `table_metadata`; raises `CacheDamaged` for what is no base64."""
+    try:
+        return base64.b64decode(metadata.get("tables", ""), validate=True)
+    except (ValueError, TypeError) as error:
+        raise CacheDamaged(f"tables of a column cannot be read ({error})") from None
 
 
 def to_batch(rows: Sequence[TokenRow], payload: Sequence[Sequence[bytes]], schema: pa.Schema) -> pa.RecordBatch:

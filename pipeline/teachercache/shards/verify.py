@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from teachercache.errors import CacheDamaged
+from teachercache.shards.claims import MOST_BATCH_BYTES
+from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST, FileInfo, Manifest, ShardInfo, hash_file, read_manifest
-from teachercache.shards.schema import ROW_COLUMNS, shard_metadata
+from teachercache.shards.schema import check_schema, shard_metadata
 from teachercache.targets import target_kind
 
 CARD = "README.md"  # the one file without a digest: people may add to it
@@ -66,21 +68,34 @@ def _why_wrong_shard(path: Path, info: ShardInfo, manifest: Manifest) -> str | N
     try:
         with pa.memory_map(str(path)) as source:
             schema = pa.ipc.open_file(source).schema
-            fingerprint = shard_metadata(schema, file=info.file)["fingerprint"]
-            options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("positions")])
-            counts = pa.ipc.open_file(source, options=options).read_all().column("positions")
-            rows, positions = len(counts), pc.sum(counts).as_py() or 0
-    except (pa.ArrowException, CacheDamaged, KeyError, ValueError) as error:
+            fingerprint = shard_metadata(schema)["fingerprint"]
+            kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
+            check_schema(schema, [column.name for column in kind.columns])
+            rows, positions = _counts(source, schema)
+    except (pa.ArrowException, OSError, CacheDamaged, KeyError, ValueError) as error:
         return f"it cannot be read as a shard: {str(error).splitlines()[0]}"
-    kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
-    expected = [*ROW_COLUMNS, *(column.name for column in kind.columns)]
-    if schema.names != expected:
-        return f"its columns are {', '.join(schema.names)}; the manifest's settings ask for {', '.join(expected)}"
     if fingerprint != manifest.fingerprint:
         return "it belongs to another cache"
     if (rows, positions) != (info.rows, info.positions):
         return f"it holds {rows} rows and {positions} positions, the manifest says {info.rows} and {info.positions}"
     return None
+
+
+def _counts(source: pa.MemoryMappedFile, schema: pa.Schema) -> tuple[int, int]:
+    """Rows and positions, a batch at a time; raises `ValueError` for a batch that claims more memory than any has."""
+    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("positions")])
+    reader = pa.ipc.open_file(source, options=options)
+    source.seek(0)
+    blocks = Blocks(source.read_buffer())
+    rows = positions = 0
+    for number in range(reader.num_record_batches):
+        claimed = blocks.decompressed_bytes(number)
+        if claimed > MOST_BATCH_BYTES:
+            raise ValueError(f"record batch {number} claims {claimed} bytes, at most {MOST_BATCH_BYTES} are possible")
+        counts = reader.get_batch(number).column("positions")
+        counts.validate(full=True)
+        rows, positions = rows + len(counts), positions + (pc.sum(counts).as_py() or 0)
+    return rows, positions
 
 
 def _unlisted_files(folder: Path, manifest: Manifest) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ def write_shard(
     encoded = {column.name: column.encode([arrays[column.name] for arrays in payload]) for column in columns}
     tables = {column_name: shared for column_name, (shared, _) in encoded.items()}
     pages = [encoded[column.name][1] for column in columns]
-    rows_per_batch = _rows_per_batch(pages, rows=len(rows))
+    rows_per_batch = _rows_per_batch(pages, rows)
     schema = shard_schema(columns, tables=tables, rows_per_batch=rows_per_batch, fingerprint=fingerprint, basis=basis)
     column_bytes = dict.fromkeys(schema.names, 0)
     for column_name, shared in tables.items():  # the schema stands at both ends of the file
@@ -69,9 +69,11 @@ def _open_writer(sink: Any, schema: pa.Schema) -> pa.RecordBatchFileWriter:
     return pa.ipc.new_file(sink, schema, options=options)
 
 
-def _rows_per_batch(pages: Sequence[Sequence[bytes]], *, rows: int) -> int:
-    total = sum(len(page) for column in pages for page in column)
-    return max(1, min(rows, BATCH_BYTES * rows // max(1, total)))
+def _rows_per_batch(pages: Sequence[Sequence[bytes]], rows: Sequence[TokenRow]) -> int:
+    targets = sum(len(page) for column in pages for page in column)
+    # Where few tokens have targets, ids and text outweigh them: readers bound what a batch takes (claims.py).
+    tokens = sum(5 * row.length + sum(len(segment.text or "") for segment in row.segments) for row in rows)
+    return max(1, min(len(rows), len(rows) * BATCH_BYTES // max(1, targets, tokens // 4)))
 
 
 def _compressed_bytes(array: pa.Array) -> int:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ class SketchBasis:
     tail_weights_GF: Array  # float32: linear prediction of the tail's nodes, see tail.py
     softcap: float | None = None
     step: float | None = None  # where calibration chose it
+    chosen: dict[str, Any] | None = (
+        None  # by a target: rank and step, what they cost and leave, and what else was tried
+    )
     copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of the reading arrays: by type and device
 
     @property
@@ -70,6 +73,11 @@ class SketchBasis:
         ranks_V = np.empty(self.vocabulary_size, dtype=np.uint32)
         ranks_V[self.token_of_rank_V] = np.arange(self.vocabulary_size, dtype=np.uint32)
         return ranks_V
+
+    def first(self, rank: int) -> SketchBasis:
+        """The basis of the `rank` leading directions."""
+        analysis_Dr, basis_Vr = (np.ascontiguousarray(each[:, :rank]) for each in (self.analysis_Dr, self.basis_Vr))
+        return replace(self, analysis_Dr=analysis_Dr, basis_Vr=basis_Vr, copies={})
 
     def tail(self, coefficients_Nr: Any, temperature: float) -> SketchTail:
         """The logits of N positions at a temperature, from coefficients of numpy's or torch's, on any device."""
@@ -97,12 +105,15 @@ class SketchBasis:
         """Write it as safetensors, named by its content; returns the path."""
         from safetensors.numpy import save
 
-        names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "step", "copies")]
+        names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "step", "chosen", "copies")]
         arrays = {name: getattr(self, name) for name in names}
+        described: dict[str, Any] = {"version": 1, "softcap": self.softcap, "step": self.step}
+        if self.chosen is not None:
+            described["chosen"] = self.chosen
         # One key: safetensors writes several in an order that differs from call to call.
         data = save(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            metadata={METADATA_KEY: json.dumps({"version": 1, "softcap": self.softcap, "step": self.step})},
+            metadata={METADATA_KEY: json.dumps(described)},
         )
         path = folder / f"{PREFIX}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         temporary = path.with_suffix(".tmp")
@@ -122,6 +133,55 @@ class SketchBasis:
             with safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 described = json.loads((file.metadata() or {})[METADATA_KEY])
-            return cls(**arrays, softcap=described["softcap"], step=described["step"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CacheDamaged(f"{path} is no sketch basis ({error}); fetch the cache again") from None
+            if described["version"] != 1:
+                raise ValueError(f"it is of version {described['version']!r}, this version of teachercache reads 1")
+            basis = cls(**arrays, softcap=described["softcap"], step=described["step"])
+            basis = replace(basis, chosen=described.get("chosen"))
+            basis.check()
+            return basis
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CacheDamaged(f"{path} is no sketch basis ({reason}); fetch the cache again") from None
+
+    def check(self) -> None:
+        """Raise `ValueError` for arrays that do not fit together, are of other types, or hold what is no number."""
+        for name, kinds in _TYPES.items():
+            array = getattr(self, name)
+            if array.ndim != (_DIMENSIONS.get(name, 1)) and not (name == "analysis_Dr" and array.ndim == 1):
+                raise ValueError(f"{name} has {array.ndim} dimensions")
+            if array.dtype.str not in kinds:
+                raise ValueError(f"{name} is of type {array.dtype.str}")
+            if array.dtype.kind == "f" and not _within(array, LARGEST):
+                raise ValueError(f"{name} holds what is no number, or is beyond {LARGEST:g}")
+        sizes = {len(array) for array in (self.basis_Vr, self.base_V, self.bias_constant_V, self.bias_slope_V)}
+        inputs, width = len(self.mean_D), self.analysis_Dr.shape
+        if len(sizes) != 1 or width not in ((inputs, self.rank), (self.rank,)) or not 1 <= self.rank <= inputs:
+            raise ValueError("its arrays are of sizes that do not fit together")
+        ranks_V = self.token_of_rank_V
+        if len(ranks_V) and (len(ranks_V) != self.vocabulary_size or not _is_permutation(ranks_V)):
+            raise ValueError("token_of_rank_V does not name each token once")
+        for name in ("softcap", "step"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) in (int, float) and 0 < value <= LARGEST):
+                raise ValueError(f"its {name} is no positive number")
+
+
+LARGEST = 1e9  # magnitude of anything in a basis: sums of products with codes stay finite in float32
+_TYPES = {
+    "mean_D": ("<f4",), "analysis_Dr": ("<f4",), "basis_Vr": ("<f2", "<f4"), "base_V": ("<f4",),
+    "bias_constant_V": ("<f2",), "bias_slope_V": ("<f2",), "token_of_rank_V": ("<u4",), "tail_weights_GF": ("<f4",),
+}  # fmt: skip
+_DIMENSIONS = {"analysis_Dr": 2, "basis_Vr": 2, "tail_weights_GF": 2}
+
+
+def _within(array: Array, largest: float) -> bool:
+    """Whether magnitudes are numbers up to `largest`. By their bits: numpy compares 16-bit floats one by one."""
+    width = array.dtype.itemsize
+    limit = np.array(min(largest, float(np.finfo(array.dtype).max)), array.dtype).view(f"<u{width}")
+    magnitudes = array.view(f"<u{width}") & np.array(2 ** (8 * width - 1) - 1, f"<u{width}")
+    return array.size == 0 or bool(magnitudes.max() <= limit)
+
+
+def _is_permutation(ranks_V: Array) -> bool:
+    """Whether every number below their count is there, once each."""
+    return int(ranks_V.max()) < len(ranks_V) and bool((np.bincount(ranks_V, minlength=len(ranks_V)) == 1).all())

@@ -6,15 +6,20 @@ disk it is one binary value per row; its codec stands in the schema metadata, so
     plain/1   little-endian elements in C order, [positions, *shape]
     pco/1     integers, entropy-coded: see pco.py; its tables stand in the schema metadata, once a shard
 
+What is read is not trusted: an element outside what its kind can have written is damage, as is a row that claims more
+memory than any has.
+
 A *ragged* column has as many entries as its row needs, position after position without padding; another column says how
 many belong to each (ragged.py). Under `pco/1` their number stands before a row's pages, as a uint32.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil, prod
 from typing import Any
 
@@ -27,6 +32,10 @@ from teachercache.targets import pco
 PLAIN = "plain/1"
 CODECS = (PLAIN, pco.NAME)
 
+DTYPES = ("<i2", "<u2", "<i4", "<u4", "<f2", "<f4")
+LOG_SHARE = (-math.inf, 0.01)  # what log-probabilities, and logits less the largest, lie within; rounding is let pass
+MOST_ROW_BYTES = 2**30  # of one column of a row, decoded: 32,768 hidden states of 8,192 channels
+
 Decoder = Callable[[Any, int], NDArray[Any]]  # (bytes-like, positions) -> array [entries, *shape]
 
 
@@ -34,7 +43,9 @@ Decoder = Callable[[Any, int], NDArray[Any]]  # (bytes-like, positions) -> array
 class Column:
     """A payload column: `dtype` is a numpy code with byte order (`<f2`), `shape` that of one entry.
 
-    `groups` cuts the elements of an entry into runs that are coded with a table of their own (`pco/1` alone).
+    `groups` cuts the elements of an entry into runs that are coded with a table of their own (`pco/1` alone). The kind knows
+    what the schema does not say: every element lies `within` these (a lower bound of -inf lets -inf pass, NaN never
+    passes), and a ragged column has at most `most` entries a position.
     """
 
     name: str
@@ -44,6 +55,8 @@ class Column:
     every: int = 1
     groups: tuple[int, ...] = ()
     ragged: bool = False
+    within: tuple[float, float] | None = None
+    most: int | None = None
 
     @property
     def position_bytes(self) -> float:
@@ -79,12 +92,13 @@ class Column:
     def _decode_plain(self, data: Any, positions: int) -> NDArray[Any]:
         """Shares the memory of `data`."""
         held, entry_bytes = memoryview(data).nbytes, self.width * np.dtype(self.dtype).itemsize
-        entries = held // entry_bytes if self.ragged else self.entries(positions)
+        entries = held // max(1, entry_bytes) if self.ragged else self.entries(positions)
         if held != entries * entry_bytes:
             raise CacheDamaged(
                 f"column {self.name}: {held} bytes for {positions} positions of {self.position_bytes:g} bytes"
             )
-        return np.frombuffer(data, dtype=self.dtype).reshape(entries, *self.shape)
+        self._check_entries(entries, positions)
+        return self._checked(np.frombuffer(data, dtype=self.dtype).reshape(entries, *self.shape))
 
     def _pco_decoder(self, tables: bytes) -> Decoder:
         decoder = pco.Decoder(tables, self.groups, self.dtype, name=self.name)
@@ -95,9 +109,37 @@ class Column:
                 if len(pages) < 4:
                     raise CacheDamaged(f"column {self.name}: a row does not say how many entries it has")
                 (entries,), pages = struct.unpack_from("<I", pages), pages[4:]
-            return decoder.decode(pages, entries).reshape(entries, *self.shape)
+            self._check_entries(entries, positions)
+            return self._checked(decoder.decode(pages, entries).reshape(entries, *self.shape))
 
         return decode
+
+    def _check_entries(self, entries: int, positions: int) -> None:
+        """Before room is made for them: a page of no bytes can stand for any number of zeros."""
+        if self.ragged and self.most is not None and entries > positions * self.most:
+            raise CacheDamaged(
+                f"column {self.name}: {entries} entries for {positions} positions of at most {self.most}"
+            )
+        size = entries * self.width * np.dtype(self.dtype).itemsize
+        if size > MOST_ROW_BYTES:
+            raise CacheDamaged(f"column {self.name}: a row claims {size} bytes, at most {MOST_ROW_BYTES} are possible")
+
+    def _checked(self, values: NDArray[Any]) -> NDArray[Any]:
+        if self.within is None or values.size == 0:
+            return values
+        least, largest = self.within
+        if np.dtype(self.dtype).kind == "f":
+            sound = _floats_up_to(values, largest)
+        else:
+            limits = np.iinfo(self.dtype)
+            sound = (largest >= limits.max or values.max() <= largest) and (
+                least <= limits.min or values.min() >= least
+            )
+        if not sound:
+            raise CacheDamaged(
+                f"column {self.name}: values from {values.min()} to {values.max()}, where {least:g} to {largest:g} are possible"
+            )
+        return values
 
     def to_metadata(self) -> dict[str, Any]:
         """What the schema says about this column, its tables apart."""
@@ -111,12 +153,43 @@ class Column:
         return metadata
 
     @classmethod
-    def from_metadata(cls, name: str, metadata: dict[str, Any]) -> Column:
-        """Inverse of `to_metadata`; refuses codecs of a later version."""
-        if metadata["codec"] not in CODECS:
-            raise CacheDamaged(
-                f"column {name} is coded as {metadata['codec']!r}; this version reads {' and '.join(CODECS)}"
-            )
-        groups, every = tuple(metadata.get("groups", ())), metadata.get("every", 1)
-        shape, ragged = tuple(metadata["shape"]), metadata.get("ragged", False)
-        return cls(name, metadata["dtype"], shape, metadata["codec"], every, groups, ragged)
+    def from_metadata(cls, name: str, metadata: Any) -> Column:
+        """Inverse of `to_metadata`; raises `CacheDamaged` for codecs of a later version, and for what describes no column."""
+        try:
+            codec, dtype, shape = metadata["codec"], metadata["dtype"], tuple(metadata["shape"])
+            every, groups = metadata.get("every", 1), tuple(metadata.get("groups", ()))
+            ragged = metadata.get("ragged", False)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CacheDamaged(f"column {name} is not described as a column is ({error})") from None
+        if codec not in CODECS:
+            raise CacheDamaged(f"column {name} is coded as {codec!r}; this version reads {' and '.join(CODECS)}")
+        whole = {type(number) for number in (every, *shape, *groups)} <= {int}
+        if not (whole and every >= 1 and min((0, *shape)) >= 0 and min((1, *groups)) >= 1 and type(ragged) is bool):
+            raise CacheDamaged(f"column {name} has sizes that none can have")
+        if dtype not in DTYPES or (codec == pco.NAME and dtype[1] == "f"):
+            raise CacheDamaged(f"column {name} has elements of type {dtype!r}, which {codec} does not hold")
+        column = cls(name, dtype, shape, codec, every, groups, ragged)
+        if codec == pco.NAME and sum(groups) != column.width:
+            raise CacheDamaged(f"column {name} has {column.width} elements in groups of {sum(groups)}")
+        return column
+
+    def read_as(self, found: Column) -> Column:
+        """This column of a kind, coded as a shard says that it is; raises `CacheDamaged` when the shard's is another one."""
+        same = replace(self, codec=found.codec, groups=found.groups, within=None, most=None)
+        if same != found:
+            raise CacheDamaged(f"column {self.name} is not of the type and shape that the manifest's settings ask for")
+        return replace(self, codec=found.codec, groups=found.groups)
+
+
+def _floats_up_to(values: NDArray[Any], largest: float) -> bool:
+    """Whether none is NaN or above `largest`, which is not negative. By their bits: numpy compares 16-bit floats one by one."""
+    signed, unsigned, limit, minus_infinity = _bits(values.dtype.itemsize, largest)
+    return bool(values.view(signed).max() <= limit and values.view(unsigned).max() <= minus_infinity)
+
+
+@lru_cache
+def _bits(width: int, largest: float) -> tuple[np.dtype[Any], np.dtype[Any], int, int]:
+    """Types of integers as wide as a float, the bits of `largest` as a signed one and of -inf as an unsigned one."""
+    real, signed, unsigned = (np.dtype(f"<{code}{width}") for code in "fiu")
+    bits = [int(np.array(value, real).view(kind)) for value, kind in ((largest, signed), (-np.inf, unsigned))]
+    return signed, unsigned, bits[0], bits[1]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheError, RecipeError
-from teachercache.targets.columns import Column
+from teachercache.targets.columns import LOG_SHARE, Column
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.temperature import check_positive
 
@@ -58,7 +58,10 @@ class Full:
     def columns(self) -> tuple[Column, ...]:
         """Payload columns, in the order in which shards store them."""
         real = {"float16": "<f2", "float32": "<f4"}[self.dtype]
-        return Column("log_probs", real, (self.vocabulary_size,)), Column("actual_log_prob", real)
+        return (
+            Column("log_probs", real, (self.vocabulary_size,), within=LOG_SHARE),
+            Column("actual_log_prob", real, within=LOG_SHARE),
+        )
 
     def check_temperature(self, temperature: float) -> None:
         """Raise `CacheError` for T <= 0."""
@@ -91,6 +94,9 @@ class Full:
                 f"objective.tail is {tail}, but targets of kind {self.kind} hold every token and have no tail; use auto"
             )
         return ("log_probs",)
+
+    def check_stored(self, stored: Mapping[str, Array]) -> None:
+        """Columns of fixed shapes cannot contradict each other."""
 
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
         """Columns as arrays ready for a batch, float32."""

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.errors import CacheError, RecipeError
+from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.columns import Column
 from teachercache.targets.largest import largest
@@ -60,7 +60,8 @@ class HeadSketch:
     step: float
     vocabulary_size: int
     calibration_positions: int
-    target_kl: float | None = None  # calibration chooses the step by it
+    target_kl: float | None = None  # calibration chooses by it
+    chosen: tuple[str, ...] = ()  # what it chooses: `rank`, `step`, which are 0 until then
     basis: SketchBasis | None = None
 
     @classmethod
@@ -73,19 +74,25 @@ class HeadSketch:
                 f"targets.logits.k is {settings['k']}, but the teacher's tokenizer has {vocabulary_size} tokens; "
                 f"use a smaller k, or targets.logits.kind: top-k with k = {vocabulary_size}"
             )
-        if basis is not None and (basis.vocabulary_size, basis.rank) != (vocabulary_size, settings["rank"]):
-            raise CacheError(
+        rank, step = settings["rank"], settings["step"]
+        if basis is not None and (basis.vocabulary_size, basis.rank) != (vocabulary_size, rank or basis.rank):
+            raise CacheDamaged(
                 f"the sketch basis has {basis.rank} directions for {basis.vocabulary_size} tokens, the manifest says "
-                f"{settings['rank']} for {vocabulary_size}; fetch the cache again"
+                f"{rank or basis.rank} for {vocabulary_size}; fetch the cache again"
             )
-        step = settings["step"] if basis is None or basis.step is None else basis.step
+        if basis is not None:
+            _check_basis(basis, settings["k"])
+            if step is None and basis.step is None:
+                raise CacheDamaged("neither the manifest nor the sketch basis has a step; fetch the cache again")
+        found_rank, found_step = (0, 0.0) if basis is None else (basis.rank, basis.step or 0.0)
         return cls(
             k=settings["k"],
-            rank=settings["rank"],
-            step=step,
+            rank=found_rank if rank is None else rank,
+            step=found_step if step is None else step,
             vocabulary_size=vocabulary_size,
             calibration_positions=settings["calibration_positions"],
             target_kl=settings.get("target_kl"),
+            chosen=tuple(name for name in ("rank", "step") if settings[name] is None),
             basis=basis,
         )
 
@@ -95,8 +102,9 @@ class HeadSketch:
             "kind": self.kind, "k": self.k, "rank": self.rank, "step": self.step,
             "calibration_positions": self.calibration_positions,
         }  # fmt: skip
-        # The step that a target leads to is known after calibration: it stands with the basis.
-        return settings if self.target_kl is None else {**settings, "step": None, "target_kl": self.target_kl}
+        # What a target leads to is known after calibration: it stands with the basis.
+        target = {} if self.target_kl is None else {"target_kl": self.target_kl}
+        return {**settings, **dict.fromkeys(self.chosen), **target}
 
     def with_basis(self, basis: SketchBasis) -> HeadSketch:
         """The kind, ready to capture and to read."""
@@ -104,8 +112,11 @@ class HeadSketch:
 
     def describe(self) -> str:
         """One line for people."""
-        step = f"step {self.step:g}" if self.target_kl is None else f"KL of at most {self.target_kl:g} nats"
-        return f"{self.k} largest logits, and a sketch of the others (rank {self.rank}, {step}): any T >= 1"
+        known = {"rank": f"rank {self.rank}", "step": f"step {self.step:g}"}
+        said = [text for name, text in known.items() if self.basis is not None or name not in self.chosen]
+        if self.target_kl is not None:
+            said.append(f"KL of at most {self.target_kl:g} nats")
+        return f"{self.k} largest logits, and a sketch of the others ({', '.join(said)}): any T >= 1"
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -113,7 +124,9 @@ class HeadSketch:
         ids = "<u2" if self.vocabulary_size <= 2**16 else "<u4"
         runs = _runs(self.rank)
         return (
-            Column("head_ranks", ids, (self.k,), PCO, groups=_head_groups(self.k)),
+            Column(
+                "head_ranks", ids, (self.k,), PCO, groups=_head_groups(self.k), within=(0, self.vocabulary_size - 1)
+            ),
             Column("head_gaps", "<u2", (self.k - 1,), PCO, groups=_head_groups(self.k - 1)),
             Column("tail_nodes", "<i2", (len(NODES),), PCO, groups=(1,) * len(NODES)),
             Column("sketch_codes", "<i2", (self.rank,), PCO, groups=runs),
@@ -185,6 +198,9 @@ class HeadSketch:
         head = ("head_ranks", "head_gaps", "tail_nodes")
         return (*head, "sketch_codes", "sketch_means") if tail == "sketch" else head
 
+    def check_stored(self, stored: Mapping[str, Array]) -> None:
+        """Columns of fixed shapes cannot contradict each other."""
+
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
         """One row's columns, those that are there, as arrays ready for a batch, [N, …]:
 
@@ -229,6 +245,12 @@ class HeadSketch:
         if self.basis is None:
             raise CacheError("this kind of targets is read with the sketch basis in the cache's teacher/ folder")
         return self.basis
+
+
+def _check_basis(basis: SketchBasis, k: int) -> None:
+    weights, ranks = basis.tail_weights_GF.shape, len(basis.token_of_rank_V)
+    if weights != (len(NODES), k + len(NODES)) or ranks != basis.vocabulary_size or basis.analysis_Dr.ndim != 2:
+        raise CacheDamaged(f"the basis is none of a sketch with {k} largest logits; fetch the cache again")
 
 
 def quantise_coefficients(coefficients_Nr: Array, step: float) -> tuple[Array, Array]:

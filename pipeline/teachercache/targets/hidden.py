@@ -26,9 +26,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.errors import CacheError
+from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.basis import SketchBasis
-from teachercache.targets.columns import Column
+from teachercache.targets.columns import LOG_SHARE, Column
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.softened import Softened, TailPolicy
 from teachercache.targets.temperature import check_positive
@@ -54,9 +54,12 @@ class Hidden:
     def from_settings(
         cls, settings: Mapping[str, Any], *, vocabulary_size: int, basis: SketchBasis | None = None
     ) -> Hidden:
-        """Rebuild from a recipe's or manifest's settings; raises `CacheError` for a basis of other settings."""
-        if basis is not None and (basis.vocabulary_size, basis.rank) != (vocabulary_size, settings["width"]):
-            raise CacheError(
+        """Rebuild from a recipe's or manifest's settings; raises `CacheDamaged` for a basis of other settings."""
+        if basis is not None and (basis.vocabulary_size, *basis.analysis_Dr.shape) != (
+            vocabulary_size,
+            settings["width"],
+        ):
+            raise CacheDamaged(
                 f"the output matrix has {basis.rank} channels for {basis.vocabulary_size} tokens, the manifest says "
                 f"{settings['width']} for {vocabulary_size}; fetch the cache again"
             )
@@ -81,7 +84,7 @@ class Hidden:
         """Payload columns, in the order in which shards store them."""
         # In units of their own spread all channels are alike: one table serves them.
         codes = Column("hidden_codes", "<i4", (self.width,), PCO, groups=(self.width,))
-        return codes, Column("actual_log_prob", "<f2")
+        return codes, Column("actual_log_prob", "<f2", within=LOG_SHARE)
 
     def check_temperature(self, temperature: float) -> None:
         """Raise `CacheError` for T <= 0."""
@@ -121,6 +124,9 @@ class Hidden:
                 "its own share; use sketch or auto, or precompute with targets.logits.kind: head+sketch"
             )
         return ("hidden_codes",)
+
+    def check_stored(self, stored: Mapping[str, Array]) -> None:
+        """Columns of fixed shapes cannot contradict each other."""
 
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
         """Columns as arrays ready for a batch: `coefficients` float32 [N, D], `actual_log_prob` float32."""

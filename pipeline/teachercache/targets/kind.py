@@ -71,6 +71,10 @@ class TargetKind(Protocol):
     def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
         """Columns that `softened` needs; raises `CacheError` for a tail policy that the kind does not have."""
 
+    def check_stored(self, stored: Arrays) -> None:
+        """Raise `CacheDamaged` where a row's columns, those that are there, contradict each other. What each may hold by
+        itself its `Column` says, and what reads it has checked."""
+
     def decoded(self, stored: Arrays) -> dict[str, NDArray[Any]]:
         """One row's columns, those that are there, as arrays [N, …] ready for a batch: ids int32, other numbers float32."""
 
@@ -90,7 +94,7 @@ class CalibratedKind(TargetKind, Protocol):
         """The basis, once there is one."""
 
     def with_basis(self, basis: SketchBasis) -> CalibratedKind:
-        """The kind, ready to capture and to read; raises `CacheError` for a basis of other settings."""
+        """The kind, ready to capture and to read; raises `CacheDamaged` for a basis of other settings."""
 
 
 def calibrates(kind: TargetKind) -> TypeGuard[CalibratedKind]:

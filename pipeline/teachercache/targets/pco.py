@@ -62,7 +62,7 @@ class Decoder:
             opened, _ = wrapped.FileDecompressor.new(header)
             self._groups = tuple(width for width, _ in chunks)
             self._chunks = [opened.chunk_decompressor(table, _TYPES[dtype])[0] for _, table in chunks]
-        except (RuntimeError, ValueError, KeyError, struct.error) as error:
+        except (RuntimeError, ValueError, KeyError, struct.error, OverflowError) as error:
             raise CacheDamaged(f"column {name}: its tables cannot be read ({error})") from None
         if self._chunks and sum(self._groups) != self._width:
             raise CacheDamaged(f"column {name}: tables of {sum(self._groups)} elements for {self._width}")
@@ -71,7 +71,10 @@ class Decoder:
         """One row's bytes to [entries, width]."""
         values_WE = np.empty((self._width, entries), dtype=self._dtype)
         if entries == 0 or self._width == 0:
+            self._check_end(data)
             return values_WE.T
+        if not self._chunks:
+            raise CacheDamaged(f"column {self._name}: a row of {entries} entries in a shard without tables")
         try:
             for chosen, chunk in zip(_slices(self._groups), self._chunks, strict=True):
                 target = values_WE[chosen].reshape(-1)
@@ -81,9 +84,12 @@ class Decoder:
                 data = data[used:]
         except (RuntimeError, ValueError) as error:
             raise CacheDamaged(f"column {self._name}: a row cannot be decoded ({error})") from None
+        self._check_end(data)
+        return np.ascontiguousarray(values_WE.T)
+
+    def _check_end(self, data: Any) -> None:
         if len(data):
             raise CacheDamaged(f"column {self._name}: {len(data)} bytes are left after a row's last page")
-        return np.ascontiguousarray(values_WE.T)
 
 
 def _slices(groups: Iterable[int]) -> Iterator[slice]:

@@ -8,6 +8,7 @@ Shapes: N positions, k places, E tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,23 @@ from teachercache.errors import CacheDamaged
 Array = NDArray[Any]
 
 
+MOST_PLACES = 2**28  # of a row in a batch
+
+
+def check_sizes(stored: Mapping[str, Array], sizes: str, columns: Iterable[str]) -> None:
+    """Raise `CacheDamaged` unless each of these ragged columns, where it is there, has the tokens that `sizes` counts."""
+    counted = int(stored[sizes].sum(dtype=np.int64)) if sizes in stored else None
+    for name in columns:
+        if name in stored and counted is not None and len(stored[name]) != counted:
+            raise CacheDamaged(f"column {name}: a row has {len(stored[name])} tokens, its {sizes} add up to {counted}")
+
+
 def places(sizes_N: Array, k: int) -> Array:
     """Which of the k places hold a token, bool [N, k]. Raises `CacheDamaged` for sizes outside 1 … k."""
+    if len(sizes_N) * k > MOST_PLACES:
+        raise CacheDamaged(
+            f"{len(sizes_N)} positions of {k} places are more than a row can have; fetch the cache again"
+        )
     if len(sizes_N) and not 1 <= sizes_N.min() <= sizes_N.max() <= k:
         raise CacheDamaged(
             f"a position has {sizes_N.min()} or {sizes_N.max()} tokens, between 1 and {k} are possible; fetch the cache again"

@@ -33,11 +33,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.errors import CacheError
-from teachercache.targets.columns import Column
+from teachercache.errors import CacheDamaged, CacheError
+from teachercache.targets.columns import LOG_SHARE, Column
 from teachercache.targets.draws import uniforms
 from teachercache.targets.pco import NAME as PCO
-from teachercache.targets.ragged import places, spread
+from teachercache.targets.ragged import check_sizes, places, spread
 from teachercache.targets.softened import Softened, TailPolicy
 from teachercache.targets.temperature import check_positive
 
@@ -74,10 +74,10 @@ class RandomSampling:
         """Payload columns, in the order in which shards store them."""
         ids = "<u2" if self.vocabulary_size <= 2**16 else "<u4"
         return (
-            Column("sample_sizes", "<u2", (), PCO, groups=(1,)),
-            Column("sample_gaps", ids, (), PCO, groups=(1,), ragged=True),
-            Column("sample_counts", "<u2", (), PCO, groups=(1,), ragged=True),
-            Column("actual_log_prob", "<f2"),
+            Column("sample_sizes", "<u2", (), PCO, groups=(1,), within=(1, self.most)),
+            Column("sample_gaps", ids, (), PCO, groups=(1,), ragged=True, most=self.most),
+            Column("sample_counts", "<u2", (), PCO, groups=(1,), ragged=True, within=(1, self.draws), most=self.most),
+            Column("actual_log_prob", "<f2", within=LOG_SHARE),
         )
 
     @property
@@ -133,6 +133,24 @@ class RandomSampling:
                 "renormalise or auto, or precompute with targets.logits.kind: head+sketch"
             )
         return "sample_sizes", "sample_gaps", "sample_counts"
+
+    def check_stored(self, stored: Mapping[str, Array]) -> None:
+        """Raise `CacheDamaged` unless ids rise within the vocabulary and counts add up to the draws."""
+        check_sizes(stored, "sample_sizes", ("sample_gaps", "sample_counts"))
+        if not stored.keys() >= {"sample_sizes", "sample_gaps", "sample_counts"} or not len(stored["sample_sizes"]):
+            return
+        ends_N = np.cumsum(stored["sample_sizes"], dtype=np.int64)
+        starts_N = ends_N - stored["sample_sizes"]
+        gaps_E = stored["sample_gaps"]
+        last_N = np.add.reduceat(gaps_E, starts_N, dtype=np.int64)
+        repeated = np.count_nonzero(gaps_E) - np.count_nonzero(gaps_E[starts_N]) < len(gaps_E) - len(starts_N)
+        if repeated or last_N.max() >= self.vocabulary_size:
+            raise CacheDamaged(f"column sample_gaps: ids do not rise within {self.vocabulary_size} tokens")
+        drawn_N = np.add.reduceat(stored["sample_counts"], starts_N, dtype=np.int64)
+        if drawn_N.min() != self.draws or drawn_N.max() != self.draws:
+            raise CacheDamaged(
+                f"column sample_counts: positions of {drawn_N.min()} to {drawn_N.max()} draws, not {self.draws}"
+            )
 
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
         """Columns as arrays ready for a batch: `sample_ids` int32 and `sample_counts` float32, [N, most], padded."""

@@ -10,6 +10,7 @@ stores the teacher's values as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheError, RecipeError
-from teachercache.targets.columns import Column
+from teachercache.targets.columns import LOG_SHARE, Column
 from teachercache.targets.largest import largest
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.temperature import grid_index, softened
@@ -55,11 +56,13 @@ class TopK:
     def columns(self) -> tuple[Column, ...]:
         """Payload columns, in the order in which shards store them."""
         real = {"float16": "<f2", "float32": "<f4"}[self.dtype]
+        ids = "<u2" if self.vocabulary_size <= 2**16 else "<u4"
+        tail = (-math.inf, math.log(self.vocabulary_size) + 0.1)
         return (
-            Column("head_ids", "<u2" if self.vocabulary_size <= 2**16 else "<u4", (self.k,)),
-            Column("head_logits", real, (self.k,)),
-            Column("tail_log_partition", real, (len(self.temperatures),)),
-            Column("actual_log_prob", real),
+            Column("head_ids", ids, (self.k,), within=(0, self.vocabulary_size - 1)),
+            Column("head_logits", real, (self.k,), within=LOG_SHARE),
+            Column("tail_log_partition", real, (len(self.temperatures),), within=tail),
+            Column("actual_log_prob", real, within=LOG_SHARE),
         )
 
     def check_temperature(self, temperature: float) -> None:
@@ -109,6 +112,9 @@ class TopK:
                 f"use {', '.join(self.tail_policies)} or auto, or precompute with targets.logits.kind: head+sketch"
             )
         return "head_ids", "head_logits", "tail_log_partition"
+
+    def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
+        """Columns of fixed shapes cannot contradict each other."""
 
     def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Columns as arrays ready for a batch: ids int32, other numbers float32."""

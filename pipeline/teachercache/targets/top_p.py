@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from teachercache.targets.columns import Column
 from teachercache.targets.largest import largest
 from teachercache.targets.pco import NAME as PCO
-from teachercache.targets.ragged import places, spread, spread_ids
+from teachercache.targets.ragged import check_sizes, places, spread, spread_ids
 from teachercache.targets.softened import TailPolicy
 from teachercache.targets.top_k import TopK, tail_log_partition, top_k_fields
 
@@ -58,9 +58,9 @@ class TopP(TopK):
         """Payload columns, in the order in which shards store them."""
         ids, logits, *others = super().columns
         return (
-            Column("head_sizes", "<u2" if self.k < 2**16 else "<u4", (), PCO, groups=(1,)),
-            Column("head_ids", ids.dtype, (), PCO, groups=(1,), ragged=True),
-            Column("head_logits", logits.dtype, ragged=True),
+            Column("head_sizes", "<u2" if self.k < 2**16 else "<u4", (), PCO, groups=(1,), within=(1, self.k)),
+            Column("head_ids", ids.dtype, (), PCO, groups=(1,), ragged=True, within=ids.within, most=self.k),
+            Column("head_logits", logits.dtype, ragged=True, within=logits.within, most=self.k),
             *others,
         )
 
@@ -97,6 +97,10 @@ class TopP(TopK):
     def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
         """Columns that `softened` reads; raises `CacheError` for a tail policy that they do not allow."""
         return "head_sizes", *super().objective_columns(tail)
+
+    def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
+        """Raise `CacheDamaged` unless heads are as many tokens as their sizes add up to."""
+        check_sizes(stored, "head_sizes", ("head_ids", "head_logits"))
 
     def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Columns as arrays ready for a batch: those of `TopK`, heads padded to k."""

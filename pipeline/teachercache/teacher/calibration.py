@@ -24,17 +24,14 @@ from teachercache.targets.head_sketch import HeadSketch, quantise_coefficients, 
 from teachercache.targets.hidden import Hidden
 from teachercache.targets.largest import largest
 from teachercache.targets.tail import fit_node_weights, node_sums
-from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer
+from teachercache.teacher.sketch_choice import candidate_ranks, choose
 
 BIAS_TEMPERATURES = (1.0, 4.0)
 BIAS_ITERATIONS = 2
 LARGEST_BIAS = 3.0
 LEAST_MASS = 2e-7  # added to mean probabilities: a token seldom outside the head has no bias to speak of
 FINEST_WITH_HALF = 1 / 256  # step of kind hidden down to which its rounding outweighs float16's by ten
-STEPS = (0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.13, 0.1, 0.08, 0.064, 0.05, 0.04, 0.03, 0.02)
-STEP_TEMPERATURES = (1.0, 2.0)
-STEP_POSITIONS = 1024  # of the sample, on which a step's KL is measured
 BLOCK = 256
 
 
@@ -79,78 +76,40 @@ def keep_output_layer(kind: Hidden, layer: OutputLayer, rows_hidden_ND: Sequence
 
 
 def fit_sketch(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> HeadSketch:
-    """The kind with a basis fitted to the sample.
+    """The kind with a basis fitted to the sample; with `target_kl`, of the rank and step that sketch_choice.py finds.
 
-    Raises `ModelError` when the sample holds fewer positions than the basis has directions.
+    Raises `ModelError` when the sample holds fewer than two positions for each direction, and for a target that cannot be met.
     """
     hidden_ND = torch.cat([rows.float() for rows in rows_hidden_ND])
-    width = layer.weight_VD.shape[1]
-    if kind.rank > width:
-        raise ModelError(
-            f"targets.logits.rank is {kind.rank}, but the teacher's output layer is {width} wide; use rank <= {width}"
-        )
-    if len(hidden_ND) < 2 * kind.rank:
-        raise ModelError(
-            f"a sketch of rank {kind.rank} needs a calibration sample of {2 * kind.rank} positions, the corpus gives "
-            f"{len(hidden_ND)}; lower targets.logits.rank, or use kind: top-k for a corpus this small"
-        )
-    basis = _directions(kind, layer, hidden_ND)
+    ranks = _possible_ranks(kind, width=layer.weight_VD.shape[1], positions=len(hidden_ND))
+    basis = _directions(layer, hidden_ND, rank=max(ranks))
     sample = _Sample(kind, layer, hidden_ND)
     basis = replace(basis, token_of_rank_V=sample.token_of_rank_V, tail_weights_GF=sample.tail_weights_GF)
     if kind.target_kl is not None:
-        basis = replace(basis, step=_coarsest_step(kind, basis, layer, rows_hidden_ND))
-        kind = kind.with_basis(basis)
+        kind = choose(kind, basis, layer, rows_hidden_ND, ranks=ranks)
+        assert kind.basis is not None
+        basis = kind.basis
     coefficients_Nr = _quantised(kind, basis, rows_hidden_ND).to(hidden_ND.device)
     constant_V, slope_V = _biases(basis, sample, coefficients_Nr)
     return kind.with_basis(replace(basis, bias_constant_V=_half(constant_V), bias_slope_V=_half(slope_V)))
 
 
-def _coarsest_step(kind: HeadSketch, basis: SketchBasis, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> float:
-    """The first of `STEPS` whose KL, at the worst of `STEP_TEMPERATURES`, is within the target; biases still at zero.
-
-    Raises `ModelError`, with what can be had, when the finest misses it.
-    """
-    assert kind.target_kl is not None
-    count = int(np.searchsorted(np.cumsum([len(rows) for rows in rows_hidden_ND]), STEP_POSITIONS)) + 1
-    divergence = float("inf")
-    for step in STEPS:
-        candidate = kind.with_basis(replace(basis, step=step))
-        divergence = _divergence(candidate, layer, rows_hidden_ND[:count])
-        if divergence <= kind.target_kl:
-            return step
-    raise ModelError(
-        f"targets.logits.target_kl is {kind.target_kl:g}, but even a step of {STEPS[-1]:g} leaves {divergence:.3g} nats with "
-        f"k = {kind.k} and rank = {kind.rank}; raise rank or k, or the target"
-    )
+def _possible_ranks(kind: HeadSketch, *, width: int, positions: int) -> list[int]:
+    if kind.rank > width:
+        raise ModelError(
+            f"targets.logits.rank is {kind.rank}, but the teacher's output layer is {width} wide; use rank <= {width}"
+        )
+    ranks = candidate_ranks(kind, width=width, positions=positions)
+    if not ranks or positions < 2 * ranks[0]:
+        least = ranks[0] if ranks else 1
+        raise ModelError(
+            f"a sketch of rank {least} needs a calibration sample of {2 * least} positions, the corpus gives "
+            f"{positions}; lower targets.logits.rank, or use kind: top-k for a corpus this small"
+        )
+    return ranks
 
 
-def _divergence(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> float:
-    sums, positions = dict.fromkeys(STEP_TEMPERATURES, 0.0), 0
-    for hidden_ND in rows_hidden_ND:
-        tensors = _as_stored(kind, layer, hidden_ND)
-        for temperature in STEP_TEMPERATURES:
-            stored = kind.softened(tensors, temperature, tail="sketch", xp=torch)
-            for start in range(0, len(hidden_ND), BLOCK):
-                part = slice(start, start + BLOCK)
-                logits_NV = layer.logits(hidden_ND[part]).div_(temperature)
-                sums[temperature] += float(kl_divergence(logits_NV, stored.dense(part)).sum())
-        positions += len(hidden_ND)
-    return max(sums.values()) / positions
-
-
-def _as_stored(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> dict[str, Tensor]:
-    """What a reader gets of a row, as tensors on the device of `hidden_ND`."""
-    parts = []
-    for part_ND in hidden_ND.split(BLOCK):
-        nothing_N = torch.zeros(len(part_ND), dtype=torch.int64, device=part_ND.device)
-        parts.append(kind.capture(torch, layer.logits(part_ND), nothing_N, part_ND))
-    captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    decoded = kind.decoded(kind.finish(captured))
-    tensors = {name: torch.from_numpy(values).to(hidden_ND.device) for name, values in decoded.items()}
-    return {**tensors, "head_ids": tensors["head_ids"].long()}
-
-
-def _directions(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> SketchBasis:
+def _directions(layer: OutputLayer, hidden_ND: Tensor, *, rank: int) -> SketchBasis:
     """Singular vectors of W_c·Σ^½, in float64."""
     mean_D = hidden_ND.mean(0)
     centred_ND = (hidden_ND - mean_D).double()
@@ -163,8 +122,8 @@ def _directions(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> Sket
     root_DD = torch.linalg.cholesky(covariance_DD + 1e-4 * size * torch.eye(len(covariance_DD), device=size.device))
     gram_DD = root_DD.T @ _gram(weight_VD) @ root_DD
     values_D, vectors_DD = torch.linalg.eigh(gram_DD)
-    values_r = values_D.flip(0)[: kind.rank].clamp_min(1e-12)
-    vectors_Dr = vectors_DD.flip(1)[:, : kind.rank]
+    values_r = values_D.flip(0)[:rank].clamp_min(1e-12)
+    vectors_Dr = vectors_DD.flip(1)[:, :rank]
     largest_r = vectors_Dr.gather(0, vectors_Dr.abs().argmax(0, keepdim=True))
     vectors_Dr = vectors_Dr * largest_r.sign()  # an eigenvector's sign is arbitrary: fix it
     unit_r = (values_r / len(weight_VD)).sqrt()

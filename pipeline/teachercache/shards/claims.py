@@ -1,0 +1,236 @@
+"""What a cache says of itself, held against what it can be, before anything relies on it.
+
+Digests tell that bytes are those that somebody wrote, not that they make sense. So settings and counts of a manifest are
+checked when a cache is opened, and the rows of a record batch when it is first read: sizes that nothing can have, ids
+outside the vocabulary, columns that contradict each other. All of it is a `ValueError` here; readers name the file.
+
+What a batch costs in memory is bounded before it is decompressed (ipc_blocks.py), what a row's column costs before it is
+decoded (targets/columns.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
+from teachercache.errors import CacheDamaged, RecipeError
+from teachercache.targets import target_kind
+
+if TYPE_CHECKING:
+    from teachercache.shards.manifest import Manifest
+
+MOST_TOKENS = 2**24  # of a vocabulary
+MOST_LENGTH = 2**24  # tokens of a row
+MOST_COUNT = 2**53  # of anything
+MOST_BATCH_BYTES = 2**29  # decompressed; the writer makes batches of 4 MiB, a single row may be larger
+
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+
+
+class _Claim(BaseModel):
+    """Keys that readers rely on; others are free."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class _Teacher(_Claim):
+    model: str
+
+
+class _Corpus(_Claim):
+    source: str
+
+
+class _Model(_Claim):
+    parameters: Count = 0
+    dtype: str = ""
+    architecture: str = ""
+
+
+class _Tokenizer(_Claim):
+    fingerprint: str
+    vocabulary_size: int = Field(ge=1, le=MOST_TOKENS)
+    pad_id: int = Field(ge=0, lt=MOST_TOKENS)
+
+
+class _Targets(_Claim):
+    logits: dict[str, Any]
+
+
+class _Calibration(_Claim):
+    basis: str | None = None
+    positions: Count = 0
+    rows: list[str] = []
+    sources: list[str] = []
+
+
+class _Unit(_Claim):
+    unit: Count
+    positions: Count
+    kl: float
+
+
+class _Fidelity(_Claim):
+    positions: Count = 0
+    tail: str = ""
+    kl: dict[str, float] = {}
+    drifting_units: list[_Unit] = []
+
+
+class _Described(_Claim):
+    teacher: _Teacher
+    model: _Model
+    corpus: _Corpus
+    tokenizer: _Tokenizer
+    targets: _Targets
+    units: dict[str, Any]
+    column_bytes: dict[str, Count]
+    calibration: _Calibration
+    fidelity: _Fidelity
+    created_by: str
+
+
+_LOGITS: TypeAdapter[Any] = TypeAdapter(LogitsConfig)
+_SHARD_COUNTS = ("bytes", "rows", "held_out_rows", "positions", "held_out_positions", "tokens")
+
+
+def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
+    """Raise `ValueError`, in one line, for a manifest whose settings or counts cannot be those of a cache."""
+    names = list(_Described.model_fields)
+    _validated(_Described.model_validate, {name: getattr(manifest, name) for name in names})
+    _validated(lambda text: SequenceConfig.model_validate_json(text, strict=True), json.dumps(manifest.sequence))
+    if manifest.sequence_length > MOST_LENGTH:
+        raise ValueError(f"sequence.length is {manifest.sequence_length}, at most {MOST_LENGTH} is possible")
+    if manifest.pad_id >= manifest.vocabulary_size:
+        raise ValueError(f"tokenizer.pad_id is {manifest.pad_id}, of {manifest.vocabulary_size} tokens")
+    missing = set(row_columns) - set(manifest.column_bytes)
+    if missing:
+        raise ValueError(f"column_bytes has no {min(missing)}")
+    _check_counts("audit", [vars(manifest.audit)], list(vars(manifest.audit)))
+    _check_shards(manifest)
+    _check_settings(manifest.logits, manifest.vocabulary_size)
+
+
+def _validated(validate: Any, value: Any) -> None:
+    try:
+        validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{place}: {first['msg'][:200]}") from None
+
+
+def _check_settings(settings: Mapping[str, Any], vocabulary_size: int) -> None:
+    """Of a kind that this version knows, by the rules that recipes are under; others are refused where they are read."""
+    kind = settings.get("kind")
+    if not isinstance(kind, str):
+        raise ValueError("targets.logits.kind is no text")
+    if kind not in TARGET_KINDS:
+        return
+    chosen = ("rank", "step") if settings.get("target_kl") is not None else ()  # by calibration
+    given = {name: value for name, value in settings.items() if value is not None or name not in chosen}
+    if None in given.values():
+        raise ValueError("a setting of targets.logits has no value")
+    _validated(lambda text: _LOGITS.validate_json(text, strict=True), json.dumps(given))
+    try:
+        target_kind(settings, vocabulary_size=vocabulary_size)
+    except (RecipeError, CacheDamaged) as error:
+        raise ValueError(str(error)) from None
+    except KeyError as error:
+        raise ValueError(f"targets.logits has no {error}") from None
+
+
+def _check_shards(manifest: Manifest) -> None:
+    described = [vars(shard) for shard in manifest.shards]
+    _check_counts("shards", described, _SHARD_COUNTS)
+    _check_counts("files", [vars(info) for info in manifest.files], ("bytes",))
+    for shard in manifest.shards:
+        if shard.held_out_rows > shard.rows or shard.held_out_positions > shard.positions or shard.rows == 0:
+            raise ValueError(f"{shard.file} claims {shard.held_out_rows} of {shard.rows} rows held out")
+    listed = [info.file for info in [*manifest.shards, *manifest.files]]
+    if len(set(listed)) < len(listed):
+        raise ValueError("it lists a file twice")
+    if sum(shard.positions for shard in manifest.shards) > MOST_COUNT:
+        raise ValueError("its positions add up to more than can be")
+
+
+def _check_counts(what: str, entries: Sequence[Mapping[str, Any]], names: Iterable[str]) -> None:
+    for name in names:
+        values = [entry[name] for entry in entries]
+        # A bool is an int in Python, but no count.
+        if not ({type(value) for value in values} <= {int} and all(0 <= value <= MOST_COUNT for value in values)):
+            raise ValueError(f"{what}: a value of {name} is no count")
+
+
+def check_rows(batch: pa.RecordBatch, *, vocabulary_size: int, longest: int, first: int, held_out_from: int) -> None:
+    """Raise `ValueError` for a record batch whose rows cannot be; `first` is the index of its first row in the shard.
+
+    Costs about 0.2 ms a batch, which holds the rows of about 1 MiB of targets.
+    """
+    batch.validate(full=True)  # offsets and text: Arrow itself reads wherever they say
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if column.null_count:
+            raise ValueError(f"column {name} has no value in some row")
+    lengths = _lengths(batch.column("input_ids"))
+    if lengths.min() < 1 or lengths.max() > longest:
+        raise ValueError(f"a row has {lengths.min()} or {lengths.max()} tokens, between 1 and {longest} are possible")
+    tokens = _flat(batch, "input_ids")
+    if tokens.min() < 0 or tokens.max() >= vocabulary_size:
+        raise ValueError(f"input_ids hold {tokens.min()} or {tokens.max()}, of {vocabulary_size} tokens")
+    held_out = batch.column("held_out").to_numpy(zero_copy_only=False)
+    if (held_out != (np.arange(first, first + len(held_out)) >= held_out_from)).any():
+        raise ValueError("rows are not on the side, held out or not, that the manifest counts them on")
+    _check_segments(batch, lengths, _check_masks(batch, lengths))
+
+
+def _check_masks(batch: pa.RecordBatch, lengths: Any) -> Any:
+    """The flat target mask, bool."""
+    if (_lengths(batch.column("target_mask")) != lengths).any():
+        raise ValueError("a row's target_mask is not as long as its input_ids")
+    marked = _flat(batch, "target_mask")
+    ends = np.cumsum(lengths)
+    counted = np.diff(np.cumsum(marked)[ends - 1], prepend=0)
+    if (counted != batch.column("positions").to_numpy()).any():
+        raise ValueError("a row's positions are not those that its target_mask marks")
+    return marked
+
+
+def _check_segments(batch: pa.RecordBatch, lengths: Any, marked: Any) -> None:
+    """Segments begin at the row's first token, follow each other within it, and end in a token without a target."""
+    segments = batch.column("segments")
+    counts, fields = _lengths(segments), segments.flatten()
+    if counts.min() < 1 or fields.null_count:
+        raise ValueError("a row has no segment")
+    for index in range(fields.type.num_fields):
+        if fields.field(index).null_count and fields.type.field(index).name != "text":
+            raise ValueError(f"a segment has no {fields.type.field(index).name}")
+    starts = fields.field("start").to_numpy().astype(np.int64)
+    firsts = np.cumsum(counts) - counts
+    rising = np.diff(starts) > 0
+    rising[firsts[1:] - 1] = True
+    if starts[firsts].any() or not rising.all() or (starts >= np.repeat(lengths, counts)).any():
+        raise ValueError("segments do not follow each other within their row")
+    begins, finishes, occurrences = (fields.field(n).to_numpy() for n in ("byte_start", "byte_end", "occurrence"))
+    if begins.min() < 0 or (begins > finishes).any() or occurrences.min() < 0:
+        raise ValueError("a segment's span of bytes cannot be")
+    row_starts = np.cumsum(lengths) - lengths
+    last_tokens = np.append(np.repeat(row_starts, counts) + starts, len(marked))[1:] - 1
+    if marked[last_tokens].any():
+        raise ValueError("the last token of a segment has a target")
+
+
+def _lengths(lists: pa.ListArray) -> Any:
+    return np.diff(lists.offsets.to_numpy()).astype(np.int64)
+
+
+def _flat(batch: pa.RecordBatch, name: str) -> Any:
+    values = batch.column(name).flatten()
+    if values.null_count:
+        raise ValueError(f"column {name} has an entry without a value")
+    return values.to_numpy(zero_copy_only=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,19 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def sync_files(folder: Path) -> None:
+    """Return once the bytes of all files in a folder, and below it, have reached the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Return once the bytes of a file have reached the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

@@ -94,8 +94,6 @@ def test_killed_processes_go_on_together(make_recipe: Any, tmp_path: Path, stage
     assert _start(whole, tmp_path, processes=2).wait() == 0
     for step in (6, 18):
         _kill_after(_start(killed, tmp_path, processes=2), killed.train.output, step)
-    with pytest.raises(RecipeError, match=r"written by 2 process.*resume with 2 instead of 1"):
-        run_training(killed)
     assert _start(killed, tmp_path, processes=2).wait() == 0
     assert log_of(killed.train.output) == log_of(whole.train.output)
     assert _weights(killed) == _weights(whole)

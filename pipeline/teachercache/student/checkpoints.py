@@ -7,11 +7,13 @@ written is `complete.json`, after everything else has reached the disk: a folder
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from teachercache.files import sync, sync_files
+from teachercache.student import universal
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -33,22 +35,24 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def complete_checkpoints(run: Path) -> list[Checkpoint]:
     """All whole checkpoints of a run, oldest first."""
-    found = []
-    for folder, step in _folders(run):
-        marker = folder / MARKER
-        if marker.is_file():
-            found.append(Checkpoint(folder, step, json.loads(marker.read_text(encoding="utf-8"))["world_size"]))
+    found = [whole for folder, _ in _folders(run) if (whole := whole_checkpoint(folder))]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def whole_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder; None where there is none, or only half of one."""
+    name, marker = _NAME.fullmatch(folder.name), folder / MARKER
+    if not name or not marker.is_file():
+        return None
+    return Checkpoint(folder, int(name[1]), json.loads(marker.read_text(encoding="utf-8"))["world_size"])
 
 
 def mark_complete(folder: Path, *, world_size: int) -> None:
     """Declare a checkpoint whole, once all of its bytes are on disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            _sync(path)
+    sync_files(folder)
     temporary = folder / (MARKER + ".tmp")
     temporary.write_text(json.dumps({"world_size": world_size}), encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(folder / MARKER)
 
 
@@ -61,8 +65,11 @@ def remove_incomplete(run: Path) -> list[Path]:
 
 
 def rotate(run: Path, *, keep: int, best_step: int | None) -> None:
-    """Delete whole checkpoints but for the `keep` latest ones and the best one."""
-    for checkpoint in complete_checkpoints(run)[:-keep]:
+    """Delete whole checkpoints but for the `keep` latest ones and the best one, and what was converted to resume from."""
+    found = complete_checkpoints(run)
+    for checkpoint in found:
+        universal.discard(checkpoint.folder)
+    for checkpoint in found[:-keep]:
         if checkpoint.step != best_step:
             (checkpoint.folder / MARKER).unlink()  # first, so that a half deleted folder does not count as whole
             shutil.rmtree(checkpoint.folder)
@@ -71,8 +78,3 @@ def rotate(run: Path, *, keep: int, best_step: int | None) -> None:
 def _folders(run: Path) -> list[tuple[Path, int]]:
     named = [(path, _NAME.fullmatch(path.name)) for path in run.glob("checkpoint-*")]
     return [(path, int(match[1])) for path, match in named if match and path.is_dir()]
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())

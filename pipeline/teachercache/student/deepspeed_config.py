@@ -95,4 +95,11 @@ def own_deepspeed_settings(config: TrainConfig) -> dict[str, Any] | None:
         raise RecipeError(f"train.deepspeed: {path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"train.deepspeed: {path} must hold an object, not {type(data).__name__}")
-    return data
+    return _without_load_universal(data)
+
+
+def _without_load_universal(data: dict[str, Any]) -> dict[str, Any]:
+    """Whether a conversion is loaded depends on what there is to resume from, see elastic.py."""
+    section = {name: value for name, value in data.get("checkpoint", {}).items() if name != "load_universal"}
+    rest = {name: value for name, value in data.items() if name != "checkpoint"}
+    return {**rest, "checkpoint": section} if section else rest

@@ -139,18 +139,9 @@ class RunFolder:
         with locked(self.path / ".lock", job="training job", folder=self.path):
             yield
 
-    def resume_point(self, *, world_size: int, zero_stage: int) -> Checkpoint | None:
-        """The newest whole checkpoint. Raises `RecipeError` when it cannot be loaded by so many processes."""
-        found = complete_checkpoints(self.path)
-        if not found:
-            return None
-        newest = found[-1]
-        if zero_stage > 0 and newest.world_size != world_size:
-            raise RecipeError(
-                f"{newest.folder} was written by {newest.world_size} process(es), and ZeRO {zero_stage} shards it among "
-                f"as many: resume with {newest.world_size} instead of {world_size}, or use another train.output"
-            )
-        return newest
+    def resume_point(self) -> Checkpoint | None:
+        """The newest whole checkpoint."""
+        return next(reversed(complete_checkpoints(self.path)), None)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

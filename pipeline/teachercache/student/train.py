@@ -86,7 +86,7 @@ class _Job:
             self._say(f"{self.folder.path} is complete: its student is {self.folder.student}; nothing to do")
             return {**summary, "student": str(self.folder.student)}  # the folder may have been moved
         with self.folder.locked() if self.process.main else nullcontext():
-            resume = self.folder.resume_point(world_size=self.process.world_size, zero_stage=self.zero_stage)
+            resume = self.folder.resume_point()
             if resume is None or resume.step < self.steps:
                 self._train(resume, identity)
             return self._finish(resume, began)
@@ -106,7 +106,7 @@ class _Job:
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         if resume is not None:
-            self._say(f"resuming at step {resume.step} of {self.steps}")
+            self._say(self._resuming(resume))
         try:
             self._run_trainer(model, resume, identity)
         except torch.OutOfMemoryError as error:
@@ -197,6 +197,17 @@ class _Job:
     @property
     def _evaluates(self) -> bool:
         return any(cache.rows_of("held-out") for cache in self._caches)
+
+    def _resuming(self, resume: Checkpoint) -> str:
+        line, before, now = (
+            f"resuming at step {resume.step} of {self.steps}",
+            resume.world_size,
+            self.process.world_size,
+        )
+        if before == now:
+            return line
+        work = f"converting it for {now}" if self.zero_stage > 0 else f"going on with {now}"
+        return f"{line}; its checkpoint was written by {before} process{'es' if before > 1 else ''}: {work}"
 
     def _say(self, message: str) -> None:
         self.console.print(message, soft_wrap=True, highlight=False, markup=False)

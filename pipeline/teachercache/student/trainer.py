@@ -36,6 +36,7 @@ from teachercache.stream.sources import Mixed, check_mix, train_order
 from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
 from teachercache.student.divergence import DivergenceGuard
+from teachercache.student.elastic import any_number_of_processes
 from teachercache.student.held_out import HeldOutMeasure
 from teachercache.student.meter import LOGGED_AS, LossMeter
 from teachercache.student.output_layer import loss_for_logits, takes_loss
@@ -282,12 +283,14 @@ class DistillationTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the newest whole checkpoint, if there is one."""
+        """Train; `resume_from_checkpoint=True` goes on from the newest whole checkpoint, if there is one. Any number of
+        processes may go on from a checkpoint of any other, see elastic.py."""
         if resume_from_checkpoint is True:
             found = complete_checkpoints(self._run)
             resume_from_checkpoint = str(found[-1].folder) if found else None
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with any_number_of_processes(self, resume_from_checkpoint or None):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._held_out_loader = None  # now: a worker that is left to garbage collection takes 5 s to end
 

@@ -1,0 +1,122 @@
+"""A checkpoint that any number of processes can load, made from one that ties itself to the number that wrote it.
+
+Under ZeRO 1-3 every process writes its own shard of the optimizer's state, and DeepSpeed refuses to load shards into
+another number of processes. Its converter, `ds_to_universal`, joins them to one file per parameter and kind of state
+(float32 weights, both moments), out of which each process reads its slice:
+
+checkpoint-N/global_stepN/      what DeepSpeed wrote; stays as it is
+checkpoint-N/universal/         its conversion
+checkpoint-N/latest_universal   written last: the conversion is whole; DeepSpeed looks for it under this name
+
+A conversion takes about the room of the optimizer's state (12 bytes a parameter), twice that while it is made. It stays
+until the next whole checkpoint is there, so that a job which is killed soon again does not convert again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from teachercache.errors import JobFailed
+from teachercache.files import sync_files, write_whole
+from teachercache.student.disk import out_of_space, space_error
+
+UNIVERSAL = "universal"
+MARKER = "latest_universal"
+TEMPORARY = ".universal.tmp"
+# Each holds the state of one of the processes that wrote the checkpoint in memory.
+WORKERS = 2
+
+
+def convert(checkpoint: Path) -> None:
+    """Make a whole checkpoint's conversion, unless it is there; what a killed job left of one is made again.
+
+    Works in a fresh process, which ends with this one: DeepSpeed's converter forks workers, and a process that takes
+    part in collectives must not. One process at a time may call it. Raises `JobFailed` when the disk is full, or when
+    DeepSpeed cannot convert what the optimizer keeps (it knows Adam's two moments).
+    """
+    if (checkpoint / MARKER).is_file():
+        return
+    discard(checkpoint)
+    temporary = checkpoint / TEMPORARY
+    try:
+        _run_converter(checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip(), temporary / UNIVERSAL)
+        sync_files(temporary)
+        (temporary / UNIVERSAL).replace(checkpoint / UNIVERSAL)
+        write_whole(checkpoint / MARKER, UNIVERSAL)
+        shutil.rmtree(temporary)
+    except OSError as error:
+        if out_of_space(error):
+            raise space_error(error, folder=checkpoint.parent) from error
+        raise
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint's conversion, whole or half."""
+    (checkpoint / MARKER).unlink(missing_ok=True)  # first, so that a half deleted one does not count as whole
+    for name in (UNIVERSAL, TEMPORARY):
+        shutil.rmtree(checkpoint / name, ignore_errors=True)
+
+
+def _run_converter(shards: Path, converted: Path) -> None:
+    command = [sys.executable, "-m", "teachercache.student.universal", str(shards), str(converted)]
+    sources = str(Path(__file__).parents[2])
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}},
+        "PYTHONPATH": os.pathsep.join(filter(None, [sources, os.environ.get("PYTHONPATH")])),
+        "DS_ACCELERATOR": "cpu",
+    }
+    # It is the leader of a group of its own, which it ends as soon as its stdin does: with this process.
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, env=environment, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    if process.returncode:
+        raise _failure(shards.parent, errors)
+
+
+def _failure(checkpoint: Path, errors: str) -> JobFailed:
+    lines = [line for line in errors.splitlines() if line and not line[0].isspace()]
+    reason = lines[-1] if lines else "it was killed"
+    if out_of_space(RuntimeError(errors)):
+        return space_error(RuntimeError(reason), folder=checkpoint.parent)
+    return JobFailed(
+        f"{checkpoint} could not be converted for another number of processes ({reason}); "
+        "resume with as many as wrote it, or use another train.output"
+    )
+
+
+def _convert(shards: Path, converted: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    converted.mkdir(parents=True)
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(shards),
+            output_folder=str(converted),
+            num_extract_workers=WORKERS,
+            num_merge_workers=WORKERS,
+            keep_temp_folder=False,
+            strict=True,
+            # How Megatron cuts tensors among processes. We cut none, and without it stages 1 and 2 are refused.
+            inject_missing_state=True,
+        )
+    )
+
+
+def _end_with_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)  # nothing is ever written to it
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

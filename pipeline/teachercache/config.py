@@ -2,9 +2,9 @@
 
 Sections and who reads them:
 
-    cache                                        the folder that one job writes and the other reads
+    cache                                        the folder that one job writes and the other reads, there or at a URL
     teacher, corpus, sequence, targets, precompute     `teachercache precompute`
-    student, objective, train                          `teachercache train`
+    student, objective, train, stream                  `teachercache train`
 
 Paths in a recipe are relative to the working directory. Configs are frozen; unknown keys are refused with the nearest
 valid one; `key.path=value` overrides come from the command line. A cache describes itself: a training recipe never
@@ -14,14 +14,34 @@ repeats what was captured.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from teachercache.errors import RecipeError
+
+LOCAL_COPIES = Path("~/.cache/teachercache/shards")
+LOCAL_COPIES_BYTES = 50 * 10**9
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_url(location: str | Path) -> bool:
+    """Whether the location of a cache is a URL, such as `s3://BUCKET/PREFIX`; all others are folders."""
+    return isinstance(location, str) and _URL.match(location) is not None
 
 
 class Section(BaseModel):
@@ -280,10 +300,36 @@ class TrainConfig(Section):
         return self
 
 
+class StreamConfig(Section):
+    """How a training job reads its cache. A cache in an object store is read through local copies of its files, which all
+    processes and jobs of a machine share; nothing here decides what is learned."""
+
+    local: Path = Field(LOCAL_COPIES, description="folder of the local copies, on a fast disk")
+    local_bytes: ByteSize = Field(
+        ByteSize(LOCAL_COPIES_BYTES),
+        ge=1,
+        description="most bytes of local copies, e.g. 50 GB; the longest unused go first",
+    )
+
+
+def _folder_or_url(location: Any) -> Any:
+    if not is_url(location):
+        return Path(location) if isinstance(location, str) else location
+    authority = location.partition("://")[2].partition("/")[0]
+    if ":" in authority.partition("@")[0] and "@" in authority:
+        raise ValueError(
+            "a URL must not hold credentials, which would be written into run folders; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
+    return location
+
+
 class Recipe(Section):
     """A whole recipe. Each command names the sections that it needs with `require`."""
 
-    cache: Path
+    cache: Annotated[Path | str, BeforeValidator(_folder_or_url)] = Field(
+        description="a folder; for training and evaluation also a URL, e.g. s3://BUCKET/PREFIX"
+    )
     teacher: TeacherConfig | None = None
     corpus: CorpusConfig | None = None
     sequence: SequenceConfig = SequenceConfig()
@@ -292,6 +338,17 @@ class Recipe(Section):
     student: StudentConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig | None = None
+    stream: StreamConfig = StreamConfig()
+
+    @property
+    def cache_folder(self) -> Path:
+        """The cache where it is written. Raises `RecipeError` for a URL."""
+        if isinstance(self.cache, str):
+            raise RecipeError(
+                f"cache: {self.cache} is a URL, and precompute writes to a folder; set -s cache=FOLDER and copy that "
+                "afterwards, its manifest.json last"
+            )
+        return self.cache
 
     def require(self, *sections: str) -> None:
         """Raise `RecipeError` when a section that a command needs is absent."""

@@ -39,7 +39,8 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     training diverges, memory runs out, or another job writes to the same folder.
     """
     recipe.require("student", "train")
-    cache = Cache.open(recipe.cache)  # before libraries are imported that take seconds
+    # Before libraries are imported that take seconds.
+    cache = Cache.open(recipe.cache, local=recipe.stream.local, local_bytes=recipe.stream.local_bytes)
     check_cache(cache)
     with training_process() as process:
         shown = console or Console(stderr=True)

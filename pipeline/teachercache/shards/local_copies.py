@@ -59,7 +59,8 @@ class LocalCopies:
             if info.sha256 not in self._checked:
                 self._ensure(store, info, path)
             try:
-                os.utime(path)  # used just now
+                now = time.time_ns()  # the kernel's own "now" stands still for milliseconds
+                os.utime(path, ns=(now, now))
                 return path
             except FileNotFoundError:  # evicted since it was checked
                 self._checked.discard(info.sha256)

@@ -7,6 +7,7 @@ cannot pass, such as denied access, is said at once. All errors are one line: wh
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -97,7 +98,8 @@ class ObjectStore:
             if self._closed.is_set():
                 raise Closed
             try:
-                return read()
+                with _requests.running():
+                    return read()
             except OSError as error:
                 reason = textwrap.shorten(str(error), 300, placeholder=" …")
                 self._raise_if_final(file, error, reason)
@@ -131,7 +133,7 @@ class ObjectStore:
         self.__dict__.update(state, _closed=threading.Event())
 
 
-@functools.cache  # never freed: after a fork, a client would wait in vain for requests of threads that are not there
+@functools.cache  # never freed: ending a client that a fork inherited is nothing that the libraries below provide for
 def _connect(url: str, pid: int) -> tuple[Any, str]:
     """The filesystem of a URL and the path in it, for the process `pid`: connections do not survive a fork."""
     from pyarrow import fs
@@ -164,3 +166,39 @@ def _read(source: Any, length: int, start: int) -> bytes:
     if len(data) != length:
         raise OSError(f"{len(data)} of {length} bytes came")
     return data
+
+
+class _Requests:
+    """Requests keep forks out, and forks requests: loading processes are forked while other threads fetch ahead.
+
+    A fork in the middle of a request would inherit the locks that pyarrow and the store's client hold meanwhile, and wait
+    for them forever. So a fork waits until those that are running are over, at most one piece or timeout each.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with self._changed:
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def before_fork(self) -> None:
+        self._changed.acquire()
+        self._changed.wait_for(lambda: self._count == 0)
+
+    def after_fork(self) -> None:
+        self._changed.release()
+
+
+_requests = _Requests()
+os.register_at_fork(
+    before=_requests.before_fork, after_in_parent=_requests.after_fork, after_in_child=_requests.after_fork
+)

@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe; complete ones are in jobs/recipes/")]
+CacheLocation = Annotated[str, typer.Argument(metavar="CACHE", help="a folder, or a URL such as s3://BUCKET/PREFIX")]
 Overrides = Annotated[
     list[str], typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="override a recipe's value")
 ]
@@ -141,7 +142,7 @@ def evaluate(
 
 @app.command()
 def fidelity(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    cache: CacheLocation,
     teacher: Annotated[
         str | None, typer.Option(help="where the teacher is here; default: as the cache names it")
     ] = None,
@@ -175,7 +176,7 @@ def fidelity(
 
 @app.command()
 def inspect(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    cache: CacheLocation,
     row: Annotated[str | None, typer.Option(help="a row's id (or its beginning), or train:0, held-out:3")] = None,
     as_json: Json = False,
 ) -> None:
@@ -193,7 +194,7 @@ def inspect(
 
 @app.command()
 def verify(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE")],
+    cache: CacheLocation,
     quick: Annotated[bool, typer.Option("--quick", help="sizes, schemas and counts only: no hashing")] = False,
     as_json: Json = False,
 ) -> None:
@@ -203,7 +204,7 @@ def verify(
         from teachercache.shards import verify as check
 
         problems = check(cache, quick=quick)
-        return {"ok": not problems, "cache": str(cache), "errors": [vars(problem) for problem in problems]}
+        return {"ok": not problems, "cache": cache, "errors": [vars(problem) for problem in problems]}
 
     def show(result: dict[str, Any]) -> Any:
         if result["ok"]:

@@ -2,7 +2,7 @@
 
 Sections and who reads them:
 
-    cache                                        the folder that one job writes and the other reads
+    cache                                        the folder that one job writes and the other reads, there or at a URL
     teacher, corpus, sequence, targets, precompute     `teachercache precompute`
     student, objective, stream, train                  `teachercache train`
 
@@ -14,14 +14,34 @@ repeats what was captured.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from teachercache.errors import RecipeError
+
+LOCAL_COPIES = Path("~/.cache/teachercache/shards")
+LOCAL_COPIES_BYTES = 50 * 10**9
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_url(location: str | Path) -> bool:
+    """Whether the location of a cache is a URL, such as `s3://BUCKET/PREFIX`; all others are folders."""
+    return isinstance(location, str) and _URL.match(location) is not None
 
 
 class Section(BaseModel):
@@ -271,17 +291,34 @@ class ObjectiveConfig(Section):
         return self
 
 
+def _folder_or_url(location: Any) -> Any:
+    if not is_url(location):
+        return Path(location) if isinstance(location, str) else location
+    authority = location.partition("://")[2].partition("/")[0]
+    if ":" in authority.partition("@")[0] and "@" in authority:
+        raise ValueError(
+            "a URL must not hold credentials, which would be written into run folders; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
+    return location
+
+
+# A folder, or a URL such as s3://BUCKET/PREFIX.
+CacheLocation = Annotated[Path | str, BeforeValidator(_folder_or_url)]
+
+
 class MixConfig(Section):
     """A further cache that the student learns from beside the recipe's `cache`; its tokenizer must be the same."""
 
-    cache: Path
+    cache: CacheLocation
     share: float | None = Field(
         None, gt=0, lt=1, description="of the rows in training; default: a row of it comes as often as one of `cache`"
     )
 
 
 class StreamConfig(Section):
-    """How rows come out of caches."""
+    """How rows come out of caches. A cache in an object store is read through local copies of its files, which all
+    processes and jobs of a machine share."""
 
     window: int = Field(
         64,
@@ -289,6 +326,12 @@ class StreamConfig(Section):
         description="shards whose rows are shuffled together (shards are shuffled too); a reader needs two windows at a time",
     )
     mix: tuple[MixConfig, ...] = Field((), description="further caches; an epoch is one pass over `cache`")
+    local: Path = Field(LOCAL_COPIES, description="folder of the local copies, on a fast disk")
+    local_bytes: ByteSize = Field(
+        ByteSize(LOCAL_COPIES_BYTES),
+        ge=1,
+        description="most bytes of local copies, e.g. 50 GB; the longest unused go first",
+    )
 
 
 class TrainConfig(Section):
@@ -334,7 +377,9 @@ class TrainConfig(Section):
 class Recipe(Section):
     """A whole recipe. Each command names the sections that it needs with `require`."""
 
-    cache: Path
+    cache: CacheLocation = Field(
+        description="a folder; for training and evaluation also a URL, e.g. s3://BUCKET/PREFIX"
+    )
     teacher: TeacherConfig | None = None
     corpus: CorpusConfig | None = None
     sequence: SequenceConfig = SequenceConfig()
@@ -344,6 +389,16 @@ class Recipe(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     stream: StreamConfig = StreamConfig()
     train: TrainConfig | None = None
+
+    @property
+    def cache_folder(self) -> Path:
+        """The cache where it is written. Raises `RecipeError` for a URL."""
+        if isinstance(self.cache, str):
+            raise RecipeError(
+                f"cache: {self.cache} is a URL, and precompute writes to a folder; set -s cache=FOLDER and copy that "
+                "afterwards, its manifest.json last"
+            )
+        return self.cache
 
     def require(self, *sections: str) -> None:
         """Raise `RecipeError` when a section that a command needs is absent."""

@@ -88,7 +88,7 @@ def run_fidelity(
             labels_N,
         )
     return {
-        "cache": str(cache.folder),
+        "cache": cache.name,
         "teacher": named,
         "targets": manifest.logits,
         "tail": policy,
@@ -183,7 +183,7 @@ def _rows(cache: Cache, count: int) -> list[StoredRow]:
                 return chosen
     if not chosen:
         raise CacheError(
-            f"every row of {cache.folder} was used to fit the sketch, so that none is left to measure it on; "
+            f"every row of {cache.name} was used to fit the sketch, so that none is left to measure it on; "
             "precompute a larger corpus, or lower targets.logits.calibration_positions"
         )
     return chosen

@@ -13,8 +13,10 @@ import argparse
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import ModelError, TeachercacheError
 from teachercache.shards import Cache, Manifest
 
@@ -33,17 +35,19 @@ def measure(
     revision: str | None = None,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    local: Path = LOCAL_COPIES,
+    local_bytes: int = LOCAL_COPIES_BYTES,
 ) -> dict[str, Any]:
     """Load `model` and measure it on at most `rows` held-out rows; the keys are those of the module's docstring.
 
     `batch` (rows) holds for throughput, and is the most in a forward pass over held-out rows. `device`: default, a GPU
-    where there is one. Raises `CacheError`, `ModelError`, `JobFailed`.
+    where there is one. `local` and `local_bytes` are those of `Cache.open`. Raises `CacheError`, `ModelError`, `JobFailed`.
     """
     import torch
 
     from teachercache.evaluation import cost, quality
 
-    opened = Cache.open(cache)
+    opened = Cache.open(cache, local=local, local_bytes=local_bytes)
     stored = quality.held_out_rows(opened, limit=rows)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     _check_tokenizer(model, opened.manifest, source)
@@ -112,6 +116,8 @@ def main() -> int:
     parser.add_argument("--revision")
     parser.add_argument("--attention")
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--local", type=Path, default=LOCAL_COPIES)
+    parser.add_argument("--local-bytes", type=int, default=LOCAL_COPIES_BYTES)
     status, stdout = 0, sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         try:

@@ -53,7 +53,7 @@ def held_out_rows(cache: Cache, *, limit: int | None) -> list[StoredRow]:
     count = cache.rows_of("held-out")
     if count == 0:
         raise CacheError(
-            f"the cache {cache.folder} holds no held-out rows to evaluate on; precompute it with corpus.held_out "
+            f"the cache {cache.name} holds no held-out rows to evaluate on; precompute it with corpus.held_out "
             "above 0 (and enough rows that some are chosen)"
         )
     columns = cache.kind.objective_columns(first_choice_tail(cache.kind))

@@ -36,7 +36,7 @@ def run_evaluation(
     after = recipe.train.output / "student"
     if not (after / "config.json").is_file():
         raise RecipeError(f"there is no trained student at {after}; run `teachercache train` with this recipe first")
-    cache = Cache.open(recipe.cache)
+    cache = Cache.open(recipe.cache, local=recipe.stream.local, local_bytes=recipe.stream.local_bytes)
     _check_cache(recipe.train.output, cache)
     return evaluate(
         cache=recipe.cache,
@@ -45,6 +45,8 @@ def run_evaluation(
         student_after=str(after),
         rows=rows,
         device=device,
+        local=recipe.stream.local,
+        local_bytes=recipe.stream.local_bytes,
         progress=progress,
     )
 
@@ -72,7 +74,7 @@ def _check_cache(run: Path, cache: Cache) -> None:
     """Students are compared on rows that training held out, which those of another cache are not."""
     if (run / RUN_FILE).is_file() and _recorded(run)["cache_fingerprint"] != cache.manifest.fingerprint:
         raise CacheError(
-            f"the student in {run} was trained on another cache than {cache.folder} is now; "
+            f"the student in {run} was trained on another cache than {cache.name} is now; "
             "train one on this cache, with another train.output"
         )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from teachercache import errors
+from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import JobFailed, TeachercacheError
 
 Table = dict[str, dict[str, Any]]
@@ -38,25 +39,28 @@ def evaluate(
     rows: int | None = None,
     batch: int = 8,
     device: str | None = None,
+    local: Path = LOCAL_COPIES,
+    local_bytes: int = LOCAL_COPIES_BYTES,
     progress: Callable[[str], None] | None = None,
 ) -> Table:
     """Measure the models on the held-out rows of a cache: `teacher`, `student_before` (if given) and `student_after`,
     each as `teachercache.evaluation.measure` prints it.
 
     Students get two figures more: `quality_kept`, their next-token accuracy over the teacher's, and `speed_up`, the
-    teacher's latency over theirs. `rows` limits the held-out rows; `progress` is told what is being measured,
-    and at the end on what.
+    teacher's latency over theirs. `rows` limits the held-out rows; `local` and
+    `local_bytes` are those of `Cache.open`; `progress` is told what is being measured, and at the end on what.
     Raises what the measuring process raised, and `JobFailed` when it died.
     """
     models = {"teacher": teacher, "student_before": student_before, "student_after": student_after}
     table: Table = {}
+    options = {"rows": rows, "batch": batch, "device": device, "local": local, "local_bytes": local_bytes}
     for role, model in models.items():
         if model is None:
             continue
         spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
         if progress:
             progress(f"measuring the {role.replace('_', ' ')}: {spec.model}")
-        table[role] = _measure_apart(spec, cache, rows=rows, batch=batch, device=device)
+        table[role] = _measure_apart(spec, cache, **options)
     if progress:
         teachers = table["teacher"]
         progress(f"evaluated on {teachers['positions']:,} held-out positions in {teachers['rows']:,} rows of {cache}")

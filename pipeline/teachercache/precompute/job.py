@@ -31,16 +31,16 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     source = recipe.corpus.source if recipe.corpus else ""
     console.print(f"planning: reading {source} …", markup=False)
     _check_paths(recipe)
-    with locked(_lock_file(recipe.cache), job="precompute job", folder=recipe.cache):
+    with locked(_lock_file(recipe.cache_folder), job="precompute job", folder=recipe.cache_folder):
         return _run_locked(recipe, console, start)
 
 
 def _check_paths(recipe: Recipe) -> None:
     """On a cluster, a relative path means another place in every process (a submitted job runs in a copy of the sources)."""
-    if (recipe.precompute.address or os.environ.get("RAY_ADDRESS")) and not recipe.cache.is_absolute():
+    if (recipe.precompute.address or os.environ.get("RAY_ADDRESS")) and not recipe.cache_folder.is_absolute():
         raise RecipeError(
             f"cache: {recipe.cache} is a relative path, which nodes of a cluster do not share; "
-            f"set it to a folder that all of them see, e.g. -s cache=/shared/{recipe.cache.name}"
+            f"set it to a folder that all of them see, e.g. -s cache=/shared/{recipe.cache_folder.name}"
         )
 
 

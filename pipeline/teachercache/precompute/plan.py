@@ -156,7 +156,7 @@ def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> Target
 
 
 def _find_or_begin(recipe: Recipe, identity: dict[str, Any], kind: TargetKind, tokenizer: Any, config: Any) -> Plan:
-    folder, corpus, settings = recipe.cache, recipe.corpus, recipe.precompute
+    folder, corpus, settings = recipe.cache_folder, recipe.corpus, recipe.precompute
     assert corpus is not None
     # Where a corpus comes from is no part of its identity: what it holds is.
     described = corpus.model_dump(exclude={"limit", "format", "streaming"})

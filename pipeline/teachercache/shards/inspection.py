@@ -24,7 +24,7 @@ def describe(cache: Cache) -> dict[str, Any]:
     """The cache in numbers, from its manifest alone."""
     manifest = cache.manifest
     return {
-        "cache": str(cache.folder),
+        "cache": cache.name,
         "fingerprint": manifest.fingerprint,
         "teacher": {**manifest.teacher, **manifest.model},
         "tokenizer": manifest.tokenizer,

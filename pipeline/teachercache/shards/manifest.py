@@ -161,21 +161,26 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise CacheError(_explain_missing(folder))
+    return parse_manifest(path.read_bytes(), name=str(path))
+
+
+def parse_manifest(text: bytes, *, name: str) -> Manifest:
+    """The manifest from its bytes; `name` is what errors call the file. Raises as `read_manifest` does."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(text)
         if data.pop("format") != "teachercache":
             raise ValueError("it is not a teachercache manifest")
         version, digest = data["format_version"], data.pop("digest")
         if version != FORMAT_VERSION:
             raise CacheError(
-                f"{path} has format version {version}, this version of teachercache reads {FORMAT_VERSION}; "
+                f"{name} has format version {version}, this version of teachercache reads {FORMAT_VERSION}; "
                 "read it with the version that its `created_by` names, or precompute it again"
             )
         if digest != _digest(data):
             raise ValueError("its digest does not match: it was edited or damaged")
         return _build(data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheDamaged(f"{path} cannot be trusted: {error}; fetch the cache again or precompute it again") from None
+        raise CacheDamaged(f"{name} cannot be trusted: {error}; fetch the cache again or precompute it again") from None
 
 
 def _build(data: dict[str, Any]) -> Manifest:

@@ -1,14 +1,15 @@
 """`Cache`: rows of a finished cache by (split, index).
 
-Shards are memory-mapped, opened when they are needed, and the last `OPEN_SHARDS` stay open. At its first opening in a
-process a shard is hashed, so that no byte reaches training unchecked. Reading a row decompresses the asked-for columns
-of one record batch; the batches that were used last stay in memory, up to `KEPT_BYTES`.
+Shards are memory-mapped, opened when they are needed, and the last `OPEN_SHARDS` stay open. Their `Source` (source.py) has
+hashed them before their first opening in a process, so that no byte reaches training unchecked. Reading a row decompresses
+the asked-for columns of one record batch; the batches that were used last stay in memory, up to `KEPT_BYTES`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from teachercache.errors import CacheDamaged
+from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
+from teachercache.errors import CacheDamaged, CacheError, JobFailed
 from teachercache.shards.claims import MOST_BATCH_BYTES, check_rows
 from teachercache.shards.decompressed import Decompressed
 from teachercache.shards.ipc_blocks import Blocks
-from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo, hash_file, read_manifest
+from teachercache.shards.manifest import Manifest, ShardInfo
 from teachercache.shards.schema import ROW_COLUMNS, check_schema, row_from_batch, shard_metadata, tables_of
+from teachercache.shards.source import LocalFiles, Source, source_of
 from teachercache.targets import TargetKind, target_kind
 from teachercache.targets.columns import Column, Decoder
 from teachercache.tokens.rows import TokenRow
@@ -33,6 +36,7 @@ OPEN_SHARDS = 64
 # Of decompressed record batches, in each process. In a random order a cache that fits is decompressed once, and each row of a
 # larger one costs the batch around it (tests/bench/reader_peers.py measures both).
 KEPT_BYTES = 256 * 2**20
+EVICTIONS = 10  # of a local copy between its check and its opening, by other processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,25 +50,38 @@ class StoredRow:
 class Cache:
     """A finished cache. Cheap to open whatever its size; picklable, workers open files for themselves."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
+    def __init__(self, source: Source, manifest: Manifest) -> None:
+        self.source = source
         self.manifest = manifest
         held_out = np.array([shard.held_out_rows for shard in manifest.shards], dtype=np.int64)
         train = np.array([shard.rows for shard in manifest.shards], dtype=np.int64) - held_out
         self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._kind: TargetKind | None = None
-        self._checked: set[int] = set()
         self.recent = Decompressed(KEPT_BYTES)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Cache:
-        """Open the cache in a folder.
+    def open(cls, location: str | Path, *, local: Path = LOCAL_COPIES, local_bytes: int = LOCAL_COPIES_BYTES) -> Cache:
+        """Open the cache in a folder, or at a URL such as `s3://BUCKET/PREFIX`.
 
-        Raises `CacheError` when it is missing or half written, `CacheDamaged` when its manifest cannot be trusted.
+        Files of a URL are fetched when they are needed, checked, and kept in the folder `local`, which holds at most
+        `local_bytes` and which all processes of a machine share. Raises `CacheError` when the cache is missing or half
+        written, `CacheDamaged` when its manifest cannot be trusted, `JobFailed` when an object store does not answer.
         """
-        folder = Path(folder)
-        return cls(folder, read_manifest(folder))
+        source = source_of(location, local=local, local_bytes=local_bytes)
+        return cls(source, source.manifest())
+
+    @property
+    def name(self) -> str:
+        """The folder or URL, for messages."""
+        return self.source.name
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a cache that lies in one. Raises `CacheError` for one in an object store."""
+        if not isinstance(self.source, LocalFiles):
+            raise CacheError(f"{self.name} is in an object store; copy it into a folder for this")
+        return self.source.folder
 
     @property
     def kind(self) -> TargetKind:
@@ -84,15 +101,14 @@ class Cache:
         info = next((info for info in self.manifest.files if info.file == name), None)
         if info is None:
             raise CacheDamaged(
-                f"{self.folder}: the manifest names the basis {name}, but no such file; fetch the cache again"
+                f"{self.name}: the manifest names the basis {name}, but no such file; fetch the cache again"
             )
-        check_bytes(self.folder, info)
-        return self.folder / name
+        return self.source.path_of(info)
 
     @property
     def teacher_folder(self) -> Path:
         """Tokenizer files and the teacher's config.json: what training needs instead of the teacher."""
-        return self.folder / "teacher"
+        return self.source.teacher_folder(self.manifest)
 
     def rows_of(self, split: Split) -> int:
         """Number of rows of a split."""
@@ -115,15 +131,20 @@ class Cache:
         offset = info.rows - info.held_out_rows if split == "held-out" else 0
         return self._shard(number).read_row(offset + within, columns, self.recent)
 
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to fetch shards (by their numbers, the ones needed first in front) of a cache in an object store.
+
+        It replaces what an earlier call asked for, takes as many as half of `local_bytes` hold, and never raises: what
+        cannot be fetched raises when it is read. Does nothing for a cache in a folder.
+        """
+        self.source.prefetch(self.manifest.shards[number] for number in shards)
+
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
         if shard is None:
             info = self.manifest.shards[number]
-            if number not in self._checked:  # once in a process: a random order opens shards again and again
-                check_bytes(self.folder, info)
-                self._checked.add(number)
-            shard = self._shards[number] = Shard(
-                self.folder,
+            shard = Shard(
+                self._mapped(info),
                 info,
                 fingerprint=self.manifest.fingerprint,
                 kind=self.kind,
@@ -134,13 +155,23 @@ class Cache:
                     f"{info.file} is read by the basis {shard.basis}, the manifest names "
                     f"{self.manifest.calibration.get('basis')}; fetch the cache again"
                 )
+            self._shards[number] = shard
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return shard
 
+    def _mapped(self, info: ShardInfo) -> pa.MemoryMappedFile:
+        for _ in range(EVICTIONS):
+            with contextlib.suppress(FileNotFoundError):
+                return pa.memory_map(str(self.source.path_of(info)))
+        raise JobFailed(
+            f"the local copy of {info.file} was evicted {EVICTIONS} times before it could be read: too many shards are "
+            "in use for stream.local_bytes; raise it"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_shards": OrderedDict(), "_checked": set(), "recent": Decompressed(KEPT_BYTES)}
+        return {**vars(self), "_shards": OrderedDict(), "recent": Decompressed(KEPT_BYTES)}
 
 
 class Shard:
@@ -150,10 +181,11 @@ class Shard:
     naming file and remedy, for a shard that cannot be one of such a cache.
     """
 
-    def __init__(self, folder: Path, info: ShardInfo, *, fingerprint: str, kind: TargetKind, longest: int) -> None:
-        self.info, self._kind, self._longest = info, kind, longest
+    def __init__(
+        self, file: pa.MemoryMappedFile, info: ShardInfo, *, fingerprint: str, kind: TargetKind, longest: int
+    ) -> None:
+        self.info, self._file, self._kind, self._longest = info, file, kind, longest
         try:
-            self._file = pa.memory_map(str(folder / info.file))
             self._blocks = Blocks(self._file.read_buffer())
             self._file.seek(0)
             self.schema = pa.ipc.open_file(self._file).schema
@@ -239,15 +271,3 @@ def _damaged(place: str, error: BaseException) -> CacheDamaged:
     return CacheDamaged(
         f"{place} cannot be trusted: {reason}; fetch the cache again, or delete it and run `teachercache precompute` again"
     )
-
-
-def check_bytes(folder: Path, info: FileInfo) -> None:
-    """Raise `CacheDamaged`, naming file and remedy, unless a file has the size and digest that the manifest promises."""
-    path = folder / info.file
-    remedy = "fetch it again, or delete the cache and run `teachercache precompute` again"
-    if not path.is_file():
-        raise CacheDamaged(f"{path} is missing; {remedy}")
-    if path.stat().st_size != info.bytes:
-        raise CacheDamaged(f"{path} holds {path.stat().st_size} bytes, the manifest says {info.bytes}; {remedy}")
-    if hash_file(path) != info.sha256:
-        raise CacheDamaged(f"{path} differs from its sha256 in the manifest (damaged bytes); {remedy}")

@@ -75,13 +75,23 @@ class PlanSampler:
     """Batch sampler for a `DataLoader`: the micro-batches of one process from the step that `first_step()` gives on.
 
     The step is asked for when iteration begins, which is after a trainer has restored its state: resume is a seek.
+    `upcoming` is told each step before its rows are asked for.
     """
 
-    def __init__(self, plan: BatchPlan, *, rank: int, steps: int, first_step: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        plan: BatchPlan,
+        *,
+        rank: int,
+        steps: int,
+        first_step: Callable[[], int],
+        upcoming: Callable[[int], None] = lambda step: None,
+    ) -> None:
         self.plan = plan
         self.rank = rank
         self.steps = steps
         self.first_step = first_step
+        self.upcoming = upcoming
 
     def __len__(self) -> int:
         """Micro-batches of the whole run, also where iteration begins later."""
@@ -89,6 +99,7 @@ class PlanSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step(), self.steps):
+            self.upcoming(step)
             yield from self.plan.micro_batches(step, rank=self.rank)
 
 

@@ -36,11 +36,11 @@ def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
     for mixed in mix:
         if mixed.cache.manifest.tokenizer_fingerprint != cache.manifest.tokenizer_fingerprint:
             raise CacheError(
-                f"stream.mix: {mixed.cache.folder} has another tokenizer than {cache.folder}, so their ids mean different "
+                f"stream.mix: {mixed.cache.name} has another tokenizer than {cache.name}, so their ids mean different "
                 "text; mix caches of one tokenizer"
             )
         if mixed.cache.manifest.fingerprint == cache.manifest.fingerprint:
-            raise CacheError(f"stream.mix: {mixed.cache.folder} is the same cache as {cache.folder}; take it out")
+            raise CacheError(f"stream.mix: {mixed.cache.name} is the same cache as {cache.name}; take it out")
 
 
 def _row_order(cache: Cache, *, seed: int, window: int) -> RowOrder:

@@ -20,7 +20,7 @@ def check_cache(cache: Cache) -> None:
         held_out = cache.rows_of("held-out")
         why = f"all of its {held_out} rows are held out" if held_out else "it is empty"
         raise CacheError(
-            f"{cache.folder} has no rows to train on: {why}; precompute it with more rows or a smaller corpus.held_out"
+            f"{cache.name} has no rows to train on: {why}; precompute it with more rows or a smaller corpus.held_out"
         )
 
 

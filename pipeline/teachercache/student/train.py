@@ -41,14 +41,20 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     training diverges, memory runs out, or another job writes to the same folder.
     """
     recipe.require("student", "train")
-    cache = Cache.open(recipe.cache)  # before libraries are imported that take seconds
-    mix = [Mixed(Cache.open(each.cache), each.share) for each in recipe.stream.mix]
-    for each in (cache, *(mixed.cache for mixed in mix)):
+    cache, *others = _opened(recipe)  # before libraries are imported that take seconds
+    mix = [Mixed(other, each.share) for other, each in zip(others, recipe.stream.mix, strict=True)]
+    for each in (cache, *others):
         check_cache(each)
     check_mix(cache, mix)
     with training_process() as process:
         shown = console or Console(stderr=True)
         return _Job(recipe, cache, mix, process, shown if process.main else Console(quiet=True)).run()
+
+
+def _opened(recipe: Recipe) -> list[Cache]:
+    stream = recipe.stream
+    locations = (recipe.cache, *(each.cache for each in stream.mix))
+    return [Cache.open(each, local=stream.local, local_bytes=stream.local_bytes) for each in locations]
 
 
 class _Job:

@@ -95,6 +95,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
         self.meter = LossMeter(self.accelerator)
         self._held_out_loader: DataLoader[Rows] | None = None
+        self._fetching: list[list[int]] = []  # shards of each cache
         self._loss_in_layer: bool | None = None  # not tried yet
 
     def _collator(self, columns: Sequence[tuple[str, ...]], *, pack: bool = False) -> MixedCollator:
@@ -108,8 +109,17 @@ class DistillationTrainer(Trainer):
             rank=self.args.process_index,
             steps=self.args.max_steps,
             first_step=lambda: self.state.global_step,
+            upcoming=self._prefetch,
         )
         return self._loader(self.train_dataset, sampler, self.data_collator)
+
+    def _prefetch(self, step: int) -> None:
+        """Have the shards of this window and the next one fetched, where caches are in an object store."""
+        shards = self.plan.order.shards_at(*self.plan.place(step))
+        if shards != self._fetching:
+            self._fetching = shards
+            for cache, numbers in zip(self.caches, shards, strict=True):
+                cache.prefetch(numbers)
 
     def _loader(self, dataset: Any, batch_sampler: Any, collator: Any, **settings: Any) -> DataLoader[Rows]:
         return DataLoader(

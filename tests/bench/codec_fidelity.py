@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from provenance import provenance
 from torch import Tensor
@@ -34,8 +35,9 @@ from teachercache.corpus.sequences import tokenise
 from teachercache.evaluation.fidelity import TEMPERATURES, Comparison, dense_policy, observe, read
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.precompute.staging import salted_hash
+from teachercache.shards.decompressed import Decompressed
 from teachercache.shards.manifest import hash_file
-from teachercache.shards.reader import Shard
+from teachercache.shards.reader import KEPT_BYTES, Shard
 from teachercache.shards.schema import ROW_COLUMNS
 from teachercache.shards.writer import write_shard
 from teachercache.targets import TargetKind, target_kind
@@ -137,9 +139,10 @@ class Bench:
         names = [column.name for column in kind.columns]
         start = time.process_time()
         hash_file(folder / info.file)
-        shard = Shard(folder, info, fingerprint="bench", kind=kind, longest=LENGTH)
+        file = pa.memory_map(str(folder / info.file))
+        shard, recent = Shard(file, info, fingerprint="bench", kind=kind, longest=LENGTH), Decompressed(KEPT_BYTES)
         for index in range(info.rows):
-            kind.decoded(shard.read_row(index, names).targets)
+            kind.decoded(shard.read_row(index, names, recent).targets)
         return info.positions / (time.process_time() - start)
 
     def _compare(

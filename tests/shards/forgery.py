@@ -65,7 +65,7 @@ def payload(folder: Path, name: str, edit: Callable[[Any], Any]) -> None:
     """Edit what the first row holds in one target column, a writable array, and code it again as the kind would."""
     cache = Cache.open(folder)
     shard = cache._shard(0)
-    rows = [shard.read_row(index, None).targets[name].copy() for index in range(shard.info.rows)]
+    rows = [shard.read_row(index, None, cache.recent).targets[name].copy() for index in range(shard.info.rows)]
     rows[0] = edit(rows[0])
     tables, pages = shard.columns[name].encode(rows)
     coded = base64.b64encode(tables).decode()

@@ -7,6 +7,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from teachercache.config import StudentConfig
 from teachercache.student.checkpoints import (
     checkpoint_folder,
     complete_checkpoints,
@@ -63,7 +64,7 @@ def test_the_export_takes_weights_from_one_and_the_tokenizer_from_the_other(tmp_
         folder.mkdir()
         for name in names:
             (folder / name).write_text(folder.name)
-    export_student(checkpoint, tokenizer=tokenizer, student=student)
+    export_student(checkpoint, config=StudentConfig(model="any"), tokenizer=tokenizer, student=student)
     assert {path.name: path.read_text() for path in student.iterdir()} == {
         **dict.fromkeys(files[checkpoint][:4], "checkpoint-1"),
         **dict.fromkeys(files[tokenizer][1:], "teacher"),

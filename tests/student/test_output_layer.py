@@ -20,6 +20,7 @@ from transformers import (
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
 from teachercache.shards import Cache
+from teachercache.stream.dataset import Rows
 from teachercache.student.output_layer import loss_for_logits, takes_loss
 from teachercache.student.trainer import DistillationTrainer
 
@@ -82,7 +83,7 @@ def test_an_empty_first_batch_decides_nothing(cache: Path, name: str, tmp_path: 
     model = MODELS[name](opened.manifest.vocabulary_size)
     trainer, fresh = trainer_of(model, opened, tmp_path), trainer_of(model, opened, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
-    assert float(trainer.compute_loss(model, trainer.data_collator([]))) == 0
+    assert float(trainer.compute_loss(model, trainer.data_collator(Rows(0, [])))) == 0
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), fresh.compute_loss(model, dict(batch)))
 
 

@@ -2,7 +2,7 @@
 
     pip install trl click
     git clone https://github.com/arcee-ai/DistillKit
-    python tests/bench/trl_distillkit.py WORK_FOLDER --distillkit DistillKit [--steps 5] [--rounds 3] [--arms ours ...] [--json]
+    python tests/bench/trl_distillkit.py WORK_FOLDER --distillkit DistillKit [--steps 4] [--rounds 2] [--arms ours ...] [--json]
 
 The same student (4 of SmolLM2-135M's 30 layers), the same rows of exactly 256 tokens in the same order and batches, float32,
 AdamW, one process without loading workers; every trainer by its own documented way:
@@ -291,7 +291,7 @@ def check_peers(arms: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    for name, value in (("steps", 5), ("rounds", 3), ("rows", 4), ("threads", 2)):
+    for name, value in (("steps", 4), ("rounds", 2), ("rows", 4), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--distillkit", type=Path, help="a checkout of DistillKit, where it is not installed")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))

@@ -14,7 +14,7 @@ from teachercache.evaluation.quality import held_out_rows, quality
 from teachercache.models import load_causal_lm
 from teachercache.shards import Cache
 
-from builders import sentences, tiny_cache, tiny_model, tiny_teacher
+from builders import build_cache, sentences, tiny_cache, tiny_model, tiny_recipe, tiny_teacher
 
 LAYOUTS = ("documents", "packed")
 
@@ -101,3 +101,21 @@ def test_a_cache_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     path = tiny_cache(tmp_path, texts=sentences(4), corpus={"held_out": 0.0})
     with pytest.raises(CacheError, match=r"no held-out rows .* corpus\.held_out"):
         held_out_rows(Cache.open(path), limit=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_teacher_is_not_scored_by_rounded_logits(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = tiny_teacher(tmp_path / "teacher", padded_vocabulary=20)
+    name = str(dtype).removeprefix("torch.")
+    recipe = tiny_recipe(tmp_path, teacher=folder, texts=sentences(200))
+    assert recipe.teacher is not None
+    teacher = recipe.teacher.model_copy(update={"dtype": name})
+    cache = Cache.open(build_cache(recipe.model_copy(update={"teacher": teacher})))
+    model: Any = load_causal_lm(str(folder), dtype=name)
+    rows = held_out_rows(cache, limit=None)
+    measured = quality(model, rows, cache, batch_rows=1)
+    own = _naive(model.to(dtype), cache)
+    assert measured["top1_agreement"] > 0.995
+    assert measured["loss"] == pytest.approx(own["loss"], rel=2e-3)
+    if dtype == torch.bfloat16:
+        assert own["top1_agreement"] < measured["top1_agreement"]

@@ -167,7 +167,7 @@ def sketch(**logits: Any) -> HeadSketch:
 
 def test_rank_and_step_are_the_cheapest_that_meet_a_target() -> None:
     model = tiny_model(vocabulary=V)
-    layer, (hidden, _) = OutputLayer.of(model, vocabulary_size=V), observe(model, rows=8)
+    layer, (hidden, _) = OutputLayer.of(model, vocabulary_size=V), observe(model, rows=3)
     kind = calibrate(sketch(target_kl=0.02), layer, hidden)
     assert isinstance(kind, HeadSketch) and kind.basis is not None and kind.basis.chosen is not None
     record = kind.basis.chosen
@@ -176,7 +176,7 @@ def test_rank_and_step_are_the_cheapest_that_meet_a_target() -> None:
     assert isinstance(everything, HeadSketch) and everything.basis is not None
     unbiased = replace(everything.basis, bias_constant_V=np.zeros(V, "<f2"), bias_slope_V=np.zeros(V, "<f2"))
     trial = _Trial(sketch(target_kl=0.02), unbiased, layer, hidden)
-    ranks = candidate_ranks(sketch(target_kl=0.02), width=32, positions=8 * 48)
+    ranks = candidate_ranks(sketch(target_kl=0.02), width=32, positions=3 * 48)
     every = [trial(rank, step) for rank in ranks for step in STEPS]
     meeting = [tried for tried in every if tried.kl <= 0.02]
     assert len(meeting) < len(every)

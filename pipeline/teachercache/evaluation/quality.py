@@ -3,7 +3,11 @@
 Every model is scored on the same positions: those whose target is stored. Padding, prompts of a chat and the last token
 of a segment are no positions and are never scored. Distributions run over the cache's vocabulary, in float32.
 
-Shapes: B rows, S tokens, N positions of a batch, C positions of a chunk, V vocabulary.
+A half-precision model prints logits that are rounded to 8 or 11 bits: ties and swaps among its first choices are the
+rounding's, not the model's. So they are taken from what enters its output layer and summed in float32, as a cache's are; a
+model whose logits are more than its output layer's is scored by those it prints.
+
+Shapes: B rows, S tokens, N positions of a batch, C positions of a chunk, V vocabulary, D width of the output layer's input.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from teachercache.errors import CacheError, JobFailed, ModelError
 from teachercache.models import model_inputs
 from teachercache.shards import Cache, StoredRow
 from teachercache.targets.kind import first_choice_tail, first_choices
+from teachercache.teacher.output_layer import HALF, OutputLayer, layer_after_body
 
 CHUNK_POSITIONS = 256
 BATCH_TOKENS = 4096  # most tokens in a forward pass, padding included: bounds the logits, which are B · S · V
@@ -69,9 +74,10 @@ def quality(model: Any, rows: Sequence[StoredRow], cache: Cache, *, batch_rows: 
     is not a finite number.
     """
     sums = Sums()
+    layer = layer_after_body(model, vocabulary_size=cache.manifest.vocabulary_size) if model.dtype in HALF else None
     with torch.inference_mode():
         for batch in _batches(rows, batch_rows=batch_rows):
-            _score(model, batch, cache, sums)
+            _score(model, layer, batch, cache, sums)
     if not math.isfinite(sums.loss):
         raise JobFailed(f"the loss on the held-out rows is {sums.loss}: the model's weights or precision are broken")
     return sums.metrics()
@@ -89,33 +95,35 @@ def _batches(rows: Sequence[StoredRow], *, batch_rows: int) -> Iterator[list[Sto
         yield batch
 
 
-def _score(model: Any, batch: Sequence[StoredRow], cache: Cache, sums: Sums) -> None:
+def _score(model: Any, layer: OutputLayer | None, batch: Sequence[StoredRow], cache: Cache, sums: Sums) -> None:
     rows, manifest = [stored.row for stored in batch], cache.manifest
-    inputs = model_inputs(rows, pad_id=manifest.pad_id, layout=manifest.layout)
-    logits_BSL = model(**{k: torch.from_numpy(v).to(model.device) for k, v in inputs.items()}, use_cache=False).logits
-    if logits_BSL.shape[-1] < manifest.vocabulary_size:
-        raise ModelError(
-            f"the model predicts {logits_BSL.shape[-1]} tokens, but the cache's tokenizer has "
-            f"{manifest.vocabulary_size}; evaluate a model with the teacher's tokenizer"
-        )
-    logits_RL = logits_BSL.flatten(0, 1)
-    longest = logits_BSL.shape[1]
+    arrays = model_inputs(rows, pad_id=manifest.pad_id, layout=manifest.layout)
+    inputs = {name: torch.from_numpy(values).to(model.device) for name, values in arrays.items()}
+    if layer is not None:
+        outputs_RA = model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
+    else:
+        outputs_RA = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        if outputs_RA.shape[-1] < manifest.vocabulary_size:
+            raise ModelError(
+                f"the model predicts {outputs_RA.shape[-1]} tokens, but the cache's tokenizer has "
+                f"{manifest.vocabulary_size}; evaluate a model with the teacher's tokenizer"
+            )
+    longest = inputs["input_ids"].shape[1]
     positions_N = np.concatenate([i * longest + np.flatnonzero(row.target_mask_S) for i, row in enumerate(rows)])
     labels_N = np.concatenate([row.labels_N() for row in rows])
     teacher_N = np.concatenate(
         [first_choices(cache.kind, cache.kind.decoded(stored.targets), xp=np) for stored in batch]
     )
     tensors = [
-        torch.from_numpy(array.astype(np.int64)).to(logits_RL.device) for array in (positions_N, labels_N, teacher_N)
+        torch.from_numpy(array.astype(np.int64)).to(outputs_RA.device) for array in (positions_N, labels_N, teacher_N)
     ]
-    for part in zip(*(tensor.split(CHUNK_POSITIONS) for tensor in tensors), strict=True):
-        _add(sums, logits_RL, *part, vocabulary_size=manifest.vocabulary_size)
+    for positions_C, labels_C, teacher_C in zip(*(tensor.split(CHUNK_POSITIONS) for tensor in tensors), strict=True):
+        outputs_CA = outputs_RA[positions_C]
+        logits_CV = layer.logits(outputs_CA) if layer else outputs_CA[:, : manifest.vocabulary_size].float()
+        _add(sums, logits_CV, labels_C, teacher_C)
 
 
-def _add(
-    sums: Sums, logits_RL: Tensor, positions_C: Tensor, labels_C: Tensor, teacher_C: Tensor, *, vocabulary_size: int
-) -> None:
-    logits_CV = logits_RL[positions_C][:, :vocabulary_size].float()
+def _add(sums: Sums, logits_CV: Tensor, labels_C: Tensor, teacher_C: Tensor) -> None:
     choice_C = logits_CV.argmax(-1)
     sums.loss += float(F.cross_entropy(logits_CV, labels_C, reduction="sum"))
     sums.correct += int((choice_C == labels_C).sum())

@@ -109,9 +109,21 @@ class Teacher:
                 "no row is left to calibrate the sketch on: every document is held out, quarantined or gives no numbers; "
                 "lower corpus.held_out, or use targets.logits.kind: top-k"
             )
-        calibrated = self.kind = calibrate(self.kind, layer, usable)
+        calibrated = self.kind = self._fit(layer, usable)
         self.drift = Drift(calibrated)
         return calibrated
+
+    def _fit(self, layer: OutputLayer, rows_hidden_ND: list[Any]) -> CalibratedKind:
+        """On this device, or on the CPU where there is no room beside the model."""
+        assert calibrates(self.kind)
+        try:
+            return calibrate(self.kind, layer, rows_hidden_ND)
+        except torch.OutOfMemoryError:
+            if self.device.type == "cpu":
+                raise
+        torch.cuda.empty_cache()
+        logger.warning("no room to fit the sketch beside the model: fitted on the CPU, which takes minutes")
+        return calibrate(self.kind, layer.on("cpu"), [hidden_ND.cpu() for hidden_ND in rows_hidden_ND])
 
     @torch.inference_mode()
     def _hidden(self, rows: list[TokenRow]) -> Sequence[Any]:

@@ -79,6 +79,11 @@ class OutputLayer:
             logits_NV += self.bias_V
         return logits_NV if self.softcap is None else torch.tanh_(logits_NV.div_(self.softcap)).mul_(self.softcap)
 
+    def on(self, device: str) -> OutputLayer:
+        """The layer on another device."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return type(self)(self.matrix_VD.to(device), bias_V, self.scale, self.softcap)
+
     def error(self, hidden_ND: Tensor, logits_NV: Tensor) -> float:
         """How far logits lie from those of this layer, as a share of the largest."""
         gap = (self.logits(hidden_ND) - logits_NV).abs().max()

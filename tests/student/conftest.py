@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from teachercache.config import Recipe, parse_recipe
+from teachercache.models import load_causal_lm
 
 from builders import tiny_cache, tiny_model, tiny_teacher
 
@@ -32,6 +33,16 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
     model = tiny_model(layers=1, seed=1)
     model.config.attention_dropout = 0.1
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_student(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student without dropout: a loop that batches otherwise draws otherwise."""
+    folder = tmp_path_factory.mktemp("plain")
+    model = load_causal_lm(str(student))
+    model.config.attention_dropout = 0.0
     model.save_pretrained(folder)
     return folder
 

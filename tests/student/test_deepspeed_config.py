@@ -10,7 +10,7 @@ import pytest
 
 from teachercache.config import TrainConfig
 from teachercache.errors import RecipeError
-from teachercache.student.deepspeed_config import deepspeed_config, precision_of
+from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings, precision_of
 
 
 def _config(**settings: Any) -> TrainConfig:
@@ -48,6 +48,14 @@ def test_the_users_own_file_wins(tmp_path: Path) -> None:
     assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
     assert made["gradient_clipping"] == "auto"
     assert precision_of(made, "bf16") == "bf16" and precision_of(made, "fp32") == "fp32"
+
+
+def test_loading_a_conversion_is_no_setting_of_the_users(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"checkpoint": {"load_universal": True, "tag_validation": "Ignore"}}))
+    assert own_deepspeed_settings(_config(deepspeed=path)) == {"checkpoint": {"tag_validation": "Ignore"}}
+    path.write_text(json.dumps({"checkpoint": {"load_universal": True}}))
+    assert own_deepspeed_settings(_config(deepspeed=path)) == {}
 
 
 @pytest.mark.parametrize(

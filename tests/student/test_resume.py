@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from rich.console import Console
 
-from student.runs import log_of
+from student.runs import JOB, kill_after, log_of, start_job
 from teachercache.config import Recipe
 from teachercache.errors import JobFailed, RecipeError
 from teachercache.shards import Cache
@@ -26,39 +25,13 @@ from teachercache.student.train import run_training
 
 from builders import tiny_model
 
-JOB = Path(__file__).parents[2] / "jobs" / "train_student.py"
-
-
-def _start(recipe: Recipe, folder: Path, *, processes: int = 1) -> subprocess.Popen[str]:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(JOB), str(path), "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[1] / "pipeline")}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def _kill_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    """SIGKILL a job and its processes once the checkpoint of `step` is whole."""
-    import psutil
-
-    while not (run / f"checkpoint-{step}" / "complete.json").exists():
-        if process.poll() is not None:
-            pytest.fail(f"the job ended by itself: {process.communicate()[1][-2000:]}")
-        time.sleep(0.002)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (run / "summary.json").exists(), "it was killed too late"
-
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(make_recipe: Any, tmp_path: Path) -> None:
     settings = {"epochs": 5, "save_every": 3, "log_every": 2, "trackers": []}
     uninterrupted = make_recipe(output=tmp_path / "whole", **settings)
     killed = make_recipe(output=tmp_path / "killed", loader_workers=1, **settings)
     run_training(uninterrupted)
-    _kill_after(_start(killed, tmp_path), killed.train.output, 6)
+    kill_after(start_job(killed, tmp_path), killed.train.output, 6)
     newest = complete_checkpoints(killed.train.output)[-1].step
     result = run_training(killed)
     assert 6 <= newest < 30 and result["resumed_from"] == newest
@@ -70,8 +43,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(make_recipe: Any, tmp_p
 def test_sigterm_ends_a_run_with_a_checkpoint_and_a_line(make_recipe: Any, tmp_path: Path, processes: int) -> None:
     settings = {"epochs": 5, "save_every": 100, "evaluate_every": 100, "trackers": []}
     whole, stopped = (make_recipe(output=tmp_path / name, **settings) for name in ("whole", "stopped"))
-    assert _start(whole, tmp_path, processes=processes).wait() == 0
-    process, log = _start(stopped, tmp_path, processes=processes), stopped.train.output / "log.jsonl"
+    assert start_job(whole, tmp_path, processes=processes).wait() == 0
+    process, log = start_job(stopped, tmp_path, processes=processes), stopped.train.output / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3):
         assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.002)
@@ -80,7 +53,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_a_line(make_recipe: Any, tmp_p
     newest = complete_checkpoints(stopped.train.output)[-1].step
     assert process.returncode != 0 and 3 <= newest < 30
     assert f"stopped by SIGTERM after step {newest} of 30; its checkpoint is whole" in errors
-    assert _start(stopped, tmp_path, processes=processes).wait() == 0
+    assert start_job(stopped, tmp_path, processes=processes).wait() == 0
     assert log_of(stopped.train.output) == log_of(whole.train.output)
     assert _weights(stopped) == _weights(whole)
 
@@ -91,10 +64,10 @@ def test_killed_processes_go_on_together(make_recipe: Any, tmp_path: Path, stage
     settings = {"epochs": 5, "save_every": 3, "zero_stage": stage}
     whole = make_recipe(output=tmp_path / "whole", **settings)
     killed = make_recipe(output=tmp_path / "killed", **settings)
-    assert _start(whole, tmp_path, processes=2).wait() == 0
+    assert start_job(whole, tmp_path, processes=2).wait() == 0
     for step in (6, 18):
-        _kill_after(_start(killed, tmp_path, processes=2), killed.train.output, step)
-    assert _start(killed, tmp_path, processes=2).wait() == 0
+        kill_after(start_job(killed, tmp_path, processes=2), killed.train.output, step)
+    assert start_job(killed, tmp_path, processes=2).wait() == 0
     assert log_of(killed.train.output) == log_of(whole.train.output)
     assert _weights(killed) == _weights(whole)
 

@@ -72,16 +72,6 @@ def _plain_loop(recipe: Recipe, steps: int) -> list[float]:
     return losses
 
 
-@pytest.fixture(scope="module")
-def plain_student(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student without dropout: a loop that batches otherwise draws otherwise."""
-    folder = tmp_path_factory.mktemp("plain")
-    model = load_causal_lm(str(student))
-    model.config.attention_dropout = 0.0
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_it_learns_what_a_plain_loop_learns(make_recipe: Any, plain_student: Path, stage: int) -> None:
     recipe = make_recipe(student_model=plain_student, zero_stage=stage)

@@ -5,6 +5,9 @@
     launch.py            alone, or under `deepspeed` / `torchrun`: processes, devices, and what they print
     run_folder.py        OUTPUT: whose run it is, and whether it is finished
     checkpoints.py       which checkpoint folders are whole
+    elastic.py           going on with another number of processes than wrote a checkpoint
+    universal.py         a checkpoint that any number can load
+    disk.py              a full disk, in one line
     deepspeed_config.py  ZeRO stage and precision to a DeepSpeed configuration
     arguments.py         a recipe to `transformers.TrainingArguments`
     trainer.py           `DistillationTrainer`

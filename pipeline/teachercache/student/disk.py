@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from teachercache.errors import JobFailed
+from teachercache.errors import JobFailed, TeachercacheError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _WORDS = (
     "no space left on device",
     "disk quota exceeded",
-    # torch's own writer of files does not say why the system took no more bytes.
+    # torch's own writer of files only notices that the system took no more bytes.
     "pytorchstreamwriter failed writing",
-    "file write failed",
     "unexpected pos",
+    "basic_ios::clear: iostream error",
 )
 
 
@@ -36,14 +38,24 @@ def out_of_space(error: BaseException) -> bool:
     return False
 
 
-def space_error(error: BaseException, *, folder: Path) -> JobFailed:
-    """The line for an error that `out_of_space`, of a job that writes to `folder`."""
-    free_mb = shutil.disk_usage(folder).free / 1e6
+def space_error(folder: Path) -> JobFailed:
+    """The line for it, of a job that writes to `folder`."""
+    exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free_mb = shutil.disk_usage(exists).free / 1e6
     return JobFailed(
-        f"{folder}: no space left on its disk, or its quota is used up ({free_mb:,.0f} MB free; {_first_line(error)}); "
-        "free some and run the same command again: it goes on from the last whole checkpoint"
+        f"{folder}: its disk takes no more, the space or a quota is used up ({free_mb:,.1f} MB free); free some and run "
+        "the same command again: it goes on from the last whole checkpoint"
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]
+@contextlib.contextmanager
+def full_disk_in_a_line(folder: Path) -> Iterator[None]:
+    """While it is open, a full disk ends the job that writes to `folder` as `JobFailed`; other errors pass."""
+    try:
+        yield
+    except TeachercacheError:
+        raise
+    except Exception as error:
+        if out_of_space(error):
+            raise space_error(folder) from error
+        raise

@@ -57,6 +57,12 @@ def training_process() -> Iterator[Process]:
             _leave()
 
 
+def lost_another_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the job is gone, of which the launcher or its own line tells why."""
+    words = str(error).lower()
+    return any(known in words for known in ("connection closed by peer", "connection reset by peer", "broken pipe"))
+
+
 def _world_of_one() -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

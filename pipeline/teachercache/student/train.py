@@ -18,8 +18,9 @@ from teachercache.stream.batches import BatchPlan
 from teachercache.stream.sources import Mixed, check_mix, train_order
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
+from teachercache.student.disk import full_disk_in_a_line
 from teachercache.student.fit import check_cache, check_student, initial_weights
-from teachercache.student.launch import Process, training_process
+from teachercache.student.launch import Process, lost_another_process, training_process
 from teachercache.student.run_folder import RunFolder, RunIdentity
 from teachercache.student.summary import closing_line, rows_trained, speed_and_losses
 
@@ -38,7 +39,8 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     the main process writes; `train.output` must be a folder that all see.
 
     Raises `RecipeError`, `ModelError` or `CacheError` for what does not fit, before the first step; `JobFailed` when
-    training diverges, memory runs out, or another job writes to the same folder.
+    training diverges, memory or the disk runs out, another of its processes ends, or another job writes to the same
+    folder.
     """
     recipe.require("student", "train")
     cache, *others = _opened(recipe)  # before libraries are imported that take seconds
@@ -91,7 +93,7 @@ class _Job:
         if summary is not None:
             self._say(f"{self.folder.path} is complete: its student is {self.folder.student}; nothing to do")
             return {**summary, "student": str(self.folder.student)}  # the folder may have been moved
-        with self.folder.locked() if self.process.main else nullcontext():
+        with full_disk_in_a_line(self.folder.path), self.folder.locked() if self.process.main else nullcontext():
             resume = self.folder.resume_point()
             if resume is None or resume.step < self.steps:
                 self._train(resume, identity)
@@ -122,6 +124,13 @@ class _Job:
             ) from error
         except TeachercacheError as error:
             raise type(error)(_own_message(error)) from error
+        except RuntimeError as error:
+            if not lost_another_process(error):
+                raise
+            raise JobFailed(
+                "another process of this job has ended, and this one with it; run the same command again to go on from "
+                "the last whole checkpoint"
+            ) from error
         except ValueError as error:
             if not str(error).startswith("Please correct the following DeepSpeed config"):
                 raise
@@ -137,8 +146,8 @@ class _Job:
             with sigterm_as_request() as request:
                 trainer = self._trainer(model, [StopWhenAsked(request), *callbacks])
                 if self.process.main:
+                    remove_incomplete(self.folder.path)  # first: it may have filled the disk
                     self.folder.claim(identity)
-                    remove_incomplete(self.folder.path)
                 trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
                 trainer.accelerator.wait_for_everyone()
         finally:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from teachercache.errors import JobFailed
 from teachercache.files import sync_files, write_whole
-from teachercache.student.disk import out_of_space, space_error
+from teachercache.student.disk import full_disk_in_a_line, out_of_space, space_error
 
 UNIVERSAL = "universal"
 MARKER = "latest_universal"
@@ -45,16 +45,13 @@ def convert(checkpoint: Path) -> None:
         return
     discard(checkpoint)
     temporary = checkpoint / TEMPORARY
-    try:
-        _run_converter(checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip(), temporary / UNIVERSAL)
+    shards = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    with full_disk_in_a_line(checkpoint.parent):
+        _run_converter(shards, temporary / UNIVERSAL)
         sync_files(temporary)
         (temporary / UNIVERSAL).replace(checkpoint / UNIVERSAL)
         write_whole(checkpoint / MARKER, UNIVERSAL)
         shutil.rmtree(temporary)
-    except OSError as error:
-        if out_of_space(error):
-            raise space_error(error, folder=checkpoint.parent) from error
-        raise
 
 
 def discard(checkpoint: Path) -> None:
@@ -87,7 +84,8 @@ def _failure(checkpoint: Path, errors: str) -> JobFailed:
     lines = [line for line in errors.splitlines() if line and not line[0].isspace()]
     reason = lines[-1] if lines else "it was killed"
     if out_of_space(RuntimeError(errors)):
-        return space_error(RuntimeError(reason), folder=checkpoint.parent)
+        discard(checkpoint)  # half of it would keep others from the little space that is left
+        return space_error(checkpoint.parent)
     return JobFailed(
         f"{checkpoint} could not be converted for another number of processes ({reason}); "
         "resume with as many as wrote it, or use another train.output"

@@ -38,13 +38,14 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
-    """A recipe of 9 steps in 1.5 epochs; arguments override `train:`, and `objective`, `student`, `cache` theirs."""
+    """A recipe of 9 steps in 1.5 epochs; arguments override `train:`, and `objective`, `student`, `cache`, `stream` theirs."""
 
     def make(
         *,
         objective: dict[str, Any] | None = None,
         student_model: Path = student,
-        cache_folder: Path = cache,
+        cache_folder: Path | str = cache,
+        stream: dict[str, Any] | None = None,
         output: Path = tmp_path / "run",
         **train: Any,
     ) -> Recipe:
@@ -58,6 +59,7 @@ def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
                 "student": {"model": str(student_model)},
                 "objective": {"alpha": 0.7, "temperature": 2.0} | (objective or {}),
                 "train": {**settings, "output": str(output), **train},
+                "stream": stream or {},
             },
             origin="tests",
         )

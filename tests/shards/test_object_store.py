@@ -26,6 +26,7 @@ import pytest
 
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
 from teachercache.shards import Cache, verify
+from teachercache.shards.inspection import describe_row
 from teachercache.shards.local_copies import LocalCopies
 from teachercache.shards.manifest import MANIFEST, fingerprint_of
 from teachercache.shards.object_store import ObjectStore
@@ -559,9 +560,7 @@ def _teachercache(*arguments: str, home: Path) -> subprocess.CompletedProcess[st
 
 def test_inspect_and_verify_take_a_url(made: Path, uploaded: str, tmp_path: Path) -> None:
     inspected = _teachercache("inspect", uploaded, "--row", "train:0", home=tmp_path)
-    assert json.loads(inspected.stdout) == json.loads(
-        _teachercache("inspect", str(made), "--row", "train:0", home=tmp_path).stdout
-    )
+    assert json.loads(inspected.stdout) == describe_row(Cache.open(made), "train:0")
     assert (tmp_path / ".cache/teachercache/shards" / Cache.open(made).manifest.shards[0].sha256).is_file()
     shutil.rmtree(tmp_path / ".cache")
     verified = _teachercache("verify", uploaded, home=tmp_path)

@@ -49,7 +49,7 @@ def plain_student(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
-    """A recipe of 9 steps in 1.5 epochs; arguments override `train:`, and `objective`, `student`, `cache` theirs."""
+    """A recipe of 9 steps in 1.5 epochs; arguments override `train:`, and `objective`, `student`, `cache`, `stream` theirs."""
 
     def make(
         *,
@@ -57,7 +57,7 @@ def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
         stream: dict[str, Any] | None = None,
         student_model: Path = student,
         lora: dict[str, Any] | None = None,
-        cache_folder: Path = cache,
+        cache_folder: Path | str = cache,
         output: Path = tmp_path / "run",
         **train: Any,
     ) -> Recipe:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -48,9 +50,18 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     for each in (cache, *others):
         check_cache(each)
     check_mix(cache, mix)
-    with training_process() as process:
-        shown = console or Console(stderr=True)
-        return _Job(recipe, cache, mix, process, shown if process.main else Console(quiet=True)).run()
+    try:
+        with training_process() as process:
+            shown = console or Console(stderr=True)
+            return _Job(recipe, cache, mix, process, shown if process.main else Console(quiet=True)).run()
+    except RuntimeError as error:  # out here: torch raises it in whatever runs just then, once more in cleaning up
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        _stop_watching_workers()
+        raise JobFailed(
+            f"a loading process was killed ({str(error).rstrip(' .')}), most often for want of memory: lower "
+            "train.loader_workers; run the same command again to go on from the last checkpoint"
+        ) from error
 
 
 def _opened(recipe: Recipe) -> list[Cache]:
@@ -229,6 +240,12 @@ class _Job:
 
     def _checkpoint(self, step: int) -> Path:
         return checkpoint_folder(self.folder.path, step)
+
+
+def _stop_watching_workers() -> None:
+    """The other loading processes end next: torch's handler would raise for the killed one again, wherever we are then."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _own_message(error: TeachercacheError) -> str:

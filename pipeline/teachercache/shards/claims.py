@@ -186,7 +186,11 @@ def check_rows(batch: pa.RecordBatch, *, vocabulary_size: int, longest: int, fir
     held_out = batch.column("held_out").to_numpy(zero_copy_only=False)
     if (held_out != (np.arange(first, first + len(held_out)) >= held_out_from)).any():
         raise ValueError("rows are not on the side, held out or not, that the manifest counts them on")
-    _check_segments(batch, lengths, _check_masks(batch, lengths))
+    marked = _check_masks(batch, lengths)
+    if marked[np.cumsum(lengths) - 1].any():
+        raise ValueError("the last token of a segment has a target")
+    if "segments" in batch.schema.names:  # else they are not asked for
+        _check_segments(batch, lengths, marked)
 
 
 def _check_masks(batch: pa.RecordBatch, lengths: Any) -> Any:

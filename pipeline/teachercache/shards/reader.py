@@ -120,8 +120,11 @@ class Cache:
         held_out = sum(shard.held_out_positions for shard in self.manifest.shards)
         return held_out if split == "held-out" else self.manifest.positions - held_out
 
-    def read_row(self, split: Split, index: int, *, columns: Sequence[str] | None = None) -> StoredRow:
-        """The row at `index` of a split, in the order of shards; `columns` limits which targets are decoded."""
+    def read_row(
+        self, split: Split, index: int, *, columns: Sequence[str] | None = None, segments: bool = True
+    ) -> StoredRow:
+        """The row at `index` of a split, in the order of shards; `columns` limits which targets are decoded. Without
+        `segments` the row has none, and text is not decompressed."""
         if not 0 <= index < self.rows_of(split):
             raise IndexError(f"row {index} of {self.rows_of(split)} {split} rows")
         ends = self._ends[split]
@@ -129,7 +132,7 @@ class Cache:
         within = index - (int(ends[number - 1]) if number else 0)
         info = self.manifest.shards[number]
         offset = info.rows - info.held_out_rows if split == "held-out" else 0
-        return self._shard(number).read_row(offset + within, columns, self.recent)
+        return self._shard(number).read_row(offset + within, columns, self.recent, segments=segments)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Begin to fetch shards (by their numbers, the ones needed first in front) of a cache in an object store.
@@ -207,7 +210,9 @@ class Shard:
         self._readers: dict[tuple[str, ...], pa.RecordBatchFileReader] = {}
         self._checked: set[tuple[tuple[str, ...], int]] = set()  # record batches whose rows are as they should be
 
-    def read_row(self, index: int, columns: Sequence[str] | None, recent: Decompressed) -> StoredRow:
+    def read_row(
+        self, index: int, columns: Sequence[str] | None, recent: Decompressed, *, segments: bool = True
+    ) -> StoredRow:
         """The row at `index` of this shard, from a batch in `recent` if it is there."""
         names = tuple(self.columns) if columns is None else tuple(columns)
         missing = set(names) - set(self.columns)
@@ -215,7 +220,8 @@ class Shard:
             raise KeyError(f"the targets have no column {min(missing)}; there are {', '.join(self.columns)}")
         number, within = divmod(index, self._rows_per_batch)
         try:
-            batch = recent.get((self.info.file, names, number), lambda: self._read_batch(names, number))
+            fields = (*(name for name in ROW_COLUMNS if segments or name != "segments"), *names)
+            batch = recent.get((self.info.file, fields, number), lambda: self._read_batch(fields, number))
             row = row_from_batch(batch, within)
             positions = row.positions
             targets = {name: self._decoder(name)(batch.column(name)[within].as_buffer(), positions) for name in names}
@@ -255,8 +261,7 @@ class Shard:
 
     def _reader(self, names: tuple[str, ...]) -> pa.RecordBatchFileReader:
         if names not in self._readers:
-            fields = [self.schema.get_field_index(name) for name in (*ROW_COLUMNS, *names)]
-            options = pa.ipc.IpcReadOptions(included_fields=fields)
+            options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(name) for name in names])
             self._readers[names] = pa.ipc.open_file(self._file, options=options)
         return self._readers[names]
 

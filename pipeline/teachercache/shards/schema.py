@@ -118,8 +118,8 @@ def to_batch(rows: Sequence[TokenRow], payload: Sequence[Sequence[bytes]], schem
 
 
 def row_from_batch(batch: pa.RecordBatch, index: int) -> TokenRow:
-    """The row at `index` of a record batch that holds all of `ROW_COLUMNS`."""
-    segments = batch.column("segments")[index].as_py()
+    """The row at `index` of a record batch that holds all of `ROW_COLUMNS`, or all but segments: they are empty then."""
+    segments = batch.column("segments")[index].as_py() if "segments" in batch.schema.names else ()
     return TokenRow(
         row_id=batch.column("row_id")[index].as_py(),
         held_out=batch.column("held_out")[index].as_py(),

@@ -45,5 +45,9 @@ class CacheDataset(Dataset[Rows]):
         cache, columns = self.caches[source], self.columns[source]
         start = int(self._ends[source]) - cache.rows_of(self.split)
         # In the order of the file, so that a record batch is decompressed once for all of its rows.
-        read = {index: cache.read_row(self.split, index - start, columns=columns) for index in sorted(indices)}
+        packed = cache.manifest.layout == "packed"  # else nobody asks for segments, and for the text in them
+        read = {
+            index: cache.read_row(self.split, index - start, columns=columns, segments=packed)
+            for index in sorted(indices)
+        }
         return Rows(source, [read[index] for index in indices])

@@ -38,6 +38,7 @@ from teachercache.quickstart import write_recipe
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
+from teachercache.stream.sources import train_order
 from teachercache.student.output_layer import loss_for_logits
 from teachercache.targets import Softened
 
@@ -146,8 +147,8 @@ def matrix_elements(model: torch.nn.Module) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     bench = SideBySide(options.work, options.layers)
-    manifest, steps = bench.cache.manifest, options.steps
-    plan = BatchPlan(bench.cache.rows_of("train"), options.rows, options.rows, 1, manifest.fingerprint, 0)
+    steps = options.steps
+    plan = BatchPlan(train_order(bench.cache, seed=0), options.rows, options.rows, 1)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for step in range(steps):
         rate = LEARNING_RATE * min((step + 1) / (WARM_UP * steps), 1 - step / steps)

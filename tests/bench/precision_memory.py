@@ -46,6 +46,7 @@ def run(precision: str, options: argparse.Namespace, output: Path) -> dict[str, 
     from teachercache.config import ObjectiveConfig, TrainConfig
     from teachercache.shards import Cache
     from teachercache.stream.batches import BatchPlan
+    from teachercache.stream.sources import train_order
     from teachercache.student.arguments import training_arguments
     from teachercache.student.launch import training_process
     from teachercache.student.trainer import DistillationTrainer
@@ -55,7 +56,7 @@ def run(precision: str, options: argparse.Namespace, output: Path) -> dict[str, 
         output=output, max_steps=options.steps, global_batch=options.rows, micro_batch=options.rows,
         precision=precision, zero_stage=options.zero, save_every=10**6, trackers=(), loader_workers=0,
     )  # fmt: skip
-    plan = BatchPlan(cache.rows_of("train"), options.rows, options.rows, 1, cache.manifest.fingerprint, 0)
+    plan = BatchPlan(train_order(cache, seed=0), options.rows, options.rows, 1)
     with training_process() as process:
         before = Memory(on_gpu=process.on_gpu)
         model = student(options.layers)

@@ -44,6 +44,7 @@ from teachercache.models import load_causal_lm
 from teachercache.quickstart import write_recipe
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
+from teachercache.stream.sources import train_order
 
 LENGTH, LAYERS, RATE = 256, "keep:4", 1e-4
 COMPRESSORS: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ ARMS = ("ours", "trl", "trl, checkpointing", *COMPRESSORS)
 class Chosen(BatchPlan):
     """A plan over some rows of a split."""
 
-    chosen: tuple[int, ...]
+    chosen: tuple[int, ...] = ()
 
     def step_rows(self, step: int) -> NDArray[np.int64]:
         return np.array(self.chosen)[np.arange(step * self.global_batch, (step + 1) * self.global_batch)]
@@ -133,8 +134,8 @@ def run_ours(setting: Setting, arguments: dict[str, Any], meter: Meter) -> Any:
     from teachercache.config import ObjectiveConfig
     from teachercache.student.trainer import DistillationTrainer
 
-    fingerprint, batch = setting.cache.manifest.fingerprint, setting.rows
-    plan = Chosen(len(setting.chosen), batch, batch, 1, fingerprint, 0, chosen=setting.chosen)
+    batch = setting.rows
+    plan = Chosen(train_order(setting.cache, seed=0), batch, batch, 1, chosen=setting.chosen)
     return DistillationTrainer(
         model=load_causal_lm(str(setting.student), dtype="float32"),
         cache=setting.cache,

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from student.runs import losses_of
 from teachercache.config import TrainConfig
 from teachercache.errors import RecipeError
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings, precision_of
+from teachercache.student.train import run_training
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "infra" / "deepspeed").glob("*.json"))
 
 
 def _config(**settings: Any) -> TrainConfig:
@@ -69,7 +74,19 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str | None, words: str
         deepspeed_config(_config(deepspeed=path), on_gpu=False)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "infra" / "deepspeed").glob("*.json")))
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_usable(path: Path) -> None:
     made = deepspeed_config(_config(deepspeed=path, precision="bf16"), on_gpu=True)
     assert precision_of(made, "bf16") == "bf16" and made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_train(make_recipe: Any, tmp_path: Path, path: Path) -> None:
+    """As they are, and what the stage learns without them: offloading moves numbers, and changes none."""
+    offloaded = make_recipe(output=tmp_path / "offloaded", deepspeed=path, max_steps=3)
+    stage = json.loads(path.read_text())["zero_optimization"]["stage"]
+    assert run_training(offloaded)["zero_stage"] == stage
+    plain = make_recipe(output=tmp_path / "plain", zero_stage=stage, max_steps=3)
+    run_training(plain)
+    np.testing.assert_allclose(losses_of(offloaded.train.output), losses_of(plain.train.output), rtol=1e-6)
+    assert losses_of(offloaded.train.output)[-1] < losses_of(offloaded.train.output)[0]

@@ -1,14 +1,18 @@
 """SIGTERM, by which schedulers take a machine back: finish the step, save a checkpoint, and end.
 
-The second SIGTERM ends the process at once, as does SIGKILL: then the run goes on from the last whole checkpoint.
+Slurm sends it to every process of a job, those that load data included, and the launcher above sends it to its processes
+once more. So a request may come several times, and only SIGINT or SIGKILL ends the process at once: then the run goes on
+from the last whole checkpoint.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import register_after_fork
 from typing import Any
 
 import torch
@@ -26,7 +30,8 @@ class Request:
 
 @contextmanager
 def sigterm_as_request() -> Iterator[Request]:
-    """While it is open, SIGTERM only sets the request; anywhere but in the main thread nothing changes."""
+    """While it is open, SIGTERM only sets the request, and ends no process that multiprocessing forks meanwhile, unless
+    this one sent it. Anywhere but in the main thread nothing changes."""
     request = Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -34,13 +39,29 @@ def sigterm_as_request() -> Iterator[Request]:
 
     def ask(*_: Any) -> None:
         request.asked = True
-        signal.signal(signal.SIGTERM, before)
 
+    register_after_fork(request, heed_parent_alone)
     before = signal.signal(signal.SIGTERM, ask)
     try:
         yield request
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def heed_parent_alone(*_: Any) -> None:
+    """In a forked process: from now on SIGTERM ends it only if its parent sent it.
+
+    A loader's worker that died of anybody else's would take its parent along before the checkpoint. It cannot just
+    ignore the signal: that is also how its parent ends it, and then waits for it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class StopWhenAsked(TrainerCallback):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from teachercache.errors import JobFailed, TeachercacheError
+from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.student import universal
 from teachercache.student.checkpoints import Checkpoint, whole_checkpoint
 
@@ -36,14 +36,17 @@ LONGEST_CONVERSION = timedelta(days=1)
 def any_number_of_processes(trainer: Trainer, folder: str | None) -> Iterator[None]:
     """While it is open, `trainer` may resume from the checkpoint in `folder`, however many processes wrote it.
 
-    All processes must open it. Raises `JobFailed`, in all of them, when the checkpoint cannot be converted.
+    All processes must open it. Raises, in all of them, `RecipeError` where the optimizer's state is kept on NVMe, and
+    `JobFailed` when the checkpoint cannot be converted.
     """
     checkpoint = whole_checkpoint(Path(folder)) if folder else None
     if checkpoint is None or checkpoint.world_size == trainer.args.world_size:
         yield
         return
-    sharded = trainer.is_deepspeed_enabled and _settings(trainer)["zero_optimization"]["stage"] > 0
+    zero = _settings(trainer).get("zero_optimization", {}) if trainer.is_deepspeed_enabled else {}
+    sharded = zero.get("stage", 0) > 0
     if sharded:
+        _check_offload(zero, checkpoint)
         _in_main_process(trainer.args, lambda: universal.convert(checkpoint.folder))
         _load_universal(trainer, True)
     resumed = _Resumed(trainer, checkpoint, sharded=sharded)
@@ -53,6 +56,14 @@ def any_number_of_processes(trainer: Trainer, folder: str | None) -> Iterator[No
             yield
     finally:
         trainer.remove_callback(resumed)
+
+
+def _check_offload(zero: dict[str, Any], checkpoint: Checkpoint) -> None:
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise RecipeError(
+            f"{checkpoint.folder} holds copies of {checkpoint.world_size} processes' NVMe files (offload_optimizer), which "
+            "DeepSpeed cannot convert: resume with as many processes, or use another train.output"
+        )
 
 
 class _Resumed(TrainerCallback):

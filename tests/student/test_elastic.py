@@ -22,7 +22,7 @@ from rich.console import Console
 
 from student.runs import kill, kill_after, log_of, losses_of, start_job
 from teachercache.config import Recipe
-from teachercache.errors import JobFailed
+from teachercache.errors import JobFailed, RecipeError
 from teachercache.shards import Cache
 from teachercache.student import universal
 from teachercache.student.train import run_training
@@ -168,6 +168,22 @@ def _float32_weights(checkpoint: Path, folder: Path) -> torch.Tensor:
     return torch.cat([(found["param"] if isinstance(found, dict) else found).flatten() for found in loaded])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_loss_scale_goes_on(by_two: Copied, tmp_path: Path, stage: int) -> None:
+    """A CPU does not train in fp16; but DeepSpeed scales a float32 loss as well, by the number that a checkpoint holds."""
+    recipe = by_two(zero_stage=stage)
+    for path in (tmp_path / "run" / "checkpoint-3" / "global_step3").glob("*optim_states.pt"):
+        saved = torch.load(path, weights_only=False)
+        saved["optimizer_state_dict"]["loss_scaler"].cur_scale = 4.0
+        torch.save(saved, path)
+    run_training(recipe)
+    [path] = (tmp_path / "run" / "checkpoint-6" / "global_step6").glob("*optim_states.pt")
+    assert torch.load(path, weights_only=False)["optimizer_state_dict"]["loss_scaler"].cur_scale == 4.0
+    _uninterrupted(recipe, tmp_path / "whole")
+    _assert_same_learning(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_conversion_killed_half_way_is_made_again(by_two: Copied, tmp_path: Path) -> None:
     recipe = by_two()
     checkpoint = tmp_path / "run" / "checkpoint-3"
@@ -227,17 +243,38 @@ def test_a_deepspeed_file_of_ones_own(by_two: Copied, tmp_path: Path) -> None:
     own.write_text(
         json.dumps(
             {
-                "zero_optimization": {"stage": 2, "round_robin_gradients": True},
-                "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}},
-                "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 6}},
+                "zero_optimization": {"stage": 2},
+                "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+                "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
                 "checkpoint": {"load_universal": True},
             }
         )
     )
-    recipe = by_two(deepspeed=own, weight_decay=0.1)
+    recipe = by_two(deepspeed=own, warmup_fraction=0.6)
     run_training(recipe)
     _uninterrupted(recipe, tmp_path / "whole")
     _assert_same_learning(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_deepspeed_would_convert_wrong_is_refused(by_two: Copied, tmp_path: Path) -> None:
+    """In another order of parameters it would restore other weights, and say nothing."""
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+    recipe = by_two(deepspeed=own)
+    with pytest.raises(RecipeError, match=r"written by 2 process.*round_robin_gradients.*resume with as many"):
+        run_training(recipe)
+
+
+def test_other_weights_than_the_checkpoints_are_noticed(by_two: Copied, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    recipe, path = by_two(), tmp_path / "run" / "checkpoint-3" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][-1] += 1e-6
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(JobFailed, match=r"written by 2 process.*restored other weights from it \(model.norm.weight\)"):
+        run_training(recipe)
 
 
 @pytest.mark.slow

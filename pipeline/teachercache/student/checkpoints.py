@@ -1,7 +1,8 @@
 """Which checkpoint folders of a run are whole.
 
 A checkpoint is many files, written by all processes; a job that is killed meanwhile leaves half of them. The last file
-written is `complete.json`, after everything else has reached the disk: a folder without it is never resumed from.
+written is `complete.json`, after everything else has reached the disk: a folder without it is never resumed from. It
+says how many processes wrote the checkpoint; any other number can resume from it too, see elastic.py.
 """
 
 from __future__ import annotations

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from teachercache.errors import JobFailed, TeachercacheError
+from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.student import universal
 from teachercache.student.checkpoints import Checkpoint, whole_checkpoint
 
@@ -36,14 +37,17 @@ LONGEST_CONVERSION = timedelta(days=1)
 def any_number_of_processes(trainer: Trainer, folder: str | None) -> Iterator[None]:
     """While it is open, `trainer` may resume from the checkpoint in `folder`, however many processes wrote it.
 
-    All processes must open it. Raises `JobFailed`, in all of them, when the checkpoint cannot be converted.
+    All processes must open it. Raises, in all of them, `RecipeError` where DeepSpeed's settings keep a checkpoint
+    from being converted, and `JobFailed` when it cannot be or comes out different.
     """
     checkpoint = whole_checkpoint(Path(folder)) if folder else None
     if checkpoint is None or checkpoint.world_size == trainer.args.world_size:
         yield
         return
-    sharded = trainer.is_deepspeed_enabled and _settings(trainer)["zero_optimization"]["stage"] > 0
+    zero = _settings(trainer).get("zero_optimization", {}) if trainer.is_deepspeed_enabled else {}
+    sharded = zero.get("stage", 0) > 0
     if sharded:
+        _check_settings(zero, checkpoint)
         _in_main_process(trainer.args, lambda: universal.convert(checkpoint.folder))
         _load_universal(trainer, True)
     resumed = _Resumed(trainer, checkpoint, sharded=sharded)
@@ -53,6 +57,20 @@ def any_number_of_processes(trainer: Trainer, folder: str | None) -> Iterator[No
             yield
     finally:
         trainer.remove_callback(resumed)
+
+
+def _check_settings(zero: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse what DeepSpeed (0.19.8) would convert wrong, or not at all."""
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        why = "offload_optimizer keeps the optimizer's state in NVMe files of each process"
+    elif zero.get("round_robin_gradients") and zero["stage"] < 3:
+        why = "round_robin_gradients shards it in another order than DeepSpeed's converter reads"  # without an error
+    else:
+        return
+    raise RecipeError(
+        f"{checkpoint.folder} was written by {checkpoint.world_size} process(es), and no other number can go on from it: "
+        f"{why}; resume with as many, or use another train.output"
+    )
 
 
 class _Resumed(TrainerCallback):
@@ -68,6 +86,7 @@ class _Resumed(TrainerCallback):
         if self._sharded:
             _load_universal(self._trainer, False)
             _mend_optimizer(optimizer, self._checkpoint)
+            _check_weights(self._trainer.model, self._checkpoint)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self._reseeded:  # here: Trainer has loaded the states of other processes meanwhile
@@ -93,6 +112,22 @@ def _mend_optimizer(optimizer: Any, checkpoint: Checkpoint) -> None:
     groups = saved.get("optimizer_state_dict", saved)["param_groups"]
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         group.update({name: value for name, value in before.items() if name != "params"})
+
+
+def _check_weights(model: Any, checkpoint: Checkpoint) -> None:
+    """The weights that arrived are those that the checkpoint holds for the export, bit by bit; under ZeRO 3, in which no
+    process has whole ones, this says nothing. All processes find the same."""
+    whole = {name: weights for name, weights in model.named_parameters() if not hasattr(weights, "ds_id")}
+    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stored:
+            for name in sorted(stored.keys() & whole.keys()):
+                arrived = whole[name].detach().cpu()
+                if torch.equal(arrived, stored.get_tensor(name).to(arrived.dtype)):
+                    continue
+                raise JobFailed(
+                    f"{checkpoint.folder} was written by {checkpoint.world_size} process(es), and DeepSpeed restored "
+                    f"other weights from it ({name}); resume with as many, or use another train.output"
+                )
 
 
 @contextmanager

@@ -136,7 +136,7 @@ class _Job:
         except TeachercacheError as error:
             raise type(error)(_own_message(error)) from error
         except RuntimeError as error:
-            if not lost_another_process(error):
+            if self.process.world_size == 1 or not lost_another_process(error):
                 raise
             raise JobFailed(
                 "another process of this job has ended, and this one with it; run the same command again to go on from "

@@ -8,8 +8,8 @@ checkpoint-N/global_stepN/      what DeepSpeed wrote; stays as it is
 checkpoint-N/universal/         its conversion
 checkpoint-N/latest_universal   written last: the conversion is whole; DeepSpeed looks for it under this name
 
-A conversion takes about the room of the optimizer's state (12 bytes a parameter), twice that while it is made. It stays
-until the next whole checkpoint is there, so that a job which is killed soon again does not convert again.
+A conversion takes about the room of the checkpoint itself, and nearly twice that while it is made. It stays until the
+next whole checkpoint is there, so that a job which is killed soon again does not convert again.
 """
 
 from __future__ import annotations

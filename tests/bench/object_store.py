@@ -1,12 +1,12 @@
 """What reading a cache from an object store costs over reading it from a folder.
 
-    python tests/bench/object_store.py CACHE [--rows 2000] [--repeats 3] [--json]
+    python tests/bench/object_store.py CACHE [--rows 2000] [--latency 0.2] [--repeats 3] [--json]
 
-The cache is uploaded to an S3 server on this machine (moto's, so that the figures are those of this library and its local
-copies, not of a network). Rows are read in shard order, with every column that a sketch or ghost loss reads. Measured, each in
-a process of its own: seconds to open the cache, to its first row from nothing, and rows/s until all of them are read;
-`folder` reads the folder, `cold` begins without local copies, `ahead` as well but fetches the next shards in the background
-while it reads, `warm` finds all of them there. Medians over the repeats.
+The cache is uploaded to an S3 server on this machine (moto's, which takes its share of the cores), behind a proxy that
+holds every answer with a shard's bytes back for `latency` seconds. Rows are read in shard order, with every column that a
+sketch or ghost loss reads. Measured, each in a process of its own: seconds to open the cache, to its first row from nothing,
+and rows/s until all of them are read; `folder` reads the folder, `cold` begins without local copies, `ahead` as well but
+fetches the next shards in the background while it reads, `warm` finds all of them there. Medians over the repeats.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache")
     parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ahead", action="store_true", help=argparse.SUPPRESS)
@@ -77,6 +78,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     with s3_server() as server, tempfile.TemporaryDirectory() as name:
         url = server.upload(Path(options.cache), "bench/cache")
+        server.break_next(match="shards/", times=-1, kind="stall", after=0, seconds=options.latency)
         for repeat in range(options.repeats):
             for arm in ARMS:
                 local = Path(name) / f"{repeat}-{'cold' if arm == 'warm' else arm}"
@@ -84,7 +86,8 @@ def main() -> None:
                 runs[arm].append(in_a_process(location, local, options, ahead=arm == "ahead"))
     result = {arm: {key: statistics.median(run[key] for run in runs[arm]) for key in runs[arm][0]} for arm in ARMS}
     size = sum(path.stat().st_size for path in (Path(options.cache) / "shards").iterdir())
-    summary = {**provenance(), "cache_megabytes": size / 1e6, "repeats": options.repeats, **result}
+    summary = {**provenance(), "cache_megabytes": size / 1e6, "latency": options.latency, "repeats": options.repeats}
+    summary |= result
     if options.json:
         print(json.dumps(summary))
         return

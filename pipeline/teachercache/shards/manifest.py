@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -161,13 +162,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise CacheError(_explain_missing(folder))
-    return parse_manifest(path.read_bytes(), name=str(path))
+    return parse_manifest(path.read_bytes, name=str(path))
 
 
-def parse_manifest(text: bytes, *, name: str) -> Manifest:
-    """The manifest from its bytes; `name` is what errors call the file. Raises as `read_manifest` does."""
+def parse_manifest(read: Callable[[], bytes], *, name: str) -> Manifest:
+    """The manifest from the bytes that `read` gives; `name` is what errors call the file. Raises as `read_manifest` does."""
     try:
-        data = json.loads(text)
+        data = json.loads(read())  # read in here: nobody else then holds the text, 25 MB for 100,000 shards
         if data.pop("format") != "teachercache":
             raise ValueError("it is not a teachercache manifest")
         version, digest = data["format_version"], data.pop("digest")

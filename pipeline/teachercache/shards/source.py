@@ -110,13 +110,12 @@ class RemoteFiles:
 def remote_manifest(store: ObjectStore) -> Manifest:
     """The manifest at a URL. Raises `CacheError` when there is none, `CacheDamaged` when it was changed."""
     try:
-        data = store.read(MANIFEST)
+        return parse_manifest(lambda: store.read(MANIFEST), name=store.name_of(MANIFEST))
     except FileNotFoundError:
         raise CacheError(
             f"there is no cache at {store.name}: it has no {MANIFEST} (which is uploaded last); make a cache with "
             "`teachercache precompute RECIPE` and copy it there"
         ) from None
-    return parse_manifest(data, name=store.name_of(MANIFEST))
 
 
 def check_bytes(folder: Path, info: FileInfo) -> None:

@@ -57,7 +57,17 @@ def test_the_users_own_file_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "does not exist"), ("{", "is not JSON"), ("[]", "must hold an object")]
+    ("text", "words"),
+    [
+        (None, "does not exist"),
+        ("{", "is not JSON"),
+        ("[]", "must hold an object"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
+            r'offload_param on nvme.*use .*"cpu"',
+        ),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}', "offload_optimizer on nvme"),
+    ],
 )
 def test_a_file_that_cannot_be_used(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "own.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,17 @@ def test_loading_a_conversion_is_no_setting_of_the_users(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "does not exist"), ("{", "is not JSON"), ("[]", "must hold an object")]
+    ("text", "words"),
+    [
+        (None, "does not exist"),
+        ("{", "is not JSON"),
+        ("[]", "must hold an object"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
+            r'offload_param on nvme.*use .*"cpu"',
+        ),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}', "offload_optimizer on nvme"),
+    ],
 )
 def test_a_file_that_cannot_be_used(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "own.json"
@@ -81,12 +92,20 @@ def test_the_examples_are_usable(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_examples_train(make_recipe: Any, tmp_path: Path, path: Path) -> None:
+def test_the_examples_train_and_resume(make_recipe: Any, tmp_path: Path, path: Path) -> None:
     """As they are, and what the stage learns without them: offloading moves numbers, and changes none."""
-    offloaded = make_recipe(output=tmp_path / "offloaded", deepspeed=path, max_steps=3)
     stage = json.loads(path.read_text())["zero_optimization"]["stage"]
-    assert run_training(offloaded)["zero_stage"] == stage
-    plain = make_recipe(output=tmp_path / "plain", zero_stage=stage, max_steps=3)
+    settings = {"max_steps": 4, "evaluate_every": 2}
+    plain = make_recipe(output=tmp_path / "plain", zero_stage=stage, **settings)
+    offloaded = make_recipe(output=tmp_path / "offloaded", deepspeed=path, **settings)
     run_training(plain)
-    np.testing.assert_allclose(losses_of(offloaded.train.output), losses_of(plain.train.output), rtol=1e-6)
-    assert losses_of(offloaded.train.output)[-1] < losses_of(offloaded.train.output)[0]
+    assert run_training(offloaded)["zero_stage"] == stage
+    run = offloaded.train.output
+    expected = losses_of(plain.train.output)
+    np.testing.assert_allclose(losses_of(run), expected, rtol=1e-6)
+    assert expected[-1] < expected[0]
+
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoint-4")
+    assert run_training(offloaded)["resumed_from"] == 2
+    np.testing.assert_allclose(losses_of(run), expected, rtol=1e-6)

@@ -66,3 +66,13 @@ def test_sigterm_to_every_process_ends_a_run_with_a_checkpoint(
     [newest] = complete_checkpoints(recipe.train.output)
     assert 3 <= newest.step < 120
     assert not [member for member in family if member.is_running()]
+
+
+def test_a_run_whose_progress_nobody_reads_goes_on(make_recipe: Any, tmp_path: Path) -> None:
+    """As when the connection breaks over which a launcher shows it; the launcher then sends SIGTERM."""
+    recipe = make_recipe(max_steps=6)
+    process = _start(recipe, tmp_path, launcher=[])
+    assert process.stderr is not None and "step 1/6" in process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=TIMEOUT_SECONDS) == 0
+    assert (recipe.train.output / "summary.json").exists()

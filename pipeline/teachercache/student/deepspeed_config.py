@@ -7,6 +7,7 @@ checkpoints, clipping and loss scaling. Batch sizes are `auto`: they follow from
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 from teachercache.config import TrainConfig
@@ -23,7 +24,7 @@ PERSISTENT_ELEMENTS = 10_000
 def deepspeed_config(config: TrainConfig, *, on_gpu: bool) -> dict[str, Any]:
     """The configuration for a recipe; the user's own file, where there is one, wins over stage and precision.
 
-    Raises `RecipeError` when that file is missing or no JSON object.
+    Raises `RecipeError` when that file is missing, no JSON object, or offloads to NVMe.
     """
     own = own_deepspeed_settings(config)
     merged = _made(config, on_gpu=on_gpu) if own is None else {**_batch_settings(), **own}
@@ -95,6 +96,7 @@ def own_deepspeed_settings(config: TrainConfig) -> dict[str, Any] | None:
         raise RecipeError(f"train.deepspeed: {path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"train.deepspeed: {path} must hold an object, not {type(data).__name__}")
+    _check_offloading(data, path)
     return _without_load_universal(data)
 
 
@@ -103,3 +105,14 @@ def _without_load_universal(data: dict[str, Any]) -> dict[str, Any]:
     section = {name: value for name, value in data.get("checkpoint", {}).items() if name != "load_universal"}
     rest = {name: value for name, value in data.items() if name != "checkpoint"}
     return {**rest, "checkpoint": section} if section else rest
+
+
+def _check_offloading(settings: dict[str, Any], path: Path) -> None:
+    """Refuse what cannot be resumed: DeepSpeed 0.19.8 neither says so nor restores weights and moments from there."""
+    for name in ("offload_optimizer", "offload_param"):
+        where = (settings.get("zero_optimization") or {}).get(name) or {}
+        if where.get("device") == "nvme":
+            raise RecipeError(
+                f"train.deepspeed: {path}: DeepSpeed does not resume a run with {name} on nvme as it was; "
+                'use "device": "cpu"'
+            )

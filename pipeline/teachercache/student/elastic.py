@@ -61,16 +61,12 @@ def any_number_of_processes(trainer: Trainer, folder: str | None) -> Iterator[No
 
 def _check_settings(zero: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Refuse what DeepSpeed (0.19.8) would convert wrong, or not at all."""
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
-        why = "offload_optimizer keeps the optimizer's state in NVMe files of each process"
-    elif zero.get("round_robin_gradients") and zero["stage"] < 3:
-        why = "round_robin_gradients shards it in another order than DeepSpeed's converter reads"  # without an error
-    else:
-        return
-    raise RecipeError(
-        f"{checkpoint.folder} was written by {checkpoint.world_size} process(es), and no other number can go on from it: "
-        f"{why}; resume with as many, or use another train.output"
-    )
+    if zero.get("round_robin_gradients") and zero["stage"] < 3:  # and without an error
+        raise RecipeError(
+            f"{checkpoint.folder} was written by {checkpoint.world_size} process(es), and no other number can go on from "
+            "it: round_robin_gradients shards it in another order than DeepSpeed's converter reads; resume with as many, or "
+            "use another train.output"
+        )
 
 
 class _Resumed(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,11 @@ class ProgressBar(TrainerCallback):
         if self._console.is_terminal and "loss" in (logs or {}):
             self._bar.update(self._task, note=note)
         elif note:
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {note}", soft_wrap=True, highlight=False)
+            # Nobody reads any more, as when a launcher's connection breaks: rich would end the process before it saves.
+            with suppress(SystemExit):
+                self._console.print(
+                    f"step {state.global_step}/{state.max_steps}  {note}", soft_wrap=True, highlight=False
+                )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()

@@ -39,8 +39,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class LocalCopies:
     """The folder. Picklable. Raises `CacheError` when it cannot be written to."""
 
-    def __init__(self, folder: Path, *, limit: int) -> None:
-        self.folder = folder.expanduser()
+    def __init__(self, folder: str | Path, *, limit: int) -> None:
+        self.folder = Path(folder).expanduser()
         self.limit = limit
         self._checked: set[str] = set()
         with self._readable_errors():

@@ -31,7 +31,7 @@ class Prefetcher:
         self._threads = [threading.Thread(target=self._work.run, daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
-        # Also at exit: a thread that came back from pyarrow into an interpreter that is gone would abort the process.
+        # Also at exit: a thread that came back from pyarrow into an interpreter that is gone can abort the process.
         self._finalizer = weakref.finalize(self, _stop, self._work, self._threads, self._pid)
 
     def belongs_here(self) -> bool:

@@ -61,7 +61,9 @@ class Cache:
         self.recent = Decompressed(KEPT_BYTES)
 
     @classmethod
-    def open(cls, location: str | Path, *, local: Path = LOCAL_COPIES, local_bytes: int = LOCAL_COPIES_BYTES) -> Cache:
+    def open(
+        cls, location: str | Path, *, local: str | Path = LOCAL_COPIES, local_bytes: int = LOCAL_COPIES_BYTES
+    ) -> Cache:
         """Open the cache in a folder, or at a URL such as `s3://BUCKET/PREFIX`.
 
         Files of a URL are fetched when they are needed, checked, and kept in the folder `local`, which holds at most

@@ -44,7 +44,7 @@ class Source(Protocol):
         """
 
 
-def source_of(location: str | Path, *, local: Path, local_bytes: int) -> Source:
+def source_of(location: str | Path, *, local: str | Path, local_bytes: int) -> Source:
     """The source of a folder or URL; `local` and `local_bytes` serve URLs. Raises `CacheError`."""
     if is_url(location):
         return RemoteFiles(ObjectStore(str(location)), LocalCopies(local, limit=local_bytes))

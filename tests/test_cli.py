@@ -242,6 +242,8 @@ def test_overrides_reach_any_depth(tmp_path):
         ("cache: c\ntargets: {logits: {kind: top-q}}", "targets.logits"),
         ("cache: c\ntargets: {logits: top-k}", "targets.logits"),
         ("cache: c\ncorpus: {source: s, held_out: 1.5}", "less than 1"),
+        ("cache: c\nstream: {mix: [{cach: d}]}", "unknown key `stream.mix.0.cach`; did you mean `cache`?"),
+        ("cache: c\nstream: {window: 3}\ntrain: {output: o}\nstream: {window: 4}", "`stream` is there twice"),
     ],
 )
 def test_recipes_that_make_no_sense(tmp_path, text, message):

@@ -112,7 +112,9 @@ def test_mistake_03_the_loss_goes_through_the_data_parallel_wrapper(cache, tmp_p
 
 def test_mistake_04_rows_do_not_depend_on_world_size_or_accumulation():
     """Picking rows by `rank * batch + batch * step` loses or repeats some under another world size."""
-    order = Mixture.of([RowOrder([20, 0, 33], block_rows=[4, 4, 4], fingerprint="f", seed=1, window=2)])
+    order = Mixture.of(
+        [RowOrder([20, 0, 33], block_rows=[4, 4, 4], block_bytes=[1, 1, 1], fingerprint="f", seed=1, window=2)]
+    )
     plans = [
         BatchPlan(order, global_batch=12, micro_batch=micro, world_size=world)
         for world, micro in ((1, 12), (1, 3), (2, 6), (3, 2), (4, 3))

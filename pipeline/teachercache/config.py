@@ -409,6 +409,17 @@ class Recipe(Section):
                 )
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys, and a section that is there twice would be half ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"`{twice}` is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, apply `key.path=value` overrides (values are YAML) and validate it.
 
@@ -418,7 +429,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"recipe {path} does not exist; complete ones are in jobs/recipes/")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -472,7 +483,7 @@ def _explain(item: Any) -> str:
 
 def _keys_at(parents: Sequence[str]) -> list[str]:
     sections: list[type[BaseModel]] = [Recipe]
-    for part in parents:
+    for part in (part for part in parents if not part.isdigit()):  # an item of a list
         # Where kinds share a key, the path of an error names the kind as well: targets.logits.top-k.
         named = [
             section

@@ -28,9 +28,13 @@ def multiply(cache: Path, folder: Path, shards: int) -> None:
     from teachercache.shards.manifest import commit_manifest, read_manifest
 
     manifest = read_manifest(cache)
-    for name in ("shards", "teacher"):
-        (folder / name).symlink_to((cache / name).resolve())
-    entries = [manifest.shards[number % len(manifest.shards)] for number in range(shards)]
+    (folder / "teacher").symlink_to((cache / "teacher").resolve())
+    (folder / "shards").mkdir()
+    entries = []
+    for number in range(shards):
+        shard = manifest.shards[number % len(manifest.shards)]
+        entries.append(replace(shard, file=f"shards/part-{number:06d}.arrow"))
+        (folder / entries[-1].file).symlink_to((cache / shard.file).resolve())
     commit_manifest(replace(manifest, shards=entries), folder)
 
 

@@ -366,6 +366,16 @@ def test_manifests_that_lie_are_refused_at_opening(copy: Any, path: str, value: 
     assert len(problems(folder)) == 1
 
 
+def test_rows_that_add_up_to_more_than_can_be_are_refused_at_opening(copy: Any) -> None:
+    folder = copy()
+    data = json.loads((folder / MANIFEST).read_text())
+    shard = data["shards"][0]
+    data["shards"] = [{**shard, "file": f"shards/{number}.arrow", "rows": 2**52} for number in range(2000)]
+    write_signed(folder, data)
+    with pytest.raises(CacheDamaged, match="its rows add up to more than can be"):
+        Cache.open(folder)
+
+
 def write_signed(folder: Path, data: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(data))
     try:

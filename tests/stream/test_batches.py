@@ -17,7 +17,16 @@ SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any)
 
 def _order(shards: list[int], *, window: int = 64, seed: int = 0, block: int = 2) -> Mixture:
     return Mixture.of(
-        [RowOrder(shards, block_rows=[block] * len(shards), fingerprint="cache", seed=seed, window=window)]
+        [
+            RowOrder(
+                shards,
+                block_rows=[block] * len(shards),
+                block_bytes=[1] * len(shards),
+                fingerprint="cache",
+                seed=seed,
+                window=window,
+            )
+        ]
     )
 
 
@@ -107,7 +116,9 @@ def test_a_micro_batch_is_of_one_cache_and_none_is_lost(
     shards: list[list[int]], share: float | None, micro: int, per_step: int, world: int, step: int
 ) -> None:
     orders = [
-        RowOrder(each, block_rows=[2] * len(each), fingerprint=str(number), seed=0, window=2)
+        RowOrder(
+            each, block_rows=[2] * len(each), block_bytes=[1] * len(each), fingerprint=str(number), seed=0, window=2
+        )
         for number, each in enumerate(shards)
     ]
     mixture = Mixture.of(orders, shares=[share, *[None] * (len(orders) - 2)])

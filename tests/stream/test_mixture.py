@@ -18,7 +18,9 @@ SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)
 MIXTURES = st.builds(
     lambda shards, shares: Mixture.of(
         [
-            RowOrder(each, block_rows=[2] * len(each), fingerprint=str(number), seed=0, window=2)
+            RowOrder(
+                each, block_rows=[2] * len(each), block_bytes=[1] * len(each), fingerprint=str(number), seed=0, window=2
+            )
             for number, each in enumerate(shards)
         ],
         shares=[shares[number] for number in range(len(shards) - 1)],
@@ -76,7 +78,7 @@ def test_any_row_is_found_without_the_others(mixture: Mixture, data: st.DataObje
 
 def _mixture(rows: list[int], shares: list[float | None]) -> Mixture:
     orders = [
-        RowOrder([count], block_rows=[count // 1000 + 1], fingerprint=str(number), seed=0)
+        RowOrder([count], block_rows=[count // 1000 + 1], block_bytes=[1], fingerprint=str(number), seed=0)
         for number, count in enumerate(rows)
     ]
     return Mixture.of(orders, shares=shares)

@@ -12,14 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teachercache.stream.order import order_key, permuted
-from teachercache.stream.windows import GROUP, RowOrder
+from teachercache.stream.windows import RowOrder
 
+GROUP = 96  # blocks
 FEW = settings(deadline=None, max_examples=60)
 SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
 
 def row_order(shards: list[int], *, block: int = 3, **settings: Any) -> RowOrder:
-    return RowOrder(shards, block_rows=[block] * len(shards), fingerprint="cache", **settings)
+    settings = {"group_bytes": GROUP, **settings}
+    return RowOrder(
+        shards, block_rows=[block] * len(shards), block_bytes=[1] * len(shards), fingerprint="cache", **settings
+    )
 
 
 def _epoch(order: RowOrder, epoch: int) -> list[int]:
@@ -43,13 +47,16 @@ def test_a_window_is_all_that_is_open(shards: list[int], window: int, epoch: int
     """Shards come in disjoint groups of at most `window`, and `shards_at` names them before they are read."""
     order = row_order(shards, seed=0, window=window)
     met = _shards_of(order, _epoch(order, epoch))
-    groups = [set(order.shards_at(epoch, index)[:window]) for index in range(order.rows)]
+    groups = [set(order.shards_at(epoch, index)[0]) for index in range(order.rows)]
     assert all(shard in group for shard, group in zip(met, groups, strict=True))
     distinct = [group for index, group in enumerate(groups) if not index or group != groups[index - 1]]
     assert sum(len(group) for group in distinct) == len(set().union(*distinct))
+    assert set(order.shards_at(epoch, order.rows - 1)[1]) <= set(order.shards_at(epoch + 1, 0)[0]) | set(
+        np.flatnonzero(np.array(shards) == 0).tolist()
+    )
     for group, following in itertools.pairwise(distinct):  # but for windows of empty shards
         index = groups.index(group)
-        named = set(order.shards_at(epoch, index)[window:])
+        named = set(order.shards_at(epoch, index)[1])
         assert named == following or not any(shards[shard] for shard in named)
 
 
@@ -84,7 +91,7 @@ def test_any_row_is_found_without_the_others(shards: list[int], window: int, dat
 
 def test_epochs_and_seeds_differ_also_in_which_shards_meet() -> None:
     orders = [row_order([4] * 40, seed=seed, window=4) for seed in (0, 1)]
-    firsts = [frozenset(order.shards_at(epoch, 0)[:4]) for order in orders for epoch in (0, 1, 2)]
+    firsts = [frozenset(order.shards_at(epoch, 0)[0]) for order in orders for epoch in (0, 1, 2)]
     assert len(set(firsts)) == 6
     assert len({tuple(_epoch(order, epoch)) for order in orders for epoch in (0, 1, 2)}) == 6
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student.runs import log_of, losses_of
+from student.runs import kill_after, log_of, losses_of, start_job
 from teachercache.errors import ModelError, RecipeError
 from teachercache.models import load_causal_lm
 from teachercache.student.train import run_training
@@ -69,3 +69,21 @@ def test_adapters_are_part_of_whose_run_it_is(make_recipe: Any) -> None:
 def test_layers_that_the_student_does_not_have_are_refused(make_recipe: Any) -> None:
     with pytest.raises(ModelError, match=r"student.lora.target_modules: .*gate_of_heaven"):
         run_training(make_recipe(lora={"target_modules": ["gate_of_heaven"]}))
+
+
+def test_adapters_of_a_tied_output_layer_are_refused(make_recipe: Any) -> None:
+    """Merged, they would change the input embedding as well."""
+    for names in (["lm_head", "q_proj"], ["embed_tokens"], "lm_head"):
+        with pytest.raises(ModelError, match=r"student.lora.target_modules: embed_tokens and lm_head share one weight"):
+            run_training(make_recipe(lora={"target_modules": names}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_go_on_with_another_number_of_processes(make_recipe: Any, tmp_path: Path, stage: int) -> None:
+    settings = {"lora": {"rank": 4}, "zero_stage": stage, "epochs": 3, "save_every": 3, "evaluate_every": 100}
+    whole, changed = (make_recipe(output=tmp_path / name, **settings) for name in ("whole", "changed"))
+    assert start_job(whole, tmp_path, processes=1).wait() == 0
+    kill_after(start_job(changed, tmp_path, processes=2), changed.train.output, 6)
+    assert run_training(changed)["resumed_from"] >= 6
+    assert losses_of(changed.train.output) == pytest.approx(losses_of(whole.train.output), abs=1e-4)

@@ -133,9 +133,23 @@ def test_a_run_goes_on_with_its_own_mixture_alone(make_recipe: Any, sketched: Pa
         run_training(make_recipe(max_steps=2, stream={"window": 1}))
 
 
-def test_caches_that_do_not_mix_are_refused(make_recipe: Any, cache: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_order_does_not_go_on(make_recipe: Any) -> None:
+    """Its rows came in another order: some would come twice in its epoch, and others never."""
+    recipe = make_recipe(max_steps=2)
+    run_training(recipe)
+    path = recipe.train.output / "run.json"
+    before = json.loads(path.read_text())
+    del before["order"]
+    path.write_text(json.dumps(before))
+    with pytest.raises(RecipeError, match=r"stream.order was 1, now \d.*use another train.output"):
+        run_training(recipe)
+
+
+def test_caches_that_do_not_mix_are_refused(make_recipe: Any, cache: Path, sketched: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="the same cache"):
         run_training(make_recipe(stream={"mix": [{"cache": str(cache)}]}))
+    with pytest.raises(CacheError, match="the same cache"):
+        run_training(make_recipe(stream={"mix": [{"cache": str(sketched)}, {"cache": str(sketched)}]}))
     tiny_tokenizer(vocabulary=280).save_pretrained(tmp_path / "teacher")
     tiny_model(vocabulary=280).save_pretrained(tmp_path / "teacher")
     other = tiny_cache(tmp_path, teacher=tmp_path / "teacher")

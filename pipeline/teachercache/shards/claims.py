@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**24  # of a vocabulary
 MOST_LENGTH = 2**24  # tokens of a row
 MOST_COUNT = 2**53  # of anything
-MOST_BATCH_BYTES = 2**29  # decompressed; the writer makes batches of 4 MiB, a single row may be larger
+MOST_BATCH_BYTES = 2**29  # decompressed; see `writer.BATCH_BYTES`, a single row may be larger
 
 Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 
@@ -156,8 +156,9 @@ def _check_shards(manifest: Manifest) -> None:
     listed = [info.file for info in [*manifest.shards, *manifest.files]]
     if len(set(listed)) < len(listed):
         raise ValueError("it lists a file twice")
-    if sum(shard.positions for shard in manifest.shards) > MOST_COUNT:
-        raise ValueError("its positions add up to more than can be")
+    for name in _SHARD_COUNTS:
+        if sum(entry[name] for entry in described) > MOST_COUNT:
+            raise ValueError(f"its {name} add up to more than can be")
 
 
 def _check_counts(what: str, entries: Sequence[Mapping[str, Any]], names: Iterable[str]) -> None:

@@ -38,13 +38,14 @@ class Prefetcher:
         """False in a fork, where its threads do not exist."""
         return self._pid == os.getpid()
 
-    def ask_for(self, infos: Iterable[FileInfo]) -> None:
+    def ask_for(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         """Fetch these, in this order, instead of what is still outstanding.
 
-        Only the first ones, as many as half of the local copies' limit holds: more would evict what is not read yet.
+        Only the first ones, as many as half of the local copies' limit holds, or a part of it where several `caches` are
+        read at a time: more would evict what is not read yet.
         """
         chosen: list[FileInfo] = []
-        room = self._work.copies.limit // 2
+        room = self._work.copies.limit // (2 * caches)
         for info in infos:
             room -= info.bytes
             if room < 0:

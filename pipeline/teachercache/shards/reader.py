@@ -32,7 +32,7 @@ from teachercache.tokens.rows import TokenRow
 
 Split = Literal["train", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "held-out")
-OPEN_SHARDS = 64
+OPEN_SHARDS = 256  # a group of blocks may lie in as many as it has blocks
 # Of decompressed record batches, in each process. In a random order a cache that fits is decompressed once, and each row of a
 # larger one costs the batch around it (tests/bench/reader_peers.py measures both).
 KEPT_BYTES = 256 * 2**20
@@ -136,13 +136,19 @@ class Cache:
         offset = info.rows - info.held_out_rows if split == "held-out" else 0
         return self._shard(number).read_row(offset + within, columns, self.recent, segments=segments)
 
-    def prefetch(self, shards: Iterable[int]) -> None:
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is in an object store."""
+        return not isinstance(self.source, LocalFiles)
+
+    def prefetch(self, shards: Iterable[int], *, caches: int = 1) -> None:
         """Begin to fetch shards (by their numbers, the ones needed first in front) of a cache in an object store.
 
-        It replaces what an earlier call asked for, takes as many as half of `local_bytes` hold, and never raises: what
+        It replaces what an earlier call asked for, takes as many as half of `local_bytes` hold (shared among so many
+        `caches`), and never raises: what
         cannot be fetched raises when it is read. Does nothing for a cache in a folder.
         """
-        self.source.prefetch(self.manifest.shards[number] for number in shards)
+        self.source.prefetch((self.manifest.shards[number] for number in shards), caches=caches)
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)

@@ -37,7 +37,7 @@ class Source(Protocol):
     def teacher_folder(self, manifest: Manifest) -> Path:
         """A folder with the teacher's tokenizer files and config.json."""
 
-    def prefetch(self, infos: Iterable[FileInfo]) -> None:
+    def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         """Begin to fetch files that are needed soon, in the background; replaces what was asked for before.
 
         Errors are kept for the one who reads the file. Does nothing where nothing has to be fetched.
@@ -71,7 +71,7 @@ class LocalFiles:
     def teacher_folder(self, manifest: Manifest) -> Path:
         return self.folder / TEACHER
 
-    def prefetch(self, infos: Iterable[FileInfo]) -> None:
+    def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         """Nothing to do."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,10 +98,10 @@ class RemoteFiles:
         infos = [info for info in manifest.files if info.file.startswith(f"{TEACHER}/") and info.file != basis]
         return self.copies.folder_of(self.store, infos) / TEACHER
 
-    def prefetch(self, infos: Iterable[FileInfo]) -> None:
+    def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         if self._prefetcher is None or not self._prefetcher.belongs_here():
             self._prefetcher = Prefetcher(self.store, self.copies)
-        self._prefetcher.ask_for(infos)
+        self._prefetcher.ask_for(infos, caches=caches)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prefetcher": None}

@@ -19,7 +19,7 @@ from teachercache.targets.columns import Column
 from teachercache.tokens.rows import TokenRow
 
 # A row is read by decompressing its record batch: about 1 MiB keeps that near a millisecond and still compresses well.
-BATCH_BYTES = 2**20
+BATCH_BYTES = 2**20  # of targets, or four times that of ids and text where few tokens have targets
 
 
 def write_shard(

@@ -66,9 +66,17 @@ class BatchPlan:
     def _cut(self, rows_N: NDArray[np.int64]) -> list[list[int]]:
         """All micro-batches of a step."""
         source_N = np.searchsorted(self.order.starts, rows_N, side="right")
-        apart = [rows_N[source_N == source].tolist() for source in np.unique(source_N)]
-        size = self.micro_batch
-        return [rows[start : start + size] for rows in apart for start in range(0, len(rows), size)]
+        apart = [rows_N[source_N == source] for source in np.unique(source_N)]
+        counts = [math.ceil(len(rows) / self.micro_batch) for rows in apart]
+        if len(self.order.orders) == 1:
+            size = self.micro_batch
+            return [rows[start : start + size].tolist() for rows in apart for start in range(0, len(rows), size)]
+        # Caches begin micro-batches of their own: those that there is time for anyway make all of them smaller.
+        for _ in range(self.micro_steps * self.world_size - sum(counts)):
+            fullest = max(range(len(apart)), key=lambda number: len(apart[number]) / counts[number])
+            counts[fullest] += 1
+        parts = [part for rows, count in zip(apart, counts, strict=True) for part in np.array_split(rows, count)]
+        return sorted((part.tolist() for part in parts), key=len, reverse=True)
 
 
 class PlanSampler:

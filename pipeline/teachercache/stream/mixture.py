@@ -78,12 +78,13 @@ class Mixture:
         return rows_N
 
     def shards_at(self, epoch: int, index: int) -> list[list[int]]:
-        """The shards of each cache that hold the rows around number `index` of an epoch, and those needed next."""
-        counts = self._counts(index)
-        return [
-            order.shards_at(*divmod(epoch * draws + count, order.rows))
-            for order, draws, count in zip(self.orders, self.draws, counts, strict=True)
+        """The shards of each cache that hold the rows around number `index` of an epoch, then those needed next."""
+        places = [
+            (order, *divmod(epoch * draws + count, order.rows))
+            for order, draws, count in zip(self.orders, self.draws, self._counts(index), strict=True)
         ]
+        windows = [order.shards_at(of_epoch, of_index) for order, of_epoch, of_index in places]
+        return [list(dict.fromkeys([*here, *then])) for here, then in windows]
 
     def _counts(self, index: int) -> list[int]:
         """How many of the first `index` rows of an epoch each cache gives."""

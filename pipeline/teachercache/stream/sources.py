@@ -14,7 +14,9 @@ from teachercache.shards.writer import BATCH_BYTES
 from teachercache.stream.mixture import Mixture
 from teachercache.stream.windows import WINDOW, RowOrder
 
-MOST_BLOCKS = 4096  # of a shard
+MOST_BLOCKS = 2**18  # of a window
+TOKEN_BYTES = 10  # of a token's id, mask and text, decompressed
+TRAINED_TOKEN_BYTES = 5  # of these, what training reads
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,38 @@ def train_order(cache: Cache, mix: Sequence[Mixed] = (), *, seed: int, window: i
 
 def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
     """Raise `CacheError` where caches cannot be learned from together: their ids must mean the same text."""
+    met = {cache.manifest.fingerprint: cache.name}
     for mixed in mix:
-        if mixed.cache.manifest.tokenizer_fingerprint != cache.manifest.tokenizer_fingerprint:
+        manifest, name = mixed.cache.manifest, mixed.cache.name
+        if manifest.tokenizer_fingerprint != cache.manifest.tokenizer_fingerprint:
             raise CacheError(
-                f"stream.mix: {mixed.cache.name} has another tokenizer than {cache.name}, so their ids mean different "
-                "text; mix caches of one tokenizer"
+                f"stream.mix: {name} has another tokenizer than {cache.name}, so their ids mean different text; mix caches "
+                "of one tokenizer"
             )
-        if mixed.cache.manifest.fingerprint == cache.manifest.fingerprint:
-            raise CacheError(f"stream.mix: {mixed.cache.name} is the same cache as {cache.name}; take it out")
+        if manifest.fingerprint in met:
+            raise CacheError(f"stream.mix: {name} is the same cache as {met[manifest.fingerprint]}; take it out")
+        if not mixed.cache.rows_of("train"):
+            raise CacheError(f"stream.mix: {name} has no rows to train on; take it out")
+        met[manifest.fingerprint] = name
+
+
+def windows_bytes(caches: Sequence[Cache], *, window: int) -> int:
+    """Bytes of the shards that the caches in object stores need at a time, at most: two windows of each."""
+    remote = [cache for cache in caches if cache.is_remote]
+    return sum(sum(sorted(shard.bytes for shard in cache.manifest.shards)[-2 * window :]) for cache in remote)
 
 
 def _row_order(cache: Cache, *, seed: int, window: int) -> RowOrder:
     shards = cache.manifest.shards
-    # About as many rows as a record batch has; the number of blocks stays bounded whatever a manifest says.
-    blocks = [min(max(1, shard.bytes // BATCH_BYTES), MOST_BLOCKS) for shard in shards]
+    # What a record batch has of targets, or of ids and text where few tokens have targets (`shards.writer`). The number of
+    # blocks stays bounded whatever a manifest says.
+    loads = [max(shard.bytes, TOKEN_BYTES * shard.tokens // 4) // BATCH_BYTES for shard in shards]
+    blocks = [min(max(1, load), max(1, MOST_BLOCKS // window)) for load in loads]
+    held = [shard.bytes + TRAINED_TOKEN_BYTES * shard.tokens for shard in shards]
     return RowOrder(
         np.array([shard.rows - shard.held_out_rows for shard in shards], dtype=np.int64),
         block_rows=[math.ceil(max(1, shard.rows) / count) for shard, count in zip(shards, blocks, strict=True)],
+        block_bytes=[math.ceil(max(1, size) / count) for size, count in zip(held, blocks, strict=True)],
         fingerprint=cache.manifest.fingerprint,
         seed=seed,
         window=window,

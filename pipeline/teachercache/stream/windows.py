@@ -1,13 +1,14 @@
 """Shard-aware shuffling: the order of one cache's rows in an epoch, a pure function of (its manifest, seed, epoch).
 
     epoch    shards in a random order, cut into *windows* of so many shards
-    window   its shards cut into *blocks* of neighbouring rows, about a MiB each; blocks in a random order, `GROUP` at a time
-    group    the rows of its blocks, shuffled
+    window   its shards cut into *blocks* of neighbouring rows, about a record batch each; blocks in a random order
+    group    as many blocks as `GROUP_BYTES` hold: their rows, shuffled
 
-A reader needs the shards of one window at a time (of two where a batch lies across), so that bounded local copies in front of
-an object store are fetched once an epoch, and the record batches of one group, which it keeps decompressed, so that each is
-decompressed about once an epoch. The price: rows of one batch come from `GROUP` blocks, drawn from all over the window; which
-shards share a window, and which blocks a group, is drawn anew in each epoch. A cache of one group is shuffled as a whole.
+A reader needs the shards of one window at a time (of two where a batch lies across), so that local copies in front of an
+object store, where they hold that many, are fetched once an epoch; and the record batches of one group, which it keeps
+decompressed, so that each is decompressed once or twice an epoch. The price: rows of one batch come from the blocks of a
+group, some hundred, drawn from all over the window; which shards share a window, and which blocks a group, is drawn anew in
+each epoch. A cache of one group is shuffled as a whole.
 
 Any row of an epoch is found without those before it: a search among windows, groups and blocks, and a keyed permutation
 (order.py). What an epoch costs once is a table of its shards, a tenth of a second for 100,000 of them; what a window costs
@@ -31,12 +32,13 @@ from teachercache.stream.order import order_key, permuted
 
 Indices = NDArray[np.int64]
 WINDOW = 64  # shards
-GROUP = 96  # blocks; with the record batches at their ends they fit what a reader keeps (`shards.reader.KEPT_BYTES`)
+# Half of what a reader keeps decompressed (`shards.reader.KEPT_BYTES`): a block may lie across two record batches.
+GROUP_BYTES = 128 * 2**20
+ORDER = 2  # a run goes on in the order that it began in: raise it with every change of what comes when
 
 
 @dataclass(frozen=True, eq=False)
 class _Epoch:
-    number: int
     shard_S: Indices  # in the epoch's order
     end_W: Indices  # rows of a window and those before it
 
@@ -52,23 +54,26 @@ class _Window:
 
 class RowOrder:
     """The rows of a split, epoch by epoch. `shard_rows[s]` rows of shard s are numbered in the order of shards; its blocks
-    have `block_rows[s]` rows."""
+    have `block_rows[s]` rows, `block_bytes[s]` in memory."""
 
     def __init__(
         self,
         shard_rows: Sequence[int] | Indices,
         *,
         block_rows: Sequence[int] | Indices,
+        block_bytes: Sequence[int] | Indices,
         fingerprint: str,
         seed: int,
         window: int = WINDOW,
+        group_bytes: int = GROUP_BYTES,
     ) -> None:
         self.shard_rows_S = np.asarray(shard_rows, dtype=np.int64)
         self.block_rows_S = np.asarray(block_rows, dtype=np.int64)
+        self.block_bytes_S = np.asarray(block_bytes, dtype=np.int64)
         self.rows = int(self.shard_rows_S.sum())
-        self.fingerprint, self.seed, self.window = fingerprint, seed, window
+        self.fingerprint, self.seed, self.window, self.group_bytes = fingerprint, seed, window, group_bytes
         self._start_S = np.cumsum(self.shard_rows_S) - self.shard_rows_S
-        self._last_epoch: _Epoch | None = None
+        self._epochs: dict[int, _Epoch] = {}  # the last two
         self._last_window: _Window | None = None
 
     def rows_at(self, epoch: int, index_N: Indices) -> Indices:
@@ -78,11 +83,17 @@ class RowOrder:
             raise IndexError(f"an epoch has rows 0 … {self.rows - 1}")
         return _piecewise(index_N, self._epoch(epoch).end_W, partial(self._rows_of_window, epoch))
 
-    def shards_at(self, epoch: int, index: int) -> list[int]:
-        """The shards that hold the rows around number `index` of an epoch: its window's, then the next window's."""
+    def shards_at(self, epoch: int, index: int) -> tuple[list[int], list[int]]:
+        """The shards of the window that row number `index` of an epoch lies in, and those of the next window, which may be
+        the next epoch's first."""
         tables = self._epoch(epoch)
         window = int(np.searchsorted(tables.end_W, index, side="right"))
-        return tables.shard_S[window * self.window : (window + 2) * self.window].tolist()
+        following = (epoch, window + 1) if window + 1 < len(tables.end_W) else (epoch + 1, 0)
+        here, then = (
+            self._epoch(number).shard_S[place * self.window : (place + 1) * self.window].tolist()
+            for number, place in ((epoch, window), following)
+        )
+        return here, then
 
     def _rows_of_window(self, epoch: int, window: int, index_N: Indices, rows: int) -> Indices:
         tables = self._window(epoch, window)
@@ -99,14 +110,16 @@ class RowOrder:
         return start + permuted(index_N, size=rows, key=self._key(epoch, "" if whole else f"/{window}/{group}"))
 
     def _epoch(self, number: int) -> _Epoch:
-        if self._last_epoch is None or self._last_epoch.number != number:
+        if number not in self._epochs:
             count = len(self.shard_rows_S)
             shard_S = np.arange(count, dtype=np.int64)
             if count > self.window:
                 shard_S = permuted(shard_S, size=count, key=self._key(number, "/shards"))
             last_W = np.minimum(np.arange(1, math.ceil(count / self.window) + 1) * self.window, count) - 1
-            self._last_epoch = _Epoch(number, shard_S, np.cumsum(self.shard_rows_S[shard_S])[last_W])
-        return self._last_epoch
+            while len(self._epochs) > 1:
+                del self._epochs[min(self._epochs)]
+            self._epochs[number] = _Epoch(shard_S, np.cumsum(self.shard_rows_S[shard_S])[last_W])
+        return self._epochs[number]
 
     def _window(self, epoch: int, number: int) -> _Window:
         known = self._last_window
@@ -116,29 +129,27 @@ class RowOrder:
 
     def _made(self, epoch: int, number: int) -> _Window:
         chosen = self._epoch(epoch).shard_S[number * self.window : (number + 1) * self.window]
-        starts, sizes = [], []
-        for start, rows, step in zip(
-            self._start_S[chosen].tolist(),
-            self.shard_rows_S[chosen].tolist(),
-            self.block_rows_S[chosen].tolist(),
-            strict=True,
-        ):
+        starts, sizes, held = [], [], []
+        for shard in chosen.tolist():
+            rows, step = int(self.shard_rows_S[shard]), int(self.block_rows_S[shard])
             first_B = np.arange(0, rows, step)
-            starts.append(start + first_B)
+            starts.append(self._start_S[shard] + first_B)
             sizes.append(np.minimum(rows - first_B, step))
-        start_B, size_B = np.concatenate(starts), np.concatenate(sizes)
-        if len(start_B) > GROUP:
+            held.append(np.full(len(first_B), self.block_bytes_S[shard]))
+        start_B, size_B, bytes_B = (np.concatenate(each) for each in (starts, sizes, held))
+        if int(bytes_B.sum()) > self.group_bytes:
             order_B = permuted(np.arange(len(start_B)), size=len(start_B), key=self._key(epoch, f"/{number}/blocks"))
-            start_B, size_B = start_B[order_B], size_B[order_B]
+            start_B, size_B, bytes_B = start_B[order_B], size_B[order_B], bytes_B[order_B]
+        group_B = (np.cumsum(bytes_B) - 1) // self.group_bytes
+        last_B = np.append(group_B[1:] != group_B[:-1], True)
         end_B = np.cumsum(size_B)
-        last_G = np.minimum(np.arange(1, math.ceil(len(end_B) / GROUP) + 1) * GROUP, len(end_B)) - 1
-        return _Window(epoch, number, start_B, end_B, end_B[last_G])
+        return _Window(epoch, number, start_B, end_B, end_B[last_B])
 
     def _key(self, epoch: int, part: str) -> bytes:
         return order_key(self.fingerprint, seed=self.seed, epoch=epoch, part=part)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_last_epoch": None, "_last_window": None}
+        return {**vars(self), "_epochs": {}, "_last_window": None}
 
 
 def _piecewise(index_N: Indices, end_P: Indices, within: Any) -> Indices:

@@ -113,10 +113,14 @@ def _mend_optimizer(optimizer: Any, checkpoint: Checkpoint) -> None:
 def _check_weights(model: Any, checkpoint: Checkpoint) -> None:
     """The weights that arrived are those that the checkpoint holds for the export, bit by bit; under ZeRO 3, in which no
     process has whole ones, this says nothing. All processes find the same."""
-    whole = {name: weights for name, weights in model.named_parameters() if not hasattr(weights, "ds_id")}
+    whole = {
+        name.replace(".default.", "."): weights  # so does peft name the weights of adapters in files
+        for name, weights in model.named_parameters()
+        if not hasattr(weights, "ds_id")
+    }
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as stored:
-            for name in sorted(stored.keys() & whole.keys()):
+            for name in sorted(set(stored.keys()) & whole.keys()):
                 arrived = whole[name].detach().cpu()
                 if torch.equal(arrived, stored.get_tensor(name).to(arrived.dtype)):
                     continue

@@ -36,6 +36,7 @@ def with_adapters(model: Any, config: LoraConfig, *, seed: int) -> Any:
         target_modules=config.target_modules if isinstance(config.target_modules, str) else [*config.target_modules],
         task_type="CAUSAL_LM",
     )
+    _check_not_tied(model, config)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -44,8 +45,22 @@ def with_adapters(model: Any, config: LoraConfig, *, seed: int) -> Any:
         raise ModelError(f"student.lora.target_modules: {' '.join(str(error).split())}") from None
 
 
+def _check_not_tied(model: Any, config: LoraConfig) -> None:
+    """Merging adapters of an output layer into a weight that is the input embedding as well would change both."""
+    output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    if config.target_modules == "all-linear" or output is None or output.weight is not inputs.weight:
+        return
+    named = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in (output, inputs)}
+    if tied & {name.rpartition(".")[2] for name in named}:
+        raise ModelError(
+            f"student.lora.target_modules: {' and '.join(sorted(tied))} share one weight in this student, which adapters of "
+            "one of them would change for both; leave them out"
+        )
+
+
 def write_merged(checkpoint: Path, student: StudentConfig, folder: Path) -> None:
-    """The student's own weights with a checkpoint's adapters merged into them, as a plain folder."""
+    """The student's own weights with a checkpoint's adapters merged into them, as a plain folder in float32."""
     import peft
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -22,6 +22,7 @@ from typing import Any
 from teachercache.config import Recipe, parse_recipe
 from teachercache.errors import RecipeError
 from teachercache.files import locked, write_whole
+from teachercache.stream.windows import ORDER
 from teachercache.student.checkpoints import Checkpoint, complete_checkpoints
 
 # They change where, how fast or how often, but not what is learned (micro_batch: but for rounding).
@@ -42,13 +43,15 @@ FREE_SETTINGS = {
 @dataclass(frozen=True)
 class RunIdentity:
     """Whose run it is. `student_weights` pins what the run begins with, which a path does not, as
-    `models.weights_identity` does; `deepspeed` is the content of the user's own DeepSpeed file."""
+    `models.weights_identity` does; `deepspeed` is the content of the user's own DeepSpeed file, `order` the
+    version of the arithmetic that orders rows."""
 
     recipe: Recipe
     cache_fingerprint: str
     student_weights: dict[str, str | None]
     deepspeed: dict[str, Any] | None
     mixed_fingerprints: tuple[str, ...] = ()
+    order: int = ORDER
 
     def decisive(self) -> dict[str, Any]:
         """What decides what is learned: two runs that are equal in it are one run."""
@@ -57,6 +60,7 @@ class RunIdentity:
         student = {**self.student_weights, **recipe["student"]}
         shares = [each.share for each in self.recipe.stream.mix]
         stream = {
+            "order": self.order,
             "window": self.recipe.stream.window,
             "mix": [list(pair) for pair in zip(self.mixed_fingerprints, shares, strict=True)],
         }
@@ -69,6 +73,7 @@ class RunIdentity:
         return {
             "cache_fingerprint": self.cache_fingerprint,
             "mixed_fingerprints": list(self.mixed_fingerprints),
+            "order": self.order,
             "student_weights": self.student_weights,
             "deepspeed": self.deepspeed,
             "recipe": recipe,
@@ -84,6 +89,7 @@ class RunIdentity:
             student_weights=data.get("student_weights", {}),
             deepspeed=data["deepspeed"],
             mixed_fingerprints=tuple(data.get("mixed_fingerprints", ())),
+            order=data.get("order", 1),
         )
 
 

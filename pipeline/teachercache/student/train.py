@@ -17,7 +17,7 @@ from teachercache.config import Recipe, StudentConfig, TrainConfig
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
-from teachercache.stream.sources import Mixed, check_mix, train_order
+from teachercache.stream.sources import Mixed, check_mix, train_order, windows_bytes
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
 from teachercache.student.disk import full_disk_in_a_line
@@ -36,13 +36,14 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
 
     Every process of a launched job calls this and gets the result: `steps`, `rows` and `positions` (trained on, counted
     again in every epoch), `losses` (`total`, `kl`, `ce` of the last logging window, nats per position; `kl` is None
-    without a teacher), `positions_per_second` (median of the logging windows), `student` (folder), `best` (`step`,
+    without a teacher), `positions_per_second` and `waiting_for_data` (share of the time; medians of
+    the logging windows), `student` (folder), `best` (`step`,
     `loss` on held-out rows; None without any), `zero_stage`, `seconds` of this call, `resumed_from` (step or None). Only
     the main process writes; `train.output` must be a folder that all see.
 
     Raises `RecipeError`, `ModelError` or `CacheError` for what does not fit, before the first step; `JobFailed` when
-    training diverges, memory or the disk runs out, another of its processes ends, or another job writes to the same
-    folder.
+    training diverges, memory or the disk runs out, another of its processes ends, SIGTERM asks it to stop, or another
+    job writes to the same folder.
     """
     recipe.require("student", "train")
     cache, *others = _opened(recipe)  # before libraries are imported that take seconds
@@ -122,6 +123,12 @@ class _Job:
             from teachercache.student.lora import with_adapters
 
             model = with_adapters(model, self.student.lora, seed=self.config.seed)
+        needed, room = windows_bytes(self._caches, window=self.recipe.stream.window), self.recipe.stream.local_bytes
+        if needed > room:
+            self._say(
+                f"two windows of shards take up to {needed:,} bytes, stream.local_bytes is {room:,}: shards will be fetched "
+                "more than once an epoch; raise it, or lower stream.window"
+            )
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         if resume is not None:

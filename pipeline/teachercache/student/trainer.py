@@ -119,7 +119,7 @@ class DistillationTrainer(Trainer):
         if shards != self._fetching:
             self._fetching = shards
             for cache, numbers in zip(self.caches, shards, strict=True):
-                cache.prefetch(numbers)
+                cache.prefetch(numbers, caches=sum(each.is_remote for each in self.caches))
 
     def _loader(self, dataset: Any, batch_sampler: Any, collator: Any, **settings: Any) -> DataLoader[Rows]:
         return DataLoader(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -505,30 +504,6 @@ def test_fetching_ahead_takes_no_more_than_half_of_the_room(uploaded: str, s3: S
     wait_until(lambda: len(copies(local)) == 2)
     cache.read_row("train", first_rows(cache)[4])
     assert s3.downloads("shards/") == 3
-
-
-def _read_in_a_fork(cache: Cache, results: Any) -> None:
-    cache.prefetch([2])
-    results.put([cache.read_row("train", index).row.row_id for index in range(cache.rows_of("train"))])
-
-
-def test_a_fork_in_the_middle_of_fetching_reads_for_itself(made: Path, uploaded: str, s3: Server, local: Path) -> None:
-    s3.break_next(match="part-00001", kind="stall", after=100, seconds=0.5)
-    cache = Cache.open(uploaded, local=local)
-    cache.read_row("train", 0)
-    cache.prefetch([1, 2, 3])
-    wait_until(lambda: s3.downloads("part-00001"))
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    forks = [context.Process(target=_read_in_a_fork, args=(cache, results)) for _ in range(2)]
-    for fork in forks:
-        fork.start()
-    assert [results.get(timeout=60) for _ in forks] == [expected_rows(made)] * 2
-    for fork in forks:
-        fork.join()
-        assert fork.exitcode == 0
-    assert_same_rows(cache, Cache.open(made))
-    assert s3.downloads("part-00001") == 1
 
 
 EXIT = """

@@ -169,10 +169,12 @@ def _read(source: Any, length: int, start: int) -> bytes:
 
 
 class _Requests:
-    """Requests keep forks out, and forks requests: loading processes are forked while other threads fetch ahead.
+    """Requests keep forks out, and forks requests.
 
     A fork in the middle of a request would inherit the locks that pyarrow and the store's client hold meanwhile, and wait
-    for them forever. So a fork waits until those that are running are over, at most one piece or timeout each.
+    for them forever. So a fork waits until those that are running are over, at most one piece or timeout each. That makes a
+    hang rare, and does not exclude it (their own threads hold locks between requests as well): what reads from a store in
+    processes of its own should spawn them, as training does.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,7 @@ def sigterm_as_request() -> Iterator[Request]:
 
 
 def heed_parent_alone(*_: Any) -> None:
-    """In a forked process: from now on SIGTERM ends it only if its parent sent it.
+    """In a loading process: from now on SIGTERM ends it only if its parent sent it.
 
     A loader's worker that died of anybody else's would take its parent along before the checkpoint. It cannot just
     ignore the signal: that is also how its parent ends it, and then waits for it.

@@ -40,6 +40,7 @@ from teachercache.student.elastic import any_number_of_processes
 from teachercache.student.held_out import HeldOutMeasure
 from teachercache.student.meter import LOGGED_AS, LossMeter
 from teachercache.student.output_layer import loss_for_logits, takes_loss
+from teachercache.student.preemption import heed_parent_alone
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +131,16 @@ class DistillationTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             # Left to the global generator, starting workers would shift the dropout of a resumed run.
             generator=torch.Generator().manual_seed(self.args.seed),
+            **self._workers(),
             **settings,
         )
+
+    def _workers(self) -> dict[str, Any]:
+        """Loading processes are forked, but for caches in object stores: a fork inherits locks of the stores' clients, whose
+        threads it does not have, and now and then waits for one forever."""
+        if self.args.dataloader_num_workers == 0 or not any(each.is_remote for each in self.caches):
+            return {}
+        return {"multiprocessing_context": "spawn", "worker_init_fn": heed_parent_alone}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -28,7 +28,7 @@ from teachercache.targets import HeadSketch, SketchBasis, target_kind
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer, recorded_input
-from teachercache.teacher.sketch_choice import STEPS, _Trial, candidate_ranks
+from teachercache.teacher.sketch_choice import STEPS, _Trial, candidate_ranks, held_apart
 
 from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
@@ -172,17 +172,31 @@ def test_rank_and_step_are_the_cheapest_that_meet_a_target() -> None:
     assert isinstance(kind, HeadSketch) and kind.basis is not None and kind.basis.chosen is not None
     record = kind.basis.chosen
     assert (record["rank"], record["step"]) == (kind.rank, kind.step) == (kind.basis.rank, kind.basis.step)
-    everything = calibrate(sketch(rank=32, step=STEPS[-1]), layer, hidden)
+    measured, others = held_apart(hidden)
+    everything = calibrate(sketch(rank=32, step=STEPS[-1]), layer, others)
     assert isinstance(everything, HeadSketch) and everything.basis is not None
     unbiased = replace(everything.basis, bias_constant_V=np.zeros(V, "<f2"), bias_slope_V=np.zeros(V, "<f2"))
-    trial = _Trial(sketch(target_kl=0.02), unbiased, layer, hidden)
-    ranks = candidate_ranks(sketch(target_kl=0.02), width=32, positions=3 * 48)
+    trial = _Trial(sketch(target_kl=0.02), unbiased, layer, hidden, measured)
+    ranks = candidate_ranks(sketch(target_kl=0.02), width=32, positions=2 * 48)
     every = [trial(rank, step) for rank in ranks for step in STEPS]
     meeting = [tried for tried in every if tried.kl <= 0.02]
     assert len(meeting) < len(every)
     best = min(meeting, key=lambda tried: tried.sketch_bytes)
     assert (best.rank, best.step) == (kind.rank, kind.step)
     assert len(record["tried"]) < len(every) / 3
+
+
+def test_a_target_is_met_on_rows_that_calibration_did_not_see() -> None:
+    model = tiny_model(vocabulary=V)
+    layer, (hidden, _) = OutputLayer.of(model, vocabulary_size=V), observe(model, rows=12)
+    kind = calibrate(sketch(target_kl=0.05), layer, hidden)
+    fresh_hidden, fresh_logits = observe(model, rows=12, seed=9)
+    for temperature in (1.0, 2.0):
+        total = 0.0
+        for hidden_ND, logits_NV in zip(fresh_hidden, fresh_logits, strict=True):
+            dense = torch.from_numpy(kind.softened(stored_arrays(kind, logits_NV, hidden_ND), temperature).dense())
+            total += float(kl_divergence(logits_NV / temperature, dense).mean()) / len(fresh_hidden)
+        assert total < 0.06
 
 
 @pytest.mark.parametrize(

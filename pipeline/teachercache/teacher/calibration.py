@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from teachercache.targets.hidden import Hidden
 from teachercache.targets.largest import largest
 from teachercache.targets.tail import fit_node_weights, node_sums
 from teachercache.teacher.output_layer import OutputLayer
-from teachercache.teacher.sketch_choice import candidate_ranks, choose
+from teachercache.teacher.sketch_choice import candidate_ranks, choose, held_apart
 
 BIAS_TEMPERATURES = (1.0, 4.0)
 BIAS_ITERATIONS = 2
@@ -81,14 +82,18 @@ def fit_sketch(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Te
     Raises `ModelError` when the sample holds fewer than two positions for each direction, and for a target that cannot be met.
     """
     hidden_ND = torch.cat([rows.float() for rows in rows_hidden_ND])
-    ranks = _possible_ranks(kind, width=layer.weight_VD.shape[1], positions=len(hidden_ND))
-    basis = _directions(layer, hidden_ND, rank=max(ranks))
+    measured_ND, others_ND = held_apart(rows_hidden_ND)
+    fitted_ND = hidden_ND if kind.target_kl is None else torch.cat([rows.float() for rows in others_ND])
+    ranks = _possible_ranks(kind, width=layer.weight_VD.shape[1], positions=len(fitted_ND))
     sample = _Sample(kind, layer, hidden_ND)
-    basis = replace(basis, token_of_rank_V=sample.token_of_rank_V, tail_weights_GF=sample.tail_weights_GF)
+    own: dict[str, Any] = {"token_of_rank_V": sample.token_of_rank_V, "tail_weights_GF": sample.tail_weights_GF}
+    rank, found = max(ranks), dict[str, Any]()
     if kind.target_kl is not None:
-        kind = choose(kind, basis, layer, rows_hidden_ND, ranks=ranks)
-        assert kind.basis is not None
-        basis = kind.basis
+        trial = replace(_directions(layer, fitted_ND, rank=rank), **own)
+        chosen = choose(kind, trial, layer, rows_hidden_ND, measured_ND, ranks=ranks)
+        rank, found = chosen["rank"], {"step": chosen["step"], "chosen": chosen}
+    basis = replace(_directions(layer, hidden_ND, rank=rank), **own, **found)
+    kind = kind.with_basis(basis)
     coefficients_Nr = _quantised(kind, basis, rows_hidden_ND).to(hidden_ND.device)
     constant_V, slope_V = _biases(basis, sample, coefficients_Nr)
     return kind.with_basis(replace(basis, bias_constant_V=_half(constant_V), bias_slope_V=_half(slope_V)))

@@ -2,7 +2,9 @@
 
 A smaller rank wants a finer step, and either costs bytes. What a position takes is estimated by the entropy of its codes
 over the whole sample: directions are coded one by one, so that each has its share whatever the rank. KL is measured on
-some rows as a reader would get them, at the worst of `TEMPERATURES`, with biases still at zero: they can only lower it.
+rows as a reader would get them, at the worst of `TEMPERATURES`, with biases still at zero, which can only raise it. The
+directions that it is measured with are fitted to the other rows of the sample: on its own rows a sketch looks better than
+it is (SmolLM2-135M, 2,048 positions, rank 144: 0.11 nats there, 0.17 elsewhere).
 
 Less rank never allows a coarser step, and only what is cheaper than the best so far is of interest: of each rank, from the
 largest down, the finest step that would still be cheaper is measured, and others only where that one suffices. So about
@@ -36,7 +38,7 @@ STEPS = (
 )  # fmt: skip
 RANK_SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)  # of the width
 TEMPERATURES = (1.0, 2.0)
-MEASURED_POSITIONS = 1024  # of the sample
+MEASURED_POSITIONS = 1024  # of the sample, or a quarter of it
 BLOCK = 256
 
 
@@ -57,16 +59,33 @@ class Tried:
     kl: float
 
 
-def choose(
-    kind: HeadSketch, basis: SketchBasis, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor], *, ranks: Sequence[int]
-) -> HeadSketch:
-    """The kind with the first directions of a basis of the largest rank, as many as were chosen, and the step.
+def held_apart(rows_hidden_ND: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Rows to measure on, and the others; of a single row, that row twice."""
+    ends = np.cumsum([len(rows) for rows in rows_hidden_ND])
+    count = int(np.searchsorted(ends, min(MEASURED_POSITIONS, ends[-1] // 4))) + 1
+    if len(rows_hidden_ND) == 1:
+        return rows_hidden_ND, rows_hidden_ND
+    count = min(count, len(rows_hidden_ND) - 1)
+    return rows_hidden_ND[:count], rows_hidden_ND[count:]
 
-    Raises `ModelError`, with what can be had, when no candidate meets `target_kl`.
+
+def choose(
+    kind: HeadSketch,
+    basis: SketchBasis,
+    layer: OutputLayer,
+    rows_hidden_ND: Sequence[Tensor],
+    measured_ND: Sequence[Tensor],
+    *,
+    ranks: Sequence[int],
+) -> dict[str, Any]:
+    """`rank` and `step`, what they cost and leave, and what else was tried: the record that the manifest keeps.
+
+    `basis` is of the largest rank, and fitted without the rows that are measured. Raises `ModelError`, with what can be had,
+    when no candidate meets `target_kl`.
     """
     assert kind.target_kl is not None
     target, steps = kind.target_kl, STEPS if "step" in kind.chosen else (kind.step,)
-    trial = _Trial(kind, basis, layer, rows_hidden_ND)
+    trial = _Trial(kind, basis, layer, rows_hidden_ND, measured_ND)
     best: Tried | None = None
     coarsest = 0  # that may do
     for rank in sorted(ranks, reverse=True):
@@ -83,24 +102,26 @@ def choose(
             f"targets.logits.target_kl is {target:g}, but even a step of {left.step:g} leaves {left.kl:.3g} nats with "
             f"k = {kind.k} and rank = {left.rank}; raise {'k' if 'rank' in kind.chosen else 'rank or k'}, or the target"
         )
-    record = {"target_kl": target, **vars(best), "tried": [vars(tried) for tried in trial.all]}
-    chosen = replace(basis.first(best.rank), step=best.step, chosen=record)
-    return kind.with_basis(chosen)
+    return {"target_kl": target, **vars(best), "tried": [vars(tried) for tried in trial.all]}
 
 
 class _Trial:
     """What a rank and a step cost and leave; each pair is measured once."""
 
     def __init__(
-        self, kind: HeadSketch, basis: SketchBasis, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]
+        self,
+        kind: HeadSketch,
+        basis: SketchBasis,
+        layer: OutputLayer,
+        rows_hidden_ND: Sequence[Tensor],
+        measured_ND: Sequence[Tensor],
     ) -> None:
         self._kind, self._basis, self._layer = kind, basis, layer
         self._coefficients = [
             (rows_ND.float().cpu().numpy() - basis.mean_D) @ basis.analysis_Dr for rows_ND in rows_hidden_ND
         ]
-        count = int(np.searchsorted(np.cumsum([len(rows) for rows in rows_hidden_ND]), MEASURED_POSITIONS)) + 1
         whole = kind.with_basis(replace(basis, step=STEPS[0]))
-        self._measured = [(rows_ND, _captured(whole, layer, rows_ND)) for rows_ND in rows_hidden_ND[:count]]
+        self._measured = [(rows_ND, _captured(whole, layer, rows_ND)) for rows_ND in measured_ND]
         self._known: dict[tuple[int, float], Tried] = {}
         self._entropies = lru_cache(self._entropies_of)
 

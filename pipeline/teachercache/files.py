@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from teachercache.errors import JobFailed
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of writes that a file system takes no bytes of, or a quota
 
 
 def write_whole(path: Path, text: str) -> None:

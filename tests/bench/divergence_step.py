@@ -12,7 +12,6 @@ stored dense logits in plain torch. Medians over the rounds; ratios to `ce` with
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -177,7 +176,7 @@ def main() -> None:
     for name, value in (("layers", 8), ("rows", 4), ("length", 256), ("rounds", 9), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only", choices=("step", "loss"), help="one of the two comparisons")
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = {name: getattr(options, name) for name in ("layers", "rows", "length", "rounds", "threads")}
@@ -185,7 +184,7 @@ def main() -> None:
     for title, runs in (("step", step_runs), ("loss", loss_runs)):
         if options.only in (None, title):
             result[title] = compare(title, runs(options), options.rounds)
-    print(json.dumps(result, indent=None if options.json else 2))
+    publish(result, options)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ahead", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.cache, options.measure, rows=options.rows, ahead=options.ahead)))
@@ -86,13 +86,8 @@ def main() -> None:
                 runs[arm].append(in_a_process(location, local, options, ahead=arm == "ahead"))
     result = {arm: {key: statistics.median(run[key] for run in runs[arm]) for key in runs[arm][0]} for arm in ARMS}
     size = sum(path.stat().st_size for path in (Path(options.cache) / "shards").iterdir())
-    summary = {**provenance(), "cache_megabytes": size / 1e6, "latency": options.latency, "repeats": options.repeats}
-    summary |= result
-    if options.json:
-        print(json.dumps(summary))
-        return
-    for arm, figures in result.items():
-        print(f"{arm:>8}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    settings = {name: getattr(options, name) for name in ("rows", "latency", "repeats")}
+    publish({**provenance(), "cache_megabytes": size / 1e6, **settings, **result}, options)
 
 
 if __name__ == "__main__":

@@ -15,31 +15,28 @@ alone would give: matrices of the teacher once, of the student three times, of t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from kd_against_ce import teachercache
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
+from student_loss import student_loss
 from student_quality import LEARNING_RATE, POLICIES, TARGETS, WARM_UP, Bench, LiveTail
 from torch import Tensor
 
 from teachercache.models import load_causal_lm
 from teachercache.objective import NO_TARGET
 from teachercache.objective.operands import Weights, no_teacher
-from teachercache.objective.projected import projected_sums
 from teachercache.quickstart import write_recipe
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
 from teachercache.stream.sources import train_order
-from teachercache.student.output_layer import loss_for_logits
 from teachercache.targets import Softened
 
 ARMS = ("ce", "cache", "online")
@@ -102,8 +99,14 @@ class SideBySide(Bench):
         student, optimizer = self.students[arm], self.optimizers[arm]
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with loss_for_logits(student, self._loss_of(teacher, arm, labels_R, positions_N)):
-            loss = student(**batch, use_cache=False).logits.reshape(())
+        loss = student_loss(
+            student,
+            batch,
+            labels_BS,
+            teacher=teacher,
+            weights=Weights(0.0 if arm == "ce" else 1.0, 1.0),
+            vocabulary_size=self.cache.manifest.vocabulary_size,
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -115,22 +118,6 @@ class SideBySide(Bench):
         hidden_BSD = self.teacher.base_model(**batch, use_cache=False)[0]
         weight_VD = self.teacher.get_output_embeddings().weight.detach()[: self.cache.manifest.vocabulary_size]
         return Online(hidden_BSD.flatten(0, 1)[positions_N], weight_VD)
-
-    def _loss_of(self, teacher: Any, arm: str, labels_R: Tensor, positions_N: Tensor) -> Callable[..., Tensor]:
-        def loss(hidden_BSD: Tensor, weight_LD: Tensor, bias_L: Tensor | None, softcap: float | None) -> Tensor:
-            total, _, _ = projected_sums(
-                hidden_BSD.flatten(0, 1)[positions_N],
-                weight_LD,
-                bias_L,
-                labels_N=labels_R[positions_N],
-                teacher=teacher,
-                weights=Weights(0.0 if arm == "ce" else 1.0, 1.0),
-                vocabulary_size=self.cache.manifest.vocabulary_size,
-                softcap=softcap,
-            )
-            return total / len(positions_N)
-
-        return loss
 
     def flops(self) -> dict[str, float]:
         """Of a position in a step, in millions: multiplications and additions in matrices, attention apart."""
@@ -180,13 +167,10 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     for name, value in (("steps", 40), ("layers", 4), ("rows", 4), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     result = measure(options)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=None if options.json else 1))
+    publish(result, options)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
 
 
 def multiply(cache: Path, folder: Path, shards: int) -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.cache)))
@@ -75,7 +75,7 @@ def main() -> None:
         runs = [json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)]
     best = sorted(runs, key=lambda run: run["open_seconds"])[1]
     result = {**provenance(), "shards": options.shards, "manifest_megabytes": size / 1e6, **best}
-    print(json.dumps(result) if options.json else result)
+    publish(result, options)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
 from synthetic_cache import V, top_k_cache
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -150,8 +150,7 @@ def main() -> None:
     for name, value in (("layers", 8), ("rows", 4), ("length", 512), ("zero", 1), ("steps", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     if options.precision:
         with tempfile.TemporaryDirectory() as output:
@@ -173,9 +172,7 @@ def main() -> None:
             if "refused" not in by and precision != "fp32"
         },
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=None if options.json else 1))
+    publish(result, options)
 
 
 if __name__ == "__main__":

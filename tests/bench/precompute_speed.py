@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
 
 from teachercache.precompute.cluster import KEEP_FREED_MEMORY
 
@@ -85,9 +85,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=int, default=20, help="rows of the corpus")
     parser.add_argument("-s", "--set", action="append", default=[], help="overrides of the recipe, as for the commands")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     if options.bare:
         print(json.dumps(run_bare(options.work)))
@@ -111,9 +110,7 @@ def main() -> None:
         "ratio_to_bare_that_keeps_memory": statistics.median(tuned),
         "ratios_to_bare_that_keeps_memory": tuned,
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if options.json else result)
+    publish(result, options)
 
 
 if __name__ == "__main__":

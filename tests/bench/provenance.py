@@ -1,11 +1,14 @@
-"""What every recorded result says about itself: the code that made it and the machine that it ran on."""
+"""What every recorded result says about itself, the code that made it and the machine that it ran on; and where it goes."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 
 def provenance() -> dict[str, str]:
@@ -28,3 +31,15 @@ def device() -> str:
     except (OSError, StopIteration):
         name = platform.machine()
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="a file to record the result in")
+    parser.add_argument("--json", action="store_true", help="the result on one line")
+
+
+def publish(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print a result, and record it where `--out` says."""
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=None if options.json else 1))

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
 from synthetic_cache import HEAD, TEMPERATURES, rows, sketch_cache, top_k_arrays, top_k_cache
 
 LENGTH, BATCH, ROWS_PER_FILE = 256, 8, 1024
@@ -293,8 +293,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     if options.arm:
         print(json.dumps(run_arm(options.arm, options.work, options.epochs, check=options.check)))
@@ -302,9 +301,7 @@ def main() -> None:
     if missing := missing_peers():
         raise SystemExit(f"this compares with packages that are not installed: pip install {' '.join(missing)}")
     result = measure(options.work, count=options.rows, rounds=options.rounds, epochs=options.epochs)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=None if options.json else 1))
+    publish(result, options)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import subprocess
 import sys
 
 import torch
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ARMS = ("naive", "whole", "ghost", "sketch", "chunked CE")
@@ -82,7 +82,7 @@ def main() -> None:
     for name, value in (("vocabulary", 151_936), ("length", 2048), ("width", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     sizes = {name: getattr(options, name) for name in ("vocabulary", "length", "width")}
     if options.arm:
@@ -92,13 +92,8 @@ def main() -> None:
     for arm in ARMS:
         command = [sys.executable, __file__, "--arm", arm, *(f"--{name}={value}" for name, value in sizes.items())]
         arms[arm] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    result = {**provenance(), **sizes, "arms": arms}
-    if options.json:
-        print(json.dumps(result))
-        return
-    for arm, figures in arms.items():
-        share = figures["megabytes"] / arms["naive"]["megabytes"]
-        print(f"{arm:12} {figures['megabytes']:8.0f} MB, {share:.2f} of naive; {figures['seconds']:.1f} s")
+    of_naive = {arm: round(figures["megabytes"] / arms["naive"]["megabytes"], 3) for arm, figures in arms.items()}
+    publish({**provenance(), **sizes, "arms": arms, "of_naive": of_naive}, options)
 
 
 if __name__ == "__main__":

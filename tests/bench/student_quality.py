@@ -27,19 +27,18 @@ import numpy as np
 import torch
 from kd_against_ce import teachercache
 from provenance import provenance
+from student_loss import student_loss
 from torch import Tensor
 
 from teachercache.models import load_causal_lm
 from teachercache.objective import NO_TARGET
 from teachercache.objective.operands import Weights
-from teachercache.objective.projected import projected_sums
 from teachercache.quickstart import write_recipe
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan, spread
 from teachercache.stream.collate import Collator
 from teachercache.stream.sources import train_order
 from teachercache.student.held_out import HeldOutMeasure
-from teachercache.student.output_layer import loss_for_logits
 from teachercache.targets import Softened, TailPolicy
 
 SEEDS = (0, 1, 2)
@@ -152,25 +151,14 @@ class Bench:
         return self.teacher.lm_head(hidden_ND)[:, : self.caches["sketch"].manifest.vocabulary_size]
 
     def _loss(self, student: Any, batch: dict[str, Tensor], teacher: Softened, temperature: float) -> Tensor:
-        inputs = {name: values for name, values in batch.items() if name != "shift_labels"}
-        labels_R = batch["shift_labels"].reshape(-1)
-        positions_N = (labels_R != NO_TARGET).nonzero()[:, 0]
-
-        def loss(hidden_BSD: Tensor, weight_LD: Tensor, bias_L: Tensor | None, softcap: float | None) -> Tensor:
-            total, _, _ = projected_sums(
-                hidden_BSD.flatten(0, 1)[positions_N],
-                weight_LD,
-                bias_L,
-                labels_N=labels_R[positions_N],
-                teacher=teacher,
-                weights=Weights(1.0, temperature),
-                vocabulary_size=self.caches["sketch"].manifest.vocabulary_size,
-                softcap=softcap,
-            )
-            return total / len(positions_N)
-
-        with loss_for_logits(student, loss):
-            return student(**inputs, use_cache=False).logits.reshape(())
+        return student_loss(
+            student,
+            {name: values for name, values in batch.items() if name != "shift_labels"},
+            batch["shift_labels"],
+            teacher=teacher,
+            weights=Weights(1.0, temperature),
+            vocabulary_size=self.caches["sketch"].manifest.vocabulary_size,
+        )
 
     def _held_out(self, student: Any) -> dict[str, float]:
         cache = self.caches["sketch"]

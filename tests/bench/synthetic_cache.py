@@ -100,10 +100,9 @@ def _distinct_tokens(generator: np.random.Generator, positions: int) -> NDArray[
 
 
 def _basis(generator: np.random.Generator, *, k: int, rank: int) -> SketchBasis:
-    nothing = np.zeros(0, dtype=np.float32)
     return SketchBasis(
-        mean_D=nothing,
-        analysis_Dr=np.zeros((0, rank), np.float32),
+        mean_D=np.zeros(rank, np.float32),
+        analysis_Dr=np.eye(rank, dtype=np.float32),
         basis_Vr=generator.normal(size=(V, rank)).astype(np.float16),
         base_V=np.zeros(V, np.float32),
         bias_constant_V=np.zeros(V, np.float16),

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from kd_against_ce import teachercache
 from numpy.typing import NDArray
-from provenance import provenance
+from provenance import add_output_options, provenance, publish
 from transformers import AutoTokenizer, TrainerCallback
 
 from teachercache.models import load_causal_lm
@@ -298,8 +298,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--store", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--json", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     if options.distillkit:
         sys.path.insert(0, str(options.distillkit.resolve()))
@@ -312,9 +311,7 @@ def main() -> None:
             print(json.dumps(run_arm(options.arm, setting, threads=options.threads)))
         return
     result = measure(options)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=None if options.json else 1))
+    publish(result, options)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -420,22 +422,29 @@ def read_or_refused(folder: Path) -> None:
 ANY = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@contextlib.contextmanager
+def read_when_damaged(made: Path, factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of a cache to damage, which is then read, and removed."""
+    folder = Path(shutil.copytree(made, factory.mktemp("damaged") / "cache"))
+    yield folder
+    read_or_refused(folder)
+    shutil.rmtree(folder)
+
+
 @ANY
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_any_bytes_of_a_shard_may_be_others(made: dict[str, Path], tmp_path_factory: Any, data: Any, kind: str) -> None:
-    folder = Path(shutil.copytree(made[kind], tmp_path_factory.mktemp("bytes") / "cache"))
-    path = folder / SHARD
-    shard = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 8))):
-        place = data.draw(st.integers(0, len(shard) - 8))
-        value = data.draw(
-            st.sampled_from([b"\0", b"\xff", b"\x80", b"\x01", b"\xff" * 8, b"\0" * 8, b"\xff\xff\xff\x7f"])
-        )
-        shard[place : place + len(value)] = value
-    path.write_bytes(shard)
-    sign(folder)
-    read_or_refused(folder)
-    shutil.rmtree(folder)
+    with read_when_damaged(made[kind], tmp_path_factory) as folder:
+        path = folder / SHARD
+        shard = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 8))):
+            place = data.draw(st.integers(0, len(shard) - 8))
+            value = data.draw(
+                st.sampled_from([b"\0", b"\xff", b"\x80", b"\x01", b"\xff" * 8, b"\0" * 8, b"\xff\xff\xff\x7f"])
+            )
+            shard[place : place + len(value)] = value
+        path.write_bytes(shard)
+        sign(folder)
 
 
 @ANY
@@ -443,8 +452,6 @@ def test_any_bytes_of_a_shard_may_be_others(made: dict[str, Path], tmp_path_fact
 def test_any_coded_bytes_of_a_row_may_be_others(
     made: dict[str, Path], tmp_path_factory: Any, data: Any, kind: str
 ) -> None:
-    folder = Path(shutil.copytree(made[kind], tmp_path_factory.mktemp("pages") / "cache"))
-
     def edit(values: dict[str, Any]) -> None:
         name = data.draw(st.sampled_from([name for name in values if isinstance(values[name][0], bytes)]))
         page = bytearray(values[name][0])
@@ -453,9 +460,8 @@ def test_any_coded_bytes_of_a_row_may_be_others(
                 page[data.draw(st.integers(0, len(page) - 1))] = data.draw(st.integers(0, 255))
         values[name][0] = bytes(page[: data.draw(st.integers(0, len(page)))] if data.draw(st.booleans()) else page)
 
-    rewrite(folder, columns=edit)
-    read_or_refused(folder)
-    shutil.rmtree(folder)
+    with read_when_damaged(made[kind], tmp_path_factory) as folder:
+        rewrite(folder, columns=edit)
 
 
 JSON = st.recursive(
@@ -482,10 +488,8 @@ def mutate(data: Any, draw: Any) -> None:
 @ANY
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_any_json_of_a_shard_may_be_other(made: dict[str, Path], tmp_path_factory: Any, data: Any, kind: str) -> None:
-    folder = Path(shutil.copytree(made[kind], tmp_path_factory.mktemp("json") / "cache"))
-    rewrite(folder, metadata=lambda described: mutate(described, data.draw))
-    read_or_refused(folder)
-    shutil.rmtree(folder)
+    with read_when_damaged(made[kind], tmp_path_factory) as folder:
+        rewrite(folder, metadata=lambda described: mutate(described, data.draw))
 
 
 @ANY
@@ -493,11 +497,8 @@ def test_any_json_of_a_shard_may_be_other(made: dict[str, Path], tmp_path_factor
 def test_any_json_of_a_manifest_may_be_other(
     made: dict[str, Path], tmp_path_factory: Any, data: Any, kind: str
 ) -> None:
-    folder = Path(shutil.copytree(made[kind], tmp_path_factory.mktemp("manifest") / "cache"))
-    manifest = json.loads((folder / MANIFEST).read_text())
-    mutate(manifest, data.draw)
-    if not all(name in manifest for name in ("format", "digest")):
-        return
-    write_signed(folder, manifest)
-    read_or_refused(folder)
-    shutil.rmtree(folder)
+    with read_when_damaged(made[kind], tmp_path_factory) as folder:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        mutate(manifest, data.draw)
+        if all(name in manifest for name in ("format", "digest")):
+            write_signed(folder, manifest)

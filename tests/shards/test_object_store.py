@@ -28,7 +28,7 @@ from teachercache.shards import Cache, verify
 from teachercache.shards.inspection import describe_row
 from teachercache.shards.local_copies import LocalCopies
 from teachercache.shards.manifest import MANIFEST, fingerprint_of
-from teachercache.shards.object_store import ObjectStore
+from teachercache.shards.object_store import ObjectStore, _requests
 from teachercache.shards.source import RemoteFiles
 
 from builders import sentences, tiny_cache
@@ -541,3 +541,25 @@ def test_inspect_and_verify_take_a_url(made: Path, uploaded: str, tmp_path: Path
     verified = _teachercache("verify", uploaded, home=tmp_path)
     assert json.loads(verified.stdout) == {"ok": True, "cache": uploaded, "errors": []}
     assert not (tmp_path / ".cache").exists()
+
+
+def test_a_fork_waits_until_running_requests_are_over() -> None:
+    """It would inherit locks that their clients hold, and wait for them forever."""
+    begun, end, over = threading.Event(), threading.Event(), threading.Event()
+
+    def request() -> None:
+        with _requests.running():
+            begun.set()
+            end.wait()
+            over.set()
+
+    thread = threading.Thread(target=request)
+    thread.start()
+    begun.wait()
+    threading.Timer(0.2, end.set).start()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if over.is_set() else 1)
+    assert over.is_set()
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()

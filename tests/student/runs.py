@@ -21,12 +21,14 @@ CLOCKED = {"positions_per_second", "waiting_for_data", "eval_seconds"}
 JOB = Path(__file__).parents[2] / "jobs" / "train_student.py"
 
 
-def start_job(recipe: Recipe, folder: Path, *, processes: int = 1) -> subprocess.Popen[str]:
+def start_job(recipe: Recipe, folder: Path, *, processes: int = 1, json_document: bool = True) -> subprocess.Popen[str]:
     """The job as users run it; `torchrun` where it has several processes."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(JOB), str(path), "--json"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(JOB), str(path)]
+    if json_document:
+        command.append("--json")
     environment = {**os.environ, "PYTHONPATH": str(JOB.parents[1] / "pipeline")}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from student.runs import log_of
-from teachercache.config import Recipe
+from student.runs import JOB, log_of, start_job
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards.manifest import MANIFEST
 from teachercache.student.checkpoints import complete_checkpoints
 from teachercache.student.train import run_training
-
-JOB = Path(__file__).parents[2] / "jobs" / "train_student.py"
 
 
 @pytest.fixture
@@ -72,16 +65,6 @@ def test_a_manifest_of_another_version_is_refused(make_recipe: Any, copied: Path
     assert "\n" not in str(caught.value) and not recipe.train.output.exists()
 
 
-def _start(recipe: Recipe, folder: Path) -> subprocess.Popen[str]:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
-    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[1] / "pipeline")}
-    return subprocess.Popen(
-        [sys.executable, str(JOB), str(path), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-
-
 def test_a_killed_loading_process_ends_the_job_in_one_line_and_a_rerun_goes_on(
     make_recipe: Any, tmp_path: Path
 ) -> None:
@@ -89,7 +72,7 @@ def test_a_killed_loading_process_ends_the_job_in_one_line_and_a_rerun_goes_on(
 
     settings = {"epochs": 20, "save_every": 10, "evaluate_every": 1000, "log_every": 10}
     killed = make_recipe(output=tmp_path / "killed", loader_workers=2, **settings)
-    process = _start(killed, tmp_path)
+    process = start_job(killed, tmp_path)
     while not list(killed.train.output.glob("checkpoint-*/complete.json")):
         assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.002)

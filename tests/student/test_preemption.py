@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from teachercache.config import Recipe
+from student.runs import start_job
 from teachercache.student.checkpoints import complete_checkpoints
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 240
-
-
-def _start(recipe: Recipe, folder: Path, *, launcher: list[str]) -> subprocess.Popen[str]:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
-    command = [sys.executable, *launcher, str(ROOT / "jobs" / "train_student.py"), str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline")}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def _family(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -40,19 +28,19 @@ def _signal_all(family: list[psutil.Process]) -> None:
 
 
 @pytest.mark.parametrize(
-    "launcher",
-    [
-        [],
-        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], marks=pytest.mark.slow),
-    ],
+    "processes",
+    [1, pytest.param(2, marks=pytest.mark.slow)],
     ids=["alone", "torchrun"],
 )
 def test_sigterm_to_every_process_ends_a_run_with_a_checkpoint(
-    make_recipe: Any, tmp_path: Path, launcher: list[str]
+    make_recipe: Any, tmp_path: Path, processes: int
 ) -> None:
     settings = {"epochs": 20, "save_every": 1000, "evaluate_every": 1000, "loader_workers": 2}
     recipe = make_recipe(output=tmp_path / "stopped", **settings)
-    process, log = _start(recipe, tmp_path, launcher=launcher), recipe.train.output / "log.jsonl"
+    process, log = (
+        start_job(recipe, tmp_path, processes=processes, json_document=False),
+        recipe.train.output / "log.jsonl",
+    )
     while not (log.exists() and log.read_text().count("\n") >= 3):
         assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.002)
@@ -71,7 +59,7 @@ def test_sigterm_to_every_process_ends_a_run_with_a_checkpoint(
 def test_a_run_whose_progress_nobody_reads_goes_on(make_recipe: Any, tmp_path: Path) -> None:
     """As when the connection breaks over which a launcher shows it; the launcher then sends SIGTERM."""
     recipe = make_recipe(max_steps=6)
-    process = _start(recipe, tmp_path, launcher=[])
+    process = start_job(recipe, tmp_path, json_document=False)
     assert process.stderr is not None and "step 1/6" in process.stderr.readline()
     process.stderr.close()
     assert process.wait(timeout=TIMEOUT_SECONDS) == 0

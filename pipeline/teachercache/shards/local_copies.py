@@ -14,7 +14,6 @@ larger. The longest unused copies go first. Who has a copy open keeps it, and it
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -27,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
+from teachercache.files import DISK_FULL
 from teachercache.shards.manifest import FileInfo, fingerprint_of, hash_file
 from teachercache.shards.object_store import AGAIN, ObjectStore
 
 TRANSFERS = 2  # of an object whose bytes arrive damaged, which a bad connection can do; twice means the object is
 POLL_SECONDS = 0.05
 _COPY = re.compile(r"[0-9a-f]{64}(\.part)?")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LocalCopies:
@@ -138,7 +137,7 @@ class LocalCopies:
                 os.posix_fallocate(part.descriptor, 0, info.bytes)
                 return True
             except OSError as error:
-                if error.errno not in _FULL:  # a file system that cannot reserve
+                if error.errno not in DISK_FULL:  # a file system that cannot reserve
                     os.ftruncate(part.descriptor, info.bytes)
                     return True
             if copies:
@@ -181,7 +180,7 @@ class LocalCopies:
         try:
             yield
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in DISK_FULL:
                 raise JobFailed(
                     f"the disk of {self.folder} is full; free space there, or set stream.local to a larger disk"
                 ) from None

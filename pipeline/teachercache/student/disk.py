@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from teachercache.errors import JobFailed, TeachercacheError
+from teachercache.files import DISK_FULL
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _WORDS = (
     "no space left on device",
     "disk quota exceeded",
@@ -28,7 +27,7 @@ def out_of_space(error: BaseException) -> bool:
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
+        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
             return True
         words = str(seen).lower()
         # Not /dev/shm, through which loader workers hand over batches.

@@ -36,10 +36,9 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
 
     Every process of a launched job calls this and gets the result: `steps`, `rows` and `positions` (trained on, counted
     again in every epoch), `losses` (`total`, `kl`, `ce` of the last logging window, nats per position; `kl` is None
-    without a teacher), `positions_per_second` and `waiting_for_data` (share of the time; medians of
-    the logging windows), `student` (folder), `best` (`step`,
-    `loss` on held-out rows; None without any), `zero_stage`, `seconds` of this call, `resumed_from` (step or None). Only
-    the main process writes; `train.output` must be a folder that all see.
+    without a teacher), `positions_per_second` and `waiting_for_data` (share of the time; medians of the logging
+    windows), `student` (folder), `best` (`step`, `loss` on held-out rows; None without any), `zero_stage`, `seconds` of
+    this call, `resumed_from` (step or None). Only the main process writes; `train.output` must be a folder that all see.
 
     Raises `RecipeError`, `ModelError` or `CacheError` for what does not fit, before the first step; `JobFailed` when
     training diverges, memory or the disk runs out, another of its processes ends, SIGTERM asks it to stop, or another
@@ -126,7 +125,7 @@ class _Job:
         needed, room = windows_bytes(self._caches, window=self.recipe.stream.window), self.recipe.stream.local_bytes
         if needed > room:
             self._say(
-                f"two windows of shards take up to {needed:,} bytes, stream.local_bytes is {room:,}: shards will be fetched "
+                f"two windows of shards take up to {needed:,} bytes, stream.local_bytes is {room:,}: shards may be fetched "
                 "more than once an epoch; raise it, or lower stream.window"
             )
         if not self._evaluates:

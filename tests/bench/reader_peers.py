@@ -39,6 +39,8 @@ import torch
 from provenance import add_output_options, provenance, publish
 from synthetic_cache import HEAD, TEMPERATURES, rows, sketch_cache, top_k_arrays, top_k_cache
 
+from teachercache.targets.half import float32_of
+
 LENGTH, BATCH, ROWS_PER_FILE = 256, 8, 1024
 SHAPES = {
     "input_ids": ("int32", (LENGTH,)),
@@ -51,6 +53,7 @@ MDS_HASHES = {"streaming": "xxh64", "streaming, sha256": "sha256"}
 OWN = {"ours": "top-k", "ours, large": "top-k, large", "ours, sketch": "sketch"}
 ARMS = (*OWN, *MDS_HASHES, "datasets")
 LARGE = 4  # times the rows
+HALVES = ("head_logits", "tail_log_partition")
 Epochs = Iterator[Iterator[dict[str, Any]]]  # of an arm: epochs of batches
 
 
@@ -168,8 +171,7 @@ def joined(taken: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     labels_BS[:, :-1][mask_BS[:, :-1]] = input_ids_BS[:, 1:][mask_BS[:, :-1]]
     targets = {
         "head_ids": np.concatenate([row["head_ids"] for row in taken]).astype(np.int64),
-        "head_logits": np.concatenate([row["head_logits"] for row in taken]).astype(np.float32),
-        "tail_log_partition": np.concatenate([row["tail_log_partition"] for row in taken]).astype(np.float32),
+        **{name: float32_of(np.concatenate([row[name] for row in taken])) for name in SHAPES if name in HALVES},
     }
     batch: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids_BS), "shift_labels": torch.from_numpy(labels_BS)}
     return batch | {"targets": {name: torch.from_numpy(values) for name, values in targets.items()}}

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
+from teachercache.shards.row_batch import numbers, offsets
 from teachercache.targets import target_kind
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def check_rows(batch: pa.RecordBatch, *, vocabulary_size: int, longest: int, fir
     tokens = _flat(batch, "input_ids")
     if tokens.min() < 0 or tokens.max() >= vocabulary_size:
         raise ValueError(f"input_ids hold {tokens.min()} or {tokens.max()}, of {vocabulary_size} tokens")
-    held_out = batch.column("held_out").to_numpy(zero_copy_only=False)
+    held_out = numbers(batch.column("held_out"))
     if (held_out != (np.arange(first, first + len(held_out)) >= held_out_from)).any():
         raise ValueError("rows are not on the side, held out or not, that the manifest counts them on")
     marked = _check_masks(batch, lengths)
@@ -201,7 +202,7 @@ def _check_masks(batch: pa.RecordBatch, lengths: Any) -> Any:
     marked = _flat(batch, "target_mask")
     ends = np.cumsum(lengths)
     counted = np.diff(np.cumsum(marked)[ends - 1], prepend=0)
-    if (counted != batch.column("positions").to_numpy()).any():
+    if (counted != numbers(batch.column("positions"))).any():
         raise ValueError("a row's positions are not those that its target_mask marks")
     return marked
 
@@ -215,13 +216,13 @@ def _check_segments(batch: pa.RecordBatch, lengths: Any, marked: Any) -> None:
     for index in range(fields.type.num_fields):
         if fields.field(index).null_count and fields.type.field(index).name != "text":
             raise ValueError(f"a segment has no {fields.type.field(index).name}")
-    starts = fields.field("start").to_numpy().astype(np.int64)
+    starts = numbers(fields.field("start")).astype(np.int64)
     firsts = np.cumsum(counts) - counts
     rising = np.diff(starts) > 0
     rising[firsts[1:] - 1] = True
     if starts[firsts].any() or not rising.all() or (starts >= np.repeat(lengths, counts)).any():
         raise ValueError("segments do not follow each other within their row")
-    begins, finishes, occurrences = (fields.field(n).to_numpy() for n in ("byte_start", "byte_end", "occurrence"))
+    begins, finishes, occurrences = (numbers(fields.field(n)) for n in ("byte_start", "byte_end", "occurrence"))
     if begins.min() < 0 or (begins > finishes).any() or occurrences.min() < 0:
         raise ValueError("a segment's span of bytes cannot be")
     row_starts = np.cumsum(lengths) - lengths
@@ -231,11 +232,11 @@ def _check_segments(batch: pa.RecordBatch, lengths: Any, marked: Any) -> None:
 
 
 def _lengths(lists: pa.ListArray) -> Any:
-    return np.diff(lists.offsets.to_numpy()).astype(np.int64)
+    return np.diff(offsets(lists)).astype(np.int64)
 
 
 def _flat(batch: pa.RecordBatch, name: str) -> Any:
     values = batch.column(name).flatten()
     if values.null_count:
         raise ValueError(f"column {name} has an entry without a value")
-    return values.to_numpy(zero_copy_only=False)
+    return numbers(values)

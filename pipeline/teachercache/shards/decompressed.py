@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
 
-import pyarrow as pa
+
+class Sized(Protocol):
+    """What takes memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much."""
 
 
-class Decompressed:
+Batch = TypeVar("Batch", bound=Sized)
+
+
+class Decompressed(Generic[Batch]):
     """Keeps what was used last; a batch that is larger than `most_bytes` stays until the next one comes."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self.held_bytes = 0
-        self._batches: OrderedDict[Hashable, pa.RecordBatch] = OrderedDict()
+        self._batches: OrderedDict[Hashable, Batch] = OrderedDict()
 
-    def get(self, key: Hashable, decompress: Callable[[], pa.RecordBatch]) -> pa.RecordBatch:
+    def get(self, key: Hashable, decompress: Callable[[], Batch]) -> Batch:
         """The batch that goes by this key, from `decompress()` where it is not held."""
         batch = self._batches.get(key)
         if batch is not None:

@@ -24,7 +24,8 @@ from teachercache.shards.claims import MOST_BATCH_BYTES, check_rows
 from teachercache.shards.decompressed import Decompressed
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import Manifest, ShardInfo
-from teachercache.shards.schema import ROW_COLUMNS, check_schema, row_from_batch, shard_metadata, tables_of
+from teachercache.shards.row_batch import RowBatch
+from teachercache.shards.schema import ROW_COLUMNS, check_schema, shard_metadata, tables_of
 from teachercache.shards.source import LocalFiles, Source, source_of
 from teachercache.targets import TargetKind, target_kind
 from teachercache.targets.columns import Column, Decoder
@@ -58,7 +59,7 @@ class Cache:
         self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._kind: TargetKind | None = None
-        self.recent = Decompressed(KEPT_BYTES)
+        self.recent: Decompressed[RowBatch] = Decompressed(KEPT_BYTES)
 
     @classmethod
     def open(
@@ -219,7 +220,7 @@ class Shard:
         self._checked: set[tuple[tuple[str, ...], int]] = set()  # record batches whose rows are as they should be
 
     def read_row(
-        self, index: int, columns: Sequence[str] | None, recent: Decompressed, *, segments: bool = True
+        self, index: int, columns: Sequence[str] | None, recent: Decompressed[RowBatch], *, segments: bool = True
     ) -> StoredRow:
         """The row at `index` of this shard, from a batch in `recent` if it is there."""
         names = tuple(self.columns) if columns is None else tuple(columns)
@@ -229,10 +230,10 @@ class Shard:
         number, within = divmod(index, self._rows_per_batch)
         try:
             fields = (*(name for name in ROW_COLUMNS if segments or name != "segments"), *names)
-            batch = recent.get((self.info.file, fields, number), lambda: self._read_batch(fields, number))
-            row = row_from_batch(batch, within)
+            batch = recent.get((self.info.file, fields, number), lambda: RowBatch(self._read_batch(fields, number)))
+            row = batch.row(within)
             positions = row.positions
-            targets = {name: self._decoder(name)(batch.column(name)[within].as_buffer(), positions) for name in names}
+            targets = {name: self._decoder(name)(batch.payload(name, within), positions) for name in names}
             self._kind.check_stored(targets)
         except DAMAGE as error:
             raise _damaged(f"{self.info.file}, row {index},", error) from None
@@ -269,7 +270,9 @@ class Shard:
 
     def _reader(self, names: tuple[str, ...]) -> pa.RecordBatchFileReader:
         if names not in self._readers:
-            options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(name) for name in names])
+            fields = [self.schema.get_field_index(name) for name in names]
+            # A batch is too little work to share: threads would take half as much time again of processors, and save none.
+            options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
             self._readers[names] = pa.ipc.open_file(self._file, options=options)
         return self._readers[names]
 

@@ -1,4 +1,4 @@
-"""Columns of a shard, and rows to and from them.
+"""Columns of a shard, and rows to them (row_batch.py reads them).
 
 Plain columns open in anything that reads Arrow; payload columns are binary, and the schema metadata names their codec.
 """
@@ -10,13 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
 from teachercache.targets.columns import Column
-from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.tokens.rows import TokenRow
 
 METADATA_KEY = b"teachercache"
 
@@ -115,20 +113,3 @@ def to_batch(rows: Sequence[TokenRow], payload: Sequence[Sequence[bytes]], schem
     values += [list(column) for column in payload]
     arrays = [pa.array(value, type=field.type) for value, field in zip(values, schema, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def row_from_batch(batch: pa.RecordBatch, index: int) -> TokenRow:
-    """The row at `index` of a record batch that holds all of `ROW_COLUMNS`, or all but segments: they are empty then."""
-    segments = batch.column("segments")[index].as_py() if "segments" in batch.schema.names else ()
-    return TokenRow(
-        row_id=batch.column("row_id")[index].as_py(),
-        held_out=batch.column("held_out")[index].as_py(),
-        input_ids_S=_list_value(batch.column("input_ids"), index).astype(np.int32),
-        target_mask_S=_list_value(batch.column("target_mask"), index),
-        segments=tuple(Segment(**segment) for segment in segments),
-    )
-
-
-def _list_value(column: pa.ListArray, index: int) -> NDArray[Any]:
-    values = column[index].values
-    return values.to_numpy(zero_copy_only=False)

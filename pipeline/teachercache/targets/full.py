@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import LOG_SHARE, Column
+from teachercache.targets.half import float32_of
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.temperature import check_positive
 
@@ -100,7 +101,7 @@ class Full:
 
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
         """Columns as arrays ready for a batch, float32."""
-        return {name: values.astype(np.float32, copy=False) for name, values in stored.items()}
+        return {name: float32_of(values) for name, values in stored.items()}
 
     def softened(
         self, arrays: Mapping[str, Any], temperature: float, *, tail: TailPolicy = "ghost", xp: Any = np

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import LOG_SHARE, Column
+from teachercache.targets.half import float32_of
 from teachercache.targets.largest import largest
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.temperature import grid_index, softened
@@ -119,7 +120,7 @@ class TopK:
     def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Columns as arrays ready for a batch: ids int32, other numbers float32."""
         return {
-            name: values.astype(np.int32 if name == "head_ids" else np.float32, copy=False)
+            name: values.astype(np.int32) if name == "head_ids" else float32_of(values)
             for name, values in stored.items()
         }
 

@@ -90,7 +90,9 @@ def read_everything(folder: Path) -> None:
             assert row.input_ids_S.dtype == np.int32 and 0 <= row.input_ids_S.min() <= row.input_ids_S.max() < V
             assert row.target_mask_S.shape == row.input_ids_S.shape and len(row.labels_N()) == row.positions
             assert len(row.position_ids_S()) == row.length
-            arrays = kind.decoded(stored.targets)
+            for name, values in cache.targets.decoded(stored.targets).items():
+                assert len(values) == row.length and np.isfinite(values).all(), name
+            arrays = kind.decoded({name: stored.targets[name] for name in cache.logit_columns})
             for name, values in arrays.items():
                 assert len(values) == row.positions, name
                 if values.dtype == np.int32 and row.positions:

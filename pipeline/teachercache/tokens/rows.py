@@ -56,6 +56,12 @@ class TokenRow:
         starts[[segment.start for segment in self.segments]] = [segment.start for segment in self.segments]
         return np.arange(self.length, dtype=np.int64) - np.maximum.accumulate(starts)
 
+    def segment_S(self) -> NDArray[np.int64]:
+        """Which of its segments each token belongs to; one, where segments were not read."""
+        starts = np.zeros(self.length, dtype=np.int64)
+        starts[[segment.start for segment in self.segments[1:]]] = 1
+        return np.cumsum(starts)
+
 
 def row_id(segments: Sequence[Segment], *, repeat: int = 0) -> str:
     """The content hash that names a row: blake2b-128 over (source_id, byte span, occurrence) of its segments, in order.

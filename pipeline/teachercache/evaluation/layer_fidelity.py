@@ -1,0 +1,88 @@
+"""How faithful are stored layers? Hidden states and attention maps against those of the teacher, layer by layer.
+
+    hidden_cosine           mean cosine of stored and exact states over tokens
+    hidden_cosine_centred   the same, both less the layer's mean over the corpus
+    attention_kl            KL(teacher ‖ rebuilt) of a query's keys, nats, mean over queries and heads
+
+All are without the first token of each segment, whose massive activations any codec keeps and which sees nothing but itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from teachercache.activations import recorded
+from teachercache.models import model_inputs
+from teachercache.shards import StoredRow
+from teachercache.targets import StoredTargets
+from teachercache.targets.attention import log_attention, sees
+from teachercache.targets.states import column_of
+from teachercache.teacher.layers import rows_of
+from teachercache.tokens.rows import TokenRow
+
+
+class LayerComparison:
+    """Sums over rows; add each with what the teacher held at its tokens."""
+
+    def __init__(self, targets: StoredTargets) -> None:
+        self._targets = targets
+        self._sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        self._tokens = 0
+
+    @torch.inference_mode()
+    def add(self, model: Any, stored: StoredRow, *, pad_id: int, layout: str) -> None:
+        """A row of the cache; the teacher runs on it."""
+        if not self._targets.layers:
+            return
+        row, targets = stored.row, self._targets
+        inputs = model_inputs([row], pad_id=pad_id, layout=layout)
+        blocks = () if targets.attention is None else targets.attention.layers
+        hidden = () if targets.hidden is None else targets.hidden.layers
+        with recorded(model, hidden=hidden, attention=blocks) as activations:
+            model.base_model(
+                **{name: torch.from_numpy(v).to(model.device) for name, v in inputs.items()}, use_cache=False
+            )
+        [exact] = rows_of(activations, [row])
+        segment_S = row.segment_S()
+        later_S = torch.from_numpy(np.flatnonzero(np.diff(segment_S, prepend=-1) == 0))
+        self._tokens += len(later_S)
+        arrays = {
+            name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in targets.decoded(stored.targets).items()
+        }
+        for layer in hidden:
+            self._hidden(layer, exact.hidden[layer].float().cpu()[later_S], arrays[column_of(layer)][later_S])
+        for layer in blocks:
+            self._attention(layer, row, exact, arrays, later_S)
+
+    def _hidden(self, layer: int, exact_SD: Tensor, found_SD: Tensor) -> None:
+        assert self._targets.hidden is not None and self._targets.hidden.layer_file is not None
+        mean_D = torch.from_numpy(self._targets.hidden.layer_file.arrays[f"hidden.{layer}.mean"])
+        for name, less in (("hidden_cosine", torch.zeros(())), ("hidden_cosine_centred", mean_D)):
+            cosine_S = cosine_similarity((exact_SD - less).double(), (found_SD - less).double(), dim=-1)
+            self._sums[name][layer] += float(cosine_S.sum())
+
+    def _attention(self, layer: int, row: TokenRow, exact: Any, arrays: Mapping[str, Tensor], later_S: Tensor) -> None:
+        batch = {name: values[None] for name, values in arrays.items()}
+        position_BS, segment_BS = (torch.from_numpy(each)[None] for each in (row.position_ids_S(), row.segment_S()))
+        heads = self._targets.attention.stored_heads(torch, layer, batch, position_BS)
+        shape, seen = exact.shapes[layer], sees(torch, segment_BS, window=exact.shapes[layer].window)
+        settings: dict[str, Any] = {"scaling": shape.scaling, "softcap": shape.softcap}
+        sinks = exact.sinks.get(layer)
+        settings["sinks_H"] = None if sinks is None else sinks.cpu()
+        queries, keys = (part[layer].float().cpu()[None] for part in (exact.queries, exact.keys))
+        exact_HSS = log_attention(queries, keys, seen, **settings)[0]
+        found_HSS = log_attention(heads.queries_BHSE, heads.keys_BKSE, seen, **settings)[0]
+        gap_HSS = torch.where(seen, exact_HSS.exp() * (exact_HSS - found_HSS), 0.0)
+        self._sums["attention_kl"][layer] += float(gap_HSS.sum(-1).mean(0)[later_S].sum())
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """Means by layer, `{"hidden_cosine": {"8": …}, …}`; empty where no layers are stored."""
+        count = max(1, self._tokens)
+        return {name: {str(layer): sums / count for layer, sums in by.items()} for name, by in self._sums.items()}

@@ -1,0 +1,105 @@
+"""Layers are counted the same way everywhere, and recording them changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from models import BLOCKS, HEADS, model_of
+from teachercache.activations import recorded
+from teachercache.errors import ModelError
+from teachercache.targets.attention import log_attention, sees
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gpt2"]
+IDS_BS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_states_are_those_of_transformers_but_for_the_last_which_is_before_the_norm(architecture: str) -> None:
+    model = model_of(architecture)
+    with torch.no_grad(), recorded(model, hidden=range(BLOCKS + 1)) as activations:
+        outputs = model(IDS_BS, use_cache=False, output_hidden_states=True)
+    assert sorted(activations.hidden) == [0, 1, 2, 3] and len(outputs.hidden_states) == 4
+    for layer in range(BLOCKS):
+        torch.testing.assert_close(activations.hidden[layer], outputs.hidden_states[layer], rtol=0, atol=0)
+    norm = model.transformer.ln_f if architecture == "gpt2" else model.model.norm
+    with torch.no_grad():
+        torch.testing.assert_close(norm(activations.hidden[BLOCKS]), outputs.hidden_states[BLOCKS])
+
+
+def test_hidden_state_0_is_the_embeddings() -> None:
+    model = model_of("llama")
+    with torch.no_grad(), recorded(model, hidden=[0]) as activations:
+        model(IDS_BS, use_cache=False)
+    torch.testing.assert_close(activations.hidden[0], model.get_input_embeddings()(IDS_BS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_of_a_block_is_the_one_that_transformers_returns(architecture: str) -> None:
+    model, eager = model_of(architecture), model_of(architecture, attention="eager")
+    with torch.no_grad():
+        plain, expected = model(IDS_BS, use_cache=False).logits, eager(IDS_BS, use_cache=False, output_attentions=True)
+    # transformers' fast kernel leaves the soft cap of Gemma 2 out.
+    with torch.no_grad(), recorded(eager if architecture == "gemma2" else model, attention=[1, 2, 3]) as activations:
+        logits = (eager if architecture == "gemma2" else model)(IDS_BS, use_cache=False).logits
+    torch.testing.assert_close(logits, expected.logits if architecture == "gemma2" else plain, rtol=0, atol=0)
+    for layer in (1, 2, 3):
+        heads = activations.attention[layer]
+        seen_BCS = sees(torch, torch.zeros(2, 24, dtype=torch.int64), window=heads.window)
+        found = log_attention(
+            heads.queries_BHSE, heads.keys_BKSE, seen_BCS, scaling=heads.scaling, softcap=heads.softcap
+        ).exp()
+        assert found.shape == (2, HEADS, 24, 24)
+        if architecture == "gemma2":
+            assert heads.softcap == 5.0 and heads.window == (8 if layer in (1, 3) else None)
+        torch.testing.assert_close(found, expected.attentions[layer - 1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_kernel_and_its_registry_are_as_before() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, before = model_of("llama"), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    with recorded(model, attention=[1]):
+        assert model.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping == before
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.model.layers)
+
+
+def test_recordings_of_two_models_do_not_mix() -> None:
+    one, other = model_of("llama"), model_of("llama", seed=1)
+    with torch.no_grad(), recorded(one, attention=[2]) as first, recorded(other, attention=[2]) as second:
+        one(IDS_BS, use_cache=False)
+        assert not second.attention
+        other(IDS_BS, use_cache=False)
+    assert not torch.equal(first.attention[2].queries_BHSE, second.attention[2].queries_BHSE)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_recorded_carries_gradients(checkpointing: bool) -> None:
+    def gradient(model: Any, *, use_checkpoints: bool) -> torch.Tensor:
+        model.train()
+        if use_checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with recorded(model, hidden=[1, 2], attention=[2]) as activations:
+            loss = model(IDS_BS, use_cache=False).logits.square().mean()
+            heads = activations.attention[2]
+            loss = loss + activations.hidden[1].square().mean() + (heads.queries_BHSE[:, :2] * heads.keys_BKSE).mean()
+        loss.backward()
+        return torch.cat([weights.grad.flatten() for weights in model.parameters()])
+
+    expected = gradient(model_of("llama"), use_checkpoints=False)
+    torch.testing.assert_close(gradient(model_of("llama"), use_checkpoints=checkpointing), expected)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"hidden": [4]}, r"hidden: there is no layer 4; LlamaForCausalLM has layers 0 \(the embeddings\) to 3"),
+        ({"attention": [0]}, r"attention: there is no layer 0; LlamaForCausalLM has layers 1 to 3"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_refused(chosen: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message), recorded(model_of("llama"), **chosen):
+        pass

@@ -80,8 +80,11 @@ def test_adapters_of_a_tied_output_layer_are_refused(make_recipe: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_adapters_go_on_with_another_number_of_processes(make_recipe: Any, tmp_path: Path, stage: int) -> None:
+def test_adapters_go_on_with_another_number_of_processes(
+    make_recipe: Any, plain_student: Path, tmp_path: Path, stage: int
+) -> None:
     settings = {"lora": {"rank": 4}, "zero_stage": stage, "epochs": 3, "save_every": 3, "evaluate_every": 100}
+    settings["student_model"] = plain_student
     whole, changed = (make_recipe(output=tmp_path / name, **settings) for name in ("whole", "changed"))
     assert start_job(whole, tmp_path, processes=1).wait() == 0
     kill_after(start_job(changed, tmp_path, processes=2), changed.train.output, 6)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from models import BLOCKS, HEADS, model_of
-from teachercache.activations import recorded
+from teachercache.activations import check_attention, recorded
 from teachercache.errors import ModelError
 from teachercache.targets.attention import log_attention, sees
 
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gpt2"]
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_oss"]
+EAGER = ("gemma2", "gpt_oss")  # transformers' fast kernel has no soft cap, and no sinks
 IDS_BS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -41,16 +42,17 @@ def test_attention_of_a_block_is_the_one_that_transformers_returns(architecture:
     model, eager = model_of(architecture), model_of(architecture, attention="eager")
     with torch.no_grad():
         plain, expected = model(IDS_BS, use_cache=False).logits, eager(IDS_BS, use_cache=False, output_attentions=True)
-    # transformers' fast kernel leaves the soft cap of Gemma 2 out.
-    with torch.no_grad(), recorded(eager if architecture == "gemma2" else model, attention=[1, 2, 3]) as activations:
-        logits = (eager if architecture == "gemma2" else model)(IDS_BS, use_cache=False).logits
-    torch.testing.assert_close(logits, expected.logits if architecture == "gemma2" else plain, rtol=0, atol=0)
+    with torch.no_grad(), recorded(eager if architecture in EAGER else model, attention=[1, 2, 3]) as activations:
+        logits = (eager if architecture in EAGER else model)(IDS_BS, use_cache=False).logits
+    torch.testing.assert_close(logits, expected.logits if architecture in EAGER else plain, rtol=0, atol=0)
     for layer in (1, 2, 3):
         heads = activations.attention[layer]
         seen_BCS = sees(torch, torch.zeros(2, 24, dtype=torch.int64), window=heads.window)
         found = log_attention(
-            heads.queries_BHSE, heads.keys_BKSE, seen_BCS, scaling=heads.scaling, softcap=heads.softcap
-        ).exp()
+            heads.queries_BHSE, heads.keys_BKSE, seen_BCS, scaling=heads.scaling, softcap=heads.softcap,
+            sinks_H=heads.sinks_H,
+        ).exp()  # fmt: skip
+        assert (heads.sinks_H is not None) == (architecture == "gpt_oss")
         assert found.shape == (2, HEADS, 24, 24)
         if architecture == "gemma2":
             assert heads.softcap == 5.0 and heads.window == (8 if layer in (1, 3) else None)
@@ -103,3 +105,16 @@ def test_what_is_recorded_carries_gradients(checkpointing: bool) -> None:
 def test_a_layer_that_is_not_there_is_refused(chosen: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message), recorded(model_of("llama"), **chosen):
         pass
+
+
+def test_attention_that_passes_by_unseen_is_named_with_what_still_works() -> None:
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)).eval()
+    with torch.no_grad(), recorded(model, hidden=[1], attention=[2]) as activations:
+        model(IDS_BS, use_cache=False)
+    assert activations.hidden[1].shape == (2, 24, 32)
+    with pytest.raises(
+        ModelError, match=r"block 2 of BloomForCausalLM .* cannot be recorded; hidden states and logits can"
+    ):
+        check_attention(activations, [2], model)

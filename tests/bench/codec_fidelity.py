@@ -191,10 +191,10 @@ class Bench:
         return {"p99": float(np.quantile(every, 0.99)), "max": float(every.max())}
 
 
-def _rows(tokenizer: Any) -> list[TokenRow]:
+def _rows(tokenizer: Any, *, length: int = LENGTH) -> list[TokenRow]:
     corpus = CorpusConfig(source="python-docs", held_out=0)
     found = [item for item in documents(read_rows(corpus), corpus) if isinstance(item, Document)]
-    sequence = SequenceConfig(length=LENGTH)
+    sequence = SequenceConfig(length=length)
     rows = tokenise(found, tokenizer=tokenizer, sequence=sequence, store_text=False).rows
     return sorted((row for row in rows if row.positions), key=lambda row: salted_hash(row.row_id))
 

@@ -62,8 +62,9 @@ def maps_of(targets: StoredTargets, captured: Any, one: TokenRow, layer: int) ->
     heads = targets.attention.stored_heads(torch, layer, arrays, positions)
     seen = sees(torch, torch.from_numpy(one.segment_S())[None], window=heads.shape.window)
     return log_attention(
-        heads.queries_BHSE, heads.keys_BKSE, seen, scaling=heads.shape.scaling, softcap=heads.shape.softcap
-    )[0].exp()
+        heads.queries_BHSE, heads.keys_BKSE, seen, scaling=heads.shape.scaling, softcap=heads.shape.softcap,
+        sinks_H=heads.sinks_H,
+    )[0].exp()  # fmt: skip
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
@@ -86,7 +87,7 @@ def test_hidden_states_are_those_of_each_row_alone(architecture: str) -> None:
             assert (off_SD <= 0.5001 * 0.05 * arrays[f"hidden.{layer}.spread"] + 1e-4).all()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gpt_oss"])
 def test_relations_rebuild_the_teachers_own_attention(architecture: str) -> None:
     eager = model_of(architecture, attention="eager")
     teacher = prepared(eager, hidden=hidden(0, 1, 2), attention=Relations(layers=(1, 2, 3), **SHARED))
@@ -107,7 +108,7 @@ def test_a_finer_step_rebuilds_attention_closer() -> None:
     assert found[0] > 8 * found[1] > 64 * found[2]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "gpt_oss"])
 def test_queries_and_keys_rebuild_attention_of_any_architecture(architecture: str) -> None:
     eager = model_of(architecture, attention="eager")
     shared = {**SHARED, "key_heads": HEADS} if architecture == "gpt2" else SHARED

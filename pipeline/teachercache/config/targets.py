@@ -151,7 +151,7 @@ class LayerChoice(Section):
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | LayerChoice
 
 # Steps by codec, in units of a channel's spread; of projected in those of all channels (see targets/states.py).
-HIDDEN_STEPS = {"int8": 0.11, "projected": 0.6, "bf16": 0.0}
+HIDDEN_STEPS = {"int8": 0.08, "projected": 0.6, "bf16": 0.0}
 
 
 class HiddenStatesConfig(Section):
@@ -174,7 +174,7 @@ class AttentionConfig(Section):
     layers: Layers = Field(description="numbers of blocks, from 1, or a rule as for hidden states")
     values: bool = Field(False, description="keep what relations among values need, too")
     step: float = Field(
-        0.11, gt=0, le=1000, description="quantisation step of queries-keys, in units of a channel's spread"
+        0.03, gt=0, le=1000, description="quantisation step of queries-keys, in units of a channel's spread"
     )
     calibration_positions: int = Field(4096, ge=64, description="tokens that give spreads, of queries-keys")
 

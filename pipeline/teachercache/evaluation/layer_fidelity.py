@@ -23,6 +23,7 @@ from teachercache.models import model_inputs
 from teachercache.shards import StoredRow
 from teachercache.targets import StoredTargets
 from teachercache.targets.attention import log_attention, sees
+from teachercache.targets.layer_kind import RowActivations
 from teachercache.targets.states import column_of
 from teachercache.teacher.layers import rows_of
 from teachercache.tokens.rows import TokenRow
@@ -53,13 +54,13 @@ class LayerComparison:
         segment_S = row.segment_S()
         later_S = torch.from_numpy(np.flatnonzero(np.diff(segment_S, prepend=-1) == 0))
         self._tokens += len(later_S)
-        arrays = {
-            name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in targets.decoded(stored.targets).items()
-        }
+        decoded = targets.decoded(stored.targets)
         for layer in hidden:
-            self._hidden(layer, exact.hidden[layer].float().cpu()[later_S], arrays[column_of(layer)][later_S])
+            found_SD = torch.from_numpy(decoded[column_of(layer)])
+            self._hidden(layer, exact.hidden[layer].float().cpu()[later_S], found_SD[later_S])
         for layer in blocks:
-            self._attention(layer, row, exact, arrays, later_S)
+            divergence_S = attention_divergence(targets, layer, row, exact, decoded)
+            self._sums["attention_kl"][layer] += float(divergence_S[later_S].sum())
 
     def _hidden(self, layer: int, exact_SD: Tensor, found_SD: Tensor) -> None:
         assert self._targets.hidden is not None and self._targets.hidden.layer_file is not None
@@ -68,21 +69,24 @@ class LayerComparison:
             cosine_S = cosine_similarity((exact_SD - less).double(), (found_SD - less).double(), dim=-1)
             self._sums[name][layer] += float(cosine_S.sum())
 
-    def _attention(self, layer: int, row: TokenRow, exact: Any, arrays: Mapping[str, Tensor], later_S: Tensor) -> None:
-        batch = {name: values[None] for name, values in arrays.items()}
-        position_BS, segment_BS = (torch.from_numpy(each)[None] for each in (row.position_ids_S(), row.segment_S()))
-        heads = self._targets.attention.stored_heads(torch, layer, batch, position_BS)
-        shape, seen = exact.shapes[layer], sees(torch, segment_BS, window=exact.shapes[layer].window)
-        settings: dict[str, Any] = {"scaling": shape.scaling, "softcap": shape.softcap}
-        sinks = exact.sinks.get(layer)
-        settings["sinks_H"] = None if sinks is None else sinks.cpu()
-        queries, keys = (part[layer].float().cpu()[None] for part in (exact.queries, exact.keys))
-        exact_HSS = log_attention(queries, keys, seen, **settings)[0]
-        found_HSS = log_attention(heads.queries_BHSE, heads.keys_BKSE, seen, **settings)[0]
-        gap_HSS = torch.where(seen, exact_HSS.exp() * (exact_HSS - found_HSS), 0.0)
-        self._sums["attention_kl"][layer] += float(gap_HSS.sum(-1).mean(0)[later_S].sum())
-
     def result(self) -> dict[str, dict[str, float]]:
         """Means by layer, `{"hidden_cosine": {"8": …}, …}`; empty where no layers are stored."""
         count = max(1, self._tokens)
         return {name: {str(layer): sums / count for layer, sums in by.items()} for name, by in self._sums.items()}
+
+
+def attention_divergence(
+    targets: StoredTargets, layer: int, row: TokenRow, exact: RowActivations, decoded: Mapping[str, Any]
+) -> Tensor:
+    """KL(teacher ‖ rebuilt) of each query of a row in nats, mean over heads, [S]; `decoded` is what is stored of it."""
+    batch = {name: torch.from_numpy(np.ascontiguousarray(values))[None] for name, values in decoded.items()}
+    position_BS, segment_BS = (torch.from_numpy(each)[None] for each in (row.position_ids_S(), row.segment_S()))
+    heads = targets.attention.stored_heads(torch, layer, batch, position_BS)
+    shape, sinks = exact.shapes[layer], exact.sinks.get(layer)
+    seen_BSS = sees(torch, segment_BS, window=shape.window)
+    settings: dict[str, Any] = {"scaling": shape.scaling, "softcap": shape.softcap}
+    settings["sinks_H"] = None if sinks is None else sinks.cpu()
+    queries, keys = (part[layer].float().cpu()[None] for part in (exact.queries, exact.keys))
+    exact_HSS = log_attention(queries, keys, seen_BSS, **settings)[0]
+    found_HSS = log_attention(heads.queries_BHSE, heads.keys_BKSE, seen_BSS, **settings)[0]
+    return torch.where(seen_BSS, exact_HSS.exp() * (exact_HSS - found_HSS), 0.0).sum(-1).mean(0)

@@ -203,11 +203,20 @@ def _entry(model: Any, layer: int, tried: Activations, *, values: bool) -> tuple
             kind, head_epsilon = _add_norm(head_norm, arrays, name=f"{part}_norm")
             if kind != "rms":
                 raise ModelError(f"block {layer} of {name} norms its heads in a way that cannot be rebuilt; {REMEDY}")
-    if layer in tried.rotary:
-        arrays["cos"], arrays["sin"] = (table[0] for table in tried.rotary[layer])
     entry = BlockEntry(norm, epsilon, head_epsilon)
-    _check_rebuilt(model, layer, tried, entry, {name: values.float() for name, values in arrays.items()})
-    return entry, arrays
+    tables = [{}] if layer not in tried.rotary else _rotary_tables(*tried.rotary[layer])
+    errors = [_error_rebuilt(tried, layer, entry, {**arrays, **table}) for table in tables]
+    if not min(errors) <= TOLERANCE.get(model.dtype, 6e-2):
+        raise ModelError(
+            f"the queries and keys of block {layer} of {name} cannot be rebuilt from its hidden states (they differ by "
+            f"{min(errors):.1%} of the largest); {REMEDY}"
+        )
+    return entry, {**arrays, **tables[errors.index(min(errors))]}
+
+
+def _rotary_tables(cos_BSR: Tensor, sin_BSR: Tensor) -> list[dict[str, Tensor]]:
+    """What a block was given, and the same for models that give it to both halves of a head alike (GPT-OSS)."""
+    return [{"cos": cos_BSR[0].repeat(1, times), "sin": sin_BSR[0].repeat(1, times)} for times in (1, 2)]
 
 
 def _add_norm(module: Any, arrays: dict[str, Tensor], *, name: str = "norm") -> tuple[str, float]:
@@ -234,25 +243,20 @@ def _add_norm(module: Any, arrays: dict[str, Tensor], *, name: str = "norm") -> 
     return "unknown", epsilon
 
 
-def _check_rebuilt(model: Any, layer: int, tried: Activations, entry: BlockEntry, arrays: Mapping[str, Tensor]) -> None:
+def _error_rebuilt(tried: Activations, layer: int, entry: BlockEntry, arrays: Mapping[str, Tensor]) -> float:
+    """How far rebuilt queries, keys and values are from those that the kernel got, of the largest; infinite where nothing can
+    be rebuilt."""
     heads = tried.attention[layer]
-    error = float("inf")
-    if entry.norm in ("rms", "layer", "none"):
-        position_BS = torch.arange(heads.queries_BHSE.shape[2], device=model.device)[None]
-        try:
-            rebuilt = entry.apply(torch, arrays, tried.hidden[layer - 1], position_BS, shape_of(heads))
-        except (RuntimeError, ValueError, IndexError):
-            rebuilt = None
-        if rebuilt is not None:
-            wanted = (heads.queries_BHSE, heads.keys_BKSE, heads.values_BKSE)
-            error = max(
-                _difference(found, made) for found, made in zip(rebuilt, wanted, strict=True) if found is not None
-            )
-    if not error <= TOLERANCE.get(model.dtype, 6e-2):
-        raise ModelError(
-            f"the queries and keys of block {layer} of {type(model).__name__} cannot be rebuilt from its hidden states "
-            f"(they differ by {error:.1%} of the largest); {REMEDY}"
-        )
+    wanted = (heads.queries_BHSE, heads.keys_BKSE, heads.values_BKSE)
+    if entry.norm not in ("rms", "layer", "none"):
+        return float("inf")
+    position_BS = torch.arange(wanted[0].shape[2], device=wanted[0].device)[None]
+    held = {name: values.float() for name, values in arrays.items()}
+    try:
+        rebuilt = entry.apply(torch, held, tried.hidden[layer - 1], position_BS, shape_of(heads))
+    except (RuntimeError, ValueError, IndexError):
+        return float("inf")
+    return max(_difference(found, made) for found, made in zip(rebuilt, wanted, strict=True) if found is not None)
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:

@@ -149,8 +149,10 @@ def term_of(config: LayerTermConfig, targets: StoredTargets, student: StudentSha
         widths = {"student_width": student.width, "teacher_width": kind.width}
         if config.match in STRUCTURES:
             return StructureTerm(config.match, pairs, **widths)
-        variance = {layer: float((hidden_arrays(targets, layer)["spread"] ** 2).mean()) for _, layer in pairs}
-        return HiddenTerm(config.match, pairs, **widths, variance=variance)
+        arrays = {layer: hidden_arrays(targets, layer) for _, layer in pairs}
+        variance = {layer: float((found["spread"] ** 2).mean()) for layer, found in arrays.items()}
+        means = {layer: torch.from_numpy(found["mean"]) for layer, found in arrays.items()} if config.centred else {}
+        return HiddenTerm(config.match, pairs, **widths, variance=variance, means=means)
     if config.match in PARTS:
         return _relation_term(config, kind, student, pairs)
     return AttentionTerm(config.match, pairs, heads=config.heads, student_heads=student.heads, teacher_heads=kind.heads)

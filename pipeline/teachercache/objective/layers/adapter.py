@@ -2,6 +2,9 @@
 
 It maps the student's states, not the teacher's: a target that could be trained would shrink to whatever is easiest to
 match. It learns with the student, is saved in checkpoints, and is no part of what is exported.
+
+Where both are equally wide it begins as the identity, less the teacher's mean where targets are: a student that is made of
+the teacher's own layers has states in the teacher's coordinates, and would first have to undo a random map.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ from torch import Tensor
 class Adapter(torch.nn.Module):
     """[…, Ds] to […, Dt], in float32."""
 
-    def __init__(self, student_width: int, teacher_width: int) -> None:
+    def __init__(self, student_width: int, teacher_width: int, *, mean_D: Tensor | None = None) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(student_width, teacher_width)
+        if student_width == teacher_width:
+            with torch.no_grad():
+                torch.nn.init.eye_(self.linear.weight)
+                self.linear.bias.copy_(torch.zeros(teacher_width) if mean_D is None else -mean_D)
         self.norm = torch.nn.LayerNorm(teacher_width)
 
     def forward(self, hidden: Tensor) -> Tensor:

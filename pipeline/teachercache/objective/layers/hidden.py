@@ -11,6 +11,8 @@ Shapes: N positions, Ds and Dt widths of student and teacher.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from teachercache.objective.layers.term import LayerBatch
 
 
 class HiddenTerm(torch.nn.Module):
-    """Either loss; `variance` is the teacher's mean variance of a channel, by layer."""
+    """Either loss; `variance` is the teacher's mean variance of a channel, by layer, `means` what its states are less, [Dt]."""
 
     of = "hidden"
 
@@ -30,11 +32,14 @@ class HiddenTerm(torch.nn.Module):
         *,
         student_width: int,
         teacher_width: int,
-        variance: dict[int, float],
+        variance: Mapping[int, float],
+        means: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.match, self.pairs, self._variance = match, pairs, variance
-        self.adapters = torch.nn.ModuleList(Adapter(student_width, teacher_width) for _ in pairs)
+        self.adapters = torch.nn.ModuleList(
+            Adapter(student_width, teacher_width, mean_D=(means or {}).get(teacher)) for _, teacher in pairs
+        )
 
     def loss(self, batch: LayerBatch) -> Tensor:
         """The sum over positions, the mean over pairs."""

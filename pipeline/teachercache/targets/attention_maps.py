@@ -16,6 +16,9 @@ Why differences: a query gives a key nearly what the query before gave it. That 
 a block with 9 heads in such rows, where a full square in 16 bits has 18,432. zstd comes within 2 % of an entropy coder here,
 and has no tables that bound what a shard can hold.
 
+With `top` that many keys are as near, and all others of a query alike. The same rows: m = 16, 64, 256 take 210, 710, 2,220
+bytes at a KL of 0.16 to 0.29, 0.05 to 0.13, 0.004 to 0.023: keys in the middle matter, and past a hundred all are cheaper.
+
 Shapes: S tokens, P pairs, C queries of a chunk, H heads of the teacher, h heads that are stored, m keys that are kept.
 """
 

@@ -97,7 +97,7 @@ class Column:
         entries = held // max(1, entry_bytes) if self.ragged else self.entries(positions)
         if held != entries * entry_bytes:
             raise CacheDamaged(
-                f"column {self.name}: {held} bytes for {positions} positions of {self.position_bytes:g} bytes"
+                f"column {self.name}: {held} bytes for {positions} {self.of}s of {self.position_bytes:g} bytes"
             )
         self._check_entries(entries, positions)
         return self._checked(np.frombuffer(data, dtype=self.dtype).reshape(entries, *self.shape))

@@ -127,7 +127,7 @@ def layer_kind(section: str, settings: Mapping[str, Any]) -> LayerKind:
 
 
 def section_of(column: str) -> str | None:
-    """The section of layer targets that a column belongs to, by its name: `hidden_8`, `map_keys_8`; None for columns of logits."""
+    """The section of layer targets that a column belongs to, by its name: `hidden_8`, `map_keys_8`; None for logits."""
     what, _, layer = column.rpartition("_")
     if not layer.isdigit():
         return None

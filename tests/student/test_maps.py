@@ -89,9 +89,7 @@ def test_a_row_that_is_packed_or_padded_has_the_terms_that_it_has_alone(
     assert not sums(cache, pupil, []).any()
 
 
-def test_maps_give_the_terms_that_queries_and_keys_give(
-    caches: dict[str, Path], pupil: Path, monkeypatch: Any
-) -> None:
+def test_maps_give_the_terms_that_queries_and_keys_give(caches: dict[str, Path], pupil: Path, monkeypatch: Any) -> None:
     rows = list(range(8))
     maps, vectors = (sums(Cache.open(caches[name]), pupil, rows) for name in ("maps", "queries-keys"))
     torch.testing.assert_close(maps, vectors, rtol=3e-3, atol=1e-3)

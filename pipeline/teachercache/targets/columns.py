@@ -1,7 +1,7 @@
 """Payload columns: per-position arrays and their bytes on disk.
 
 A column holds, for every position of a row (or every block of `every` positions, every token, or every pair of a token and one
-of its segment that is not behind it), an array of a fixed shape and type. On disk it is one binary value per row; its codec
+of its segment that is not after it), an array of a fixed shape and type. On disk it is one binary value per row; its codec
 stands in the schema metadata, so that any reader of Arrow can decode it:
 
     plain/1   little-endian elements in C order, [positions, *shape]

@@ -4,7 +4,7 @@ A kind stores arrays by *token* (hidden states, queries, keys) or by *pair* of t
 needs the keys of prompts, too. What its numbers are read by (means, steps, weights) is in one file a cache, the *layer
 file*, written once by the teacher before anything is captured.
 
-Shapes: S tokens of a row, P pairs of a token and one of its segment that is not behind it, D width of the teacher.
+Shapes: S tokens of a row, P pairs of a token and one of its segment that is not after it, D width of the teacher.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class TokenRow:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs of a token and one of its segment that is not behind it."""
+        """Number of pairs of a token and one of its segment that is not after it."""
         starts = [segment.start for segment in self.segments] or [0]
         lengths = np.diff([*starts, self.length]).astype(np.int64)
         return int((lengths * (lengths + 1) // 2).sum())

@@ -11,7 +11,6 @@ All are without the first token of each segment, whose massive activations any c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from teachercache.targets.attention_relations import StoredHeads
 from teachercache.targets.layer_kind import RowActivations
 from teachercache.targets.states import column_of
 from teachercache.teacher.layers import rows_of
-from teachercache.tokens.rows import TokenRow
 
 
 class LayerComparison:

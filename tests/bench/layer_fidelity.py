@@ -27,6 +27,7 @@ from teachercache.activations import recorded
 from teachercache.config import HIDDEN_STEPS
 from teachercache.evaluation.layer_fidelity import attention_divergence
 from teachercache.models import load_causal_lm, load_tokenizer, model_inputs
+from teachercache.shards import StoredRow
 from teachercache.targets import HiddenStates, StoredTargets, TopK
 from teachercache.targets.attention_relations import QueriesKeys, Relations
 from teachercache.teacher.layers import LayerSample, make_layer_file, rows_of
@@ -124,7 +125,7 @@ class Bench:
                 for into, columns in zip(rows, read, strict=True):
                     into.update(columns)
         divergences = [
-            attention_divergence(targets, layer, row, exact, targets.decoded(columns))[1:]
+            attention_divergence(targets, layer, StoredRow(row, columns), exact)[1:]
             for row, exact, columns in zip(self.rows, self.exact, rows, strict=True)
         ]
         square = 2 * self.heads["heads"] * self.length

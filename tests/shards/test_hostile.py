@@ -38,10 +38,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "head+sketch": {"kind": "head+sketch", "k": 6, "rank": 24, "step": 0.05, "calibration_positions": 200},
     "relations": {"kind": "top-k", "k": 4},
     "queries-keys": {"kind": "top-k", "k": 4},
+    "maps": {"kind": "top-k", "k": 4},
+    "top-maps": {"kind": "top-k", "k": 4},
 }
 LAYERS: dict[str, dict[str, Any]] = {
     "relations": {"attention": {"layers": [2]}, "hidden": {"layers": [2], "codec": "projected"}},
     "queries-keys": {"attention": {"layers": [1], "kind": "queries-keys"}, "hidden": {"layers": [1], "codec": "bf16"}},
+    "maps": {"attention": {"layers": [2], "kind": "maps", "heads": 2}},
+    "top-maps": {"attention": {"layers": [1, 2], "kind": "maps", "top": 5}},
 }
 
 
@@ -150,6 +154,8 @@ VALUES = {
     "drawn otherwise": ("random-sampling", "sample_counts", 20),
     "sample beyond the vocabulary": ("random-sampling", "sample_gaps", 2**16 - 1),
     "nothing drawn": ("random-sampling", "sample_sizes", 0),
+    "a code of two bytes": ("top-maps", "map_2", 256),
+    "a key before the row": ("top-maps", "map_keys_1", 48),
 }
 
 
@@ -382,6 +388,36 @@ def test_settings_of_layers_that_lie_are_refused(copy: Any, section: str, change
     with pytest.raises((CacheDamaged, CacheError)) as caught:
         read_everything(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": 3}, {"heads": 0}, {"heads": 8}, {"teacher_heads": 3}, {"teacher_heads": None}, {"top": 0}, {"top": 2**30},
+        {"top": "5"}, {"top": 6}, {"top": None}, {"head_width": 4}, {"key_heads": 4}, {"layers": [1]}, {"kind": "relations"},
+    ],
+)  # fmt: skip
+def test_settings_of_maps_that_lie_are_refused(copy: Any, change: dict[str, Any]) -> None:
+    folder = copy("top-maps")
+    sign(folder, lambda data: data["targets"]["attention"].update(change))
+    with pytest.raises(CacheDamaged) as caught:
+        read_everything(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_maps_of_rows_that_are_too_long_are_refused_at_opening(copy: Any) -> None:
+    folder = copy("maps")
+    sign(folder, lambda data: data["sequence"].update(length=2**20))
+    with pytest.raises(
+        CacheDamaged, match=r"maps of 1 blocks with 2 heads and 1048576 tokens have \d+ places, at most"
+    ):
+        Cache.open(folder)
+
+
+def test_maps_with_fewer_pairs_than_their_row_are_refused(copy: Any) -> None:
+    folder = copy("maps")
+    rewrite(folder, columns=change("map_2", lambda page: page[:-2]))
+    refused(folder, r"column map_2: \d+ bytes for \d+ pairs of 2 bytes")
 
 
 def test_a_basis_of_another_kind_is_refused(copy: Any, made: dict[str, Path], tmp_path: Path) -> None:

@@ -166,10 +166,11 @@ class HiddenStatesConfig(Section):
 
 
 class AttentionConfig(Section):
-    """Attention of chosen blocks, as what its maps are rebuilt from."""
+    """Attention of chosen blocks, as what its maps are rebuilt from, or as maps."""
 
-    kind: Literal["relations", "queries-keys"] = Field(
-        "relations", description="from the hidden state that enters the block, or from queries and keys"
+    kind: Literal["relations", "queries-keys", "maps"] = Field(
+        "relations",
+        description="from the hidden state that enters the block, or queries and keys; or maps, quadratic in a row's length",
     )
     layers: Layers = Field(description="numbers of blocks, from 1, or a rule as for hidden states")
     values: bool = Field(False, description="keep what relations among values need, too")
@@ -177,6 +178,21 @@ class AttentionConfig(Section):
         0.03, gt=0, le=1000, description="quantisation step of queries-keys, in units of a channel's spread"
     )
     calibration_positions: int = Field(4096, ge=64, description="tokens that give spreads, of queries-keys")
+    top: int | None = Field(
+        None, ge=1, le=1024, description="of maps: keys that are kept of each query; default: all of them"
+    )
+    heads: int | None = Field(
+        None, ge=1, description="of maps: average groups of the teacher's heads, as many as the student's; default: all"
+    )
+
+    @model_validator(mode="after")
+    def _of_this_kind(self) -> AttentionConfig:
+        if self.kind == "maps" and self.values:
+            raise ValueError("maps keep no values; leave `values` out, or use kind: relations")
+        for name in ("top", "heads"):
+            if self.kind != "maps" and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is of kind: maps; {self.kind} keep every head and key")
+        return self
 
 
 class TargetsConfig(Section):

@@ -2,7 +2,8 @@
 
     hidden_cosine           mean cosine of stored and exact states over tokens
     hidden_cosine_centred   the same, both less the layer's mean over the corpus
-    attention_kl            KL(teacher ‖ rebuilt) of a query's keys, nats, mean over queries and heads
+    attention_kl            KL(teacher ‖ rebuilt) of a query's keys, nats, mean over queries and heads; of maps that average
+                            groups of heads, between averages
 
 All are without the first token of each segment, whose massive activations any codec keeps and which sees nothing but itself.
 """
@@ -10,7 +11,6 @@ All are without the first token of each segment, whose massive activations any c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,13 @@ from torch.nn.functional import cosine_similarity
 from teachercache.activations import recorded
 from teachercache.models import model_inputs
 from teachercache.shards import StoredRow
+from teachercache.stream.collate import collate
 from teachercache.targets import StoredTargets
-from teachercache.targets.attention import log_attention, sees
+from teachercache.targets.attention import sees
+from teachercache.targets.attention_relations import StoredHeads
 from teachercache.targets.layer_kind import RowActivations
 from teachercache.targets.states import column_of
 from teachercache.teacher.layers import rows_of
-from teachercache.tokens.rows import TokenRow
 
 
 class LayerComparison:
@@ -59,7 +60,7 @@ class LayerComparison:
             found_SD = torch.from_numpy(decoded[column_of(layer)])
             self._hidden(layer, exact.hidden[layer].float().cpu()[later_S], found_SD[later_S])
         for layer in blocks:
-            divergence_S = attention_divergence(targets, layer, row, exact, decoded)
+            divergence_S = attention_divergence(targets, layer, stored, exact)
             self._sums["attention_kl"][layer] += float(divergence_S[later_S].sum())
 
     def _hidden(self, layer: int, exact_SD: Tensor, found_SD: Tensor) -> None:
@@ -75,18 +76,18 @@ class LayerComparison:
         return {name: {str(layer): sums / count for layer, sums in by.items()} for name, by in self._sums.items()}
 
 
-def attention_divergence(
-    targets: StoredTargets, layer: int, row: TokenRow, exact: RowActivations, decoded: Mapping[str, Any]
-) -> Tensor:
-    """KL(teacher ‖ rebuilt) of each query of a row in nats, mean over heads, [S]; `decoded` is what is stored of it."""
-    batch = {name: torch.from_numpy(np.ascontiguousarray(values))[None] for name, values in decoded.items()}
-    position_BS, segment_BS = (torch.from_numpy(each)[None] for each in (row.position_ids_S(), row.segment_S()))
-    heads = targets.attention.stored_heads(torch, layer, batch, position_BS)
-    shape, sinks = exact.shapes[layer], exact.sinks.get(layer)
-    seen_BSS = sees(torch, segment_BS, window=shape.window)
-    settings: dict[str, Any] = {"scaling": shape.scaling, "softcap": shape.softcap}
-    settings["sinks_H"] = None if sinks is None else sinks.cpu()
-    queries, keys = (part[layer].float().cpu()[None] for part in (exact.queries, exact.keys))
-    exact_HSS = log_attention(queries, keys, seen_BSS, **settings)[0]
-    found_HSS = log_attention(heads.queries_BHSE, heads.keys_BKSE, seen_BSS, **settings)[0]
-    return torch.where(seen_BSS, exact_HSS.exp() * (exact_HSS - found_HSS), 0.0).sum(-1).mean(0)
+def attention_divergence(targets: StoredTargets, layer: int, stored: StoredRow, exact: RowActivations) -> Tensor:
+    """KL(teacher ‖ rebuilt) of each query of a row in nats, mean over heads, [S]; between what the teacher held, and what
+    training makes of the columns that are stored of it."""
+    columns = targets.attention.columns_of(layer)
+    batch = collate([stored], layout="documents", pad_id=0, targets=targets, columns=columns)["layers"]
+    found = targets.attention.stored_heads(torch, layer, batch, torch.from_numpy(stored.row.position_ids_S())[None])
+    shape, sinks_H = exact.shapes[layer], exact.sinks.get(layer)
+    queries_BHSE, keys_BKSE = (part[layer].float().cpu()[None] for part in (exact.queries, exact.keys))
+    theirs = StoredHeads(queries_BHSE, keys_BKSE, None, shape, None if sinks_H is None else sinks_H.cpu())
+    sees_BSS = sees(torch, batch["segment"], window=shape.window)
+    exact_HSS, found_HSS = (each.probabilities(slice(None), sees_BSS, sinks=True)[0] for each in (theirs, found))
+    if found.heads < shape.heads:
+        exact_HSS = exact_HSS.unflatten(0, (found.heads, -1)).mean(1)
+    apart_HSS = (each.clamp_min(torch.finfo(each.dtype).tiny).log() for each in (exact_HSS, found_HSS))
+    return torch.where(sees_BSS, exact_HSS * torch.sub(*apart_HSS), 0.0).sum(-1).mean(0)

@@ -10,18 +10,20 @@ from typing import Any
 from teachercache.config import HIDDEN_STEPS, AttentionConfig, HiddenStatesConfig, LayerChoice, TargetsConfig
 from teachercache.errors import RecipeError
 from teachercache.targets import HiddenStates
+from teachercache.targets.attention_maps import AttentionMaps, check_length
 from teachercache.targets.attention_relations import QueriesKeys, Relations
 
 
-def layer_kinds(targets: TargetsConfig, config: Any) -> dict[str, Any]:
-    """Kinds by section, for a teacher of this config. Raises `RecipeError` for layers that it does not have.
+def layer_kinds(targets: TargetsConfig, config: Any, *, longest: int) -> dict[str, Any]:
+    """Kinds by section, for a teacher of this config and rows of at most `longest` tokens. Raises `RecipeError` for layers that
+    it does not have, and for maps that are too large.
 
     Attention as `relations` is rebuilt from hidden states: those that it needs are stored even if nobody asked for them.
     """
     if targets.hidden is None and targets.attention is None:
         return {}
     text = config.get_text_config()
-    attention = None if targets.attention is None else _attention(targets.attention, text)
+    attention = None if targets.attention is None else _attention(targets.attention, text, longest=longest)
     hidden = _hidden(targets.hidden, attention, text)
     return {name: kind for name, kind in (("hidden", hidden), ("attention", attention)) if kind is not None}
 
@@ -42,7 +44,7 @@ def _hidden(config: HiddenStatesConfig | None, attention: Any, text: Any) -> Hid
     )
 
 
-def _attention(config: AttentionConfig, text: Any) -> Relations | QueriesKeys:
+def _attention(config: AttentionConfig, text: Any, *, longest: int) -> Relations | QueriesKeys | AttentionMaps:
     heads, width = _number(text, "num_attention_heads"), _number(text, "hidden_size")
     shared: dict[str, Any] = {
         "layers": numbered("targets.attention.layers", config.layers, count=_blocks(text), first=1),
@@ -51,11 +53,31 @@ def _attention(config: AttentionConfig, text: Any) -> Relations | QueriesKeys:
         "head_width": getattr(text, "head_dim", None) or width // heads,
         "width": width,
         "blocks": _blocks(text),
-        "values": config.values,
     }
+    if config.kind == "maps":
+        return _maps(config, shared, longest=longest)
+    shared["values"] = config.values
     if config.kind == "relations":
         return Relations(**shared)
     return QueriesKeys(**shared, step=config.step, calibration_positions=config.calibration_positions)
+
+
+def _maps(config: AttentionConfig, shared: dict[str, Any], *, longest: int) -> AttentionMaps:
+    theirs = shared["heads"]
+    heads = theirs if config.heads is None else config.heads
+    if theirs % heads:
+        raise RecipeError(
+            f"targets.attention.heads is {heads}, but the teacher's {theirs} heads cannot be averaged in as many equal groups; "
+            "choose a divisor, or leave it out: students of any head count mix heads themselves"
+        )
+    try:
+        check_length(longest, heads=heads, layers=len(shared["layers"]), top=config.top)
+    except ValueError as error:
+        raise RecipeError(
+            f"targets.attention: {error}; store fewer layers, fewer heads or the `top` keys of each query, make "
+            "sequence.length smaller, or use kind: relations, which is linear in it"
+        ) from None
+    return AttentionMaps(**{**shared, "heads": heads, "teacher_heads": theirs}, top=config.top, longest=longest)
 
 
 def numbered(key: str, layers: tuple[int, ...] | LayerChoice, *, count: int, first: int) -> tuple[int, ...]:

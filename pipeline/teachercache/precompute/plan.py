@@ -116,7 +116,7 @@ def make_plan(recipe: Recipe) -> Plan:
         ChatRenderer(tokenizer)  # raises for a tokenizer without a template
         tokens["chat_template"] = template_fingerprint(tokenizer)
     kind = _target_kind(recipe, config, vocabulary_size=tokens["vocabulary_size"])
-    targets = StoredTargets(kind, **layer_kinds(recipe.targets, config))
+    targets = StoredTargets(kind, **layer_kinds(recipe.targets, config, longest=recipe.sequence.length))
     _check_context(recipe, config)
     identity = {
         "teacher": {

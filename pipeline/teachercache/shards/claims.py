@@ -22,6 +22,7 @@ from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
 from teachercache.shards.row_batch import numbers, offsets
 from teachercache.targets import target_kind
+from teachercache.targets.attention_maps import check_length
 from teachercache.targets.stored import SECTIONS
 
 if TYPE_CHECKING:
@@ -94,10 +95,20 @@ class _QueriesKeys(_Relations):
     calibration_positions: Count
 
 
+class _Maps(_Layers):
+    layers: list[Number] = Field(min_length=1)
+    heads: Number
+    teacher_heads: Number
+    key_heads: Number
+    head_width: Number
+    top: Annotated[int, Field(ge=1, le=1024)] | None
+
+
 _LAYER_CLAIMS: dict[tuple[str, str], type[_Layers]] = {
     ("hidden", "hidden"): _HiddenStates,
     ("attention", "relations"): _Relations,
     ("attention", "queries-keys"): _QueriesKeys,
+    ("attention", "maps"): _Maps,
 }
 
 
@@ -156,10 +167,10 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
     _check_settings(manifest.logits, manifest.vocabulary_size)
     for section in SECTIONS:
         if section in manifest.targets:
-            _check_layers(section, manifest.targets)
+            _check_layers(section, manifest.targets, longest=manifest.sequence_length)
 
 
-def _check_layers(section: str, targets: Mapping[str, Any]) -> None:
+def _check_layers(section: str, targets: Mapping[str, Any], *, longest: int) -> None:
     """Of a kind that this version knows; others are refused where they are read."""
     settings = targets[section]
     if not isinstance(settings, dict):
@@ -175,12 +186,22 @@ def _check_layers(section: str, targets: Mapping[str, Any]) -> None:
         )
     if settings.get("codec", "bf16") != "bf16" and not settings["step"] > 0:
         raise ValueError(f"targets.{section}.step is none")
-    if section == "attention" and settings["heads"] % settings["key_heads"]:
-        raise ValueError(f"targets.attention has {settings['heads']} heads and {settings['key_heads']} of keys")
+    if section == "attention":
+        _check_heads(settings, longest=longest)
     if settings.get("kind") == "relations":
         stored = set((targets.get("hidden") or {}).get("layers", ()))
         if missing := {layer - 1 for layer in layers} - stored:
             raise ValueError(f"targets.attention needs hidden state {min(missing)}, which is not stored")
+
+
+def _check_heads(settings: Mapping[str, Any], *, longest: int) -> None:
+    theirs = settings.get("teacher_heads", settings["heads"])
+    if theirs % settings["key_heads"] or theirs % settings["heads"]:
+        raise ValueError(
+            f"targets.attention has {theirs} heads, {settings['key_heads']} of keys, and {settings['heads']} of them stored"
+        )
+    if settings["kind"] == "maps":
+        check_length(longest, heads=settings["heads"], layers=len(settings["layers"]), top=settings["top"])
 
 
 def _validated(validate: Any, value: Any) -> None:

@@ -241,12 +241,13 @@ class Shard:
         missing = set(names) - set(self.columns)
         if missing:
             raise KeyError(f"the targets have no column {min(missing)}; there are {', '.join(self.columns)}")
+        segments = segments or any(self.columns[name].of == "pair" for name in names)  # they tell how many there are
         number, within = divmod(index, self._rows_per_batch)
         try:
             fields = (*(name for name in ROW_COLUMNS if segments or name != "segments"), *names)
             batch = recent.get((self.info.file, fields, number), lambda: RowBatch(self._read_batch(fields, number)))
             row = batch.row(within)
-            counts = {"position": row.positions, "token": row.length}
+            counts = {"position": row.positions, "token": row.length, "pair": row.pairs}
             targets = {
                 name: self._decoder(name)(batch.payload(name, within), counts[self.columns[name].of]) for name in names
             }

@@ -21,6 +21,7 @@ from teachercache.shards import Cache, StoredRow
 from teachercache.stream.dataset import Rows
 from teachercache.stream.packing import first_fit, merged
 from teachercache.targets import StoredTargets, TargetKind
+from teachercache.targets.attention import sees
 from teachercache.tokens.rows import TokenRow
 
 IGNORED = -100  # the label that losses of torch and transformers skip
@@ -76,8 +77,9 @@ def collate(
     """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and `targets`: a tensor
     [N, …] for each array that the kind of logits decodes from these columns, ids as int64 and other numbers as float32.
 
-    With columns of layers also `layers`: what they decode to, float32 [B, S, X] and zero where there is padding, and
-    `segment`, the number of each token's segment in its row, int64 [B, S], -1 for padding.
+    With columns of layers also `layers`: what they decode to, [B, S, …], or [B, S, S, …] by query and key of columns by pair,
+    zero where there is padding or a query does not see; and `segment`, the number of each token's segment in its row, int64
+    [B, S], -1 for padding.
 
     With `pack_length` B counts sequences of several rows, isolated as in the packed layout, and positions follow their order.
     No rows give one row of padding with N = 0: a process whose share is empty still takes part in collectives.
@@ -112,13 +114,16 @@ def _layers(
     if not decoded:
         nothing = {column.name: np.empty((0, *column.shape), column.dtype) for column in targets.columns}
         decoded = [targets.decoded({name: nothing[name] for name in columns})]
-    is_token_BS = torch.from_numpy(segment_BS >= 0)
     batch = {"segment": torch.from_numpy(segment_BS)}
+    of_pairs = {column.name for column in targets.columns if column.of == "pair"}
+    # Rows in a sequence stand one after the other, and so do their tokens, and their pairs.
+    is_token_BS = batch["segment"] >= 0
+    is_pair_BSS = sees(torch, batch["segment"], window=None) if of_pairs & decoded[0].keys() else is_token_BS
     for name in decoded[0]:
-        values_TX = np.concatenate([arrays[name] for arrays in decoded])
-        padded_BSX = torch.zeros(*segment_BS.shape, values_TX.shape[1])
-        padded_BSX[is_token_BS] = torch.from_numpy(values_TX)
-        batch[name] = padded_BSX
+        places = is_pair_BSS if name in of_pairs else is_token_BS
+        values = torch.from_numpy(np.concatenate([arrays[name] for arrays in decoded]))
+        batch[name] = values.new_zeros(*places.shape, *values.shape[1:])
+        batch[name][places] = values
     return batch
 
 

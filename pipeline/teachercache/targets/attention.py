@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 
 def log_attention(
@@ -52,6 +52,22 @@ def sees(torch: Any, segment_BS: Any, *, window: int | None, start: int = 0, sto
     if window is not None:
         near_CS = near_CS & (distance_CS < window)
     return near_CS & (queries_BC[:, :, None] == segment_BS[:, None, :]) & (queries_BC[:, :, None] >= 0)
+
+
+class TaughtAttention(Protocol):
+    """One block's attention of a batch, however it is stored: maps of it, or what they are rebuilt from."""
+
+    @property
+    def heads(self) -> int:
+        """As many maps as there are."""
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included."""
+
+    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
+        """Of the keys of the queries `part`, float32 [B, H, C, S]: 0 where `sees_BCS` (bool) is not, and elsewhere a
+        distribution; with `sinks` what is left of one by logits that belong to no key, where the teacher has them."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheError
-from teachercache.targets.attention import BlockEntry, HeadShape
+from teachercache.targets.attention import BlockEntry, HeadShape, log_attention
 from teachercache.targets.columns import Column
 from teachercache.targets.layer_file import LayerFile
 from teachercache.targets.layer_kind import RowActivations
@@ -44,6 +44,29 @@ class StoredHeads:
     shape: HeadShape
     sinks_H: Any
 
+    @property
+    def heads(self) -> int:
+        """Of queries."""
+        return self.shape.heads
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included."""
+        return self.shape.window
+
+    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
+        """Of the keys of some queries, float32 [B, H, C, S], over those that `sees_BCS` lets them see; with `sinks` these have
+        the rest."""
+        log_BHCS = log_attention(
+            self.queries_BHSE[:, :, part],
+            self.keys_BKSE,
+            sees_BCS,
+            scaling=self.shape.scaling,
+            softcap=self.shape.softcap,
+            sinks_H=self.sinks_H if sinks else None,
+        )
+        return log_BHCS.exp().masked_fill(~sees_BCS[:, None], 0.0)
+
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
@@ -64,6 +87,11 @@ class _Factors:
     copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of arrays, by layer and device
 
     @property
+    def teacher_heads(self) -> int:
+        """All of them are stored."""
+        return self.heads
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """`query`, `key`, and `value` where values are kept."""
         return PARTS if self.values else PARTS[:2]
@@ -73,15 +101,7 @@ class _Factors:
         return (self.heads if part == "query" else self.key_heads) * self.head_width
 
     def _shapes_of(self, layers: LayerFile) -> dict[int, HeadShape]:
-        described = {}
-        for layer in self.layers:
-            if layer not in layers.attention:
-                raise ValueError(f"it does not describe the attention of block {layer}")
-            described[layer] = HeadShape.from_metadata(layers.attention[layer]["shape"])
-            found = (described[layer].heads, described[layer].key_heads, described[layer].head_width)
-            if found != (self.heads, self.key_heads, self.head_width):
-                raise ValueError(f"the attention of block {layer} has heads {found}, the manifest says otherwise")
-        return described
+        return layers.head_shapes(self.layers, (self.heads, self.key_heads, self.head_width))
 
     def _arrays_of(self, layer: int, like: Any) -> dict[str, Any]:
         """Arrays of a layer with the device of a tensor; made once for each."""

@@ -1,8 +1,8 @@
 """Payload columns: per-position arrays and their bytes on disk.
 
-A column holds, for every position of a row (or every block of `every` positions, or every token), an array of a fixed
-shape and type. On disk it is one binary value per row; its codec stands in the schema metadata, so that any reader of Arrow
-can decode it:
+A column holds, for every position of a row (or every block of `every` positions, every token, or every pair of a token and one
+of its segment that is not after it), an array of a fixed shape and type. On disk it is one binary value per row; its codec
+stands in the schema metadata, so that any reader of Arrow can decode it:
 
     plain/1   little-endian elements in C order, [positions, *shape]
     pco/1     integers, entropy-coded: see pco.py; its tables stand in the schema metadata, once a shard
@@ -33,7 +33,7 @@ from teachercache.targets import pco
 PLAIN = "plain/1"
 CODECS = (PLAIN, pco.NAME)
 
-DTYPES = ("<i2", "<u2", "<i4", "<u4", "<f2", "<f4")
+DTYPES = ("|u1", "<i2", "<u2", "<i4", "<u4", "<f2", "<f4")
 LOG_SHARE = (-math.inf, 0.01)  # what log-probabilities, and logits less the largest, lie within; rounding is let pass
 MOST_ROW_BYTES = 2**30  # of one column of a row, decoded: 32,768 hidden states of 8,192 channels
 
@@ -56,7 +56,7 @@ class Column:
     every: int = 1
     groups: tuple[int, ...] = ()
     ragged: bool = False
-    of: Literal["position", "token"] = "position"
+    of: Literal["position", "token", "pair"] = "position"
     within: tuple[float, float] | None = None
     most: int | None = None
 
@@ -97,7 +97,7 @@ class Column:
         entries = held // max(1, entry_bytes) if self.ragged else self.entries(positions)
         if held != entries * entry_bytes:
             raise CacheDamaged(
-                f"column {self.name}: {held} bytes for {positions} positions of {self.position_bytes:g} bytes"
+                f"column {self.name}: {held} bytes for {positions} {self.of}s of {self.position_bytes:g} bytes"
             )
         self._check_entries(entries, positions)
         return self._checked(np.frombuffer(data, dtype=self.dtype).reshape(entries, *self.shape))
@@ -170,9 +170,9 @@ class Column:
         whole = {type(number) for number in (every, *shape, *groups)} <= {int}
         if not (whole and every >= 1 and min((0, *shape)) >= 0 and min((1, *groups)) >= 1 and type(ragged) is bool):
             raise CacheDamaged(f"column {name} has sizes that none can have")
-        if dtype not in DTYPES or (codec == pco.NAME and dtype[1] == "f"):
+        if dtype not in DTYPES or (codec == pco.NAME and dtype not in pco.TYPES):
             raise CacheDamaged(f"column {name} has elements of type {dtype!r}, which {codec} does not hold")
-        if of not in ("position", "token"):
+        if of not in ("position", "token", "pair"):
             raise CacheDamaged(f"column {name} has an entry for every {of!r}, which no row has")
         column = cls(name, dtype, shape, codec, every, groups, ragged, of)
         if codec == pco.NAME and sum(groups) != column.width:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
+from teachercache.targets.attention import HeadShape
 
 PREFIX = "layers-"
 METADATA_KEY = "teachercache-layers"
@@ -76,6 +77,18 @@ class LayerFile:
             fits = (size in (None, here) for size, here in zip(wanted, found, strict=False))
             if len(found) != len(wanted) or not all(fits):
                 raise ValueError(f"{name} is of shape {found}, not {wanted}")
+
+    def head_shapes(self, layers: Sequence[int], wanted: tuple[int, int, int]) -> dict[int, HeadShape]:
+        """How blocks form scores. Raises `ValueError` unless each has the heads, heads of keys and head's width `wanted`."""
+        described = {}
+        for layer in layers:
+            if layer not in self.attention:
+                raise ValueError(f"it does not describe the attention of block {layer}")
+            shape = described[layer] = HeadShape.from_metadata(self.attention[layer]["shape"])
+            found = (shape.heads, shape.key_heads, shape.head_width)
+            if found != wanted:
+                raise ValueError(f"the attention of block {layer} has heads {found}, the manifest says {wanted}")
+        return described
 
 
 def no_layer_file(path: Path | str, error: BaseException) -> CacheDamaged:

@@ -4,7 +4,7 @@ A kind stores arrays by *token* (hidden states, queries, keys) or by *pair* of t
 needs the keys of prompts, too. What its numbers are read by (means, steps, weights) is in one file a cache, the *layer
 file*, written once by the teacher before anything is captured.
 
-Shapes: S tokens of a row, D width of the teacher.
+Shapes: S tokens of a row, P pairs of a token and one of its segment that is not after it, D width of the teacher.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LayerKind(Protocol):
         """Raise `CacheDamaged` where a row's columns, those that are there, cannot be."""
 
     def decoded(self, stored: Arrays) -> dict[str, NDArray[Any]]:
-        """One row's columns, those that are there, as arrays ready for a batch, float32 [S, …]."""
+        """One row's columns, those that are there, as arrays ready for a batch: [S, …], of columns by pair [P, …]."""
 
 
 def names_of(columns: Sequence[Column]) -> tuple[str, ...]:

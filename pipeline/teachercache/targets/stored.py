@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheError
+from teachercache.targets.attention_maps import AttentionMaps
 from teachercache.targets.attention_relations import QueriesKeys, Relations
 from teachercache.targets.columns import Column
 from teachercache.targets.kind import TargetKind, calibrates
@@ -25,6 +26,7 @@ LAYER_KINDS: dict[tuple[str, str], Callable[[Mapping[str, Any]], LayerKind]] = {
     ("hidden", "hidden"): HiddenStates.from_settings,
     ("attention", "relations"): Relations.from_settings,
     ("attention", "queries-keys"): QueriesKeys.from_settings,
+    ("attention", "maps"): AttentionMaps.from_settings,
 }
 SECTIONS = ("hidden", "attention")
 
@@ -65,8 +67,8 @@ class StoredTargets:
 
     @property
     def needs_layer_file(self) -> bool:
-        """Whether some kind is read by arrays of the layer file."""
-        return any(kind.arrays() for kind in self.layers)
+        """Whether some kind is read by the layer file: by arrays in it, or by how it says that attention forms scores."""
+        return self.attention is not None or any(kind.arrays() for kind in self.layers)
 
     @property
     def needs_preparation(self) -> bool:
@@ -102,7 +104,7 @@ class StoredTargets:
             raise no_layer_file(name, error) from None
 
     def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """One row's layer columns, those that are there, as arrays ready for a batch, float32 [S, …]."""
+        """One row's layer columns, those that are there, as arrays ready for a batch: [S, …], of columns by pair [P, …]."""
         return {name: values for kind in self.layers for name, values in kind.decoded(stored).items()}
 
     def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
@@ -125,8 +127,10 @@ def layer_kind(section: str, settings: Mapping[str, Any]) -> LayerKind:
 
 
 def section_of(column: str) -> str | None:
-    """The section of layer targets that a column belongs to, by its name: `hidden_8`, `query_8`; None for columns of logits."""
+    """The section of layer targets that a column belongs to, by its name: `hidden_8`, `map_keys_8`; None for logits."""
     what, _, layer = column.rpartition("_")
-    return {"hidden": "hidden", "query": "attention", "key": "attention", "value": "attention"}.get(
-        what if layer.isdigit() else ""
+    if not layer.isdigit():
+        return None
+    return (
+        "hidden" if what == "hidden" else "attention" if what in ("query", "key", "value", "map", "map_keys") else None
     )

@@ -23,6 +23,7 @@ from teachercache.activations import Activations, Heads, blocks_of, check_attent
 from teachercache.errors import ModelError
 from teachercache.targets import StoredTargets
 from teachercache.targets.attention import BlockEntry, HeadShape
+from teachercache.targets.attention_maps import AttentionMaps
 from teachercache.targets.attention_relations import PARTS, QueriesKeys, Relations
 from teachercache.targets.layer_file import LayerFile
 from teachercache.targets.layer_kind import RowActivations
@@ -69,6 +70,7 @@ class LayerSample:
         self.tokens = 0
         kinds = [kind for kind in targets.layers if kind.arrays()]
         self.hidden_layers = sorted({layer for kind in kinds for layer in kind.hidden_layers})
+        self._attention_layers = sorted({layer for kind in kinds for layer in kind.attention_layers})
 
     def add(self, activations: Activations, rows: Sequence[TokenRow]) -> None:
         """The tokens of a batch, but for first ones, until there are enough."""
@@ -80,7 +82,7 @@ class LayerSample:
             self.tokens += len(chosen)
             for layer in self.hidden_layers:
                 self._values["hidden", layer].append(held.hidden[layer].float().cpu()[chosen])
-            for layer in held.queries:
+            for layer in self._attention_layers:
                 for part, heads in zip(PARTS, (held.queries, held.keys, held.values), strict=True):
                     flat_SX = heads[layer].transpose(0, 1).flatten(1)
                     self._values[part, layer].append(flat_SX.float().cpu()[chosen])
@@ -121,8 +123,13 @@ def make_layer_file(model: Any, targets: StoredTargets, sample: LayerSample, *, 
                 entry, found = _entry(model, layer, tried, values=attention.values)
                 described[layer]["entry"] = asdict(entry)
             else:
-                found = _spreads(attention, sample, layer)
+                found = _spreads(attention, sample, layer) if attention.arrays() else {}
             sinks_H = tried.attention[layer].sinks_H
+            if sinks_H is not None and isinstance(attention, AttentionMaps):
+                raise ModelError(
+                    f"the attention of block {layer} of {type(model).__name__} leaves mass to sinks, which maps of keys do not "
+                    f"hold; {REMEDY}"
+                )
             if sinks_H is not None:
                 found["sinks"] = sinks_H
             arrays |= {f"attention.{layer}.{name}": _numpy(values) for name, values in found.items()}
@@ -173,7 +180,7 @@ def _tried(model: Any, layers: Sequence[int], *, longest: int) -> Activations:
 def _check_heads(attention: Any, layer: int, heads: Heads) -> None:
     shape = shape_of(heads)
     found, wanted = (shape.heads, shape.key_heads, shape.head_width), None
-    wanted = (attention.heads, attention.key_heads, attention.head_width)
+    wanted = (attention.teacher_heads, attention.key_heads, attention.head_width)
     if found != wanted:
         raise ModelError(
             f"block {layer} has {found[0]} heads ({found[1]} of keys) {found[2]} wide, where the teacher's config.json says "

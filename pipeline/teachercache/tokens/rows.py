@@ -46,6 +46,13 @@ class TokenRow:
         """Number of tokens."""
         return len(self.input_ids_S)
 
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of a token and one of its segment that is not after it."""
+        starts = [segment.start for segment in self.segments] or [0]
+        lengths = np.diff([*starts, self.length]).astype(np.int64)
+        return int((lengths * (lengths + 1) // 2).sum())
+
     def labels_N(self) -> NDArray[np.int32]:
         """The token that follows each position, in order; shape [positions]."""
         return self.input_ids_S[np.flatnonzero(self.target_mask_S) + 1]

@@ -31,6 +31,7 @@ from teachercache.objective.layers.relations import PARTS, RelationTerm, check_r
 from teachercache.objective.layers.structure import STRUCTURES, StructureTerm
 from teachercache.objective.layers.term import LayerBatch
 from teachercache.targets import StoredTargets
+from teachercache.targets.attention_maps import AttentionMaps
 from teachercache.targets.states import column_of
 
 NO_TARGET = -100
@@ -159,6 +160,11 @@ def term_of(config: LayerTermConfig, targets: StoredTargets, student: StudentSha
 
 
 def _relation_term(config: LayerTermConfig, kind: Any, student: StudentShape, pairs: Any) -> RelationTerm:
+    if isinstance(kind, AttentionMaps):
+        raise CacheError(
+            f"objective.layers match {config.match}, but the cache keeps attention maps, not the vectors that relations are "
+            "among; precompute it with targets.attention.kind: relations, or match attention-kl"
+        )
     if config.match == "value-relations" and not kind.values:
         raise CacheError(
             "objective.layers match value-relations, but the cache keeps no values; precompute it with "

@@ -3,9 +3,10 @@
     attention-kl   KL(teacher ‖ student) over the keys of each query, mean over heads
     attention-mse  Σ over keys of the squared difference, mean over heads        (Jiao et al., "TinyBERT", 2020)
 
-Maps are formed from queries and keys a chunk of queries at a time, and once more in the backward pass: what is held is
-queries and keys, linear in the length of a row. Both maps are over the keys that both models see: where one of them has a
-window, that of the narrower one, and with sinks each is taken over its keys alone.
+Maps are formed from queries and keys, or from the bytes of stored maps, a chunk of queries at a time, and once more in the
+backward pass: what is held is queries and keys, linear in the length of a row, or those bytes. Both maps are over the keys
+that both models see: where one of them has a window, that of the narrower one, and with sinks each is taken over its keys
+alone.
 
 Shapes: B rows, S tokens, C queries of a chunk, H heads of the teacher, h of the student, E a head's width.
 """
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teachercache.objective.layers.heads import HeadMixture
 from teachercache.objective.layers.term import LayerBatch
-from teachercache.targets.attention import log_attention, sees
+from teachercache.targets.attention import TaughtAttention, log_attention, sees
 
 CHUNK_BYTES = 64 * 2**20  # of one map [B, H, C, S]
 LEAST_LOG = -30.0  # of a student's probability: KL stays finite
@@ -47,10 +48,10 @@ class AttentionTerm(torch.nn.Module):
             total = total + self._pair(batch, mixture, batch.attention[student], batch.teacher_attention[teacher])
         return total / len(self.pairs)
 
-    def _pair(self, batch: LayerBatch, mixture: Any, student: Any, teacher: Any) -> Tensor:
-        rows, heads, length, _ = teacher.queries_BHSE.shape
-        chunk = max(1, CHUNK_BYTES // (4 * rows * heads * length))
-        windows = [window for window in (student.window, teacher.shape.window) if window is not None]
+    def _pair(self, batch: LayerBatch, mixture: Any, student: Any, teacher: TaughtAttention) -> Tensor:
+        rows, length = batch.segment_BS.shape
+        chunk = max(1, CHUNK_BYTES // (4 * rows * teacher.heads * length))
+        windows = [window for window in (student.window, teacher.window) if window is not None]
         window = min(windows) if windows else None
         total = batch.mask_BS.new_zeros((), dtype=torch.float32)
         for start in range(0, length, chunk):
@@ -69,19 +70,12 @@ class AttentionTerm(torch.nn.Module):
         student: Any,
         queries_BhCE: Tensor,
         keys_BkSE: Tensor,
-        teacher: Any,
+        teacher: TaughtAttention,
         part: slice,
         sees_BCS: Tensor,
         mask_BC: Tensor,
     ) -> Tensor:
-        taught_BHCS = log_attention(
-            teacher.queries_BHSE[:, :, part],
-            teacher.keys_BKSE,
-            sees_BCS,
-            scaling=teacher.shape.scaling,
-            softcap=teacher.shape.softcap,
-        ).exp()
-        teacher_BhCS = mixture(taught_BHCS.masked_fill(~sees_BCS[:, None], 0.0))
+        teacher_BhCS = mixture(teacher.probabilities(part, sees_BCS))
         log_student_BhCS = log_attention(
             queries_BhCE, keys_BkSE, sees_BCS, scaling=student.scaling, softcap=student.softcap
         )

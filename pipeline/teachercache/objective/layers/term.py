@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from teachercache.targets.attention_relations import StoredHeads
+from teachercache.targets.attention import TaughtAttention
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class LayerBatch:
     hidden: Mapping[int, Tensor]  # of the student, [B, S, Ds]
     attention: Mapping[int, Any]  # of the student, `activations.Heads`
     teacher_hidden: Mapping[int, Tensor]  # [B, S, Dt], float32, less the corpus mean where a term asks for that
-    teacher_attention: Mapping[int, StoredHeads]
+    teacher_attention: Mapping[int, TaughtAttention]  # `StoredHeads` where the cache keeps vectors
     similarity: dict[int, Tensor] = field(
         default_factory=dict
     )  # sums of cosines, by the student's layer; terms add them

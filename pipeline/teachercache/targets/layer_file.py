@@ -5,9 +5,7 @@ Arrays go by `SECTION.LAYER.NAME`, as in `hidden.8.mean`; the header says of att
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
 from teachercache.targets.attention import HeadShape
+from teachercache.targets.named_file import save_named
 
 PREFIX = "layers-"
 METADATA_KEY = "teachercache-layers"
@@ -33,20 +32,10 @@ class LayerFile:
 
     def save(self, folder: Path) -> Path:
         """Write it, named by its content; returns the path."""
-        from safetensors.numpy import save
-
         described = {"version": 1, "attention": {str(layer): entry for layer, entry in self.attention.items()}}
         arrays = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in self.arrays.items()}
-        data = save(arrays, {METADATA_KEY: json.dumps(described, sort_keys=True)})
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{PREFIX}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())  # shards are read by it: a record of it must not outlive it
-        temporary.replace(path)
-        return path
+        metadata = {METADATA_KEY: json.dumps(described, sort_keys=True)}
+        return save_named(arrays, metadata, folder, prefix=PREFIX)
 
     @classmethod
     def load(cls, path: Path) -> LayerFile:

@@ -5,10 +5,10 @@
                                          [--lengths 128 256 512 1024 2048] [--out FILE] [--json]
 
 Rows are windows of CPython's documentation in the order of a salted hash: the first for calibration, the next ones for
-measuring. Bytes are those of a token's columns under their codec, tables included. Cosines and KL are those of `teachercache
-fidelity` (first tokens of rows left out); `worst` is the 1 % quantile of a token's cosine. The full square that attention is
-held against is heads × length numbers of 16 bits a token. `by_length` has the default codecs, for the first of the attention
-layers, on rows of other lengths.
+measuring. Bytes are those of a token's columns under their codec and zstd, tables included. Cosines and KL are those of
+`teachercache fidelity` (first tokens of rows left out); `worst` is the 1 % quantile of a token's cosine. The full square that
+attention is held against is heads × length numbers of 16 bits a token. `by_length` has the default codecs, for the first of
+the attention layers, on rows of other lengths.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from codec_fidelity import TEACHER, _rows, _until
 from provenance import add_output_options, provenance, publish
@@ -29,12 +30,14 @@ from teachercache.evaluation.layer_fidelity import attention_divergence
 from teachercache.models import load_causal_lm, load_tokenizer, model_inputs
 from teachercache.shards import StoredRow
 from teachercache.targets import HiddenStates, StoredTargets, TopK
+from teachercache.targets.attention_maps import AttentionMaps
 from teachercache.targets.attention_relations import QueriesKeys, Relations
 from teachercache.teacher.layers import LayerSample, make_layer_file, rows_of
 from teachercache.tokens.rows import TokenRow
 
 STEPS = {"int8": (0.06, 0.08, 0.11, 0.16), "projected": (0.3, 0.45, 0.6, 0.8), "bf16": (0.0,)}
 FACTOR_STEPS = (0.03, 0.05, 0.11)
+ZSTD = pa.Codec("zstd", compression_level=3)  # that of shards
 CALIBRATION = {"calibration_positions": 2**30}
 
 
@@ -91,10 +94,10 @@ class Bench:
         size, read = 0, [dict[str, Any]() for _ in captured]
         for column in kind.columns:
             tables, pages = column.encode([columns[column.name] for columns in captured])
-            size += len(tables) + sum(map(len, pages))
+            size += len(tables) + sum(len(ZSTD.compress(page)) for page in pages if page)
             decode = column.decoder(tables)
             for into, page, row in zip(read, pages, self.rows, strict=True):
-                into[column.name] = decode(page, row.length)
+                into[column.name] = decode(page, row.pairs if column.of == "pair" else row.length)
         return read, size / sum(row.length for row in self.rows)
 
     def hidden_states(self, layer: int, codec: str, step: float) -> dict[str, float]:
@@ -156,6 +159,8 @@ def measure(bench: Bench) -> dict[str, Any]:
         for step in FACTOR_STEPS:
             found = bench.attention_of(layer, QueriesKeys(**shared, step=step, **CALIBRATION))
             attention.setdefault(f"queries-keys {step:g}", {})[str(layer)] = found
+        maps = AttentionMaps(**shared, teacher_heads=shared["heads"], longest=bench.length)
+        attention.setdefault("maps", {})[str(layer)] = bench.attention_of(layer, maps)
     return {"hidden": with_means(hidden), "attention": with_means(attention)}
 
 
@@ -171,6 +176,7 @@ def by_length(options: argparse.Namespace) -> dict[str, Any]:
         found[str(length)] = {
             "relations": bench.attention_of(layer, Relations(**shared), states),
             "queries-keys": bench.attention_of(layer, QueriesKeys(**shared, step=FACTOR_STEPS[0], **CALIBRATION)),
+            "maps": bench.attention_of(layer, AttentionMaps(**shared, teacher_heads=shared["heads"], longest=length)),
         }
     return found
 

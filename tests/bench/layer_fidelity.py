@@ -77,7 +77,8 @@ class Bench:
     @torch.inference_mode()
     def _sample(self) -> LayerSample:
         every = HiddenStates(layers=self.layers, **self.sizes, codec="int8", step=1.0, **CALIBRATION)
-        sample = LayerSample(StoredTargets(self.logits, every))
+        factors = QueriesKeys(layers=self.attention, **self.heads, **self.sizes, step=1.0, **CALIBRATION)
+        sample = LayerSample(StoredTargets(self.logits, every, factors))
         for row in self.sample_rows:
             with recorded(self.model, hidden=self.layers, attention=self.attention) as activations:
                 self._run(row)

@@ -107,6 +107,32 @@ def test_a_layer_that_is_not_there_is_refused(chosen: Any, message: str) -> None
         pass
 
 
+def test_attention_whose_mask_hides_more_than_its_window_is_refused() -> None:
+    """Qwen2-MoE's kernel is told of no window: its mask has one."""
+    from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+        use_sliding_window=True, sliding_window=8, max_window_layers=0, max_position_embeddings=128, pad_token_id=0,
+        layer_types=["sliding_attention"] * 2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad(), recorded(model, attention=[1, 2]) as activations:
+        model(IDS_BS[:1], use_cache=False)
+    with pytest.raises(ModelError, match=r"block [12] of Qwen2MoeForCausalLM is not what its queries and keys say"):
+        check_attention(activations, [1, 2], model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_that_is_what_was_recorded_passes(architecture: str) -> None:
+    model = model_of(architecture, attention="eager" if architecture in EAGER else "sdpa")
+    with torch.no_grad(), recorded(model, attention=[1, 2, 3]) as activations:
+        model(IDS_BS[:1], use_cache=False)
+    check_attention(activations, [1, 2, 3], model)
+
+
 def test_attention_that_passes_by_unseen_is_named_with_what_still_works() -> None:
     from transformers import AutoModelForCausalLM, BloomConfig
 

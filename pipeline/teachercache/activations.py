@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from teachercache.errors import ModelError
+from teachercache.targets.attention import log_attention, sees
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ class Heads:
     window: int | None = None  # keys that a query sees, itself included
     softcap: float | None = None
     sinks_H: Tensor | None = None  # a logit of each head that takes mass and belongs to no key
+    output_BSHE: Tensor | None = None  # what the kernel made of it
 
 
 @dataclass(eq=False)
@@ -144,6 +146,7 @@ def _seen_by_kernels(model: Any, owners: dict[int, int], activations: Activation
     before = functions._local_mapping.get(name)
 
     def kernel(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        made = _kernel_of(name, module, before)(module, query, key, value, *args, **kwargs)
         layer = owners.get(id(module))
         if layer is not None:
             activations.attention[layer] = Heads(
@@ -154,8 +157,9 @@ def _seen_by_kernels(model: Any, owners: dict[int, int], activations: Activation
                 window=kwargs.get("sliding_window"),
                 softcap=kwargs.get("softcap"),
                 sinks_H=kwargs.get("s_aux"),
+                output_BSHE=made[0],
             )
-        return _kernel_of(name, module, before)(module, query, key, value, *args, **kwargs)
+        return made
 
     functions[name] = kernel
     try:
@@ -177,12 +181,57 @@ def _kernel_of(name: str, module: Any, before: Any) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward  # `eager` is each model's own
 
 
-def check_attention(recorded_layers: Activations, layers: Sequence[int], model: Any) -> None:
-    """Raise `ModelError` where some layer's attention did not pass by, or is not causal."""
-    name = type(model).__name__
+TRIED_QUERIES = 64  # the last ones: those that a window hides most from
+TOLERANCE = 0.02  # of the largest number that a kernel gives; half-precision kernels round
+
+
+def check_recorded(recorded_layers: Activations, layers: Sequence[int], model: Any) -> None:
+    """Raise `ModelError` where some layer's attention did not pass by."""
     for layer in layers:
         if layer not in recorded_layers.attention:
             raise ModelError(
-                f"the attention of block {layer} of {name} does not go through transformers' attention interface, so it cannot "
-                "be recorded; hidden states and logits can: leave `attention` out"
+                f"the attention of block {layer} of {type(model).__name__} does not go through transformers' attention "
+                "interface, so it cannot be recorded; hidden states and logits can: leave `attention` out"
             )
+
+
+def check_attention(recorded_layers: Activations, layers: Sequence[int], model: Any) -> None:
+    """Raise `ModelError` where some layer's attention did not pass by, or is another than what was recorded of it.
+
+    Softmax over the recorded scores must give what the kernel gave: else a mask hides more than the window that the kernel
+    was told of (chunked or bidirectional attention), or the kernel leaves something out (a soft cap). What was recorded should
+    be of a single sequence, as long as any that follows.
+    """
+    check_recorded(recorded_layers, layers, model)
+    name = type(model).__name__
+    for layer in layers:
+        error = _error_of_kernel(recorded_layers.attention[layer])
+        if not error <= TOLERANCE:
+            raise ModelError(
+                f"the attention of block {layer} of {name} is not what its queries and keys say (off by {error:.1%}): its mask "
+                f"hides more than a window, or its kernel leaves something out; load it with attention: eager, or leave "
+                "`attention` out: hidden states and logits can be stored"
+            )
+
+
+def _error_of_kernel(heads: Heads) -> float:
+    """Of the last queries' outputs, of the largest."""
+    import torch
+
+    if heads.output_BSHE is None:
+        return float("inf")
+    length = heads.queries_BHSE.shape[2]
+    start = max(0, length - TRIED_QUERIES)
+    segment_BS = torch.zeros(1, length, dtype=torch.int64, device=heads.queries_BHSE.device)
+    seen_BCS = sees(torch, segment_BS, window=heads.window, start=start)
+    shares_BHCS = log_attention(
+        heads.queries_BHSE[:1, :, start:], heads.keys_BKSE[:1], seen_BCS, scaling=heads.scaling, softcap=heads.softcap,
+        sinks_H=heads.sinks_H,
+    ).exp()  # fmt: skip
+    groups = heads.queries_BHSE.shape[1] // heads.values_BKSE.shape[1]
+    values_BHSE = heads.values_BKSE[:1].float().repeat_interleave(groups, dim=1)
+    expected_BCHE = (shares_BHCS @ values_BHSE).transpose(1, 2)
+    found_BCHE = heads.output_BSHE[:1, start:].float()
+    if found_BCHE.shape != expected_BCHE.shape:
+        return float("inf")
+    return float((found_BCHE - expected_BCHE).abs().max() / expected_BCHE.abs().max().clamp_min(1e-9))

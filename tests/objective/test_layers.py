@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, smooth_l1_loss
 from teachercache.activations import Heads
 from teachercache.errors import CacheError
 from teachercache.objective.layers.attention import AttentionTerm
-from teachercache.objective.layers.heads import HeadMixture, head_mixture
+from teachercache.objective.layers.heads import HeadMixture, head_mixture, mixed
 from teachercache.objective.layers.hidden import HiddenTerm
 from teachercache.objective.layers.pairs import layer_pairs
 from teachercache.objective.layers.relations import RelationTerm
@@ -210,7 +210,7 @@ def test_heads_are_mixed(how: str, teacher: int, student: int, expected: Any) ->
 
 def test_interpolating_12_heads_to_8_is_what_torch_does() -> None:
     maps = numbers(1, 12, 1, 5, seed=0).softmax(-1)
-    found = HeadMixture("interpolate", teacher=12, student=8)(maps)
+    found = mixed(HeadMixture("interpolate", teacher=12, student=8)(maps), maps)
     flat = maps.permute(0, 2, 3, 1).reshape(5, 1, 12)
     expected = torch.nn.functional.interpolate(flat, size=8, mode="linear", align_corners=True)
     torch.testing.assert_close(found, expected.reshape(1, 1, 5, 8).permute(0, 3, 1, 2))
@@ -255,3 +255,57 @@ def test_pairs_that_do_not_fit_are_refused_in_a_line(rule: Any, stored: tuple[in
 def test_head_counts_that_do_not_divide_are_refused_with_what_works() -> None:
     with pytest.raises(CacheError, match=r"12 heads .* cannot be grouped for 8 .* interpolate or heads: mix"):
         head_mixture("average", teacher=12, student=8)
+
+
+def test_uniform_attention_pairs_begin_at_block_1() -> None:
+    pairs = layer_pairs("uniform", (1, 15, 30), what="attention", student_blocks=8, teacher_blocks=30)
+    assert pairs == ((1, 1), (4, 15), (8, 30))
+
+
+@pytest.mark.parametrize("match", ["attention-kl", "query-relations"])
+def test_what_the_student_rules_out_has_a_gradient_still(match: str) -> None:
+    """The teacher looks at key 0, the student at key 1, by a hundred nats."""
+    keys = torch.tensor([[10.0, 0.0], [0.0, 10.0], [0.0, 0.0]])[None, None]
+    queries = torch.tensor([[0.0, 0.0], [0.0, 0.0], [-10.0, 10.0]])[None, None].requires_grad_()
+    taught = torch.tensor([[0.0, 0.0], [0.0, 0.0], [10.0, -10.0]])[None, None]
+    ours, theirs = Heads(queries, keys, keys, 1.0), StoredHeads(taught, keys, keys, HeadShape(1, 1, 2, 1.0), None)
+    mask, segment = torch.tensor([[False, False, True]]), torch.zeros(1, 3, dtype=torch.int64)
+    made = LayerBatch(mask, segment, {}, {1: ours}, {}, {1: theirs})
+    if match == "attention-kl":
+        loss = AttentionTerm(match, ((1, 1),), heads="average", student_heads=1, teacher_heads=1).loss(made)
+        assert float(loss.detach()) > 90
+    else:
+        loss = RelationTerm(match, ((1, 1),), relation_heads=1).loss(made)
+    assert bool(torch.autograd.grad(loss, queries)[0].isfinite().all())
+    if match == "attention-kl":
+        assert float(torch.autograd.grad(AttentionTerm(
+            match, ((1, 1),), heads="average", student_heads=1, teacher_heads=1
+        ).loss(made), queries)[0].abs().max()) > 1  # fmt: skip
+
+
+def test_weights_of_heads_stay_whole_in_half_precision() -> None:
+    mixture = HeadMixture("interpolate", teacher=12, student=8).bfloat16()
+    torch.testing.assert_close(mixture(torch.zeros(1)).sum(-1), torch.ones(8))
+
+
+def test_idling_runs_the_same_modules_in_the_same_order_as_the_loss() -> None:
+    made = batch()
+    sizes: dict[str, Any] = {"student_width": STUDENT, "teacher_width": TEACHER}
+    terms: list[Any] = [
+        HiddenTerm("hidden-cosine", ((1, 2),), **sizes, variance={2: 1.0}),
+        AttentionTerm("attention-kl", ((1, 2),), heads="mix", student_heads=2, teacher_heads=4),
+        StructureTerm("channel-correlation", ((1, 2),), **sizes),
+    ]
+    called: list[Any] = []
+    for term in terms:
+        for module in term.modules():
+            if module is not term and not isinstance(module, torch.nn.ModuleList):
+                module.register_forward_hook(lambda module, *_: called.append(module))
+    for term in terms:
+        term.loss(made)
+    expected, called[:] = list(called), []
+    zero = torch.stack([term.idle(torch.zeros(())) for term in terms]).sum()
+    assert called == expected and float(zero.detach()) == 0.0
+    zero.backward()
+    for term in terms:
+        assert all(weights.grad is not None and not weights.grad.any() for weights in term.parameters())

@@ -344,6 +344,10 @@ LAYER_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "other heads": (None, {"attention.2.key": np.zeros((8, D), np.float32)}),
     "a longer norm": (None, {"attention.2.norm": np.zeros(D + 1, np.float32)}),
     "a table of cosines alone": (None, {"attention.2.sin": np.zeros((3, 8), np.float32)}),
+    "a table for three tokens": (
+        None,
+        {name: np.zeros((3, 8), np.float32) for name in ("attention.2.cos", "attention.2.sin")},
+    ),
     "nothing about attention": ({}, {}),
     "other heads in words": ({"2": {"shape": {**SHAPE, "heads": 2}, "entry": ENTRY}}, {}),
     "heads without end": ({"2": {"shape": {**SHAPE, "head_width": 2**40}, "entry": ENTRY}}, {}),

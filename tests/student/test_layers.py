@@ -14,7 +14,7 @@ from safetensors import safe_open
 from student.runs import kill_after, log_of, losses_of, start_job
 from student.test_processes import TORCHRUN, _compare
 from teachercache.config import ObjectiveConfig
-from teachercache.errors import CacheError
+from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.models import load_causal_lm
 from teachercache.shards import Cache
 from teachercache.stream.collate import Collator
@@ -66,7 +66,8 @@ def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(make_recipe: Any, layered: Path, pupil: Path) -> Any:
     def made(**settings: Any) -> Any:
-        settings = {"cache_folder": layered, "student_model": pupil, "objective": OBJECTIVE, **settings}
+        shared = {"cache_folder": layered, "student_model": pupil, "objective": OBJECTIVE, "micro_batch": 4}
+        settings = {**shared, **settings}
         return make_recipe(**settings)
 
     return made
@@ -206,6 +207,36 @@ def test_terms_that_do_not_fit_are_refused_before_the_first_step(make: Any, term
     assert "\n" not in str(caught.value) and not list(recipe.train.output.glob("checkpoint-*"))
 
 
+def test_rows_of_a_micro_batch_that_are_too_few_are_refused(make: Any) -> None:
+    with pytest.raises(RecipeError, match="sample-distances compares .* which has 2; set train.micro_batch to 3"):
+        run_training(make(objective={"layers": [{"match": "sample-distances"}]}, micro_batch=2))
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"match": "hidden-cosine", "pairs": {}}, "pairs"),
+        ({"match": "hidden-cosine", "heads": "mix"}, "heads means nothing to hidden-cosine"),
+        ({"match": "attention-kl", "relation_heads": 2}, "relation_heads means nothing to attention-kl"),
+        ({"match": "attention-kl", "centred": False}, "centred means nothing to attention-kl"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(make: Any, term: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make(objective={"layers": [term]})
+
+
+def test_reentrant_checkpointing_is_refused(layered: Path, pupil: Path) -> None:
+    cache, model = Cache.open(layered), load_causal_lm(str(pupil)).train()
+    config = ObjectiveConfig.model_validate({"layers": [{"match": "attention-kl"}]})
+    [objective] = layer_objectives(model, config, [cache], seed=0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    batch = Collator.of(cache, columns=objective.columns)([cache.read_row("train", 0, columns=objective.columns)])
+    with watched(model, objective) as activations, pytest.raises(ModelError, match="must not be reentrant"):
+        model(input_ids=batch["input_ids"], use_cache=False)
+        objective.loss(activations, batch["layers"], batch["shift_labels"])
+
+
 def test_a_cache_without_layers_is_refused_with_the_remedy(make: Any, cache: Path) -> None:
     with pytest.raises(
         CacheError, match=r"match hidden states, but the cache stores none; precompute it with targets.hidden"
@@ -224,15 +255,37 @@ def test_two_processes_learn_what_one_learns(make: Any, plain_pupil: Path, tmp_p
     _compare(make, plain_pupil, tmp_path, launcher=TORCHRUN, **settings)
 
 
-@pytest.mark.slow
-def test_two_processes_learn_from_two_caches(make: Any, plain_pupil: Path, tmp_path: Path) -> None:
-    """A micro-batch is of one cache, so that the adapters of the other one idle, in each process at times of its own."""
+@pytest.fixture
+def two_caches(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a mix: a micro-batch is of one cache, so that the adapters of the other one idle."""
     teacher = tiny_teacher(tmp_path / "teacher", layers=4, hidden=64, seed=3)
     other = tiny_cache(tmp_path / "other", teacher=teacher, texts=sentences(40, seed=7), targets=TARGETS)
     terms = [term for term in TERMS if term["match"].startswith(("hidden", "attention"))]
-    stream = {"mix": [{"cache": str(other), "share": 0.4}]}
-    settings = {"objective": {"layers": terms}, "zero_stage": 2, "micro_batch": 8, "stream": stream}
-    _compare(make, plain_pupil, tmp_path, launcher=TORCHRUN, **settings)
+    return {"objective": {"layers": terms}, "stream": {"mix": [{"cache": str(other), "share": 0.4}]}}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_student_learns_from_the_layers_of_two_caches(make: Any, two_caches: dict[str, Any], stage: int) -> None:
+    recipe = make(zero_stage=stage, epochs=3, evaluate_every=100, **two_caches)
+    run_training(recipe)
+    log = [record for record in log_of(recipe.train.output) if "loss" in record]
+    assert log[-1]["hidden-cosine"] < log[0]["hidden-cosine"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_learn_from_two_caches(
+    make: Any, two_caches: dict[str, Any], plain_pupil: Path, tmp_path: Path, stage: int
+) -> None:
+    """Each process at another cache at times of its own."""
+    _compare(make, plain_pupil, tmp_path, launcher=TORCHRUN, zero_stage=stage, micro_batch=8, **two_caches)
+
+
+@pytest.mark.slow
+def test_terms_with_one_value_a_micro_batch_go_without_a_share(make: Any, plain_pupil: Path, tmp_path: Path) -> None:
+    """One process has all the rows, the other nothing but padding, under ZeRO 3."""
+    terms = [{"match": match} for match in ("distances", "angles", "sample-distances", "channel-correlation")]
+    _compare(make, plain_pupil, tmp_path, launcher=TORCHRUN, zero_stage=3, micro_batch=8, objective={"layers": terms})
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_other_heads_than_the_configs_are_refused() -> None:
 
 
 def test_a_layer_file_needs_no_arrays(tmp_path: Any) -> None:
-    teacher: Teacher = prepared(model_of("gemma2"), attention=maps("gemma2"))
+    teacher: Teacher = prepared(model_of("gemma2", attention="eager"), attention=maps("gemma2"))
     shapes = teacher.targets.attention.shapes
     assert {shape.window for shape in shapes.values()} == {8, None}
     described = {layer: {"shape": shape.to_metadata()} for layer, shape in shapes.items()}

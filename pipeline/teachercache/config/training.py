@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, model_validator
 
@@ -53,7 +53,7 @@ class LayerTermConfig(Section):
     weight: float = Field(
         1.0, gt=0, description="of the term, beside the weights alpha and 1 - alpha of the logits' terms"
     )
-    pairs: Literal["uniform", "first", "last"] | dict[int, int] = Field(
+    pairs: Literal["uniform", "first", "last"] | Annotated[dict[int, int], Field(min_length=1)] = Field(
         "uniform", description="which layers: by a rule, or {student's layer: teacher's layer}"
     )
     heads: Literal["average", "interpolate", "mix"] = Field(
@@ -65,6 +65,15 @@ class LayerTermConfig(Section):
     centred: bool = Field(
         True, description="hidden states and structures: take the teacher's states less their mean over the corpus"
     )
+
+    @model_validator(mode="after")
+    def _of_this_term(self) -> LayerTermConfig:
+        attention, relations = self.match.startswith("attention-"), self.match.endswith("-relations")
+        allowed = {"heads": attention, "relation_heads": relations, "centred": not (attention or relations)}
+        for name, is_allowed in allowed.items():
+            if not is_allowed and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing to {self.match}; leave it out")
+        return self
 
 
 class ObjectiveConfig(Section):

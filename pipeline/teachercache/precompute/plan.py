@@ -92,7 +92,7 @@ class Plan:
         kind = self.targets.logits
         logits = target_kind(kind.settings(), vocabulary_size=kind.vocabulary_size, basis=files.get("basis"))
         layers = LayerFile.load(files["layers"]) if "layers" in files else None
-        return self.targets.with_logits(logits).with_layer_file(layers)
+        return self.targets.with_logits(logits).with_layer_file(layers, longest=self.identity["sequence"]["length"])
 
     def pending(self) -> list[int]:
         """Units that are still to be computed."""

@@ -106,7 +106,11 @@ class Cache:
             targets = StoredTargets.of(manifest.targets, kind)
             if targets.needs_layer_file and layers is None:
                 raise CacheDamaged(f"{self.name}: the manifest names no layer file; fetch the cache again")
-            self._targets = targets.with_layer_file(LayerFile.load(layers), name=layers) if layers else targets
+            self._targets = (
+                targets.with_layer_file(LayerFile.load(layers), longest=manifest.sequence_length, name=layers)
+                if layers
+                else targets
+            )
         return self._targets
 
     def _checked_file(self, role: str) -> Path | None:

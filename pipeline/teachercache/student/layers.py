@@ -16,8 +16,9 @@ from torch import Tensor
 
 from teachercache.activations import ADAPTERS, Activations, check_attention, recorded
 from teachercache.config import ObjectiveConfig
-from teachercache.errors import ModelError
+from teachercache.errors import ModelError, RecipeError
 from teachercache.objective.layers import LayerLoss, LayerObjective, StudentShape
+from teachercache.objective.layers.structure import LEAST
 from teachercache.shards import Cache
 
 
@@ -36,7 +37,7 @@ def layer_objectives(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = [LayerObjective(config.layers, cache.targets, shape) for cache in caches]
-    _try(model, made)
+    _try(model, made, longest=max(cache.manifest.sequence_length for cache in caches))
     model.add_module(ADAPTERS, torch.nn.ModuleList(made))
     return made
 
@@ -55,18 +56,49 @@ def student_shape(model: Any) -> StudentShape:
         ) from None
 
 
-def _try(model: Any, objectives: Sequence[LayerObjective]) -> None:
-    """Whether its layers can be recorded, on two tokens, before anything is trained."""
+def _try(model: Any, objectives: Sequence[LayerObjective], *, longest: int) -> None:
+    """Whether its layers can be recorded, on as many tokens as a row can have, before anything is trained."""
     layers = {
         what: sorted({layer for each in objectives for layer in getattr(each, f"{what}_layers")})
         for what in ("hidden", "attention")
     }
     was_training = model.training
     model.eval()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids_BS = torch.arange(longest, device=model.device).mul(7919).remainder(max(1, vocabulary))[None]
     with torch.no_grad(), recorded(model, **layers) as activations:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+        model.base_model(input_ids=ids_BS, use_cache=False)
     model.train(was_training)
     check_attention(activations, layers["attention"], model)
+
+
+def check_trainer(trainer: Any, objectives: Sequence[LayerObjective]) -> None:
+    """Raise `RecipeError` or `ModelError` for ways to train in which terms between layers would be wrong, or lost."""
+    if not objectives:
+        return
+    args = trainer.args
+    if args.n_gpu > 1:
+        raise ModelError("objective.layers need a process for each GPU: launch with torchrun or deepspeed")
+    if hasattr(trainer.model, "peft_config") and not trainer.is_deepspeed_enabled:
+        raise ModelError(
+            "low-rank adapters and objective.layers together need DeepSpeed (TrainingArguments(deepspeed=…)): without it "
+            "checkpoints would lack the adapters to the teacher's width"
+        )
+    samples = any(name.startswith("sample-distances") for each in objectives for name in each.names)
+    if samples and args.per_device_train_batch_size < LEAST:
+        raise RecipeError(
+            f"objective.layers: sample-distances compares the rows of a micro-batch, which has "
+            f"{args.per_device_train_batch_size}; set train.micro_batch to {LEAST} or more"
+        )
+
+
+def check_formed_outside(model: Any, objective: LayerObjective | None) -> None:
+    """Raise `ModelError` where adapters would run outside of the forward pass that DDP wraps."""
+    if objective is not None and isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ModelError(
+            "this student's logits are formed outside of its output layer; with objective.layers that needs DeepSpeed "
+            "(TrainingArguments(deepspeed=…)) in several processes"
+        )
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class LossMeter:
     def __init__(self, accelerator: Any, names: Sequence[str] = ()) -> None:
         self._accelerator = accelerator
         self._names = tuple(names)  # of terms between layers
-        self._sums = torch.zeros(4 + len(names), dtype=torch.float64, device=accelerator.device)
+        self._sums = torch.zeros(4 + 2 * len(names), dtype=torch.float64, device=accelerator.device)
         self._started: float | None = None
         self._waited = 0.0
 
@@ -62,6 +62,7 @@ class LossMeter:
         for place, name in enumerate(self._names, start=4):
             if name in terms.layers:
                 self._sums[place] += terms.layers[name].double()
+                self._sums[place + len(self._names)] += terms.positions  # caches of a mix may have pairs of their own
 
     def take(self) -> Window:
         """The window over all processes; the next one begins empty."""
@@ -73,5 +74,6 @@ class LossMeter:
         self._started, self._waited = None, 0.0
         count = max(positions, 1)
         share = waiting_sum / self._accelerator.num_processes
-        means = {name: value / count for name, value in zip(self._names, layers, strict=True)}
+        sums, counts = layers[: len(self._names)], layers[len(self._names) :]
+        means = {name: value / max(n, 1) for name, value, n in zip(self._names, sums, counts, strict=True)}
         return Window(total / count, divergence / count, ce / count, int(positions), seconds, share, means)

@@ -39,7 +39,14 @@ from teachercache.student.checkpoints import checkpoint_folder, complete_checkpo
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.elastic import any_number_of_processes
 from teachercache.student.held_out import HeldOutMeasure
-from teachercache.student.layers import layer_objectives, logged, names_logged, watched
+from teachercache.student.layers import (
+    check_formed_outside,
+    check_trainer,
+    layer_objectives,
+    logged,
+    names_logged,
+    watched,
+)
 from teachercache.student.meter import LOGGED_AS, LossMeter
 from teachercache.student.output_layer import loss_for_logits, takes_loss
 from teachercache.student.preemption import heed_parent_alone
@@ -99,6 +106,7 @@ class DistillationTrainer(Trainer):
         model.config.use_cache = use_cache  # Trainer turns it off, and would export a student that generates slowly
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
+        check_trainer(self, self.layer_objectives)
         self.meter = LossMeter(self.accelerator, names_logged(self.layer_objectives))
         self._held_out_loader: DataLoader[Rows] | None = None
         self._fetching: list[list[int]] = []  # shards of each cache
@@ -188,10 +196,12 @@ class DistillationTrainer(Trainer):
         with watched(self.model, matched) as activations:
 
             def add_layers(terms: LossTerms) -> torch.Tensor:
-                if matched is not None:
-                    found = matched.loss(activations, layers, labels_BS)
-                    others = [each.idle() for each in self.layer_objectives if each is not matched]
-                    terms = replace(terms, total=terms.total + sum(others, found.total), layers=logged(found))
+                for each in self.layer_objectives:  # in one order in all processes, whatever caches they are at
+                    if each is matched:
+                        found = each.loss(activations, layers, labels_BS)
+                        terms = replace(terms, total=terms.total + found.total, layers=logged(found))
+                    else:
+                        terms = replace(terms, total=terms.total + each.idle(terms.total))
                 formed.append(terms)
                 return terms.total
 
@@ -199,6 +209,7 @@ class DistillationTrainer(Trainer):
                 return add_layers(objective.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
 
             if not in_layer:
+                check_formed_outside(model, matched)
                 outputs = model(**inputs, use_cache=False)
                 add_layers(objective(outputs.logits, labels_BS, targets))
                 return formed[-1], outputs

@@ -94,11 +94,17 @@ class StoredTargets:
         """The same with a kind of logits that has its basis."""
         return replace(self, logits=logits)
 
-    def with_layer_file(self, layers: LayerFile | None, *, name: Path | str = "the layer file") -> StoredTargets:
-        """The same, its layers ready to capture and to read; raises `CacheDamaged` for a file of other layers."""
+    def with_layer_file(
+        self, layers: LayerFile | None, *, longest: int, name: Path | str = "the layer file"
+    ) -> StoredTargets:
+        """The same, its layers ready to capture and to read, for rows of up to `longest` tokens; raises `CacheDamaged` for a
+        file of other layers."""
         if layers is None:
             return self
         try:
+            for table, values in layers.arrays.items():
+                if table.endswith((".cos", ".sin")) and len(values) < longest:
+                    raise ValueError(f"{table} is for {len(values)} tokens, rows have up to {longest}")
             return replace(self, **{kind.section: kind.with_layers(layers) for kind in self.layers})  # type: ignore[arg-type]
         except (ValueError, KeyError, TypeError) as error:
             raise no_layer_file(name, error) from None

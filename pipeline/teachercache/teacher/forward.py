@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teachercache.activations import Activations, check_attention, recorded
+from teachercache.activations import Activations, check_recorded, recorded
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
 from teachercache.models import isolates_packed_segments, load_causal_lm, model_inputs
@@ -128,7 +128,7 @@ class Teacher:
         if sample is None:
             return None
         made = make_layer_file(self.model, self.targets, sample, longest=longest)
-        self.targets = self.targets.with_layer_file(made)
+        self.targets = self.targets.with_layer_file(made, longest=longest)
         return made
 
     def _calibrated(self, layer: OutputLayer, hidden: Sequence[Any]) -> CalibratedKind:
@@ -168,7 +168,7 @@ class Teacher:
                 self.model(**inputs, use_cache=False)
                 hidden_ND = entered[0].flatten(0, 1)[index_N]
         if sample is not None:
-            check_attention(activations, self.targets.attention_layers, self.model)
+            check_recorded(activations, self.targets.attention_layers, self.model)
             sample.add(activations, rows)
         return hidden_ND.split([row.positions for row in rows])
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from teachercache.config import LayerTermConfig
-from teachercache.errors import CacheError
+from teachercache.errors import CacheError, ModelError
 from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.hidden import HiddenTerm
 from teachercache.objective.layers.pairs import layer_pairs
@@ -90,7 +90,13 @@ class LayerObjective(torch.nn.Module):
         return tuple(sorted({ours for term in self.terms if isinstance(term, HiddenTerm) for ours, _ in term.pairs}))
 
     def loss(self, activations: Any, layers: Mapping[str, Tensor], shift_labels_BS: Tensor) -> LayerLoss:
-        """`activations` of the student (`activations.Activations`), and `layers` as the collator gives them."""
+        """`activations` of the student (`activations.Activations`), and `layers` as the collator gives them. In float32, also
+        under autocast. Raises `ModelError` where what was recorded carries no gradient though it should."""
+        with torch.autocast(shift_labels_BS.device.type, enabled=False):
+            return self._loss(activations, layers, shift_labels_BS)
+
+    def _loss(self, activations: Any, layers: Mapping[str, Tensor], shift_labels_BS: Tensor) -> LayerLoss:
+        _check_gradients(activations)
         batches = {
             centred: self._batch(activations, layers, shift_labels_BS, centred) for centred in set(self._centred)
         }
@@ -117,9 +123,10 @@ class LayerObjective(torch.nn.Module):
         mask_BS = shift_labels_BS != NO_TARGET
         return LayerBatch(mask_BS, segment_BS, activations.hidden, activations.attention, hidden, attention)
 
-    def idle(self) -> Tensor:
-        """Zero, on the graph of all weights: a process that does not use them must still take part in their reduction."""
-        return sum((weights.sum() for weights in self.parameters()), torch.zeros(())) * 0.0
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero, by all weights, in the order of `loss`: what a process does whose micro-batch is of another cache."""
+        with torch.autocast(like.device.type, enabled=False):
+            return sum((term.idle(like) for term in self._made), like.new_zeros(()))
 
     def _hidden_arrays(self, layer: int) -> dict[str, Any]:
         return hidden_arrays(self._targets, layer)
@@ -184,6 +191,16 @@ def hidden_arrays(targets: StoredTargets, layer: int) -> dict[str, Any]:
     assert targets.hidden is not None and targets.hidden.layer_file is not None
     arrays = targets.hidden.layer_file.arrays
     return {name: arrays[f"hidden.{layer}.{name}"] for name in ("mean", "spread")}
+
+
+def _check_gradients(activations: Any) -> None:
+    hidden = [values.requires_grad for values in activations.hidden.values()]
+    attention = [heads.queries_BHSE.requires_grad for heads in activations.attention.values()]
+    if torch.is_grad_enabled() and not (any(hidden or [True]) and any(attention or [True])):
+        raise ModelError(
+            "the student's layers carry no gradient, so that objective.layers would teach it nothing: gradient checkpointing "
+            "must not be reentrant (gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
 
 
 def _positions(segment_BS: Tensor) -> Tensor:

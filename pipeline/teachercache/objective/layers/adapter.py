@@ -9,12 +9,14 @@ the teacher's own layers has states in the teacher's coordinates, and would firs
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 class Adapter(torch.nn.Module):
-    """[…, Ds] to […, Dt], in float32."""
+    """[…, Ds] to […, Dt], float32; computed in the type of its weights."""
 
     def __init__(self, student_width: int, teacher_width: int, *, mean_D: Tensor | None = None) -> None:
         super().__init__()
@@ -25,5 +27,14 @@ class Adapter(torch.nn.Module):
                 self.linear.bias.copy_(torch.zeros(teacher_width) if mean_D is None else -mean_D)
         self.norm = torch.nn.LayerNorm(teacher_width)
 
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero, of no states at all: a process that has none gathers and reduces the weights all the same."""
+        return self(like.new_zeros(0, self.linear.in_features)).sum()
+
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(self.linear(hidden.to(self.linear.weight.dtype))).float()
+
+
+def idle_all(adapters: Any, like: Tensor) -> Tensor:
+    """Zero, by all of them in their order."""
+    return sum((adapter.idle(like) for adapter in adapters), like.new_zeros(()))

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from teachercache.objective.layers.heads import HeadMixture
+from teachercache.objective.layers.heads import HeadMixture, mixed
 from teachercache.objective.layers.term import LayerBatch
 from teachercache.targets.attention import TaughtAttention, log_attention, sees
 
 CHUNK_BYTES = 64 * 2**20  # of one map [B, H, C, S]
-LEAST_LOG = -30.0  # of a student's probability: KL stays finite
 
 
 class AttentionTerm(torch.nn.Module):
@@ -48,25 +47,31 @@ class AttentionTerm(torch.nn.Module):
             total = total + self._pair(batch, mixture, batch.attention[student], batch.teacher_attention[teacher])
         return total / len(self.pairs)
 
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero, by all weights: see `LayerTerm`."""
+        return sum((mixture(like).sum() * 0.0 for mixture in self.mixtures), like.new_zeros(()))
+
     def _pair(self, batch: LayerBatch, mixture: Any, student: Any, teacher: TaughtAttention) -> Tensor:
         rows, length = batch.segment_BS.shape
-        chunk = max(1, CHUNK_BYTES // (4 * rows * teacher.heads * length))
+        heads = max(teacher.heads, student.queries_BHSE.shape[1])
+        chunk = max(1, CHUNK_BYTES // (4 * rows * heads * length))
+        weights_hH = mixture(student.queries_BHSE)
         windows = [window for window in (student.window, teacher.window) if window is not None]
         window = min(windows) if windows else None
-        total = batch.mask_BS.new_zeros((), dtype=torch.float32)
+        total = weights_hH.sum() * 0.0
         for start in range(0, length, chunk):
             part = slice(start, min(start + chunk, length))
             mask_BC = batch.mask_BS[:, part]
-            if start and not bool(mask_BC.any()):  # the first chunk is always formed: every process uses every weight
-                continue
             sees_BCS = sees(torch, batch.segment_BS, window=window, start=part.start, stop=part.stop)
             arguments = (student.queries_BHSE[:, :, part], student.keys_BKSE, teacher, part, sees_BCS, mask_BC)
-            total = total + checkpoint(self._chunk, mixture, student, *arguments, use_reentrant=False)
+            total = total + checkpoint(
+                self._chunk, weights_hH, student, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
         return total
 
     def _chunk(
         self,
-        mixture: Any,
+        weights_hH: Tensor,
         student: Any,
         queries_BhCE: Tensor,
         keys_BkSE: Tensor,
@@ -75,7 +80,7 @@ class AttentionTerm(torch.nn.Module):
         sees_BCS: Tensor,
         mask_BC: Tensor,
     ) -> Tensor:
-        teacher_BhCS = mixture(teacher.probabilities(part, sees_BCS))
+        teacher_BhCS = mixed(weights_hH, teacher.probabilities(part, sees_BCS))
         log_student_BhCS = log_attention(
             queries_BhCE, keys_BkSE, sees_BCS, scaling=student.scaling, softcap=student.softcap
         )
@@ -83,6 +88,7 @@ class AttentionTerm(torch.nn.Module):
             apart_BhCS = teacher_BhCS - log_student_BhCS.exp().masked_fill(~sees_BCS[:, None], 0.0)
             loss_BC = apart_BhCS.square().sum(-1).mean(1)
         else:
-            gap_BhCS = teacher_BhCS.clamp_min(1e-30).log() - log_student_BhCS.clamp_min(LEAST_LOG)
+            log_student_BhCS = log_student_BhCS.masked_fill(~sees_BCS[:, None], 0.0)
+            gap_BhCS = teacher_BhCS.clamp_min(1e-30).log() - log_student_BhCS
             loss_BC = (teacher_BhCS * gap_BhCS).sum(-1).mean(1)
         return (loss_BC * mask_BC).sum()

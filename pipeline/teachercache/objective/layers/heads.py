@@ -44,18 +44,24 @@ def _groups(teacher: int, student: int) -> Tensor:
 
 
 class HeadMixture(torch.nn.Module):
-    """Teacher's distributions over keys to as many as the student has heads."""
+    """Weights [h, H], float32, by which the teacher's distributions over keys become as many as the student has heads.
+
+    Called once a forward pass, whatever there is to mix: under ZeRO 3 every process gathers learned weights as often.
+    """
 
     def __init__(self, how: str, *, teacher: int, student: int) -> None:
         super().__init__()
-        weights_hH = head_mixture(how, teacher=teacher, student=student)
+        # No buffer: training casts those to half precision, and rows would no longer add up to 1.
+        self._weights_hH = head_mixture(how, teacher=teacher, student=student)
         self.learned = how == "mix"
         if self.learned:
-            self.logits_hH = torch.nn.Parameter((weights_hH + _FLOOR).log())
-        else:
-            self.register_buffer("weights_hH", weights_hH, persistent=False)
+            self.logits_hH = torch.nn.Parameter((self._weights_hH + _FLOOR).log())
 
-    def forward(self, probability_BHCS: Tensor) -> Tensor:
-        """[B, H, C, S] to [B, h, C, S]."""
-        weights_hH = self.logits_hH.float().softmax(-1) if self.learned else self.weights_hH
-        return torch.einsum("hH,BHCS->BhCS", weights_hH.to(probability_BHCS.dtype), probability_BHCS)
+    def forward(self, like: Tensor) -> Tensor:
+        """On the device of a tensor."""
+        return self.logits_hH.float().softmax(-1) if self.learned else self._weights_hH.to(like.device)
+
+
+def mixed(weights_hH: Tensor, probability_BHCS: Tensor) -> Tensor:
+    """[B, H, C, S] to [B, h, C, S]."""
+    return torch.einsum("hH,BHCS->BhCS", weights_hH, probability_BHCS)

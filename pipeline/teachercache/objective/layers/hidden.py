@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from teachercache.objective.layers.adapter import Adapter
+from teachercache.objective.layers.adapter import Adapter, idle_all
 from teachercache.objective.layers.term import LayerBatch
 
 
@@ -41,6 +41,10 @@ class HiddenTerm(torch.nn.Module):
             Adapter(student_width, teacher_width, mean_D=(means or {}).get(teacher)) for _, teacher in pairs
         )
 
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero, by all weights: see `LayerTerm`."""
+        return idle_all(self.adapters, like)
+
     def loss(self, batch: LayerBatch) -> Tensor:
         """The sum over positions, the mean over pairs."""
         total = batch.mask_BS.new_zeros((), dtype=torch.float32)
@@ -48,7 +52,7 @@ class HiddenTerm(torch.nn.Module):
             adapted_ND = adapter(batch.hidden[student][batch.mask_BS])
             target_ND = batch.teacher_hidden[teacher][batch.mask_BS]
             cosine_N = torch.nn.functional.cosine_similarity(adapted_ND, target_ND, dim=-1)
-            batch.similarity[student] = cosine_N.detach().sum()
+            batch.similarity.setdefault(student, cosine_N.detach().sum())  # of the first term that has the layer
             if self.match == "hidden-cosine":
                 total = total + (1 - cosine_N).sum()
             else:

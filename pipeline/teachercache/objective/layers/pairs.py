@@ -31,14 +31,14 @@ def layer_pairs(
             f"objective.layers match {what} states, but the cache stores none; precompute it with targets.{what}, or leave "
             "these terms out"
         )
+    least = 0 if what == "hidden" else 1
     if isinstance(rule, Mapping):
         pairs = sorted(rule.items())
     elif rule == "uniform":
-        pairs = _uniform(stored, student_blocks=student_blocks, teacher_blocks=teacher_blocks)
+        pairs = _uniform(stored, least=least, student_blocks=student_blocks, teacher_blocks=teacher_blocks)
     else:
         shift = 0 if rule == "first" else teacher_blocks - student_blocks
         pairs = [(layer - shift, layer) for layer in stored]
-    least = 0 if what == "hidden" else 1
     for student, teacher in pairs:
         if teacher not in stored:
             raise CacheError(
@@ -53,11 +53,11 @@ def layer_pairs(
     return tuple(pairs)
 
 
-def _uniform(stored: Sequence[int], *, student_blocks: int, teacher_blocks: int) -> list[tuple[int, int]]:
+def _uniform(stored: Sequence[int], *, least: int, student_blocks: int, teacher_blocks: int) -> list[tuple[int, int]]:
     nearest: dict[int, tuple[int, int]] = {}
     for layer in stored:
         place = layer * student_blocks  # in units of 1 / teacher_blocks of the student's layers
-        student = (2 * place + teacher_blocks) // (2 * teacher_blocks)
+        student = max(least, (2 * place + teacher_blocks) // (2 * teacher_blocks))
         distance = abs(place - student * teacher_blocks)
         if student not in nearest or distance <= nearest[student][0]:
             nearest[student] = (distance, layer)

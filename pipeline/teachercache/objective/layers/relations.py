@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from teachercache.errors import CacheError
-from teachercache.objective.layers.attention import CHUNK_BYTES, LEAST_LOG
+from teachercache.objective.layers.attention import CHUNK_BYTES
 from teachercache.objective.layers.term import LayerBatch
 from teachercache.targets.attention import log_attention, sees
 
@@ -41,6 +41,10 @@ class RelationTerm(torch.nn.Module):
             total = total + self._pair(batch, student_BrSE, teacher_BrSE)
         return total / len(self.pairs)
 
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero: it has no weights."""
+        return like.new_zeros(())
+
     def _cut(self, vectors_BHSE: Tensor) -> Tensor:
         return vectors_BHSE.transpose(1, 2).flatten(2).unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
@@ -52,7 +56,14 @@ class RelationTerm(torch.nn.Module):
             part = slice(start, min(start + chunk, length))
             sees_BCS = sees(torch, batch.segment_BS, window=None, start=part.start, stop=part.stop)
             total = total + checkpoint(
-                _divergence, student_BrSE, teacher_BrSE, part, sees_BCS, batch.mask_BS[:, part], use_reentrant=False
+                _divergence,
+                student_BrSE,
+                teacher_BrSE,
+                part,
+                sees_BCS,
+                batch.mask_BS[:, part],
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         return total
 
@@ -63,7 +74,8 @@ def _divergence(student_BrSE: Tensor, teacher_BrSE: Tensor, part: slice, sees_BC
         for each in (student_BrSE, teacher_BrSE)
     )
     teacher_BrCS = log_teacher_BrCS.exp().masked_fill(~sees_BCS[:, None], 0.0)
-    gap_BrCS = (log_teacher_BrCS - log_student_BrCS.clamp_min(LEAST_LOG)).masked_fill(~sees_BCS[:, None], 0.0)
+    log_student_BrCS = log_student_BrCS.masked_fill(~sees_BCS[:, None], 0.0)  # no infinities, nor their gradients
+    gap_BrCS = log_teacher_BrCS.masked_fill(~sees_BCS[:, None], 0.0) - log_student_BrCS
     return ((teacher_BrCS * gap_BrCS).sum(-1).mean(1) * mask_BC).sum()
 
 

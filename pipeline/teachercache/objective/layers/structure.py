@@ -2,7 +2,7 @@
 
     distances             of pairs of positions, in units of their mean                     (Park et al., "RKD", 2019)
     angles                at one position between two others                                (likewise)
-    sample-distances      of pairs of rows, by the mean of their positions
+    sample-distances      of pairs of segments (documents, or windows of them), by the mean of their positions
     channel-correlation   correlations of adapted channels with each other over positions   (Gram matching)
 
 Positions are drawn evenly from a micro-batch, the same ones at every pass. These terms have one value a micro-batch; it
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, smooth_l1_loss
 
-from teachercache.objective.layers.adapter import Adapter
+from teachercache.objective.layers.adapter import Adapter, idle_all
 from teachercache.objective.layers.term import LayerBatch
 
 STRUCTURES = ("distances", "angles", "sample-distances", "channel-correlation")
 DRAWN = {"distances": 128, "angles": 32}
+LEAST = 3  # positions, or segments, that have a structure
 
 
 class StructureTerm(torch.nn.Module):
@@ -37,23 +38,27 @@ class StructureTerm(torch.nn.Module):
         needed = pairs if match == "channel-correlation" else ()
         self.adapters = torch.nn.ModuleList(Adapter(student_width, teacher_width) for _ in needed)
 
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero, by all weights: see `LayerTerm`."""
+        return idle_all(self.adapters, like)
+
     def loss(self, batch: LayerBatch) -> Tensor:
         """The value times the number of positions, the mean over pairs."""
         total = batch.mask_BS.new_zeros((), dtype=torch.float32)
         for number, (student, teacher) in enumerate(self.pairs):
             sides = (batch.hidden[student], batch.teacher_hidden[teacher])
             if self.match == "sample-distances":
-                student_MD, teacher_MD = (_row_means(hidden_BSD, batch.mask_BS) for hidden_BSD in sides)
+                student_MD, teacher_MD = (_segment_means(hidden_BSD, batch) for hidden_BSD in sides)
             else:
                 student_MD, teacher_MD = (_drawn(hidden_BSD[batch.mask_BS], self.match) for hidden_BSD in sides)
-            if len(student_MD) < 3:
-                total = total + 0.0 * batch.hidden[student].float().sum()
+            if self.match == "channel-correlation":  # the adapter runs in any case: see `idle`
+                student_MD = self.adapters[number](student_MD)
+            if len(student_MD) < LEAST:
+                total = total + student_MD.sum() * 0.0
+            elif self.match == "channel-correlation":
+                total = total + (_correlation(student_MD) - _correlation(teacher_MD)).square().mean()
             elif self.match == "angles":
                 total = total + smooth_l1_loss(_angles(student_MD), _angles(teacher_MD))
-            elif self.match == "channel-correlation":
-                total = (
-                    total + (_correlation(self.adapters[number](student_MD)) - _correlation(teacher_MD)).square().mean()
-                )
             else:
                 total = total + smooth_l1_loss(_distances(student_MD), _distances(teacher_MD))
         return total * batch.mask_BS.sum() / len(self.pairs)
@@ -67,15 +72,20 @@ def _drawn(hidden_ND: Tensor, match: str) -> Tensor:
     return hidden_ND[index_M].float()
 
 
-def _row_means(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
-    """[M, D] of the rows that have positions."""
-    counts_B = mask_BS.sum(-1)
-    sums_BD = (hidden_BSD.float() * mask_BS[..., None]).sum(1)
-    return (sums_BD / counts_B.clamp_min(1)[:, None])[counts_B > 0]
+def _segment_means(hidden_BSD: Tensor, batch: LayerBatch) -> Tensor:
+    """[M, D] of the segments that have positions."""
+    segments = max(1, int(batch.segment_BS.max()) + 1)
+    row_B = torch.arange(len(hidden_BSD), device=hidden_BSD.device)
+    number_N = (row_B[:, None] * segments + batch.segment_BS)[batch.mask_BS]
+    _, place_N, count_M = number_N.unique(return_inverse=True, return_counts=True)
+    hidden_ND = hidden_BSD[batch.mask_BS].float()
+    sums_MD = hidden_ND.new_zeros(len(count_M), hidden_ND.shape[-1]).index_add(0, place_N, hidden_ND)
+    return sums_MD / count_M[:, None]
 
 
 def _distances(states_MD: Tensor) -> Tensor:
     """Of all pairs, over their mean. By differences of squares: the gradient of a distance of zero is not one."""
+    states_MD = states_MD - states_MD.mean(0)  # differences of large squares would cancel
     squares_M = states_MD.square().sum(-1)
     squared_MM = (squares_M[:, None] + squares_M - 2 * states_MD @ states_MD.T).clamp_min(0.0)
     distances_MM = (squared_MM + 1e-8).sqrt()

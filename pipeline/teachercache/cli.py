@@ -238,6 +238,13 @@ def _cache_table(result: dict[str, Any]) -> Table:
     return table
 
 
+LAYER_FIGURES = {
+    "hidden_cosine": "hidden states, cosine",
+    "hidden_cosine_centred": "less their mean",
+    "attention_kl": "attention, KL(teacher ‖ rebuilt)",
+}
+
+
 def _fidelity_table(result: dict[str, Any]) -> Table:
     title = f"{result['cache']}: {result['positions']:,} positions of {result['rows']} rows, tail: {result['tail']}"
     table = Table(title=Text(title, style="table.title"))
@@ -249,6 +256,10 @@ def _fidelity_table(result: dict[str, Any]) -> Table:
     table.caption = (
         f"{result['bytes_per_position']['logits']} bytes a position, {result['basis_bytes']:,} bytes of basis"
     )
+    for name, what in LAYER_FIGURES.items():
+        if name in result:
+            listed = ", ".join(f"{layer}: {value:.5f}" for layer, value in result[name].items())
+            table.caption += f"\n{what} by layer: {listed}"
     return table
 
 

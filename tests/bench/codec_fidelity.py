@@ -40,7 +40,7 @@ from teachercache.shards.manifest import hash_file
 from teachercache.shards.reader import KEPT_BYTES, Shard
 from teachercache.shards.schema import ROW_COLUMNS
 from teachercache.shards.writer import write_shard
-from teachercache.targets import TargetKind, target_kind
+from teachercache.targets import StoredTargets, TargetKind, target_kind
 from teachercache.teacher import Teacher
 from teachercache.teacher.fidelity import kl_divergence
 from teachercache.tokens.rows import TokenRow
@@ -103,10 +103,11 @@ class Bench:
             settings["width"] = self.model.get_output_embeddings().weight.shape[1]
         recipe = parse_recipe({"cache": "unused", "targets": {"logits": settings}}, origin="bench")
         kind = target_kind(recipe.targets.logits.model_dump(), vocabulary_size=len(self.tokenizer))
-        teacher = Teacher(self.model, kind=kind, layout="documents", pad_id=self.pad_id)
+        teacher = Teacher(self.model, targets=StoredTargets(kind), layout="documents", pad_id=self.pad_id)
         basis_bytes = 0
         if kind.needs_calibration:
-            kind = teacher.calibrate(self.calibration, positions_per_batch=2048)
+            teacher.prepare(self.calibration, positions_per_batch=2048, longest=LENGTH)
+            kind = teacher.kind
             with tempfile.TemporaryDirectory() as folder:
                 basis_bytes = kind.basis.save(Path(folder)).stat().st_size
         captured = [item.columns for item in teacher.capture(self.rows, positions_per_batch=2048)]
@@ -140,7 +141,10 @@ class Bench:
         start = time.process_time()
         hash_file(folder / info.file)
         file = pa.memory_map(str(folder / info.file))
-        shard, recent = Shard(file, info, fingerprint="bench", kind=kind, longest=LENGTH), Decompressed(KEPT_BYTES)
+        shard, recent = (
+            Shard(file, info, fingerprint="bench", targets=StoredTargets(kind), longest=LENGTH),
+            Decompressed(KEPT_BYTES),
+        )
         for index in range(info.rows):
             kind.decoded(shard.read_row(index, names, recent).targets)
         return info.positions / (time.process_time() - start)
@@ -187,10 +191,10 @@ class Bench:
         return {"p99": float(np.quantile(every, 0.99)), "max": float(every.max())}
 
 
-def _rows(tokenizer: Any) -> list[TokenRow]:
+def _rows(tokenizer: Any, *, length: int = LENGTH) -> list[TokenRow]:
     corpus = CorpusConfig(source="python-docs", held_out=0)
     found = [item for item in documents(read_rows(corpus), corpus) if isinstance(item, Document)]
-    sequence = SequenceConfig(length=LENGTH)
+    sequence = SequenceConfig(length=length)
     rows = tokenise(found, tokenizer=tokenizer, sequence=sequence, store_text=False).rows
     return sorted((row for row in rows if row.positions), key=lambda row: salted_hash(row.row_id))
 

@@ -130,7 +130,13 @@ def _write(folder: Path, kind: TargetKind, *, count: int, length: int, payload: 
         arrays = [payload(row, start + index) for index, row in enumerate(part)]
         file = f"part-{start // ROWS_PER_SHARD:05d}.arrow"
         info, sizes = write_shard(
-            folder, file, rows=part, payload=arrays, columns=kind.columns, fingerprint=fingerprint, basis=name
+            folder,
+            file,
+            rows=part,
+            payload=arrays,
+            columns=kind.columns,
+            fingerprint=fingerprint,
+            read_by={} if name is None else {"basis": name},
         )
         shards.append(info)
         column_bytes.update(sizes)

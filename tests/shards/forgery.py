@@ -82,6 +82,7 @@ def read_everything(folder: Path) -> None:
     describe(cache)
     kind, manifest = cache.kind, cache.manifest
     V = manifest.vocabulary_size
+    pairs = {column.name: column.of for column in cache.targets.columns}
     for split in ("train", "held-out"):
         for index in range(cache.rows_of(split)):
             stored = cache.read_row(split, index)
@@ -90,7 +91,10 @@ def read_everything(folder: Path) -> None:
             assert row.input_ids_S.dtype == np.int32 and 0 <= row.input_ids_S.min() <= row.input_ids_S.max() < V
             assert row.target_mask_S.shape == row.input_ids_S.shape and len(row.labels_N()) == row.positions
             assert len(row.position_ids_S()) == row.length
-            arrays = kind.decoded(stored.targets)
+            for name, values in cache.targets.decoded(stored.targets).items():
+                assert len(values) == (row.pairs if pairs.get(name) == "pair" else row.length), name
+                assert np.isfinite(values).all(), name
+            arrays = kind.decoded({name: stored.targets[name] for name in cache.logit_columns})
             for name, values in arrays.items():
                 assert len(values) == row.positions, name
                 if values.dtype == np.int32 and row.positions:

@@ -25,6 +25,7 @@ from teachercache.shards.inspection import token_texts
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST
 from teachercache.targets.basis import METADATA_KEY
+from teachercache.targets.layer_file import METADATA_KEY as LAYERS_KEY
 
 from builders import tiny_cache, tiny_teacher
 
@@ -35,6 +36,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "hidden": {"kind": "hidden", "calibration_positions": 200},
     "head+sketch": {"kind": "head+sketch", "k": 6, "rank": 24, "step": 0.05, "calibration_positions": 200},
+    "relations": {"kind": "top-k", "k": 4},
+    "queries-keys": {"kind": "top-k", "k": 4},
+    "maps": {"kind": "top-k", "k": 4},
+    "top-maps": {"kind": "top-k", "k": 4},
+}
+LAYERS: dict[str, dict[str, Any]] = {
+    "relations": {"attention": {"layers": [2]}, "hidden": {"layers": [2], "codec": "projected"}},
+    "queries-keys": {"attention": {"layers": [1], "kind": "queries-keys"}, "hidden": {"layers": [1], "codec": "bf16"}},
+    "maps": {"attention": {"layers": [2], "kind": "maps", "heads": 2}},
+    "top-maps": {"attention": {"layers": [1, 2], "kind": "maps", "top": 5}},
 }
 
 
@@ -43,7 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("kinds")
     teacher = tiny_teacher(folder / "teacher")
     return {
-        name: tiny_cache(folder / name, teacher=teacher, targets={"logits": logits}) for name, logits in KINDS.items()
+        name: tiny_cache(folder / name, teacher=teacher, targets={"logits": logits, **LAYERS.get(name, {})})
+        for name, logits in KINDS.items()
     }
 
 
@@ -60,7 +72,7 @@ def refused(folder: Path, match: str) -> None:
         read_everything(folder)
     message = str(caught.value)
     assert "\n" not in message and "fetch" in message and len(message) < 1500
-    assert re.search(r"manifest\.json|part-00000|sketch-", message), message
+    assert re.search(r"manifest\.json|part-00000|sketch-|layers-", message), message
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,6 +154,8 @@ VALUES = {
     "drawn otherwise": ("random-sampling", "sample_counts", 20),
     "sample beyond the vocabulary": ("random-sampling", "sample_gaps", 2**16 - 1),
     "nothing drawn": ("random-sampling", "sample_sizes", 0),
+    "a code of two bytes": ("top-maps", "map_2", 256),
+    "a key before the row": ("top-maps", "map_keys_1", 48),
 }
 
 
@@ -313,6 +327,101 @@ def test_bases_that_lie_are_refused(copy: Any, name: str) -> None:
     with pytest.raises(CacheDamaged, match="basis.*fetch the cache again") as caught:
         read_everything(folder)
     assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------- the layer file
+
+D = 32
+SHAPE = {"heads": 4, "key_heads": 2, "head_width": 8, "scaling": 0.35, "window": None, "softcap": None}
+ENTRY = {"norm": "rms", "epsilon": 1e-6, "head_epsilon": 0.0}
+LAYER_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "NaN": (None, {"hidden.1.mean": np.full(D, np.nan, np.float32)}),
+    "beyond all numbers": (None, {"attention.2.query": np.full((32, D), 3e38, np.float32)}),
+    "doubles": (None, {"hidden.1.mean": np.zeros(D)}),
+    "other width": (None, {"hidden.1.spread": np.ones(D - 1, np.float32)}),
+    "no spread": (None, {"hidden.1.spread": np.zeros(D, np.float32)}),
+    "a flat matrix": (None, {"attention.2.query": np.zeros(32 * D, np.float32)}),
+    "other heads": (None, {"attention.2.key": np.zeros((8, D), np.float32)}),
+    "a longer norm": (None, {"attention.2.norm": np.zeros(D + 1, np.float32)}),
+    "a table of cosines alone": (None, {"attention.2.sin": np.zeros((3, 8), np.float32)}),
+    "a table for three tokens": (
+        None,
+        {name: np.zeros((3, 8), np.float32) for name in ("attention.2.cos", "attention.2.sin")},
+    ),
+    "nothing about attention": ({}, {}),
+    "other heads in words": ({"2": {"shape": {**SHAPE, "heads": 2}, "entry": ENTRY}}, {}),
+    "heads without end": ({"2": {"shape": {**SHAPE, "head_width": 2**40}, "entry": ENTRY}}, {}),
+    "no scaling": ({"2": {"shape": {**SHAPE, "scaling": 0}, "entry": ENTRY}}, {}),
+    "scaling in words": ({"2": {"shape": {**SHAPE, "scaling": "much"}, "entry": ENTRY}}, {}),
+    "a window of nothing": ({"2": {"shape": {**SHAPE, "window": 0}, "entry": ENTRY}}, {}),
+    "one more word": ({"2": {"shape": {**SHAPE, "surprise": 1}, "entry": ENTRY}}, {}),
+    "no entry": ({"2": {"shape": SHAPE}}, {}),
+    "an unknown norm": ({"2": {"shape": SHAPE, "entry": {**ENTRY, "norm": "odd"}}}, {}),
+    "a negative epsilon": ({"2": {"shape": SHAPE, "entry": {**ENTRY, "epsilon": -1.0}}}, {}),
+    "layers in words": ({"two": {"shape": SHAPE, "entry": ENTRY}}, {}),
+    "a list": ([], {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYER_FILES)
+def test_layer_files_that_lie_are_refused(copy: Any, name: str) -> None:
+    attention, arrays = LAYER_FILES[name]
+    folder = copy("relations")
+    [path] = (folder / "teacher").glob("layers-*.safetensors")
+    described = {"version": 1, "attention": {"2": {"shape": SHAPE, "entry": ENTRY}} if attention is None else attention}
+    save_file({**load_file(path), **arrays}, path, {LAYERS_KEY: json.dumps(described)})
+    sign(folder)
+    with pytest.raises(CacheDamaged, match="is no layer file of this cache .*fetch the cache again") as caught:
+        read_everything(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("hidden", {"width": 2**40}), ("hidden", {"codec": 3}), ("hidden", {"codec": "future"}), ("hidden", {"step": 0.0}),
+        ("hidden", {"step": -1.0}), ("hidden", {"layers": []}), ("hidden", {"layers": [2, 2]}), ("hidden", {"layers": [1]}),
+        ("hidden", {"layers": [1, 9]}), ("hidden", {"layers": "all"}), ("attention", {"heads": 3}),
+        ("attention", {"kind": "future"}), ("attention", {"kind": []}), ("attention", {"layers": [0]}),
+        ("attention", {"key_heads": 0}), ("attention", {"values": "yes"}),
+    ],
+)  # fmt: skip
+def test_settings_of_layers_that_lie_are_refused(copy: Any, section: str, change: dict[str, Any]) -> None:
+    folder = copy("relations")
+    sign(folder, lambda data: data["targets"][section].update(change))
+    with pytest.raises((CacheDamaged, CacheError)) as caught:
+        read_everything(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": 3}, {"heads": 0}, {"heads": 8}, {"teacher_heads": 3}, {"teacher_heads": None}, {"top": 0}, {"top": 2**30},
+        {"top": "5"}, {"top": 6}, {"top": None}, {"head_width": 4}, {"key_heads": 4}, {"layers": [1]}, {"kind": "relations"},
+    ],
+)  # fmt: skip
+def test_settings_of_maps_that_lie_are_refused(copy: Any, change: dict[str, Any]) -> None:
+    folder = copy("top-maps")
+    sign(folder, lambda data: data["targets"]["attention"].update(change))
+    with pytest.raises(CacheDamaged) as caught:
+        read_everything(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_maps_of_rows_that_are_too_long_are_refused_at_opening(copy: Any) -> None:
+    folder = copy("maps")
+    sign(folder, lambda data: data["sequence"].update(length=2**20))
+    with pytest.raises(
+        CacheDamaged, match=r"maps of 1 blocks with 2 heads and 1048576 tokens have \d+ places, at most"
+    ):
+        Cache.open(folder)
+
+
+def test_maps_with_fewer_pairs_than_their_row_are_refused(copy: Any) -> None:
+    folder = copy("maps")
+    rewrite(folder, columns=change("map_2", lambda page: page[:-2]))
+    refused(folder, r"column map_2: \d+ bytes for \d+ pairs of 2 bytes")
 
 
 def test_a_basis_of_another_kind_is_refused(copy: Any, made: dict[str, Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from teachercache.errors import ModelError
 from teachercache.models import isolates_packed_segments
-from teachercache.targets import HeadSketch, TopK
+from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.teacher import Teacher, length_sorted_batches
 from teachercache.tokens.rows import Segment, TokenRow
 
@@ -30,7 +30,7 @@ def make_row(length: int, *, seed: int, starts: tuple[int, ...] = (0,), name: st
 
 
 def make_teacher(model, *, layout: str = "documents", vocabulary: int = VOCABULARY, k: int = 8) -> Teacher:
-    return Teacher(model, kind=TopK(k, (1.0, 2.0), "float32", vocabulary), layout=layout, pad_id=0)
+    return Teacher(model, targets=StoredTargets(TopK(k, (1.0, 2.0), "float32", vocabulary)), layout=layout, pad_id=0)
 
 
 def alone(model, row: TokenRow, *, vocabulary: int = VOCABULARY, k: int = 8) -> dict[str, np.ndarray]:
@@ -201,13 +201,13 @@ def test_calibration_halves_its_batches_too_and_goes_without_a_row_that_never_fi
     kind = HeadSketch(6, 8, 0.1, VOCABULARY, 64)
     rows = [make_row(80, seed=99), *(make_row(16, seed=seed) for seed in range(10))]
     little, plenty = (
-        Teacher(model, kind=kind, layout="documents", pad_id=0)
+        Teacher(model, targets=StoredTargets(kind), layout="documents", pad_id=0)
         for model in (little_memory_model(), tiny_model(vocabulary=VOCABULARY))
     )
-    halved = little.calibrate(rows, positions_per_batch=160)
+    little.prepare(rows, positions_per_batch=160, longest=80)
     assert little.batches_halved == 3
-    expected = plenty.calibrate(rows[1:], positions_per_batch=32)
-    np.testing.assert_allclose(halved.basis.mean_D, expected.basis.mean_D, atol=1e-5)
+    plenty.prepare(rows[1:], positions_per_batch=32, longest=80)
+    np.testing.assert_allclose(little.kind.basis.mean_D, plenty.kind.basis.mean_D, atol=1e-5)
 
 
 def test_rows_whose_logits_are_not_finite_get_a_problem():

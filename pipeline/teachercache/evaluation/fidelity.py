@@ -26,7 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teachercache.activations import path_of_blocks
 from teachercache.errors import CacheError, ModelError, UserError
+from teachercache.evaluation.layer_fidelity import LayerComparison
 from teachercache.models import find_model, load_causal_lm, model_inputs, weights_identity
 from teachercache.shards import Cache, Manifest, StoredRow
 from teachercache.shards.reader import Split
@@ -72,15 +74,16 @@ def run_fidelity(
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     vocabulary = manifest.vocabulary_size
     layer = layer_after_body(model, vocabulary_size=vocabulary)
-    comparison = Comparison(temperatures)
+    comparison, layers = Comparison(temperatures), LayerComparison(cache.targets)
     for stored in chosen:
+        layers.add(model, stored, pad_id=manifest.pad_id, layout=manifest.layout)
         logits_NV, student_NV, input_ND = observe(
             model, stored.row, pad_id=manifest.pad_id, layout=manifest.layout, layer=layer
         )
         labels_N = torch.from_numpy(stored.row.labels_N().astype(np.int64)).to(logits_NV.device)
         comparison.add(
             lambda temperature, stored=stored, like=logits_NV: read(
-                cache.kind, stored.targets, temperature, policy, like
+                cache.kind, {name: stored.targets[name] for name in cache.logit_columns}, temperature, policy, like
             ),
             logits_NV[:, :vocabulary],
             student_NV[:, :vocabulary],
@@ -95,6 +98,7 @@ def run_fidelity(
         "rows": len(chosen),
         "positions": comparison.positions,
         "temperatures": comparison.result(),
+        **layers.result(),
         "bytes_per_position": manifest.bytes_per_position(),
         "basis_bytes": sum(info.bytes for info in manifest.files if info.file.endswith(".safetensors")),
     }
@@ -228,9 +232,8 @@ def weakened_last_block(model: Any, *, share: float = 0.0) -> Iterator[None]:
 
     Raises `ModelError` for unknown shapes.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
-    if not lists:
+    path = path_of_blocks(model)
+    if path is None:
         raise ModelError(
             f"{type(model).__name__} does not keep its blocks in one list: no student can be cut out of it"
         )
@@ -240,7 +243,7 @@ def weakened_last_block(model: Any, *, share: float = 0.0) -> Iterator[None]:
         hidden = before + share * ((output[0] if isinstance(output, tuple) else output) - before)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = lists[0][-1].register_forward_hook(weaken, with_kwargs=True)
+    handle = model.get_submodule(path)[-1].register_forward_hook(weaken, with_kwargs=True)
     try:
         yield
     finally:

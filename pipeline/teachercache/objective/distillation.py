@@ -7,7 +7,7 @@ logits, at least as many as the vocabulary has tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class LossTerms:
     divergence: Tensor
     ce: Tensor
     positions: int
+    layers: Mapping[str, Tensor] = field(default_factory=dict)  # terms between layers, and similarities; their sums
 
 
 class DistillationObjective:

@@ -120,12 +120,12 @@ def _load_teacher(job: Job) -> Teacher:
     device = "cuda" if job.precompute.gpus_per_actor > 0 else "cpu"
     pad_id = job.plan.identity["tokenizer"]["pad_id"]
     return Teacher.load(
-        job.teacher, kind=job.plan.loaded_kind(), layout=job.sequence.layout, pad_id=pad_id, device=device
+        job.teacher, targets=job.plan.loaded_targets(), layout=job.sequence.layout, pad_id=pad_id, device=device
     )
 
 
 def run_calibration(job: Job) -> None:
-    """Fit the sketch in a process with the resources of one actor. Raises what the teacher raises."""
+    """Fit the sketch, and make the layer file, in a process with the resources of one actor. Raises what the teacher raises."""
     settings = job.precompute
     task = ray.remote(**_resources(settings), max_retries=1)(_calibrate)
     try:
@@ -145,7 +145,7 @@ def _calibrate(job: Job) -> Row:
             positions_per_batch=job.precompute.positions_per_batch,
         )
 
-    return _carrying_errors(stage, {"unit": 0, "payload": b"", "problem": None}, what="calibrating the sketch")
+    return _carrying_errors(stage, {"unit": 0, "payload": b"", "problem": None}, what="calibrating")
 
 
 def _stopped(error: Exception) -> JobFailed:

@@ -86,12 +86,12 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
     first = math.inf
     with connected(recipe.precompute), _progress(console) as progress:
         if plan.calibration() is None:
-            console.print("calibrating: fitting the sketch to a sample of the corpus …")
+            console.print("calibrating: fitting what targets are read by to a sample of the corpus …")
             run_calibration(Job.of(recipe, plan))
             record = plan.calibration()
             assert record is not None
             console.print(
-                f"the sketch is fitted to {record['positions']:,} positions of {len(record['sources'])} documents"
+                f"fitted to {record['positions']:,} positions of {len(record['sources'])} documents"
                 + _describe_choice(record.get("chosen"))
             )
             began = time.time()

@@ -13,17 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teachercache.config import Recipe
+from teachercache.config import PrecomputeConfig, Recipe
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.files import write_whole
 from teachercache.models import find_model, load_config, load_tokenizer, weights_identity
+from teachercache.precompute.layers import layer_kinds
 from teachercache.precompute.staging import Staged, empty_folder, stage, unit_name
 from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint_of, read_manifest
-from teachercache.targets import TargetKind, calibrates, target_kind
+from teachercache.shards.schema import READ_BY
+from teachercache.targets import LayerFile, StoredTargets, TargetKind, target_kind
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
 
 PLAN = "plan.json"
+LOGIT_BYTES = 64  # about what a token's logits take, which the defaults of `unit_rows` and `unit_bytes` are chosen for
 OURS = {WORK_FOLDER, "teacher", "shards", "quarantine"}  # what an unfinished job may leave in the cache's folder
 
 
@@ -34,7 +37,7 @@ class Plan:
     folder: Path
     fingerprint: str
     identity: dict[str, Any]
-    kind: TargetKind
+    targets: StoredTargets
     units: int
     rows_in: int
     deduplicated: int
@@ -58,34 +61,38 @@ class Plan:
             record = json.loads(self.record_file(unit).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if record["basis"] != (self.calibration() or {}).get("basis"):
-            return None  # calibrated anew: another basis would read its codes as other numbers
+        if record["read_by"] != self.read_by():
+            return None  # prepared anew: other files would read its codes as other numbers
         files = [record[name] for name in ("shard", "quarantine") if record[name]]
         return record if all(_is_there(self.folder, file["file"], file["bytes"]) for file in files) else None
 
     @property
     def calibration_file(self) -> Path:
-        """Written once the basis is in place."""
+        """Written once basis and layer file are in place."""
         return self.work / "calibration.json"
 
     def calibration(self) -> dict[str, Any] | None:
-        """Which rows the basis was made from and the basis they gave; {} for kinds without, None when it is still due."""
-        if not self.kind.needs_calibration:
+        """Which rows basis and layer file were made from, and these files; {} for targets without, None when it is due."""
+        if not self.targets.needs_preparation:
             return {}
         try:
             record = json.loads(self.calibration_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return record if (self.folder / record["basis"]).is_file() else None
+        return record if all((self.folder / record[role]).is_file() for role in READ_BY if role in record) else None
 
-    def loaded_kind(self) -> TargetKind:
-        """The kind with its basis, if calibration has run."""
-        name = (self.calibration() or {}).get("basis")
-        return target_kind(
-            self.kind.settings(),
-            vocabulary_size=self.kind.vocabulary_size,
-            basis=self.folder / name if name else None,
-        )
+    def read_by(self) -> dict[str, str]:
+        """Files that targets are read by, as far as they are made, by role."""
+        record = self.calibration() or {}
+        return {role: record[role] for role in READ_BY if role in record}
+
+    def loaded_targets(self) -> StoredTargets:
+        """The targets with their files, if these have been made."""
+        files = {role: self.folder / name for role, name in self.read_by().items()}
+        kind = self.targets.logits
+        logits = target_kind(kind.settings(), vocabulary_size=kind.vocabulary_size, basis=files.get("basis"))
+        layers = LayerFile.load(files["layers"]) if "layers" in files else None
+        return self.targets.with_logits(logits).with_layer_file(layers, longest=self.identity["sequence"]["length"])
 
     def pending(self) -> list[int]:
         """Units that are still to be computed."""
@@ -109,6 +116,7 @@ def make_plan(recipe: Recipe) -> Plan:
         ChatRenderer(tokenizer)  # raises for a tokenizer without a template
         tokens["chat_template"] = template_fingerprint(tokenizer)
     kind = _target_kind(recipe, config, vocabulary_size=tokens["vocabulary_size"])
+    targets = StoredTargets(kind, **layer_kinds(recipe.targets, config, longest=recipe.sequence.length))
     _check_context(recipe, config)
     identity = {
         "teacher": {
@@ -119,10 +127,10 @@ def make_plan(recipe: Recipe) -> Plan:
         },
         "tokenizer": tokens,
         "sequence": recipe.sequence.model_dump(),
-        "targets": {"logits": kind.settings()},
+        "targets": targets.settings(),
         "units": recipe.precompute.model_dump(include={"unit_rows", "unit_bytes"}),
     }
-    return _find_or_begin(recipe, identity, kind, tokenizer, config)
+    return _find_or_begin(recipe, identity, targets, tokenizer, config)
 
 
 def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -155,8 +163,10 @@ def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> Target
     return target_kind(settings, vocabulary_size=vocabulary_size)
 
 
-def _find_or_begin(recipe: Recipe, identity: dict[str, Any], kind: TargetKind, tokenizer: Any, config: Any) -> Plan:
-    folder, corpus, settings = recipe.cache_folder, recipe.corpus, recipe.precompute
+def _find_or_begin(
+    recipe: Recipe, identity: dict[str, Any], targets: StoredTargets, tokenizer: Any, config: Any
+) -> Plan:
+    folder, corpus, settings = recipe.cache_folder, recipe.corpus, _smaller_units(recipe.precompute, targets)
     assert corpus is not None
     # Where a corpus comes from is no part of its identity: what it holds is.
     described = corpus.model_dump(exclude={"limit", "format", "streaming"})
@@ -164,7 +174,7 @@ def _find_or_begin(recipe: Recipe, identity: dict[str, Any], kind: TargetKind, t
 
     def planned(staged: Staged) -> Plan:
         whole = {**identity, "corpus": {**described, "digest": staged.digest}}
-        return Plan(folder, fingerprint_of(whole), whole, kind, staged.units, staged.rows_in, staged.deduplicated)
+        return Plan(folder, fingerprint_of(whole), whole, targets, staged.units, staged.rows_in, staged.deduplicated)
 
     known = _known_job(folder)
     if known is not None:
@@ -172,12 +182,19 @@ def _find_or_begin(recipe: Recipe, identity: dict[str, Any], kind: TargetKind, t
         _check_same_job(known, plan.identity, folder)
         return plan
     with empty_folder(folder / WORK_FOLDER / "units") as staging:
-        positions = kind.calibration_positions if calibrates(kind) else 0
+        positions = targets.calibration_positions
         plan = planned(stage(corpus, settings, staging, calibration_positions=positions))
         save_teacher_files(folder / "teacher", tokenizer, config, fingerprint=identity["tokenizer"]["fingerprint"])
         (plan.work / "done").mkdir()
         write_whole(plan.work / PLAN, json.dumps(plan.identity, indent=1, sort_keys=True))  # last: now there is a job
     return plan
+
+
+def _smaller_units(settings: PrecomputeConfig, targets: StoredTargets) -> PrecomputeConfig:
+    """Layers take many times what logits do: with them fewer rows share a shard, and its size stays what it is."""
+    times = 1 + targets.token_bytes / LOGIT_BYTES
+    rows, size = max(1, int(settings.unit_rows / times)), max(1, int(settings.unit_bytes / times))
+    return settings.model_copy(update={"unit_rows": rows, "unit_bytes": size})
 
 
 def _known_job(folder: Path) -> dict[str, Any] | None:

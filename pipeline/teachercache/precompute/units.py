@@ -24,6 +24,7 @@ from teachercache.precompute.plan import Plan
 from teachercache.precompute.staging import read_unit, salted_hash, sample_file
 from teachercache.shards import write_shard
 from teachercache.shards.manifest import file_info
+from teachercache.shards.schema import READ_BY
 from teachercache.targets import calibrates
 from teachercache.teacher import Captured, Teacher
 from teachercache.tokens.rows import TokenRow
@@ -37,33 +38,35 @@ def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text
 
 
 def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positions_per_batch: int) -> None:
-    """Make the basis from rows drawn from the whole corpus by content hash; writes the basis, then the record of it.
+    """Make what targets are read by from rows drawn from the whole corpus by content hash; writes basis and layer file, then
+    the record of them.
 
     At most half of what the drawn documents hold is used, so that rows remain on which fidelity can be measured.
     """
     rows = _calibration_rows(plan, sequence=sequence)
-    kind = teacher.calibrate(rows, positions_per_batch=positions_per_batch)
-    assert kind.basis is not None
-    path = kind.basis.save(plan.folder / "teacher")
+    layers = teacher.prepare(rows, positions_per_batch=positions_per_batch, longest=sequence.length)
+    basis = teacher.kind.basis if calibrates(teacher.kind) else None
+    files = {
+        role: made.save(plan.folder / "teacher") for role, made in zip(READ_BY, (basis, layers), strict=True) if made
+    }
     record: dict[str, Any] = {
-        "basis": path.relative_to(plan.folder).as_posix(),
+        **{role: path.relative_to(plan.folder).as_posix() for role, path in files.items()},
         "positions": sum(row.positions for row in rows),
         "rows": sorted(row.row_id for row in rows),
         "sources": sorted({segment.source_id for row in rows for segment in row.segments}),
     }
-    if kind.basis.chosen is not None:
-        record["chosen"] = kind.basis.chosen
+    if basis is not None and basis.chosen is not None:
+        record["chosen"] = basis.chosen
     write_whole(plan.calibration_file, json.dumps(record, sort_keys=True))
 
 
 def _calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
-    assert calibrates(plan.kind)
     documents = read_unit(sample_file(plan.unit_file(0).parent))
     tokenised = tokenise(
         documents, tokenizer=_tokenizer(str(plan.folder / "teacher")), sequence=sequence, store_text=False
     )
     rows = sorted((row for row in tokenised.rows if row.positions), key=lambda row: salted_hash(row.row_id))
-    wanted = min(plan.kind.calibration_positions, sum(row.positions for row in rows) // 2)
+    wanted = min(plan.targets.calibration_positions, sum(row.positions for row in rows) // 2)
     taken = np.cumsum([row.positions for row in rows])
     return rows[: int(np.searchsorted(taken, wanted)) + 1]
 
@@ -115,7 +118,7 @@ def _write_unit(
         **_audit(tokenised, stored, quarantined),
         "teacher": teacher.describe(),
         "fidelity": teacher.drift.result(),
-        "basis": (plan.calibration() or {}).get("basis"),
+        "read_by": plan.read_by(),
         "shard": None,
         "quarantine": None,
         "column_bytes": {},
@@ -126,9 +129,9 @@ def _write_unit(
             f"part-{unit:05d}.arrow",
             rows=[item.row for item in stored],
             payload=[item.columns or {} for item in stored],
-            columns=teacher.kind.columns,
+            columns=teacher.targets.columns,
             fingerprint=plan.fingerprint,
-            basis=record["basis"],
+            read_by=record["read_by"],
         )
         record["shard"] = vars(shard)
     if quarantined:

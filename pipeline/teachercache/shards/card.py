@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from teachercache.shards.manifest import Manifest
-from teachercache.targets import target_kind
+from teachercache.targets import StoredTargets, target_kind
 
 
 def render_card(manifest: Manifest) -> str:
     """Markdown for people who find the folder; made from the manifest alone."""
     audit = manifest.audit
     kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
+    layers = StoredTargets.of(manifest.targets, kind).layers
     sizes = manifest.bytes_per_position()
     held_out = sum(shard.held_out_rows for shard in manifest.shards)
     counts = f"{audit.rows_in:,} rows = {audit.stored:,} stored + {audit.quarantined:,} quarantined"
@@ -20,8 +21,8 @@ def render_card(manifest: Manifest) -> str:
         "sequences": f"{manifest.rows:,} rows of up to {manifest.sequence_length} tokens ({manifest.layout}), "
         f"{held_out:,} of them held out",
         "positions": f"{manifest.positions:,}",
-        "targets": kind.describe(),
-        "size": f"{manifest.shard_bytes:,} bytes of shards: {sizes['logits']} per position for logits, {sizes['total']} in all",
+        "targets": "; ".join([kind.describe(), *(stored.describe() for stored in layers)]),
+        "size": f"{manifest.shard_bytes:,} bytes of shards; per position {_listed(sizes)}",
         "fingerprint": f"`{manifest.fingerprint}`",
     }
     if manifest.fidelity:
@@ -31,7 +32,7 @@ def render_card(manifest: Manifest) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     return f"""# Teacher cache: {manifest.teacher["model"]}
 
-Next-token distributions of a teacher over a corpus, to distil students from without the teacher.
+What a teacher says about a corpus, token by token, to distil students from without the teacher.
 
 | | |
 |---|---|
@@ -43,3 +44,7 @@ Next-token distributions of a teacher over a corpus, to distil students from wit
 
 Shards are Arrow IPC files; the plain columns open in DuckDB, Polars and `datasets.load_dataset("arrow", ...)`.
 """
+
+
+def _listed(sizes: dict[str, float]) -> str:
+    return ", ".join(f"{size} {what}" for what, size in sizes.items())

@@ -22,6 +22,8 @@ from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
 from teachercache.shards.row_batch import numbers, offsets
 from teachercache.targets import target_kind
+from teachercache.targets.attention_maps import check_length
+from teachercache.targets.stored import SECTIONS
 
 if TYPE_CHECKING:
     from teachercache.shards.manifest import Manifest
@@ -64,8 +66,55 @@ class _Targets(_Claim):
     logits: dict[str, Any]
 
 
+Number = Annotated[int, Field(ge=1, le=2**20)]  # of layers, heads or channels
+Step = Annotated[float, Field(gt=0, le=1000)]
+
+
+class _Layers(_Claim):
+    layers: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(min_length=1)
+    width: Number
+    blocks: Number
+
+
+class _HiddenStates(_Layers):
+    codec: str
+    step: Annotated[float, Field(ge=0, le=1000)]
+    calibration_positions: Count
+
+
+class _Relations(_Layers):
+    layers: list[Number] = Field(min_length=1)
+    heads: Number
+    key_heads: Number
+    head_width: Number
+    values: bool
+
+
+class _QueriesKeys(_Relations):
+    step: Step
+    calibration_positions: Count
+
+
+class _Maps(_Layers):
+    layers: list[Number] = Field(min_length=1)
+    heads: Number
+    teacher_heads: Number
+    key_heads: Number
+    head_width: Number
+    top: Annotated[int, Field(ge=1, le=1024)] | None
+
+
+_LAYER_CLAIMS: dict[tuple[str, str], type[_Layers]] = {
+    ("hidden", "hidden"): _HiddenStates,
+    ("attention", "relations"): _Relations,
+    ("attention", "queries-keys"): _QueriesKeys,
+    ("attention", "maps"): _Maps,
+}
+
+
 class _Calibration(_Claim):
     basis: str | None = None
+    layers: str | None = None
     positions: Count = 0
     rows: list[str] = []
     sources: list[str] = []
@@ -116,6 +165,43 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
     _check_counts("audit", [vars(manifest.audit)], list(vars(manifest.audit)))
     _check_shards(manifest)
     _check_settings(manifest.logits, manifest.vocabulary_size)
+    for section in SECTIONS:
+        if section in manifest.targets:
+            _check_layers(section, manifest.targets, longest=manifest.sequence_length)
+
+
+def _check_layers(section: str, targets: Mapping[str, Any], *, longest: int) -> None:
+    """Of a kind that this version knows; others are refused where they are read."""
+    settings = targets[section]
+    if not isinstance(settings, dict):
+        raise ValueError(f"targets.{section} is no mapping")
+    claim = _LAYER_CLAIMS.get((section, str(settings.get("kind", section))))
+    if claim is None:
+        return
+    _validated(claim.model_validate, settings)
+    layers = settings["layers"]
+    if sorted(set(layers)) != layers or layers[-1] > settings["blocks"]:
+        raise ValueError(
+            f"targets.{section}.layers do not rise, each once, up to the teacher's {settings['blocks']} blocks"
+        )
+    if settings.get("codec", "bf16") != "bf16" and not settings["step"] > 0:
+        raise ValueError(f"targets.{section}.step is none")
+    if section == "attention":
+        _check_heads(settings, longest=longest)
+    if settings.get("kind") == "relations":
+        stored = set((targets.get("hidden") or {}).get("layers", ()))
+        if missing := {layer - 1 for layer in layers} - stored:
+            raise ValueError(f"targets.attention needs hidden state {min(missing)}, which is not stored")
+
+
+def _check_heads(settings: Mapping[str, Any], *, longest: int) -> None:
+    theirs = settings.get("teacher_heads", settings["heads"])
+    if theirs % settings["key_heads"] or theirs % settings["heads"]:
+        raise ValueError(
+            f"targets.attention has {theirs} heads, {settings['key_heads']} of keys, and {settings['heads']} of them stored"
+        )
+    if settings["kind"] == "maps":
+        check_length(longest, heads=settings["heads"], layers=len(settings["layers"]), top=settings["top"])
 
 
 def _validated(validate: Any, value: Any) -> None:

@@ -89,7 +89,7 @@ def _find(cache: Cache, row_id: str) -> StoredRow:
             raise CacheError(
                 f"there is no row {row_id}: the cache has {cache.rows_of(split)} {split} rows, counted from 0"
             )
-        return cache.read_row(split, int(number))
+        return cache.read_row(split, int(number), columns=cache.logit_columns)
     rows = ((split, index) for split in SPLITS for index in range(cache.rows_of(split)))
     named = ((cache.read_row(*row, columns=()).row.row_id, row) for row in rows)
     found = list(
@@ -102,7 +102,7 @@ def _find(cache: Cache, row_id: str) -> StoredRow:
         raise CacheError(
             f"more than one row's id begins with {row_id!r}, {names} do; give more digits of the one you mean"
         )
-    return cache.read_row(*found[0][1])
+    return cache.read_row(*found[0][1], columns=cache.logit_columns)
 
 
 def token_texts(cache: Cache) -> dict[int, str]:

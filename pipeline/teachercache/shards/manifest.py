@@ -19,6 +19,7 @@ from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
 from teachercache.shards.claims import check_manifest
 from teachercache.shards.schema import ROW_COLUMNS
+from teachercache.targets.stored import section_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -136,11 +137,17 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     def bytes_per_position(self) -> dict[str, float]:
-        """On disk: `logits` (all target columns), `tokens` (ids, masks, ids of rows, text), `total` (with Arrow's framing)."""
+        """On disk: `logits`, `hidden` and `attention` where there are such columns, `tokens` (ids, masks, ids of rows, text),
+        `total` (with Arrow's framing)."""
         positions = max(1, self.positions)
         tokens = sum(self.column_bytes[name] for name in ROW_COLUMNS)
-        logits = sum(self.column_bytes.values()) - tokens
-        sizes = {"logits": logits, "tokens": tokens, "total": self.shard_bytes}
+        layers: dict[str, int] = {}
+        for name, size in self.column_bytes.items():
+            section = section_of(name)
+            if section is not None:
+                layers[section] = layers.get(section, 0) + size
+        logits = sum(self.column_bytes.values()) - tokens - sum(layers.values())
+        sizes = {"logits": logits, **layers, "tokens": tokens, "total": self.shard_bytes}
         return {name: round(size / positions, 2) for name, size in sizes.items()}
 
     def to_json(self) -> str:

@@ -25,9 +25,9 @@ from teachercache.shards.decompressed import Decompressed
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import Manifest, ShardInfo
 from teachercache.shards.row_batch import RowBatch
-from teachercache.shards.schema import ROW_COLUMNS, check_schema, shard_metadata, tables_of
+from teachercache.shards.schema import READ_BY, ROW_COLUMNS, check_schema, shard_metadata, tables_of
 from teachercache.shards.source import LocalFiles, Source, source_of
-from teachercache.targets import TargetKind, target_kind
+from teachercache.targets import LayerFile, StoredTargets, TargetKind, target_kind
 from teachercache.targets.columns import Column, Decoder
 from teachercache.tokens.rows import TokenRow
 
@@ -42,7 +42,7 @@ EVICTIONS = 10  # of a local copy between its check and its opening, by other pr
 
 @dataclass(frozen=True, eq=False)
 class StoredRow:
-    """A row and its target columns as they are stored; `Cache.kind.decoded(targets)` makes them arrays of a batch."""
+    """A row and its target columns as they are stored; `decoded` of a kind in `Cache.targets` makes them arrays of a batch."""
 
     row: TokenRow
     targets: dict[str, NDArray[Any]]
@@ -58,7 +58,7 @@ class Cache:
         train = np.array([shard.rows for shard in manifest.shards], dtype=np.int64) - held_out
         self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
         self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._kind: TargetKind | None = None
+        self._targets: StoredTargets | None = None
         self.recent: Decompressed[RowBatch] = Decompressed(KEPT_BYTES)
 
     @classmethod
@@ -88,23 +88,40 @@ class Cache:
 
     @property
     def kind(self) -> TargetKind:
-        """How the logit targets are read, with the basis that they need; loaded once."""
-        if self._kind is None:
-            manifest = self.manifest
-            self._kind = target_kind(
-                manifest.logits, vocabulary_size=manifest.vocabulary_size, basis=self._checked_basis()
-            )
-        return self._kind
+        """How the logit targets are read, with the basis that they need."""
+        return self.targets.logits
 
-    def _checked_basis(self) -> Path | None:
-        """The basis that the manifest names, its bytes checked as those of shards are."""
-        name = self.manifest.calibration.get("basis")
+    @property
+    def logit_columns(self) -> tuple[str, ...]:
+        """Columns of the logit targets."""
+        return tuple(column.name for column in self.kind.columns)
+
+    @property
+    def targets(self) -> StoredTargets:
+        """How everything that is stored of the teacher is read, with the files that this needs; loaded once."""
+        if self._targets is None:
+            manifest = self.manifest
+            basis, layers = (self._checked_file(name) for name in READ_BY)
+            kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size, basis=basis)
+            targets = StoredTargets.of(manifest.targets, kind)
+            if targets.needs_layer_file and layers is None:
+                raise CacheDamaged(f"{self.name}: the manifest names no layer file; fetch the cache again")
+            self._targets = (
+                targets.with_layer_file(LayerFile.load(layers), longest=manifest.sequence_length, name=layers)
+                if layers
+                else targets
+            )
+        return self._targets
+
+    def _checked_file(self, role: str) -> Path | None:
+        """The file that the manifest names to read targets by, its bytes checked as those of shards are."""
+        name = self.manifest.calibration.get(role)
         if name is None:
             return None
         info = next((info for info in self.manifest.files if info.file == name), None)
         if info is None:
             raise CacheDamaged(
-                f"{self.name}: the manifest names the basis {name}, but no such file; fetch the cache again"
+                f"{self.name}: the manifest names the {role} {name}, but no such file; fetch the cache again"
             )
         return self.source.path_of(info)
 
@@ -159,14 +176,15 @@ class Cache:
                 self._mapped(info),
                 info,
                 fingerprint=self.manifest.fingerprint,
-                kind=self.kind,
+                targets=self.targets,
                 longest=self.manifest.sequence_length,
             )
-            if shard.basis != self.manifest.calibration.get("basis"):
-                raise CacheDamaged(
-                    f"{info.file} is read by the basis {shard.basis}, the manifest names "
-                    f"{self.manifest.calibration.get('basis')}; fetch the cache again"
-                )
+            for role in READ_BY:
+                found, named = shard.read_by[role], self.manifest.calibration.get(role)
+                if found != named:
+                    raise CacheDamaged(
+                        f"{info.file} is read by the {role} {found}, the manifest names {named}; fetch the cache again"
+                    )
             self._shards[number] = shard
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
@@ -189,14 +207,14 @@ class Cache:
 class Shard:
     """One memory-mapped shard, whose bytes are checked by now, but not what they say: see claims.py.
 
-    `kind` says which columns it must have, `longest` how many tokens a row may have. Everything raises `CacheDamaged`,
+    `targets` say which columns it must have, `longest` how many tokens a row may have. Everything raises `CacheDamaged`,
     naming file and remedy, for a shard that cannot be one of such a cache.
     """
 
     def __init__(
-        self, file: pa.MemoryMappedFile, info: ShardInfo, *, fingerprint: str, kind: TargetKind, longest: int
+        self, file: pa.MemoryMappedFile, info: ShardInfo, *, fingerprint: str, targets: StoredTargets, longest: int
     ) -> None:
-        self.info, self._file, self._kind, self._longest = info, file, kind, longest
+        self.info, self._file, self._stored, self._longest = info, file, targets, longest
         try:
             self._blocks = Blocks(self._file.read_buffer())
             self._file.seek(0)
@@ -204,16 +222,16 @@ class Shard:
             metadata = shard_metadata(self.schema)
             if metadata["fingerprint"] != fingerprint:
                 raise CacheDamaged("it belongs to another cache")
-            check_schema(self.schema, [column.name for column in kind.columns])
+            check_schema(self.schema, [column.name for column in targets.columns])
             described = metadata["columns"]
             self.columns = {
                 column.name: column.read_as(Column.from_metadata(column.name, described.get(column.name)))
-                for column in kind.columns
+                for column in targets.columns
             }
             self._tables = {name: tables_of(described[name]) for name in self.columns}
         except DAMAGE as error:
             raise _damaged(info.file, error) from None
-        self.basis: str | None = metadata.get("basis")
+        self.read_by: dict[str, str | None] = {role: metadata.get(role) for role in READ_BY}
         self._decoders: dict[str, Decoder] = {}
         self._rows_per_batch: int = metadata["rows_per_batch"]
         self._readers: dict[tuple[str, ...], pa.RecordBatchFileReader] = {}
@@ -227,14 +245,17 @@ class Shard:
         missing = set(names) - set(self.columns)
         if missing:
             raise KeyError(f"the targets have no column {min(missing)}; there are {', '.join(self.columns)}")
+        segments = segments or any(self.columns[name].of == "pair" for name in names)  # they tell how many there are
         number, within = divmod(index, self._rows_per_batch)
         try:
             fields = (*(name for name in ROW_COLUMNS if segments or name != "segments"), *names)
             batch = recent.get((self.info.file, fields, number), lambda: RowBatch(self._read_batch(fields, number)))
             row = batch.row(within)
-            positions = row.positions
-            targets = {name: self._decoder(name)(batch.payload(name, within), positions) for name in names}
-            self._kind.check_stored(targets)
+            counts = {"position": row.positions, "token": row.length, "pair": row.pairs}
+            targets = {
+                name: self._decoder(name)(batch.payload(name, within), counts[self.columns[name].of]) for name in names
+            }
+            self._stored.check_stored(targets)
         except DAMAGE as error:
             raise _damaged(f"{self.info.file}, row {index},", error) from None
         return StoredRow(row, targets)
@@ -260,7 +281,7 @@ class Shard:
             )
         check_rows(
             batch,
-            vocabulary_size=self._kind.vocabulary_size,
+            vocabulary_size=self._stored.logits.vocabulary_size,
             longest=self._longest,
             first=first,
             held_out_from=self.info.rows - self.info.held_out_rows,

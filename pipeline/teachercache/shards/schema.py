@@ -38,13 +38,19 @@ ROW_FIELDS = (
     pa.field("segments", pa.list_(SEGMENT), nullable=False),
 )
 ROW_COLUMNS = tuple(field.name for field in ROW_FIELDS)
+READ_BY = ("basis", "layers")  # files that targets are read by: of logits (targets/basis.py), of layers (layer_file.py)
 
 
 def shard_schema(
-    columns: Sequence[Column], *, tables: Mapping[str, bytes], rows_per_batch: int, fingerprint: str, basis: str | None
+    columns: Sequence[Column],
+    *,
+    tables: Mapping[str, bytes],
+    rows_per_batch: int,
+    fingerprint: str,
+    read_by: Mapping[str, str],
 ) -> pa.Schema:
     """Schema of one shard; its metadata says how payload columns are coded (`tables`: what codecs keep once a shard), by
-    which basis (a file of the cache) their numbers are read, and which cache it belongs to."""
+    which files of the cache their numbers are read (by role, see `READ_BY`), and which cache it belongs to."""
     payload = [pa.field(column.name, pa.binary(), nullable=False) for column in columns]
     metadata = {
         "fingerprint": fingerprint,
@@ -53,8 +59,7 @@ def shard_schema(
             column.name: column.to_metadata() | table_metadata(tables.get(column.name, b"")) for column in columns
         },
     }
-    if basis is not None:
-        metadata["basis"] = basis
+    metadata |= dict(read_by)
     return pa.schema([*ROW_FIELDS, *payload], metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
 

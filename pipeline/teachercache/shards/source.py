@@ -16,6 +16,7 @@ from teachercache.shards.local_copies import LocalCopies
 from teachercache.shards.manifest import MANIFEST, FileInfo, Manifest, hash_file, parse_manifest, read_manifest
 from teachercache.shards.object_store import ObjectStore
 from teachercache.shards.prefetch import Prefetcher
+from teachercache.shards.schema import READ_BY
 
 TEACHER = "teacher"
 
@@ -94,8 +95,8 @@ class RemoteFiles:
         return self.copies.path_of(self.store, info)
 
     def teacher_folder(self, manifest: Manifest) -> Path:
-        basis = manifest.calibration.get("basis")  # as large as shards, and read by `path_of`
-        infos = [info for info in manifest.files if info.file.startswith(f"{TEACHER}/") and info.file != basis]
+        large = {manifest.calibration.get(role) for role in READ_BY}  # as large as shards, and read by `path_of`
+        infos = [info for info in manifest.files if info.file.startswith(f"{TEACHER}/") and info.file not in large]
         return self.copies.folder_of(self.store, infos) / TEACHER
 
     def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:

@@ -22,7 +22,7 @@ from teachercache.shards.manifest import MANIFEST, FileInfo, Manifest, ShardInfo
 from teachercache.shards.object_store import AGAIN, ObjectStore
 from teachercache.shards.schema import check_schema, shard_metadata
 from teachercache.shards.source import remote_manifest
-from teachercache.targets import target_kind
+from teachercache.targets import StoredTargets, target_kind
 
 CARD = "README.md"  # the one file without a digest: people may add to it
 NOT_LISTED = "the manifest does not list it"
@@ -105,7 +105,8 @@ def _why_wrong_shard(path: Path, info: ShardInfo, manifest: Manifest) -> str | N
             schema = pa.ipc.open_file(source).schema
             fingerprint = shard_metadata(schema)["fingerprint"]
             kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
-            check_schema(schema, [column.name for column in kind.columns])
+            targets = StoredTargets.of(manifest.targets, kind)
+            check_schema(schema, [column.name for column in targets.columns])
             rows, positions = _counts(source, schema)
     except (pa.ArrowException, OSError, CacheDamaged, KeyError, ValueError) as error:
         return f"it cannot be read as a shard: {str(error).splitlines()[0]}"

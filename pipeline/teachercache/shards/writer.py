@@ -30,12 +30,12 @@ def write_shard(
     payload: Sequence[Mapping[str, NDArray[Any]]],
     columns: Sequence[Column],
     fingerprint: str,
-    basis: str | None = None,
+    read_by: Mapping[str, str] | None = None,
 ) -> tuple[ShardInfo, dict[str, int]]:
     """Write `rows` with their target columns to `folder/shards/name`, training rows first; returns its entry and the
     compressed bytes of each column.
 
-    `payload[i]` holds the arrays [positions, …] of `rows[i]`; `basis` names the file by which they are read. The file
+    `payload[i]` holds the arrays of `rows[i]`; `read_by` names the files by which they are read (`READ_BY`). The file
     appears under its name only when it is whole.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].held_out)
@@ -44,7 +44,9 @@ def write_shard(
     tables = {column_name: shared for column_name, (shared, _) in encoded.items()}
     pages = [encoded[column.name][1] for column in columns]
     rows_per_batch = _rows_per_batch(pages, rows)
-    schema = shard_schema(columns, tables=tables, rows_per_batch=rows_per_batch, fingerprint=fingerprint, basis=basis)
+    schema = shard_schema(
+        columns, tables=tables, rows_per_batch=rows_per_batch, fingerprint=fingerprint, read_by=read_by or {}
+    )
     column_bytes = dict.fromkeys(schema.names, 0)
     for column_name, shared in tables.items():  # the schema stands at both ends of the file
         column_bytes[column_name] = 2 * len(table_metadata(shared).get("tables", ""))

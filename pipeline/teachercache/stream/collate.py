@@ -3,7 +3,7 @@
 Row token i predicts token i + 1, so `shift_labels[b, i]` is `input_ids[b, i + 1]` wherever a target is stored, and -100
 elsewhere: at the last token of every segment, on prompt tokens of a chat and on padding.
 
-Shapes: B rows, S tokens, N positions in row-major order of (b, i).
+Shapes: B rows, S tokens, N positions in row-major order of (b, i), X numbers of a token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from teachercache.models import model_inputs
 from teachercache.shards import Cache, StoredRow
 from teachercache.stream.dataset import Rows
 from teachercache.stream.packing import first_fit, merged
-from teachercache.targets import TargetKind
+from teachercache.targets import StoredTargets, TargetKind
+from teachercache.targets.attention import sees
 from teachercache.tokens.rows import TokenRow
 
 IGNORED = -100  # the label that losses of torch and transformers skip
@@ -32,7 +33,7 @@ class Collator:
 
     layout: str
     pad_id: int
-    kind: TargetKind
+    targets: StoredTargets
     columns: tuple[str, ...]
     pack_length: int | None = None
 
@@ -41,14 +42,14 @@ class Collator:
         """The collator for some target columns of a cache; `pack` puts short rows into sequences as long as its longest."""
         manifest = cache.manifest
         length = manifest.sequence_length if pack else None
-        return cls(manifest.layout, manifest.pad_id, cache.kind, tuple(columns), length)
+        return cls(manifest.layout, manifest.pad_id, cache.targets, tuple(columns), length)
 
     def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
         return collate(
             rows,
             layout=self.layout,
             pad_id=self.pad_id,
-            kind=self.kind,
+            targets=self.targets,
             columns=self.columns,
             pack_length=self.pack_length,
         )
@@ -69,12 +70,16 @@ def collate(
     *,
     layout: str,
     pad_id: int,
-    kind: TargetKind,
+    targets: StoredTargets,
     columns: Sequence[str],
     pack_length: int | None = None,
 ) -> dict[str, Any]:
     """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and `targets`: a tensor
-    [N, …] for each array that the kind decodes from these columns, ids as int64 and other numbers as float32.
+    [N, …] for each array that the kind of logits decodes from these columns, ids as int64 and other numbers as float32.
+
+    With columns of layers also `layers`: what they decode to, [B, S, …], or [B, S, S, …] by query and key of columns by pair,
+    zero where there is padding or a query does not see; and `segment`, the number of each token's segment in its row, int64
+    [B, S], -1 for padding.
 
     With `pack_length` B counts sequences of several rows, isolated as in the packed layout, and positions follow their order.
     No rows give one row of padding with N = 0: a process whose share is empty still takes part in collectives.
@@ -88,7 +93,37 @@ def collate(
     inputs = model_inputs(tokens, pad_id=pad_id, layout=layout)
     batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
     batch["shift_labels"] = torch.from_numpy(_shift_labels(tokens, longest=inputs["input_ids"].shape[1]))
-    batch["targets"] = _joined(rows, kind, columns)
+    of_logits = {column.name for column in targets.logits.columns}
+    batch["targets"] = _joined(rows, targets.logits, [name for name in columns if name in of_logits])
+    of_layers = [name for name in columns if name not in of_logits]
+    if of_layers:
+        batch["layers"] = _layers(rows, tokens, targets, of_layers)
+    return batch
+
+
+def _layers(
+    rows: Sequence[StoredRow], tokens: Sequence[TokenRow], targets: StoredTargets, columns: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Rows may be fewer than `tokens` has sequences of: one of padding; or more: several in a sequence."""
+    longest = max(row.length for row in tokens)
+    segment_BS = np.full((len(tokens), longest), -1, dtype=np.int64)
+    if rows:
+        for segment_S, row in zip(segment_BS, tokens, strict=True):
+            segment_S[: row.length] = row.segment_S()
+    decoded = [targets.decoded({name: stored.targets[name] for name in columns}) for stored in rows]
+    if not decoded:
+        nothing = {column.name: np.empty((0, *column.shape), column.dtype) for column in targets.columns}
+        decoded = [targets.decoded({name: nothing[name] for name in columns})]
+    batch = {"segment": torch.from_numpy(segment_BS)}
+    of_pairs = {column.name for column in targets.columns if column.of == "pair"}
+    # Rows in a sequence stand one after the other, and so do their tokens, and their pairs.
+    is_token_BS = batch["segment"] >= 0
+    is_pair_BSS = sees(torch, batch["segment"], window=None) if of_pairs & decoded[0].keys() else is_token_BS
+    for name in decoded[0]:
+        places = is_pair_BSS if name in of_pairs else is_token_BS
+        values = torch.from_numpy(np.concatenate([arrays[name] for arrays in decoded]))
+        batch[name] = values.new_zeros(*places.shape, *values.shape[1:])
+        batch[name][places] = values
     return batch
 
 

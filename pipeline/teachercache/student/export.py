@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from teachercache.config import StudentConfig
+from teachercache.student.layers import without_adapters
 from teachercache.student.lora import copy_adapters, write_merged
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -33,6 +34,7 @@ def export_student(checkpoint: Path, *, config: StudentConfig, tokenizer: Path, 
     temporary.mkdir(parents=True)
     if config.lora is None:
         _copy(_matching(checkpoint, MODEL_FILES), temporary)
+        without_adapters(temporary)
     else:
         write_merged(checkpoint, config, temporary)
         copy_adapters(checkpoint, student.with_name("adapters"))

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from teachercache.activations import path_of_blocks
 from teachercache.errors import ModelError, UserError
 from teachercache.models import find_model, load_causal_lm, load_tokenizer
 from teachercache.student.layer_choice import chosen_layers
@@ -63,19 +64,15 @@ def _check_output(output: Path, model: str, *, overwrite: bool) -> None:
 
 def _path_of_layers(source: Any, model: str) -> str:
     """Name of the one list of layers, e.g. `model.layers` or `transformer.h`."""
-    from torch.nn import ModuleList
-
     if getattr(source, "hf_quantizer", None) is not None:
         raise ModelError(f"{model} is quantised, its layers cannot be copied; give the checkpoint in full precision")
-    count = getattr(source.config.get_text_config(), "num_hidden_layers", None)
-    lists = [name for name, module in source.named_modules() if isinstance(module, ModuleList) and len(module) == count]
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outermost) != 1:
+    path = path_of_blocks(source)
+    if path is None:
         raise ModelError(
             f"{model} ({type(source).__name__}) does not keep its layers in one list of config.num_hidden_layers "
             "modules; init-student takes decoder-only models that do, such as Llama, Qwen, Gemma, Mistral or GPT-2"
         )
-    return outermost[0]
+    return path
 
 
 def _keep_layers(source: Any, model: str, path: str, kept: list[int]) -> Any:

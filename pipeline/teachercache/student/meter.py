@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Window:
     positions: int
     seconds: float
     waiting: float  # share of the time in which a process had no batch to work on, mean over processes
+    layers: Mapping[str, float] = field(default_factory=dict)  # terms between layers and similarities, by name
 
     @property
     def positions_per_second(self) -> float:
@@ -36,9 +37,10 @@ class Window:
 class LossMeter:
     """Sums of loss terms since the last `take`. Adding is asynchronous on a GPU; taking is a collective."""
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Any, names: Sequence[str] = ()) -> None:
         self._accelerator = accelerator
-        self._sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+        self._names = tuple(names)  # of terms between layers
+        self._sums = torch.zeros(4 + 2 * len(names), dtype=torch.float64, device=accelerator.device)
         self._started: float | None = None
         self._waited = 0.0
 
@@ -57,15 +59,21 @@ class LossMeter:
         sums = torch.stack([terms.total.detach(), terms.divergence.detach(), terms.ce.detach()]).double()
         self._sums[:3] += sums
         self._sums[3] += terms.positions
+        for place, name in enumerate(self._names, start=4):
+            if name in terms.layers:
+                self._sums[place] += terms.layers[name].double()
+                self._sums[place + len(self._names)] += terms.positions  # caches of a mix may have pairs of their own
 
     def take(self) -> Window:
         """The window over all processes; the next one begins empty."""
         seconds = time.perf_counter() - self._started if self._started is not None else 0.0
         waiting = torch.tensor([self._waited / seconds if seconds else 0.0]).to(self._sums)
         reduced = self._accelerator.reduce(torch.cat([self._sums, waiting]), "sum")
-        total, divergence, ce, positions, waiting_sum = reduced.tolist()
+        total, divergence, ce, positions, *layers, waiting_sum = reduced.tolist()
         self._sums.zero_()
         self._started, self._waited = None, 0.0
         count = max(positions, 1)
         share = waiting_sum / self._accelerator.num_processes
-        return Window(total / count, divergence / count, ce / count, int(positions), seconds, share)
+        sums, counts = layers[: len(self._names)], layers[len(self._names) :]
+        means = {name: value / max(n, 1) for name, value, n in zip(self._names, sums, counts, strict=True)}
+        return Window(total / count, divergence / count, ce / count, int(positions), seconds, share, means)

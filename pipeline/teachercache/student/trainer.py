@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
+from teachercache.objective.layers import names_of
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan, PlanSampler, spread
 from teachercache.stream.collate import Collator, MixedCollator
@@ -38,6 +39,14 @@ from teachercache.student.checkpoints import checkpoint_folder, complete_checkpo
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.elastic import any_number_of_processes
 from teachercache.student.held_out import HeldOutMeasure
+from teachercache.student.layers import (
+    check_formed_outside,
+    check_trainer,
+    layer_objectives,
+    logged,
+    names_logged,
+    watched,
+)
 from teachercache.student.meter import LOGGED_AS, LossMeter
 from teachercache.student.output_layer import loss_for_logits, takes_loss
 from teachercache.student.preemption import heed_parent_alone
@@ -80,7 +89,10 @@ class DistillationTrainer(Trainer):
         self.plan = plan or _plan_of(args, cache, mix)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
+        self.layer_objectives = layer_objectives(model, objective, self.caches, seed=args.seed)
         columns = [objective.columns for objective in self.objectives]
+        if self.layer_objectives:
+            columns = [(*names, *each.columns) for names, each in zip(columns, self.layer_objectives, strict=True)]
         held_out = sum(each.rows_of("held-out") for each in self.caches)
         use_cache = model.config.use_cache
         super().__init__(
@@ -94,7 +106,8 @@ class DistillationTrainer(Trainer):
         model.config.use_cache = use_cache  # Trainer turns it off, and would export a student that generates slowly
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
-        self.meter = LossMeter(self.accelerator)
+        check_trainer(self, self.layer_objectives)
+        self.meter = LossMeter(self.accelerator, names_logged(self.layer_objectives))
         self._held_out_loader: DataLoader[Rows] | None = None
         self._fetching: list[list[int]] = []  # shards of each cache
         self._loss_in_layer: bool | None = None  # not tried yet
@@ -166,34 +179,42 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """This micro-batch's share of the global batch's mean loss. Calls the wrapped model, never `model.module`."""
         inputs = dict(inputs)
-        labels_BS, targets = inputs.pop("shift_labels"), inputs.pop("targets")
-        terms, outputs = self._terms(model, inputs, labels_BS, targets, self.objectives[inputs.pop("source")])
+        terms, outputs = self._terms(model, inputs, inputs.pop("source"))
         self.meter.add(terms)
         positions = terms.positions if num_items_in_batch is None else num_items_in_batch
         # DeepSpeed and DDP average gradients over processes where the mean over positions needs their sum.
         loss = terms.total * (self.accelerator.num_processes / _at_least_one(positions))
         return (loss, outputs) if return_outputs else loss
 
-    def _terms(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        labels_BS: torch.Tensor,
-        targets: dict[str, torch.Tensor],
-        objective: DistillationObjective,
-    ) -> tuple[LossTerms, Any]:
-        """The loss, formed where logits would be, if the student's output layer allows it."""
-        if not self._forms_loss_in_layer(model):
-            outputs = model(**inputs, use_cache=False)
-            return objective(outputs.logits, labels_BS, targets), outputs
+    def _terms(self, model: Any, inputs: dict[str, Any], source: int) -> tuple[LossTerms, Any]:
+        """The loss, formed where logits would be, if the student's output layer allows it; with it that of layers."""
+        objective, layers = self.objectives[source], inputs.pop("layers", None)
+        labels_BS, targets = inputs.pop("shift_labels"), inputs.pop("targets")
+        matched = self.layer_objectives[source] if self.layer_objectives else None
+        in_layer = self._forms_loss_in_layer(model)
         formed: list[LossTerms] = []
+        with watched(self.model, matched) as activations:
 
-        def loss(hidden: Any, weight: Any, bias: Any, softcap: float | None) -> torch.Tensor:
-            formed.append(objective.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
-            return formed[-1].total
+            def add_layers(terms: LossTerms) -> torch.Tensor:
+                for each in self.layer_objectives:  # in one order in all processes, whatever caches they are at
+                    if each is matched:
+                        found = each.loss(activations, layers, labels_BS)
+                        terms = replace(terms, total=terms.total + found.total, layers=logged(found))
+                    else:
+                        terms = replace(terms, total=terms.total + each.idle(terms.total))
+                formed.append(terms)
+                return terms.total
 
-        with loss_for_logits(self.model, loss):
-            outputs = model(**inputs, use_cache=False)
+            def loss(hidden: Any, weight: Any, bias: Any, softcap: float | None) -> torch.Tensor:
+                return add_layers(objective.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
+
+            if not in_layer:
+                check_formed_outside(model, matched)
+                outputs = model(**inputs, use_cache=False)
+                add_layers(objective(outputs.logits, labels_BS, targets))
+                return formed[-1], outputs
+            with loss_for_logits(self.model, loss):
+                outputs = model(**inputs, use_cache=False)
         return replace(formed[-1], total=outputs.logits.reshape(())), outputs
 
     def _forms_loss_in_layer(self, model: Any) -> bool:
@@ -222,6 +243,10 @@ class DistillationTrainer(Trainer):
             "ce": window.ce,
             **(with_teacher if config.alpha > 0 else {}),
             "alpha": config.alpha,
+            **window.layers,
+            **{
+                f"weight_{name}": term.weight for name, term in zip(names_of(config.layers), config.layers, strict=True)
+            },
             "positions": window.positions,
             "positions_per_second": window.positions_per_second,
             "waiting_for_data": window.waiting,

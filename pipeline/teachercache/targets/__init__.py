@@ -19,8 +19,11 @@ from teachercache.targets.full import Full
 from teachercache.targets.head_sketch import HeadSketch
 from teachercache.targets.hidden import Hidden
 from teachercache.targets.kind import CalibratedKind, TargetKind, calibrates
+from teachercache.targets.layer_file import LayerFile
 from teachercache.targets.random_sampling import RandomSampling
 from teachercache.targets.softened import Softened, TailPolicy
+from teachercache.targets.states import HiddenStates
+from teachercache.targets.stored import StoredTargets
 from teachercache.targets.temperature import grid_index
 from teachercache.targets.top_k import TopK
 from teachercache.targets.top_p import TopP
@@ -52,9 +55,12 @@ __all__ = [
     "Full",
     "HeadSketch",
     "Hidden",
+    "HiddenStates",
+    "LayerFile",
     "RandomSampling",
     "SketchBasis",
     "Softened",
+    "StoredTargets",
     "TailPolicy",
     "TargetKind",
     "TopK",

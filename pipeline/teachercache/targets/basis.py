@@ -19,9 +19,7 @@ Shapes: V vocabulary, D width of h, r directions, F features, G nodes of the tai
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
+from teachercache.targets.named_file import save_named
 from teachercache.targets.softened import SketchTail
 
 Array = NDArray[Any]
@@ -103,26 +102,13 @@ class SketchBasis:
 
     def save(self, folder: Path) -> Path:
         """Write it as safetensors, named by its content; returns the path."""
-        from safetensors.numpy import save
-
         names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "step", "chosen", "copies")]
         arrays = {name: getattr(self, name) for name in names}
         described: dict[str, Any] = {"version": 1, "softcap": self.softcap, "step": self.step}
         if self.chosen is not None:
             described["chosen"] = self.chosen
-        # One key: safetensors writes several in an order that differs from call to call.
-        data = save(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            metadata={METADATA_KEY: json.dumps(described)},
-        )
-        path = folder / f"{PREFIX}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())  # shards are read by it: a record of it must not outlive it
-        temporary.replace(path)
-        return path
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return save_named(contiguous, {METADATA_KEY: json.dumps(described)}, folder, prefix=PREFIX)
 
     @classmethod
     def load(cls, path: Path) -> SketchBasis:

@@ -1,7 +1,8 @@
 """Payload columns: per-position arrays and their bytes on disk.
 
-A column holds, for every position of a row (or every block of `every` positions), an array of a fixed shape and type. On
-disk it is one binary value per row; its codec stands in the schema metadata, so that any reader of Arrow can decode it:
+A column holds, for every position of a row (or every block of `every` positions, every token, or every pair of a token and one
+of its segment that is not after it), an array of a fixed shape and type. On disk it is one binary value per row; its codec
+stands in the schema metadata, so that any reader of Arrow can decode it:
 
     plain/1   little-endian elements in C order, [positions, *shape]
     pco/1     integers, entropy-coded: see pco.py; its tables stand in the schema metadata, once a shard
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ from teachercache.targets import pco
 PLAIN = "plain/1"
 CODECS = (PLAIN, pco.NAME)
 
-DTYPES = ("<i2", "<u2", "<i4", "<u4", "<f2", "<f4")
+DTYPES = ("|u1", "<i2", "<u2", "<i4", "<u4", "<f2", "<f4")
 LOG_SHARE = (-math.inf, 0.01)  # what log-probabilities, and logits less the largest, lie within; rounding is let pass
 MOST_ROW_BYTES = 2**30  # of one column of a row, decoded: 32,768 hidden states of 8,192 channels
 
@@ -43,9 +44,9 @@ Decoder = Callable[[Any, int], NDArray[Any]]  # (bytes-like, positions) -> array
 class Column:
     """A payload column: `dtype` is a numpy code with byte order (`<f2`), `shape` that of one entry.
 
-    `groups` cuts the elements of an entry into runs that are coded with a table of their own (`pco/1` alone). The kind knows
-    what the schema does not say: every element lies `within` these (a lower bound of -inf lets -inf pass, NaN never
-    passes), and a ragged column has at most `most` entries a position.
+    `of` says what an entry belongs to. `groups` cuts the elements of an entry into runs that are coded with a table of their
+    own (`pco/1` alone). The kind knows what the schema does not say: every element lies `within` these (a lower bound of
+    -inf lets -inf pass, NaN never passes), and a ragged column has at most `most` entries a position.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Column:
     every: int = 1
     groups: tuple[int, ...] = ()
     ragged: bool = False
+    of: Literal["position", "token", "pair"] = "position"
     within: tuple[float, float] | None = None
     most: int | None = None
 
@@ -95,7 +97,7 @@ class Column:
         entries = held // max(1, entry_bytes) if self.ragged else self.entries(positions)
         if held != entries * entry_bytes:
             raise CacheDamaged(
-                f"column {self.name}: {held} bytes for {positions} positions of {self.position_bytes:g} bytes"
+                f"column {self.name}: {held} bytes for {positions} {self.of}s of {self.position_bytes:g} bytes"
             )
         self._check_entries(entries, positions)
         return self._checked(np.frombuffer(data, dtype=self.dtype).reshape(entries, *self.shape))
@@ -150,6 +152,8 @@ class Column:
             metadata["groups"] = list(self.groups)
         if self.ragged:
             metadata["ragged"] = True
+        if self.of != "position":
+            metadata["of"] = self.of
         return metadata
 
     @classmethod
@@ -158,7 +162,7 @@ class Column:
         try:
             codec, dtype, shape = metadata["codec"], metadata["dtype"], tuple(metadata["shape"])
             every, groups = metadata.get("every", 1), tuple(metadata.get("groups", ()))
-            ragged = metadata.get("ragged", False)
+            ragged, of = metadata.get("ragged", False), metadata.get("of", "position")
         except (KeyError, TypeError, AttributeError) as error:
             raise CacheDamaged(f"column {name} is not described as a column is ({error})") from None
         if codec not in CODECS:
@@ -166,9 +170,11 @@ class Column:
         whole = {type(number) for number in (every, *shape, *groups)} <= {int}
         if not (whole and every >= 1 and min((0, *shape)) >= 0 and min((1, *groups)) >= 1 and type(ragged) is bool):
             raise CacheDamaged(f"column {name} has sizes that none can have")
-        if dtype not in DTYPES or (codec == pco.NAME and dtype[1] == "f"):
+        if dtype not in DTYPES or (codec == pco.NAME and dtype not in pco.TYPES):
             raise CacheDamaged(f"column {name} has elements of type {dtype!r}, which {codec} does not hold")
-        column = cls(name, dtype, shape, codec, every, groups, ragged)
+        if of not in ("position", "token", "pair"):
+            raise CacheDamaged(f"column {name} has an entry for every {of!r}, which no row has")
+        column = cls(name, dtype, shape, codec, every, groups, ragged, of)
         if codec == pco.NAME and sum(groups) != column.width:
             raise CacheDamaged(f"column {name} has {column.width} elements in groups of {sum(groups)}")
         return column

@@ -132,7 +132,7 @@ class Hidden:
         """Columns as arrays ready for a batch: `coefficients` float32 [N, D], `actual_log_prob` float32."""
         arrays: dict[str, Array] = {}
         if "hidden_codes" in stored:
-            arrays["coefficients"] = stored["hidden_codes"] * np.float32(self.step)
+            arrays["coefficients"] = stored["hidden_codes"].astype(np.float32) * np.float32(self.step)
         if "actual_log_prob" in stored:
             arrays["actual_log_prob"] = stored["actual_log_prob"].astype(np.float32)
         return arrays

@@ -22,7 +22,7 @@ from teachercache.errors import CacheDamaged
 
 NAME = "pco/1"
 MOST_VALUES = 2**24  # that pcodec takes under one table
-_TYPES = {"<i2": "i16", "<u2": "u16", "<i4": "i32", "<u4": "u32"}
+TYPES = {"<i2": "i16", "<u2": "u16", "<i4": "i32", "<u4": "u32"}
 
 
 def encode(arrays: Sequence[NDArray[Any]], groups: Sequence[int]) -> tuple[bytes, list[bytes]]:
@@ -61,7 +61,7 @@ class Decoder:
             header, chunks = _split(tables)
             opened, _ = wrapped.FileDecompressor.new(header)
             self._groups = tuple(width for width, _ in chunks)
-            self._chunks = [opened.chunk_decompressor(table, _TYPES[dtype])[0] for _, table in chunks]
+            self._chunks = [opened.chunk_decompressor(table, TYPES[dtype])[0] for _, table in chunks]
         except (RuntimeError, ValueError, KeyError, struct.error, OverflowError) as error:
             raise CacheDamaged(f"column {name}: its tables cannot be read ({error})") from None
         if self._chunks and sum(self._groups) != self._width:

@@ -13,20 +13,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from teachercache.activations import Activations, check_recorded, recorded
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
 from teachercache.models import isolates_packed_segments, load_causal_lm, model_inputs
-from teachercache.targets import CalibratedKind, TargetKind, calibrates
+from teachercache.targets import CalibratedKind, StoredTargets, TargetKind, calibrates
 from teachercache.targets.draws import position_seeds
+from teachercache.targets.layer_file import LayerFile
+from teachercache.targets.layer_kind import RowActivations
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift
+from teachercache.teacher.layers import LayerSample, make_layer_file, rows_of
 from teachercache.teacher.output_layer import OutputLayer, layer_after_body, recorded_input
 from teachercache.tokens.rows import TokenRow
 
@@ -51,8 +56,9 @@ class Captured:
 class Teacher:
     """A loaded teacher on one device. `parameters`, `dtype` and `architecture` describe it for the manifest."""
 
-    def __init__(self, model: Any, *, kind: TargetKind, layout: str, pad_id: int, device: str = "cpu") -> None:
-        self.kind, self.layout, self.pad_id = kind, layout, pad_id
+    def __init__(self, model: Any, *, targets: StoredTargets, layout: str, pad_id: int, device: str = "cpu") -> None:
+        self.targets, self.layout, self.pad_id = targets, layout, pad_id
+        kind = targets.logits
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         if layout == "packed" and not isolates_packed_segments(self.model, vocabulary_size=kind.vocabulary_size):
@@ -63,8 +69,15 @@ class Teacher:
         self.batches_halved = 0
         self.drift = Drift(kind)
 
+    @property
+    def kind(self) -> TargetKind:
+        """Of its logit targets."""
+        return self.targets.logits
+
     @classmethod
-    def load(cls, config: TeacherConfig, *, kind: TargetKind, layout: str, pad_id: int, device: str = "cpu") -> Teacher:
+    def load(
+        cls, config: TeacherConfig, *, targets: StoredTargets, layout: str, pad_id: int, device: str = "cpu"
+    ) -> Teacher:
         """Load the model that a recipe names. Raises `ModelError`."""
         model = load_causal_lm(
             config.model,
@@ -73,7 +86,7 @@ class Teacher:
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
         )
-        return cls(model, kind=kind, layout=layout, pad_id=pad_id, device=device)
+        return cls(model, targets=targets, layout=layout, pad_id=pad_id, device=device)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says about the loaded model."""
@@ -91,17 +104,34 @@ class Teacher:
                 captured[index] = result or _too_long(rows[index])
         return [result for result in captured if result is not None]
 
-    def calibrate(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> CalibratedKind:
-        """The kind with a basis made from a sample of rows; from here on this teacher captures with it.
+    def prepare(self, rows: Sequence[TokenRow], *, positions_per_batch: int, longest: int) -> LayerFile | None:
+        """Make what the targets are read by, from a sample of rows: the basis of logits, which `targets.logits` has then,
+        and the layer file, which is returned as well. From here on this teacher captures with them.
 
-        Raises `ModelError` when no basis can rebuild this model's logits, or the sample is too small.
+        `longest` is the number of tokens in the longest row. Raises `ModelError` when logits or attention of this model cannot
+        be rebuilt, or the sample is too small.
         """
-        assert calibrates(self.kind)
-        layer = self._layer or OutputLayer.of(self.model, vocabulary_size=self.kind.vocabulary_size)
+        kind = self.kind
+        layer = self._layer
+        if layer is None and calibrates(kind):
+            layer = OutputLayer.of(self.model, vocabulary_size=kind.vocabulary_size)
+        sample = LayerSample(self.targets) if self.targets.needs_layer_file else None
         hidden: list[Any] = [None] * len(rows)
         for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
-            for index, values_ND in zip(batch, self._halving(self._hidden, [rows[i] for i in batch]), strict=True):
+            run = partial(self._hidden, sample=sample)
+            for index, values_ND in zip(batch, self._halving(run, [rows[i] for i in batch]), strict=True):
                 hidden[index] = values_ND
+        if calibrates(kind):
+            assert layer is not None
+            self.targets = self.targets.with_logits(self._calibrated(layer, hidden))
+            self.drift = Drift(self.kind)
+        if sample is None:
+            return None
+        made = make_layer_file(self.model, self.targets, sample, longest=longest)
+        self.targets = self.targets.with_layer_file(made, longest=longest)
+        return made
+
+    def _calibrated(self, layer: OutputLayer, hidden: Sequence[Any]) -> CalibratedKind:
         # Capture quarantines the others.
         usable = [values_ND for values_ND in hidden if values_ND is not None and bool(values_ND.isfinite().all())]
         if not usable:
@@ -109,9 +139,7 @@ class Teacher:
                 "no row is left to calibrate the sketch on: every document is held out, quarantined or gives no numbers; "
                 "lower corpus.held_out, or use targets.logits.kind: top-k"
             )
-        calibrated = self.kind = self._fit(layer, usable)
-        self.drift = Drift(calibrated)
-        return calibrated
+        return self._fit(layer, usable)
 
     def _fit(self, layer: OutputLayer, rows_hidden_ND: list[Any]) -> CalibratedKind:
         """On this device, or on the CPU where there is no room beside the model."""
@@ -126,15 +154,22 @@ class Teacher:
         return calibrate(self.kind, layer.on("cpu"), [hidden_ND.cpu() for hidden_ND in rows_hidden_ND])
 
     @torch.inference_mode()
-    def _hidden(self, rows: list[TokenRow]) -> Sequence[Any]:
-        """What enters the output layer at the positions of each row, [N, D]."""
+    def _hidden(self, rows: list[TokenRow], *, sample: LayerSample | None) -> Sequence[Any]:
+        """What enters the output layer at the positions of each row, [N, D]; the sample takes of layers what it wants."""
         inputs, index_N, _ = self._inputs(rows)
-        with recorded_input(self.model) as recorded:
+        layers = [] if sample is None else sample.hidden_layers
+        with (
+            recorded(self.model, hidden=layers, attention=self.targets.attention_layers) as activations,
+            recorded_input(self.model) as entered,
+        ):
             if self._layer is not None:
                 hidden_ND = self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[index_N]
             else:
                 self.model(**inputs, use_cache=False)
-                hidden_ND = recorded[0].flatten(0, 1)[index_N]
+                hidden_ND = entered[0].flatten(0, 1)[index_N]
+        if sample is not None:
+            check_recorded(activations, self.targets.attention_layers, self.model)
+            sample.add(activations, rows)
         return hidden_ND.split([row.positions for row in rows])
 
     def _halving(self, run: Callable[[list[TokenRow]], Sequence[T]], rows: list[TokenRow]) -> list[T | None]:
@@ -157,20 +192,40 @@ class Teacher:
         inputs, index_N, labels_N = self._inputs(rows)
         seeds_N = np.concatenate([position_seeds(row.row_id, row.positions) for row in rows])
         parts = []
-        for start, logits_nV, hidden_nD in self._logit_blocks(inputs, index_N):
-            self.drift.sample(start, logits_nV)
-            size = self._rows_within(REDUCED_BYTES, logits_nV.shape[1])
-            for offset in range(0, len(logits_nV), size):
-                part = slice(offset, offset + size)
-                whole = slice(start + offset, start + min(offset + size, len(logits_nV)))
-                hidden = None if hidden_nD is None else hidden_nD[part]
-                parts.append(self.kind.capture(torch, logits_nV[part], labels_N[whole], hidden, seeds_N[whole]))
+        chosen = {"hidden": self.targets.hidden_layers, "attention": self.targets.attention_layers}
+        with recorded(self.model, **chosen) as activations:
+            for start, logits_nV, hidden_nD in self._logit_blocks(inputs, index_N):
+                self.drift.sample(start, logits_nV)
+                size = self._rows_within(REDUCED_BYTES, logits_nV.shape[1])
+                for offset in range(0, len(logits_nV), size):
+                    part = slice(offset, offset + size)
+                    whole = slice(start + offset, start + min(offset + size, len(logits_nV)))
+                    hidden = None if hidden_nD is None else hidden_nD[part]
+                    parts.append(self.kind.capture(torch, logits_nV[part], labels_N[whole], hidden, seeds_N[whole]))
         captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         ends = np.cumsum([row.positions for row in rows])[:-1]
         split = {name: np.split(values, ends) for name, values in captured.items()}
         finished = [self._finish(row, {name: split[name][i] for name in split}) for i, row in enumerate(rows)]
         self.drift.measure([item.columns for item in finished], [row.positions for row in rows])
-        return finished
+        return self._with_layers(finished, activations)
+
+    def _with_layers(self, finished: list[Captured], activations: Activations) -> list[Captured]:
+        """The rows with the columns of their layers; one whose layers hold no numbers has none at all."""
+        if not self.targets.layers:
+            return finished
+        rows = rows_of(activations, [item.row for item in finished])
+        return [self._with_layer_columns(item, row) for item, row in zip(finished, rows, strict=True)]
+
+    def _with_layer_columns(self, item: Captured, activations: RowActivations) -> Captured:
+        if item.columns is None:
+            return item
+        columns = dict(item.columns)
+        try:
+            for kind in self.targets.layers:
+                columns |= kind.capture(torch, activations)
+        except ValueError as error:
+            return Captured(item.row, None, str(error))
+        return Captured(item.row, columns)
 
     def _inputs(self, rows: list[TokenRow]) -> tuple[dict[str, Any], Any, Any]:
         """The model's inputs, indices of all positions in the flattened batch [N], and their labels [N]."""

@@ -46,6 +46,13 @@ class TokenRow:
         """Number of tokens."""
         return len(self.input_ids_S)
 
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of a token and one of its segment that is not after it."""
+        starts = [segment.start for segment in self.segments] or [0]
+        lengths = np.diff([*starts, self.length]).astype(np.int64)
+        return int((lengths * (lengths + 1) // 2).sum())
+
     def labels_N(self) -> NDArray[np.int32]:
         """The token that follows each position, in order; shape [positions]."""
         return self.input_ids_S[np.flatnonzero(self.target_mask_S) + 1]
@@ -55,6 +62,12 @@ class TokenRow:
         starts = np.zeros(self.length, dtype=np.int64)
         starts[[segment.start for segment in self.segments]] = [segment.start for segment in self.segments]
         return np.arange(self.length, dtype=np.int64) - np.maximum.accumulate(starts)
+
+    def segment_S(self) -> NDArray[np.int64]:
+        """Which of its segments each token belongs to; one, where segments were not read."""
+        starts = np.zeros(self.length, dtype=np.int64)
+        starts[[segment.start for segment in self.segments[1:]]] = 1
+        return np.cumsum(starts)
 
 
 def row_id(segments: Sequence[Segment], *, repeat: int = 0) -> str:

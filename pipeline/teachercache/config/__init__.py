@@ -1,0 +1,69 @@
+"""Recipes: one YAML file describes a precompute job, a training job, or both.
+
+Sections and who reads them:
+
+    cache                                        the folder that one job writes and the other reads, there or at a URL
+    teacher, corpus, sequence, targets, precompute     `teachercache precompute`
+    student, objective, stream, train                  `teachercache train`
+
+Paths in a recipe are relative to the working directory. Configs are frozen; unknown keys are refused with the nearest
+valid one; `key.path=value` overrides come from the command line. A cache describes itself: a training recipe never
+repeats what was captured.
+"""
+
+from __future__ import annotations
+
+from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, SequenceConfig, TeacherConfig
+from teachercache.config.recipe import Recipe, load_recipe, parse_recipe
+from teachercache.config.section import CacheLocation, Section, is_url
+from teachercache.config.targets import (
+    HIDDEN_STEPS,
+    TARGET_KINDS,
+    AttentionConfig,
+    HeadSketchConfig,
+    HiddenStatesConfig,
+    LayerChoice,
+    LogitsConfig,
+    TargetsConfig,
+)
+from teachercache.config.training import (
+    LOCAL_COPIES,
+    LOCAL_COPIES_BYTES,
+    LayerTermConfig,
+    LoraConfig,
+    MixConfig,
+    ObjectiveConfig,
+    StreamConfig,
+    StudentConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "HIDDEN_STEPS",
+    "LOCAL_COPIES",
+    "LOCAL_COPIES_BYTES",
+    "TARGET_KINDS",
+    "AttentionConfig",
+    "CacheLocation",
+    "CorpusConfig",
+    "HeadSketchConfig",
+    "HiddenStatesConfig",
+    "LayerChoice",
+    "LayerTermConfig",
+    "LogitsConfig",
+    "LoraConfig",
+    "MixConfig",
+    "ObjectiveConfig",
+    "PrecomputeConfig",
+    "Recipe",
+    "Section",
+    "SequenceConfig",
+    "StreamConfig",
+    "StudentConfig",
+    "TargetsConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "is_url",
+    "load_recipe",
+    "parse_recipe",
+]

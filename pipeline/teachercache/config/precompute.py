@@ -1,0 +1,72 @@
+"""Sections of the precompute job, but for what is stored of the teacher (targets.py)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from teachercache.config.section import Section
+
+
+class TeacherConfig(Section):
+    """Which model is the teacher and in which precision it runs."""
+
+    model: str = Field(
+        description="Hugging Face id, local folder, .gguf file, or package://NAME/FILE in an installed package"
+    )
+    revision: str | None = Field(None, description="hub commit, tag or branch")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; for the teacher alone"
+    )
+    attention: str | None = Field(
+        None, description="attn_implementation of transformers: sdpa, eager, flash_attention_2"
+    )
+
+
+class CorpusConfig(Section):
+    """Where rows come from. A row is one document or one conversation."""
+
+    source: str = Field(description="dataset name, file, folder or glob; `python-docs` is CPython's own documentation")
+    format: Literal["auto", "datasets", "parquet", "jsonl", "text", "python-docs"] = "auto"
+    name: str | None = Field(None, description="configuration of a Hugging Face dataset")
+    revision: str | None = None
+    split: str = Field("train", description="split of a Hugging Face dataset, slices as in train[:10%]")
+    streaming: bool = False
+    text_field: str = "text"
+    messages_field: str | None = Field(
+        None, description="chat rows: a list of {role, content}; loss on assistant tokens"
+    )
+    limit: int | None = Field(None, ge=1, description="read at most so many rows")
+    deduplicate: bool = Field(True, description="drop rows whose content occurred before, and count them")
+    held_out: float = Field(0.05, ge=0, lt=1, description="share of rows kept for evaluation, chosen by content hash")
+    store_text: bool = Field(
+        True, description="keep the text beside the tokens; alignment to other tokenizers needs it"
+    )
+
+
+class SequenceConfig(Section):
+    """How documents become token sequences."""
+
+    layout: Literal["documents", "packed"] = "documents"
+    length: int = Field(512, ge=2, description="most tokens in a sequence; longer documents are windowed, never cut")
+    add_eos: bool = Field(True, description="end every text document with the tokenizer's end-of-sequence token")
+
+
+class PrecomputeConfig(Section):
+    """How the Ray Data job runs. `unit_rows` and `unit_bytes` decide which rows share a shard; they are part of
+    a cache's fingerprint. `positions_per_batch` and `threads_per_actor` decide how floats are rounded, nothing else: with
+    both the same, any number of actors gives identical shards."""
+
+    actors: int = Field(1, ge=1, description="teacher actors, one model each")
+    gpus_per_actor: float = Field(0, ge=0)
+    threads_per_actor: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of one actor; default: all cores, so set it for several on CPUs",
+    )
+    positions_per_batch: int = Field(2048, ge=1, description="tokens in one forward pass, padding included")
+    unit_rows: int = Field(1024, ge=1, description="a work unit (= a shard) closes at so many rows")
+    unit_bytes: int = Field(4 * 2**20, ge=1, description="... or at so many bytes of text")
+    address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")

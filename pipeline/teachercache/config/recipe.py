@@ -1,0 +1,143 @@
+"""A whole recipe, from YAML and `key.path=value` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, SequenceConfig, TeacherConfig
+from teachercache.config.section import CacheLocation, Section
+from teachercache.config.targets import TARGET_KINDS, TargetsConfig
+from teachercache.config.training import ObjectiveConfig, StreamConfig, StudentConfig, TrainConfig
+from teachercache.errors import RecipeError
+
+
+class Recipe(Section):
+    """A whole recipe. Each command names the sections that it needs with `require`."""
+
+    cache: CacheLocation = Field(
+        description="a folder; for training and evaluation also a URL, e.g. s3://BUCKET/PREFIX"
+    )
+    teacher: TeacherConfig | None = None
+    corpus: CorpusConfig | None = None
+    sequence: SequenceConfig = SequenceConfig()
+    targets: TargetsConfig = TargetsConfig()
+    precompute: PrecomputeConfig = PrecomputeConfig()
+    student: StudentConfig | None = None
+    objective: ObjectiveConfig = ObjectiveConfig()
+    stream: StreamConfig = StreamConfig()
+    train: TrainConfig | None = None
+
+    @property
+    def cache_folder(self) -> Path:
+        """The cache where it is written. Raises `RecipeError` for a URL."""
+        if isinstance(self.cache, str):
+            raise RecipeError(
+                f"cache: {self.cache} is a URL, and precompute writes to a folder; set -s cache=FOLDER and copy that "
+                "afterwards, its manifest.json last"
+            )
+        return self.cache
+
+    def require(self, *sections: str) -> None:
+        """Raise `RecipeError` when a section that a command needs is absent."""
+        for section in sections:
+            if getattr(self, section) is None:
+                raise RecipeError(
+                    f"the recipe has no `{section}:` section, which this command needs; see jobs/recipes/"
+                )
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys, and a section that is there twice would be half ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"`{twice}` is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply `key.path=value` overrides (values are YAML) and validate it.
+
+    Raises `RecipeError` with one line: the file, the key, what is wrong, and the nearest valid key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"recipe {path} does not exist; complete ones are in jobs/recipes/")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, origin=str(path))
+
+
+def parse_recipe(data: dict[str, Any], *, origin: str) -> Recipe:
+    """Validate a recipe that is already a mapping; `origin` names it in errors."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r} must read key.path=value")
+    *parents, leaf = key.split(".")
+    node = data
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: `{part}` is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not YAML") from None
+
+
+def _explain(item: Any) -> str:
+    # A kind of targets is a step of its own in pydantic's path, and no key of the recipe.
+    location = ".".join(str(part) for part in item["loc"] if part not in TARGET_KINDS)
+    if item["type"] == "extra_forbidden":
+        *parents, key = item["loc"]
+        valid = _keys_at([str(part) for part in parents])
+        near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key `{location}`; {hint}"
+    if item["type"] == "missing":
+        return f"`{location}` is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"`{location}`: {message[0].lower()}{message[1:]} (got {item['input']!r})" if location else message
+
+
+def _keys_at(parents: Sequence[str]) -> list[str]:
+    sections: list[type[BaseModel]] = [Recipe]
+    for part in (part for part in parents if not part.isdigit()):  # an item of a list
+        # Where kinds share a key, the path of an error names the kind as well: targets.logits.top-k.
+        named = [
+            section
+            for section in sections
+            if "kind" in section.model_fields and section.model_fields["kind"].default == part
+        ]
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = named or [model for field in fields for model in _models_in(field.annotation)]
+    return list(sections[0].model_fields) if sections else []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    bare = [getattr(each, "__origin__", each) for each in (annotation, *get_args(annotation))]  # out of `Annotated`
+    return [each for each in bare if isinstance(each, type) and issubclass(each, BaseModel)]

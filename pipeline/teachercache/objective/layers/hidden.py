@@ -1,0 +1,61 @@
+"""Hidden states against hidden states, position by position.
+
+    hidden-cosine   1 - cos(adapter(student), teacher)                              (Sun et al., "Patient KD", 2019)
+    hidden-mse      mean over channels of (adapter(student) - teacher)² / variance  (Jiao et al., "TinyBERT", 2020)
+
+The teacher's states are taken less their mean over the corpus, which a cache stores: in transformers a few channels are large
+at every token, and a cosine that sees them sees hardly anything else.
+
+Shapes: N positions, Ds and Dt widths of student and teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from teachercache.objective.layers.adapter import Adapter, idle_all
+from teachercache.objective.layers.term import LayerBatch
+
+
+class HiddenTerm(torch.nn.Module):
+    """Either loss; `variance` is the teacher's mean variance of a channel, by layer, `means` what its states are less, [Dt]."""
+
+    of = "hidden"
+
+    def __init__(
+        self,
+        match: str,
+        pairs: tuple[tuple[int, int], ...],
+        *,
+        student_width: int,
+        teacher_width: int,
+        variance: Mapping[int, float],
+        means: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.match, self.pairs, self._variance = match, pairs, variance
+        self.adapters = torch.nn.ModuleList(
+            Adapter(student_width, teacher_width, mean_D=(means or {}).get(teacher)) for _, teacher in pairs
+        )
+
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero, by all weights: see `LayerTerm`."""
+        return idle_all(self.adapters, like)
+
+    def loss(self, batch: LayerBatch) -> Tensor:
+        """The sum over positions, the mean over pairs."""
+        total = batch.mask_BS.new_zeros((), dtype=torch.float32)
+        for adapter, (student, teacher) in zip(self.adapters, self.pairs, strict=True):
+            adapted_ND = adapter(batch.hidden[student][batch.mask_BS])
+            target_ND = batch.teacher_hidden[teacher][batch.mask_BS]
+            cosine_N = torch.nn.functional.cosine_similarity(adapted_ND, target_ND, dim=-1)
+            batch.similarity.setdefault(student, cosine_N.detach().sum())  # of the first term that has the layer
+            if self.match == "hidden-cosine":
+                total = total + (1 - cosine_N).sum()
+            else:
+                scaled_ND = target_ND / self._variance[teacher] ** 0.5
+                total = total + (adapted_ND - scaled_ND).square().mean(-1).sum()
+        return total / len(self.pairs)

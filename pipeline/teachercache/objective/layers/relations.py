@@ -1,0 +1,89 @@
+"""Relations among a block's queries, keys or values: their own scaled dot products, whatever the head counts.
+
+    query-relations, key-relations, value-relations    KL(teacher ‖ student) of softmax(X·Xᵀ / √d), mean over relation heads
+
+X holds the vectors of all heads of a token, cut anew into as many *relation heads* as are asked for, so that teacher and
+student need not have the same heads, nor the same width (Wang et al., "MiniLMv2", 2021). Relations are causal where the
+model is: a token relates to those of its segment, up to itself.
+
+Shapes: B rows, S tokens, C tokens of a chunk, H heads, E a head's width, r relation heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from teachercache.errors import CacheError
+from teachercache.objective.layers.attention import CHUNK_BYTES
+from teachercache.objective.layers.term import LayerBatch
+from teachercache.targets.attention import log_attention, sees
+
+PARTS = {"query-relations": "queries_BHSE", "key-relations": "keys_BKSE", "value-relations": "values_BKSE"}
+
+
+class RelationTerm(torch.nn.Module):
+    """Relations of one kind of vector."""
+
+    of = "attention"
+
+    def __init__(self, match: str, pairs: tuple[tuple[int, int], ...], *, relation_heads: int) -> None:
+        super().__init__()
+        self.match, self.pairs, self._heads = match, pairs, relation_heads
+
+    def loss(self, batch: LayerBatch) -> Tensor:
+        """The sum over positions, the mean over pairs."""
+        total = batch.mask_BS.new_zeros((), dtype=torch.float32)
+        for student, teacher in self.pairs:
+            sides = (batch.attention[student], batch.teacher_attention[teacher])
+            student_BrSE, teacher_BrSE = (self._cut(getattr(side, PARTS[self.match])) for side in sides)
+            total = total + self._pair(batch, student_BrSE, teacher_BrSE)
+        return total / len(self.pairs)
+
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero: it has no weights."""
+        return like.new_zeros(())
+
+    def _cut(self, vectors_BHSE: Tensor) -> Tensor:
+        return vectors_BHSE.transpose(1, 2).flatten(2).unflatten(-1, (self._heads, -1)).transpose(1, 2)
+
+    def _pair(self, batch: LayerBatch, student_BrSE: Tensor, teacher_BrSE: Tensor) -> Tensor:
+        rows, heads, length, _ = teacher_BrSE.shape
+        chunk = max(1, CHUNK_BYTES // (4 * rows * heads * length))
+        total = batch.mask_BS.new_zeros((), dtype=torch.float32)
+        for start in range(0, length, chunk):
+            part = slice(start, min(start + chunk, length))
+            sees_BCS = sees(torch, batch.segment_BS, window=None, start=part.start, stop=part.stop)
+            total = total + checkpoint(
+                _divergence,
+                student_BrSE,
+                teacher_BrSE,
+                part,
+                sees_BCS,
+                batch.mask_BS[:, part],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return total
+
+
+def _divergence(student_BrSE: Tensor, teacher_BrSE: Tensor, part: slice, sees_BCS: Tensor, mask_BC: Tensor) -> Tensor:
+    log_student_BrCS, log_teacher_BrCS = (
+        log_attention(each[:, :, part], each, sees_BCS, scaling=each.shape[-1] ** -0.5)
+        for each in (student_BrSE, teacher_BrSE)
+    )
+    teacher_BrCS = log_teacher_BrCS.exp().masked_fill(~sees_BCS[:, None], 0.0)
+    log_student_BrCS = log_student_BrCS.masked_fill(~sees_BCS[:, None], 0.0)  # no infinities, nor their gradients
+    gap_BrCS = log_teacher_BrCS.masked_fill(~sees_BCS[:, None], 0.0) - log_student_BrCS
+    return ((teacher_BrCS * gap_BrCS).sum(-1).mean(1) * mask_BC).sum()
+
+
+def check_relation_heads(heads: int, **widths: int) -> None:
+    """Raise `CacheError` where the vectors of a token cannot be cut into so many relation heads."""
+    for whose, width in widths.items():
+        if width % heads:
+            raise CacheError(
+                f"objective.layers: relation_heads is {heads}, which does not divide the {width} channels of the {whose}; "
+                "choose a divisor of both widths"
+            )

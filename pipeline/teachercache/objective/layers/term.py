@@ -1,0 +1,45 @@
+"""The contract of a layer-wise term, and what a term sees of a micro-batch.
+
+Shapes: B rows, S tokens, N positions, D width, H heads, E a head's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from teachercache.targets.attention import TaughtAttention
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBatch:
+    """One micro-batch. The adaptive mask is the same for all terms: positions, that is, tokens whose next token is a target.
+    Padding, prompts and last tokens of segments are none; a query sees keys of its own segment alone."""
+
+    mask_BS: Tensor  # bool: positions
+    segment_BS: Tensor  # of each token in its row, -1 for padding
+    hidden: Mapping[int, Tensor]  # of the student, [B, S, Ds]
+    attention: Mapping[int, Any]  # of the student, `activations.Heads`
+    teacher_hidden: Mapping[int, Tensor]  # [B, S, Dt], float32, less the corpus mean where a term asks for that
+    teacher_attention: Mapping[int, TaughtAttention]  # `StoredHeads` where the cache keeps vectors
+    similarity: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # sums of cosines, by the student's layer; terms add them
+
+
+class LayerTerm(Protocol):
+    """A loss between layers of the student and stored ones; a `torch.nn.Module` for the adapters in it, which alone are called
+    as modules are: ZeRO 3 looks for weights, and for tensors, in what goes into those and comes out."""
+
+    pairs: tuple[tuple[int, int], ...]  # (student's layer, teacher's layer)
+    of: str  # hidden or attention: what of the layers it compares
+
+    def loss(self, batch: LayerBatch) -> Tensor:
+        """The sum over the positions of the batch, the mean over pairs; a scalar, float32, on the student's graph."""
+
+    def idle(self, like: Tensor) -> Tensor:
+        """Zero, a scalar on the device of `like`, by the same modules in the same order as `loss` calls, each as often: a
+        process whose micro-batch is of another cache must take part when ZeRO 3 gathers weights and gradients are reduced."""

@@ -1,0 +1,161 @@
+"""Attention maps from queries and keys, and queries and keys from what entered a block. As math, on torch's tensors.
+
+The softmax runs over the keys that a query sees: those of its own segment, up to itself, within the window if there is one.
+Heads of grouped-query attention share keys: head h reads key head h · K / H (Ainslie et al., "GQA", 2023).
+
+Shapes: B rows, S tokens, C queries of a chunk, D width, H heads of queries, K of keys and values, E a head's width, P
+positions of a rotary table, R its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+def log_attention(
+    queries_BHCE: Any,
+    keys_BKSE: Any,
+    sees_BCS: Any,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks_H: Any = None,
+) -> Any:
+    """Log-probabilities of keys, float32 [B, H, C, S]; -inf where a query does not see.
+
+    With sinks they sum up to less than 1: the rest belongs to no key (as in what transformers returns as attention). A
+    query that sees nothing, as padding does, gives a row of zeros in the place of logarithms.
+    """
+    groups = queries_BHCE.shape[1] // keys_BKSE.shape[1]
+    keys_BHSE = keys_BKSE.repeat_interleave(groups, dim=1) if groups > 1 else keys_BKSE
+    scores_BHCS = (queries_BHCE.float() @ keys_BHSE.float().transpose(-1, -2)) * scaling
+    if softcap is not None:
+        scores_BHCS = (scores_BHCS / softcap).tanh() * softcap
+    blind_BC = ~sees_BCS.any(-1)
+    scores_BHCS = scores_BHCS.masked_fill(~(sees_BCS | blind_BC[..., None])[:, None], -float("inf"))
+    total_BHC1 = scores_BHCS.logsumexp(-1, keepdim=True)
+    if sinks_H is not None:
+        total_BHC1 = total_BHC1.logaddexp(sinks_H.float()[None, :, None, None].expand_as(total_BHC1))
+    return (scores_BHCS - total_BHC1).masked_fill(blind_BC[:, None, :, None], 0.0)
+
+
+def sees(torch: Any, segment_BS: Any, *, window: int | None, start: int = 0, stop: int | None = None) -> Any:
+    """Which keys the queries `start` to `stop` see, bool [B, C, S]. `segment_BS` numbers the segments of each row; padding
+    is -1, sees nothing and is not seen."""
+    queries_BC = segment_BS[:, start:stop]
+    key_S = torch.arange(segment_BS.shape[1], device=segment_BS.device)
+    query_C = key_S[start:stop]
+    distance_CS = query_C[:, None] - key_S
+    near_CS = distance_CS >= 0
+    if window is not None:
+        near_CS = near_CS & (distance_CS < window)
+    return near_CS & (queries_BC[:, :, None] == segment_BS[:, None, :]) & (queries_BC[:, :, None] >= 0)
+
+
+class TaughtAttention(Protocol):
+    """One block's attention of a batch, however it is stored: maps of it, or what they are rebuilt from."""
+
+    @property
+    def heads(self) -> int:
+        """As many maps as there are."""
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included."""
+
+    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
+        """Of the keys of the queries `part`, float32 [B, H, C, S]: 0 where `sees_BCS` (bool) is not, and elsewhere a
+        distribution; with `sinks` what is left of one by logits that belong to no key, where the teacher has them."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """How one block's attention forms scores from its queries and keys."""
+
+    heads: int
+    key_heads: int
+    head_width: int
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def to_metadata(self) -> dict[str, Any]:
+        """What the file of layers keeps of it."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_metadata(cls, data: Any) -> HeadShape:
+        """Inverse of `to_metadata`; raises `ValueError` for what no attention can be."""
+        try:
+            shape = cls(**data)
+        except TypeError as error:
+            raise ValueError(f"an attention is not described as one is ({error})") from None
+        counts = (shape.heads, shape.key_heads, shape.head_width, *([] if shape.window is None else [shape.window]))
+        if not all(type(count) is int and 0 < count <= 2**20 for count in counts) or shape.heads % shape.key_heads:
+            raise ValueError(
+                f"an attention has {shape.heads} heads, {shape.key_heads} of keys, {shape.head_width} wide"
+            )
+        for number in (shape.scaling, *([] if shape.softcap is None else [shape.softcap])):
+            if type(number) not in (int, float) or not 0 < number < 1e6:
+                raise ValueError("an attention's scaling or soft cap is no positive number")
+        return shape
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """How a block makes queries and keys from the hidden state that enters it: norm, projection, norm of heads, rotation.
+
+    `norm` is `rms` (Zhang & Sennrich 2019), `layer` (Ba et al. 2016) or `none`.
+    """
+
+    norm: str
+    epsilon: float
+    head_epsilon: float = 0.0
+
+    def apply(self, torch: Any, arrays: Mapping[str, Any], hidden_BSD: Any, position_BS: Any, shape: HeadShape) -> Any:
+        """(queries [B, H, S, E], keys [B, K, S, E], values [B, K, S, E] or None), float32, after rotation.
+
+        `arrays`: `norm` [D] and `norm_bias` [D], `query` [H·E, D], `key` [K·E, D], `value` [K·E, D] with `…_bias`,
+        `query_norm` and `key_norm` [E], `cos` and `sin` [P, R]; all but query and key may be missing. `position_BS` counts
+        from each segment's first token.
+        """
+        entered_BSD = self._normed(arrays, hidden_BSD.float())
+        projected = {}
+        for name, count in (("query", shape.heads), ("key", shape.key_heads), ("value", shape.key_heads)):
+            if name not in arrays:
+                continue
+            flat_BSX = entered_BSD @ arrays[name].T
+            if f"{name}_bias" in arrays:
+                flat_BSX = flat_BSX + arrays[f"{name}_bias"]
+            heads_BSHE = flat_BSX.unflatten(-1, (count, shape.head_width))
+            if f"{name}_norm" in arrays:
+                heads_BSHE = _rms(heads_BSHE, self.head_epsilon) * arrays[f"{name}_norm"]
+            projected[name] = heads_BSHE.transpose(1, 2)
+        if "cos" in arrays:
+            cos_BSR, sin_BSR = (arrays[name][position_BS] for name in ("cos", "sin"))
+            for name in ("query", "key"):
+                projected[name] = _rotated(torch, projected[name], cos_BSR[:, None], sin_BSR[:, None])
+        return projected["query"], projected["key"], projected.get("value")
+
+    def _normed(self, arrays: Mapping[str, Any], hidden_BSD: Any) -> Any:
+        if self.norm == "none":
+            return hidden_BSD
+        if self.norm == "layer":
+            hidden_BSD = hidden_BSD - hidden_BSD.mean(-1, keepdim=True)
+        normed_BSD = _rms(hidden_BSD, self.epsilon) * arrays["norm"]
+        return normed_BSD + arrays["norm_bias"] if "norm_bias" in arrays else normed_BSD
+
+
+def _rms(values: Any, epsilon: float) -> Any:
+    return values * (values.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+def _rotated(torch: Any, heads_BHSE: Any, cos_B1SR: Any, sin_B1SR: Any) -> Any:
+    """Su et al., "RoFormer", 2021, with a head's two halves rotated into each other; what lies beyond R stays."""
+    width = cos_B1SR.shape[-1]
+    turned, kept = heads_BHSE[..., :width], heads_BHSE[..., width:]
+    low, high = turned[..., : width // 2], turned[..., width // 2 :]
+    turned = turned * cos_B1SR + torch.cat([-high, low], dim=-1) * sin_B1SR
+    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned

@@ -1,0 +1,28 @@
+"""Arrays as safetensors in files that are named by their content: two jobs that make the same one write the same file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def save_named(arrays: Mapping[str, Any], metadata: dict[str, str], folder: Path, *, prefix: str) -> Path:
+    """Write `folder/PREFIX` and 16 digits of the sha256, by temp file and rename; returns the path.
+
+    `metadata` has one key: safetensors writes several in an order that differs from call to call.
+    """
+    from safetensors.numpy import save
+
+    data = save(dict(arrays), metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{prefix}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())  # shards are read by it: a record of it must not outlive it
+    temporary.replace(path)
+    return path

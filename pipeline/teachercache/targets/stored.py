@@ -1,0 +1,142 @@
+"""Everything that one cache stores of its teacher: its logits, and what it holds of layers.
+
+`LAYER_KINDS` is the one place where kinds of layer targets are dispatched, as `KINDS` is for logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from teachercache.errors import CacheError
+from teachercache.targets.attention_maps import AttentionMaps
+from teachercache.targets.attention_relations import QueriesKeys, Relations
+from teachercache.targets.columns import Column
+from teachercache.targets.kind import TargetKind, calibrates
+from teachercache.targets.layer_file import LayerFile, no_layer_file
+from teachercache.targets.layer_kind import LayerKind
+from teachercache.targets.states import HiddenStates
+
+# Section of `targets` in a manifest, and kind in it.
+LAYER_KINDS: dict[tuple[str, str], Callable[[Mapping[str, Any]], LayerKind]] = {
+    ("hidden", "hidden"): HiddenStates.from_settings,
+    ("attention", "relations"): Relations.from_settings,
+    ("attention", "queries-keys"): QueriesKeys.from_settings,
+    ("attention", "maps"): AttentionMaps.from_settings,
+}
+SECTIONS = ("hidden", "attention")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTargets:
+    """The kinds of one cache; immutable, picklable."""
+
+    logits: TargetKind
+    hidden: HiddenStates | None = None
+    attention: Any = None  # a kind of attention, or None
+
+    @classmethod
+    def of(cls, targets: Mapping[str, Any], logits: TargetKind) -> StoredTargets:
+        """From a manifest's `targets` and its kind of logits. Raises `CacheError` for kinds of a later version."""
+        kinds = {section: layer_kind(section, targets[section]) for section in SECTIONS if section in targets}
+        return cls(logits, **kinds)  # type: ignore[arg-type]  # the section says which
+
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """Kinds of layer targets, in the order in which shards store their columns."""
+        return tuple(kind for kind in (self.hidden, self.attention) if kind is not None)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Payload columns, in the order in which shards store them."""
+        return (*self.logits.columns, *(column for kind in self.layers for column in kind.columns))
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """Hidden states that must be recorded."""
+        return tuple(sorted({layer for kind in self.layers for layer in kind.hidden_layers}))
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Attention that must be recorded."""
+        return tuple(sorted({layer for kind in self.layers for layer in kind.attention_layers}))
+
+    @property
+    def needs_layer_file(self) -> bool:
+        """Whether some kind is read by the layer file: by arrays in it, or by how it says that attention forms scores."""
+        return self.attention is not None or any(kind.arrays() for kind in self.layers)
+
+    @property
+    def needs_preparation(self) -> bool:
+        """Whether the teacher must write a basis or a layer file before anything is captured."""
+        return calibrates(self.logits) or self.needs_layer_file
+
+    @property
+    def calibration_positions(self) -> int:
+        """Size of the sample that basis and layer file are made from."""
+        sizes = [getattr(kind, "calibration_positions", 0) for kind in (self.logits, *self.layers)]
+        return max(sizes)
+
+    @property
+    def token_bytes(self) -> float:
+        """About what the layers of a token take on disk."""
+        return sum(kind.token_bytes for kind in self.layers)
+
+    def settings(self) -> dict[str, Any]:
+        """What the manifest keeps, by section."""
+        return {"logits": self.logits.settings(), **{kind.section: kind.settings() for kind in self.layers}}
+
+    def with_logits(self, logits: TargetKind) -> StoredTargets:
+        """The same with a kind of logits that has its basis."""
+        return replace(self, logits=logits)
+
+    def with_layer_file(
+        self, layers: LayerFile | None, *, longest: int, name: Path | str = "the layer file"
+    ) -> StoredTargets:
+        """The same, its layers ready to capture and to read, for rows of up to `longest` tokens; raises `CacheDamaged` for a
+        file of other layers."""
+        if layers is None:
+            return self
+        try:
+            for table, values in layers.arrays.items():
+                if table.endswith((".cos", ".sin")) and len(values) < longest:
+                    raise ValueError(f"{table} is for {len(values)} tokens, rows have up to {longest}")
+            return replace(self, **{kind.section: kind.with_layers(layers) for kind in self.layers})  # type: ignore[arg-type]
+        except (ValueError, KeyError, TypeError) as error:
+            raise no_layer_file(name, error) from None
+
+    def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """One row's layer columns, those that are there, as arrays ready for a batch: [S, …], of columns by pair [P, …]."""
+        return {name: values for kind in self.layers for name, values in kind.decoded(stored).items()}
+
+    def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
+        """Raise `CacheDamaged` where a row's columns, those that are there, cannot be."""
+        self.logits.check_stored(stored)
+        for kind in self.layers:
+            kind.check_stored(stored)
+
+
+def layer_kind(section: str, settings: Mapping[str, Any]) -> LayerKind:
+    """The kind that a manifest's section describes; raises `CacheError` for one of a later version."""
+    name = str(settings.get("kind", section))
+    if (section, name) not in LAYER_KINDS:
+        known = ", ".join(kind for place, kind in LAYER_KINDS if place == section)
+        raise CacheError(
+            f"this cache stores {section} of kind {name!r}, which this version of teachercache cannot read (it reads: "
+            f"{known}); install a newer version"
+        )
+    return LAYER_KINDS[section, name](settings)
+
+
+def section_of(column: str) -> str | None:
+    """The section of layer targets that a column belongs to, by its name: `hidden_8`, `map_keys_8`; None for logits."""
+    what, _, layer = column.rpartition("_")
+    if not layer.isdigit():
+        return None
+    return (
+        "hidden" if what == "hidden" else "attention" if what in ("query", "key", "value", "map", "map_keys") else None
+    )

@@ -1,0 +1,82 @@
+"""Stored maps as a batch holds them, and shares of keys from them. As math, on torch's tensors (attention_maps.py stores them).
+
+Codes stay bytes until a chunk of queries is asked for: a micro-batch of 4 rows with 512 tokens and 9 heads holds 9 MB.
+
+Shapes: B rows, S tokens, C queries of a chunk, h heads that are stored, m keys that are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+LEVELS = 255
+ZERO = 0.25  # what a code of 0 stands for
+SMALLEST = 1e-30  # sum of shares: of a query that sees nothing
+
+
+def shares_of(codes: Any) -> Any:
+    """Shares, not yet divided by their sum: the fourth power."""
+    levels = codes.float()
+    return (levels.masked_fill(levels == 0, ZERO) / LEVELS).square().square()
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """Codes of every pair, uint8 [B, S, S, h]."""
+
+    codes_BSSh: Any
+    window: int | None
+
+    @classmethod
+    def of(cls, differences_BSSh: Any, *, window: int | None) -> Maps:
+        """From codes less those of the query before, modulo 256, uint8; 0 where a query does not see."""
+        return cls(differences_BSSh.cumsum(1, dtype=differences_BSSh.dtype), window)
+
+    @property
+    def heads(self) -> int:
+        """That are stored."""
+        return int(self.codes_BSSh.shape[-1])
+
+    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
+        """Of the keys of some queries, float32 [B, h, C, S], over those that `sees_BCS` lets them see."""
+        shares_BhCS = shares_of(self.codes_BSSh[:, part].permute(0, 3, 1, 2))
+        return _normalised(shares_BhCS.masked_fill(~sees_BCS[:, None], 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class LargestShares:
+    """Of each query m keys with their codes, and what all others have together, which is spread evenly over them."""
+
+    codes_BSmh: Any  # uint8 [B, S, m + 1, h], 0 for no key; the last one is what all others have
+    distance_BSmh: Any  # int32 [B, S, m, h]
+    position_BS: Any  # of each token in its segment
+    window: int | None
+
+    @property
+    def heads(self) -> int:
+        """That are stored."""
+        return int(self.codes_BSmh.shape[-1])
+
+    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
+        """Of the keys of some queries, float32 [B, h, C, S], over those that `sees_BCS` lets them see."""
+        codes_BhCm = self.codes_BSmh[:, part].permute(0, 3, 1, 2)
+        distance_BhCm = self.distance_BSmh[:, part].permute(0, 3, 1, 2)
+        length = sees_BCS.shape[-1]
+        query_C1 = (self.position_BS.new_ones(length).cumsum(0) - 1)[part, None]
+        kept_BhCm = codes_BhCm[..., :-1] > 0
+        shares_BhCm = shares_of(codes_BhCm)
+        key_BhCm = (query_C1 - distance_BhCm).clamp_min(0)
+        empty_BhCS = shares_BhCm.new_zeros(*codes_BhCm.shape[:-1], length)
+        largest_BhCS = empty_BhCS.scatter_add(-1, key_BhCm, shares_BhCm[..., :-1] * kept_BhCm)
+        seen_BC = self.position_BS[:, part] + 1
+        if self.window is not None:
+            seen_BC = seen_BC.clamp_max(self.window)
+        others_BhC1 = (seen_BC[:, None] - kept_BhCm.sum(-1)).clamp_min(1)[..., None]
+        rest_BhCS = (shares_BhCm[..., -1:] / others_BhC1).expand_as(largest_BhCS)
+        shares_BhCS = largest_BhCS.where(largest_BhCS > 0, rest_BhCS)
+        return _normalised(shares_BhCS.masked_fill(~sees_BCS[:, None], 0.0))
+
+
+def _normalised(shares_BhCS: Any) -> Any:
+    return shares_BhCS / shares_BhCS.sum(-1, keepdim=True).clamp_min(SMALLEST)

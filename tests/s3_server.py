@@ -157,7 +157,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(200, json.dumps(self.server.log).encode())
         fault = self._fault()
         if fault is not None and fault["kind"] == "status":
-            body = b"" if self.command == "HEAD" else b"<Error><Code>InternalError</Code></Error>"
+            code = (
+                b"AccessDenied" if fault["status"] == 403 else b"InternalError"
+            )  # clients go by it, not by the status
+            body = b"" if self.command == "HEAD" else b"<Error><Code>%s</Code></Error>" % code
             return self._answer(fault["status"], body)
         status, headers, body = self._forward()
         self.send_response(status)

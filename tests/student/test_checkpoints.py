@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from teachercache.config import StudentConfig
 from teachercache.student.checkpoints import (
@@ -63,10 +66,15 @@ def test_the_export_takes_weights_from_one_and_the_tokenizer_from_the_other(tmp_
     for folder, names in files.items():
         folder.mkdir()
         for name in names:
-            (folder / name).write_text(folder.name)
+            (folder / name).write_text(json.dumps({"of": folder.name, "weight_map": {}}))
+    weights = {"weight": torch.arange(3.0), "distillation.0.adapter": torch.zeros(2)}
+    save_file(weights, checkpoint / "model-00001-of-00002.safetensors")
     export_student(checkpoint, config=StudentConfig(model="any"), tokenizer=tokenizer, student=student)
-    assert {path.name: path.read_text() for path in student.iterdir()} == {
-        **dict.fromkeys(files[checkpoint][:4], "checkpoint-1"),
+    [exported] = student.glob("*.safetensors")
+    assert load_file(exported).keys() == {"weight"}  # without what maps the student to the teacher's width
+    exported.unlink()
+    assert {path.name: json.loads(path.read_text())["of"] for path in student.iterdir()} == {
+        **dict.fromkeys([name for name in files[checkpoint][:4] if name != exported.name], "checkpoint-1"),
         **dict.fromkeys(files[tokenizer][1:], "teacher"),
     }
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

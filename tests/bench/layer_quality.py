@@ -46,8 +46,8 @@ TARGETS = [
     f"targets.attention={json.dumps({'layers': sorted(ATTENTION.values())})}",
 ]
 TERMS = [
-    {"match": "hidden-cosine", "weight": 2.0, "pairs": HIDDEN},
-    {"match": "attention-kl", "weight": 3.0, "pairs": ATTENTION},
+    {"match": "hidden-cosine", "weight": 0.5, "pairs": HIDDEN},
+    {"match": "attention-kl", "weight": 0.5, "pairs": ATTENTION},
 ]
 ARMS: dict[str, list[Any]] = {"logits": [], "layers": TERMS}
 FITTED_ROWS = 48

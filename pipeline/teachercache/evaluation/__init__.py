@@ -7,7 +7,8 @@
     quality.py   loss, accuracy and agreement with the teacher on held-out positions
     cost.py      latency, throughput and memory
 
-fidelity.py is another question: how near what a cache stores is to its teacher, which runs again on some rows.
+fidelity.py is another question: how near what a cache stores is to its teacher, which runs again on some rows;
+layer_fidelity.py asks it of hidden states and attention.
 
 A process that measures loads one model and nothing else: no measurement is disturbed by another model's memory or
 threads, and the student's are taken without the teacher anywhere near.

@@ -7,6 +7,7 @@ projected.py      ... together with the student's output projection: no logits o
 bucketed.py       a block of that pass where the teacher's tail is one outcome
 dense.py          ... where every token has its own share
 tail_logits.py    a tail sketch, expanded a chunk of positions at a time
+layers/           losses between layers of student and teacher
 blocks.py         how that pass stays inside a processor's cache
 """
 

@@ -1,6 +1,7 @@
 """The precompute job: corpus → staged units → tokens → teacher actors → shards → manifest. The only package that imports Ray.
 
     plan.py      what the job is: identity (fingerprint); decides between new, resumed and finished
+    layers.py    what a recipe asks for of layers, with the teacher's numbers
     staging.py   the corpus as files of raw documents, one a work unit
     units.py     one unit through its two stages, as plain functions: tokenise; capture and write
     cluster.py   Ray: start or join a cluster, run units through the stages

@@ -11,6 +11,8 @@
     deepspeed_config.py  ZeRO stage and precision to a DeepSpeed configuration
     arguments.py         a recipe to `transformers.TrainingArguments`
     trainer.py           `DistillationTrainer`
+    layers.py            terms between layers: adapters in the student, what its layers hold
+    lora.py              low-rank adapters
     cadence.py           when it logs, evaluates and saves
     divergence.py        ends a run that cannot learn any more
     meter.py             loss terms of a logging window, over micro-batches and processes

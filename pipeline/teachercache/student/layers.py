@@ -6,6 +6,7 @@ have them, and they run inside the student's forward pass. `without_adapters` is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,21 +128,26 @@ def without_adapters(folder: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    prefix = f"{ADAPTERS}."
+    prefix, removed = f"{ADAPTERS}.", 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata()
-            if not any(name.startswith(prefix) for name in names):
-                continue
-            kept = {name: file.get_tensor(name) for name in names if not name.startswith(prefix)}
-        save_file(kept, path, metadata=metadata)
-    _unlist(folder, prefix)
+            weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        kept = {name: values for name, values in weights.items() if not name.startswith(prefix)}
+        if len(kept) == len(weights):
+            continue
+        removed += sum(values.nbytes for name, values in weights.items() if name not in kept)
+        if kept:
+            save_file(kept, path, metadata=metadata)
+        else:
+            path.unlink()
+    if removed:
+        _unlist(folder, prefix, removed)
 
 
-def _unlist(folder: Path, prefix: str) -> None:
-    import json
-
+def _unlist(folder: Path, prefix: str, removed_bytes: int) -> None:
     for path in folder.glob("*.safetensors.index.json"):
         index = json.loads(path.read_text(encoding="utf-8"))
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not name.startswith(prefix)}
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] -= removed_bytes
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

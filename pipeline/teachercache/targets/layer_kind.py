@@ -9,7 +9,7 @@ Shapes: S tokens of a row, P pairs of a token and one of its segment that is not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,8 +78,3 @@ class LayerKind(Protocol):
 
     def decoded(self, stored: Arrays) -> dict[str, NDArray[Any]]:
         """One row's columns, those that are there, as arrays ready for a batch: [S, …], of columns by pair [P, …]."""
-
-
-def names_of(columns: Sequence[Column]) -> tuple[str, ...]:
-    """Their names, in order."""
-    return tuple(column.name for column in columns)

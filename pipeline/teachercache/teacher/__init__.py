@@ -1,6 +1,7 @@
 """Run a teacher over rows and capture its targets. Torch, but no Ray: usable in a notebook as it is.
 
 batches.py    which rows share a forward pass, a function of the rows alone
+layers.py     what layers are read by: steps, directions, and how blocks make queries and keys
 forward.py    `Teacher`: the model, its forward pass in bounded memory, the captured columns
 """
 

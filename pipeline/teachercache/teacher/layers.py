@@ -179,7 +179,7 @@ def _tried(model: Any, layers: Sequence[int], *, longest: int) -> Activations:
 
 def _check_heads(attention: Any, layer: int, heads: Heads) -> None:
     shape = shape_of(heads)
-    found, wanted = (shape.heads, shape.key_heads, shape.head_width), None
+    found = (shape.heads, shape.key_heads, shape.head_width)
     wanted = (attention.teacher_heads, attention.key_heads, attention.head_width)
     if found != wanted:
         raise ModelError(

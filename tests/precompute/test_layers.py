@@ -77,6 +77,23 @@ def test_layers_that_are_not_there_are_refused_before_anything_runs(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("hidden", {"layers": [1], "codec": "bf16", "step": 0.1}, "codec bf16 has no step"),
+        ("attention", {"layers": [1], "step": 0.1}, "`step` is of kind: queries-keys"),
+        (
+            "attention",
+            {"layers": [1], "kind": "maps", "calibration_positions": 100},
+            "`calibration_positions` is of kind",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(section: str, settings: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({"cache": "c", "targets": {section: settings}}, origin="tests")
+
+
 def test_two_rules_at_once_are_refused() -> None:
     data = {"cache": "c", "targets": {"hidden": {"layers": {"first": 2, "last": 2}}}}
     with pytest.raises(RecipeError, match="choose by one rule: every, first, last or uniform"):

@@ -56,8 +56,9 @@ class SequenceConfig(Section):
 
 class PrecomputeConfig(Section):
     """How the Ray Data job runs. `unit_rows` and `unit_bytes` decide which rows share a shard; they are part of
-    a cache's fingerprint. `positions_per_batch` and `threads_per_actor` decide how floats are rounded, nothing else: with
-    both the same, any number of actors gives identical shards."""
+    a cache's fingerprint. Where layers are stored, which take many times what logits do, a shard holds fewer rows.
+    `positions_per_batch` and `threads_per_actor` decide how floats are rounded, nothing else: with both the same, any number
+    of actors gives identical shards."""
 
     actors: int = Field(1, ge=1, description="teacher actors, one model each")
     gpus_per_actor: float = Field(0, ge=0)

@@ -164,6 +164,12 @@ class HiddenStatesConfig(Section):
         4096, ge=64, description="tokens that give means, spreads and directions, drawn from the whole corpus"
     )
 
+    @model_validator(mode="after")
+    def _step_of_codes(self) -> HiddenStatesConfig:
+        if self.codec == "bf16" and self.step is not None:
+            raise ValueError("codec bf16 has no step; leave it out")
+        return self
+
 
 class AttentionConfig(Section):
     """Attention of chosen blocks, as what its maps are rebuilt from, or as maps."""
@@ -192,6 +198,9 @@ class AttentionConfig(Section):
         for name in ("top", "heads"):
             if self.kind != "maps" and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` is of kind: maps; {self.kind} keep every head and key")
+        for name in ("step", "calibration_positions"):
+            if self.kind != "queries-keys" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` is of kind: queries-keys; {self.kind} have none of their own")
         return self
 
 

@@ -86,7 +86,10 @@ def check_trainer(trainer: Any, objectives: Sequence[LayerObjective]) -> None:
             "checkpoints would lack the adapters to the teacher's width"
         )
     samples = any(name.startswith("sample-distances") for each in objectives for name in each.names)
-    if samples and args.per_device_train_batch_size < LEAST:
+    one_a_row = any(
+        cache.manifest.layout == "documents" for cache in trainer.caches
+    )  # segment: packed rows have several
+    if samples and one_a_row and args.per_device_train_batch_size < LEAST:
         raise RecipeError(
             f"objective.layers: sample-distances compares the rows of a micro-batch, which has "
             f"{args.per_device_train_batch_size}; set train.micro_batch to {LEAST} or more"

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
-from teachercache.targets.named_file import save_named
+from teachercache.targets.named_file import load_named, save_named
 from teachercache.targets.softened import SketchTail
 
 Array = NDArray[Any]
@@ -113,19 +113,13 @@ class SketchBasis:
     @classmethod
     def load(cls, path: Path) -> SketchBasis:
         """Read a basis; raises `CacheDamaged` when the file is missing or is no basis."""
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                described = json.loads((file.metadata() or {})[METADATA_KEY])
-            if described["version"] != 1:
-                raise ValueError(f"it is of version {described['version']!r}, this version of teachercache reads 1")
+            arrays, described = load_named(path, key=METADATA_KEY)
             basis = cls(**arrays, softcap=described["softcap"], step=described["step"])
             basis = replace(basis, chosen=described.get("chosen"))
             basis.check()
             return basis
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CacheDamaged(f"{path} is no sketch basis ({reason}); fetch the cache again") from None
 

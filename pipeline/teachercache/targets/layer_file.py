@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
 from teachercache.targets.attention import HeadShape
-from teachercache.targets.named_file import save_named
+from teachercache.targets.named_file import load_named, save_named
 
 PREFIX = "layers-"
 METADATA_KEY = "teachercache-layers"
@@ -40,21 +40,15 @@ class LayerFile:
     @classmethod
     def load(cls, path: Path) -> LayerFile:
         """Read one; raises `CacheDamaged` when the file is missing or is no layer file."""
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                described = json.loads((file.metadata() or {})[METADATA_KEY])
-            if described["version"] != 1:
-                raise ValueError(f"it is of version {described['version']!r}, this version of teachercache reads 1")
+            arrays, described = load_named(path, key=METADATA_KEY)
             for name, values in arrays.items():
                 if values.dtype != np.float32:
                     raise ValueError(f"{name} is of type {values.dtype.str}")
                 if values.size and not float(np.abs(values).max()) <= LARGEST:
                     raise ValueError(f"{name} holds what is no number, or is beyond {LARGEST:g}")
             return cls(arrays, {int(layer): dict(entry) for layer, entry in described["attention"].items()})
-        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise no_layer_file(path, error) from None
 
     def check(self, shapes: Mapping[str, tuple[int | None, ...]]) -> None:

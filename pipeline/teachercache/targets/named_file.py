@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,3 +27,22 @@ def save_named(arrays: Mapping[str, Any], metadata: dict[str, str], folder: Path
         os.fsync(stream.fileno())  # shards are read by it: a record of it must not outlive it
     temporary.replace(path)
     return path
+
+
+def load_named(path: Path, *, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays of a safetensors file, and the JSON that its metadata holds under `key`.
+
+    Raises `ValueError` for a file that is missing or is none, or of another version than 1.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            described = json.loads((file.metadata() or {})[key])
+        version = described["version"]
+    except (OSError, SafetensorError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(next(iter(str(error).splitlines()), type(error).__name__)) from None
+    if version != 1:
+        raise ValueError(f"it is of version {version!r}, this version of teachercache reads 1")
+    return arrays, described

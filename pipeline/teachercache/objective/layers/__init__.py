@@ -71,6 +71,7 @@ class LayerObjective(torch.nn.Module):
         self._centred = [term.centred for term in terms]
         made = [term_of(config, targets, student) for config in terms]
         self._made, self.terms = made, torch.nn.ModuleList(made)  # the list alone forgets what they are
+        self._means: dict[tuple[int, str], Tensor] = {}  # no buffers: training casts those to half precision
         self.names = names_of(terms)
         pairs = [(term.of, pair) for term in made for pair in term.pairs]
         self.hidden_layers, self.attention_layers = (
@@ -114,7 +115,7 @@ class LayerObjective(torch.nn.Module):
         for layer in self._teacher_hidden:
             hidden[layer] = layers[column_of(layer)]
             if centred:
-                hidden[layer] = hidden[layer] - hidden[layer].new_tensor(self._hidden_arrays(layer)["mean"])
+                hidden[layer] = hidden[layer] - self._mean(layer, hidden[layer])
         position_BS = _positions(segment_BS)
         attention = {
             layer: self._targets.attention.stored_heads(torch, layer, layers, position_BS)
@@ -128,8 +129,12 @@ class LayerObjective(torch.nn.Module):
         with torch.autocast(like.device.type, enabled=False):
             return sum((term.idle(like) for term in self._made), like.new_zeros(()))
 
-    def _hidden_arrays(self, layer: int) -> dict[str, Any]:
-        return hidden_arrays(self._targets, layer)
+    def _mean(self, layer: int, like: Tensor) -> Tensor:
+        """On the device of a tensor; copied there once."""
+        key = (layer, str(like.device))
+        if key not in self._means:
+            self._means[key] = like.new_tensor(hidden_arrays(self._targets, layer)["mean"])
+        return self._means[key]
 
 
 def names_of(terms: Sequence[LayerTermConfig]) -> tuple[str, ...]:

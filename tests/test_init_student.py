@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teachercache.activations import path_of_blocks
 from teachercache.errors import ModelError, UserError
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.student.init_student import init_student
 from teachercache.student.layer_choice import chosen_layers
+from teachercache.student.transplant import check_tokenizers, transplant_embeddings
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
+from teachercache.tokens.token_bytes import CHARACTER_OF, TokenBytes
 
 from builders import tiny_tokenizer
+from tokenizer_families import SMALL, byte_level
 
+ROOT = Path(__file__).parents[1]
 LAYERS = 6
 IDS = torch.arange(40)[None]
 WIDTH: dict[str, int] = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": LAYERS,
@@ -204,3 +212,106 @@ def test_layers_whose_kind_depends_on_their_index_are_refused_in_one_line(tmp_pa
         init_student(str(tmp_path / "moe"), layers="1,2", output=tmp_path / "student")
     assert "\n" not in str(caught.value) and not (tmp_path / "student").exists()
     assert init_student(str(tmp_path / "moe"), layers="0,2", output=tmp_path / "student")["layers"] == [0, 2]
+
+
+def _rows_by_hand(weight: torch.Tensor, old: Any, new: Any) -> tuple[torch.Tensor, dict[str, int]]:
+    """A token at a time. The tokenizers here are byte-level or spell spaces as ▁, and have <unk>, <s> and </s>."""
+    sides, rows, counts = (TokenBytes.of(old), TokenBytes.of(new)), [], {"copied": 0, "averaged": 0, "mean": 0}
+    by_bytes = {value: index for index, value in enumerate(sides[0].values) if value}
+    for index, value in enumerate(sides[1].values):
+        if index in (new.bos_token_id, new.eos_token_id):
+            ids, how = [old.bos_token_id if index == new.bos_token_id else old.eos_token_id], "copied"
+        elif value is None or value == b"":
+            token = new.convert_ids_to_tokens(index)
+            ids, how = ([old.convert_tokens_to_ids(token)], "copied") if token in old.get_vocab() else ([], "mean")
+        elif value in by_bytes:
+            ids, how = [by_bytes[value]], "copied"
+        else:
+            try:
+                ids, how = old(value.decode(), add_special_tokens=False)["input_ids"], "averaged"
+            except UnicodeDecodeError:
+                text = "".join(CHARACTER_OF[byte] for byte in value)
+                ids, how = [piece.id for piece in old.backend_tokenizer.model.tokenize(text)], "averaged"
+        counts[how] += 1
+        rows.append(weight[ids].float().mean(0) if ids else weight[: len(old)].float().mean(0))
+    return torch.stack(rows).to(weight.dtype), counts
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-untied", "gpt2"])
+def byte_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has BOS and EOS, its embeddings padded to more rows than there are tokens."""
+    from transformers import AutoModelForCausalLM
+
+    folder, config = tmp_path_factory.mktemp(request.param), _config(request.param)
+    config.vocab_size = 448
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_level().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "SentencePiece BPE, Llama 2", "Unigram, byte fallback"])
+def test_embeddings_for_another_vocabulary_are_made_of_the_models(byte_model: Path, tmp_path: Path, kind: str) -> None:
+    new, old = SMALL[kind](), byte_level()
+    new.save_pretrained(tmp_path / "tokenizer")
+    made = init_student(
+        str(byte_model), layers="keep:2", output=tmp_path / "student", tokenizer=str(tmp_path / "tokenizer")
+    )
+    source, student = load_causal_lm(str(byte_model)), load_causal_lm(str(tmp_path / "student"))
+    expected, counts = _rows_by_hand(source.get_input_embeddings().weight, old, new)
+    assert made["embeddings"] == counts and sum(counts.values()) == len(new) and counts["averaged"] > 15
+    torch.testing.assert_close(student.get_input_embeddings().weight.detach(), expected.detach())
+    expected, _ = _rows_by_hand(source.get_output_embeddings().weight, old, new)
+    torch.testing.assert_close(student.get_output_embeddings().weight.detach(), expected.detach())
+    assert student.config.vocab_size == len(new) and len(student.get_submodule(path_of_blocks(student) or "")) == 2
+    for config in (student.config, student.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (
+            new.bos_token_id,
+            new.eos_token_id,
+            None,
+        )
+    saved = load_tokenizer(str(tmp_path / "student"))
+    assert tokenizer_fingerprint(saved) == tokenizer_fingerprint(new)
+    with torch.no_grad():
+        assert student(**new("the cat sat", return_tensors="pt", return_token_type_ids=False)).logits.isfinite().all()
+
+
+def test_the_models_own_tokenizer_changes_nothing_but_padding(byte_model: Path, tmp_path: Path) -> None:
+    made = init_student(str(byte_model), layers="every:1", output=tmp_path / "student", tokenizer=str(byte_model))
+    assert made["embeddings"] == {"copied": len(byte_level()), "averaged": 0, "mean": 0}
+    assert torch.equal(_logits(tmp_path / "student"), _logits(byte_model)[..., : len(byte_level())])
+
+
+def test_tokenizers_without_bytes_are_refused_in_one_line(llama: Path, tmp_path: Path) -> None:
+    SMALL["WordPiece, cased"]().save_pretrained(tmp_path / "wordpiece")
+    with pytest.raises(ModelError, match="wordpiece does not define the bytes") as caught:
+        init_student(str(llama), layers="keep:2", output=tmp_path / "student", tokenizer=str(tmp_path / "wordpiece"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "student").exists()
+    with pytest.raises(ModelError, match="holds no model"):
+        init_student(str(llama), layers="keep:2", output=tmp_path / "student", tokenizer=str(tmp_path))
+
+
+def test_slow_tokenizers_are_refused_for_a_transplant() -> None:
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(ModelError, match="slow"):
+        check_tokenizers({"byt5": ByT5Tokenizer()})
+
+
+def test_models_with_further_weights_for_each_token_are_refused(byte_model: Path) -> None:
+    """Gemma 3n has embeddings for every layer."""
+    model: Any = load_causal_lm(str(byte_model))
+    model.embeddings_of_layers = torch.nn.Embedding(448, 4)
+    with pytest.raises(ModelError, match="weights for each token beside its embeddings"):
+        transplant_embeddings(model, old=byte_level(), new=SMALL["tiktoken"](), name="some/model")
+
+
+def test_the_command_says_how_embeddings_were_made(llama: Path, tmp_path: Path) -> None:
+    SMALL["tiktoken"]().save_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-m", "teachercache", "init-student", str(llama), "--layers", "keep:2",
+               "--out", str(tmp_path / "student"), "--tokenizer", str(tmp_path / "tokenizer"), "--json"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)["embeddings"]
+    assert sum(made.values()) == len(SMALL["tiktoken"]()) and f"{made['averaged']} averaged" in done.stderr

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from teachercache.config import ObjectiveConfig, StudentConfig
-from teachercache.errors import CacheDamaged, ModelError
+from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
 from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.shards import Cache, verify
@@ -18,7 +18,7 @@ from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
 from teachercache.stream.mixture import Mixture
 from teachercache.stream.windows import RowOrder
-from teachercache.student.fit import check_student
+from teachercache.student.fit import check_student, sidecars_of
 from teachercache.student.trainer import DistillationTrainer
 from teachercache.targets import TopK
 from teachercache.targets.temperature import softened
@@ -141,9 +141,8 @@ def test_mistake_05_a_cache_and_a_student_that_do_not_fit_are_not_paired(cache, 
         tokenizer.replace('"A"', '"?"', 1).replace('"B"', '"A"', 1).replace('"?"', '"B"', 1)
     )  # same size, other ids
     (other / "tokenizer.json").write_text(swapped, encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(other)
-    with pytest.raises(ModelError, match="another tokenizer"):
-        check_student(model, StudentConfig(model=str(other)), cache.manifest)
+    with pytest.raises(CacheError, match="has no alignment with the tokenizer of .*other"):
+        sidecars_of(StudentConfig(model=str(other)), [cache])
 
 
 def test_mistake_06_payload_is_no_nested_list(cache):

@@ -76,6 +76,26 @@ def precompute(
     raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
 
 
+@app.command()
+def align(
+    cache: CacheLocation,
+    student: Annotated[
+        str, typer.Option(metavar="ID", help="a model whose tokenizer the student has: hub id or folder")
+    ],
+    revision: Annotated[str | None, typer.Option(help="hub commit, tag or branch")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else a local one")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a cache fit for a student with another tokenizer, on CPUs, without the teacher. Run it again to resume."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.precompute.align import run_align
+
+        return run_align(cache, student=student, revision=revision, address=address, console=console)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
+
+
 @app.command("init-student")
 def init_student(
     model: Annotated[
@@ -83,6 +103,9 @@ def init_student(
     ],
     out: Annotated[Path, typer.Option(help="folder of the new student")],
     layers: Annotated[str, typer.Option(help="0,5,10 or every:3 or keep:10 or first:8")] = "every:3",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="id or folder of another tokenizer: embeddings for it are made of the model's")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="hub commit, tag or branch")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the folder if it exists")] = False,
     as_json: Json = False,
@@ -92,9 +115,13 @@ def init_student(
     def work(console: Console) -> dict[str, Any]:
         from teachercache.student.init_student import init_student as make
 
-        result = make(model, layers=layers, output=out, revision=revision, overwrite=overwrite)
+        result = make(model, layers=layers, output=out, tokenizer=tokenizer, revision=revision, overwrite=overwrite)
         size = f"{len(result['layers'])} layers, {result['parameters']:,} parameters"
         console.print(Text.assemble(("made", "green"), f" a student of {size} → {out}"), soft_wrap=True)
+        if tokenizer is not None:
+            made = result["embeddings"]
+            how = f"{made['copied']:,} copied, {made['averaged']:,} averaged, {made['mean']:,} from the mean"
+            console.print(f"embeddings of {sum(made.values()):,} tokens: {how}", soft_wrap=True)
         return result
 
     raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
@@ -178,6 +205,7 @@ def fidelity(
 def inspect(
     cache: CacheLocation,
     row: Annotated[str | None, typer.Option(help="a row's id (or its beginning), or train:0, held-out:3")] = None,
+    student: Annotated[str | None, typer.Option(help="with --row: which alignment, where there are several")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is inside a cache, or one row token by token."""
@@ -187,7 +215,7 @@ def inspect(
         from teachercache.shards.inspection import describe, describe_row
 
         opened = Cache.open(cache)
-        return describe_row(opened, row) if row else describe(opened)
+        return describe_row(opened, row, student=student) if row else describe(opened)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=_row_table if row else _cache_table))
 
@@ -234,6 +262,10 @@ def _cache_table(result: dict[str, Any]) -> Table:
     if result["fidelity"]:
         divergences = ", ".join(f"{value:.4f} at T = {T}" for T, value in result["fidelity"]["kl"].items())
         table.add_row("KL(teacher ‖ stored)", f"{divergences} nats, {result['fidelity']['positions']:,} positions")
+    for aligned in result["alignments"]:
+        lost = f", {aligned['rows_without_chunks']:,} rows without" if aligned["rows_without_chunks"] else ""
+        line = f"{aligned['tokens']:,} tokens, {aligned['chunks']:,} chunks over {aligned['aligned_fraction']:.2%} of the bytes"
+        table.add_row("aligned with", Text(f"{aligned['student']}: {line}{lost}"))
     table.add_row("fingerprint", result["fingerprint"])
     return table
 
@@ -264,6 +296,9 @@ def _fidelity_table(result: dict[str, Any]) -> Table:
 
 
 def _row_table(result: dict[str, Any]) -> Table:
+    """Token by token; with an alignment, chunk by chunk."""
+    if "chunks" in result:
+        return _chunk_table(result)
     side = "held out" if result["held_out"] else "train"
     table = Table(title=f"row {result['row_id']} ({side}, {result['positions']} positions)")
     for name in ("token", "log p(next)", "tail", "teacher's next tokens at T = 1"):
@@ -276,6 +311,26 @@ def _row_table(result: dict[str, Any]) -> Table:
             continue
         top = "  ".join(f"{entry['text']!r} {entry['probability']:.2f}" for entry in target["top"])
         table.add_row(text, f"{target['actual_log_prob']:.2f}", f"{target['tail_mass']:.3f}", Text(top))
+    return table
+
+
+def _chunk_table(result: dict[str, Any]) -> Table:
+    """Both tokenisations side by side: a line is a chunk, `≠` marks what only one side has."""
+    side = "held out" if result["held_out"] else "train"
+    table = Table(title=Text(f"row {result['row_id']} ({side}), teacher and {result['student']}", style="table.title"))
+    for name in ("", "teacher's tokens", "student's tokens", "log p", "teacher's next tokens after the chunk"):
+        table.add_column(name)
+    teacher, student = iter(result["tokens"]), iter(result["student_tokens"])
+    before: Any = None  # the target of the token before: what predicts the chunk's first one
+    for chunk in result["chunks"]:
+        theirs = [next(teacher) for _ in range(chunk["teacher"])]
+        ours = [next(student) for _ in range(chunk["student"])]
+        known = [token["target"] for token in [{"target": before}, *theirs][: len(theirs)]]
+        likely = f"{sum(each['actual_log_prob'] for each in known):.2f}" if known and all(known) else ""
+        before = theirs[-1]["target"] if theirs else before
+        top = "  ".join(f"{entry['text']!r} {entry['probability']:.2f}" for entry in before["top"]) if before else ""
+        shown = (Text(" ".join(repr(token["text"]) for token in tokens)) for tokens in (theirs, ours))
+        table.add_row("" if chunk["aligned"] else "≠", *shown, likely, Text(top if theirs else ""))
     return table
 
 

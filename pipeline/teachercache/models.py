@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import ModelError
+from teachercache.tokens.fingerprint import tokenizer_fingerprint
 from teachercache.tokens.rows import TokenRow
 
 if TYPE_CHECKING:
@@ -39,8 +41,11 @@ class ModelSource:
     is_local: bool
 
 
-def find_model(model: str) -> ModelSource:
-    """Resolve a model name without loading anything; raises `ModelError` for a path that does not exist."""
+def find_model(model: str, *, tokenizer_only: bool = False) -> ModelSource:
+    """Resolve a model name without loading anything; raises `ModelError` for a path that does not exist.
+
+    With `tokenizer_only`, a folder that holds a tokenizer and no model will do.
+    """
     if model.startswith(PACKAGE_SCHEME):
         path = _package_path(model)
     else:
@@ -52,9 +57,16 @@ def find_model(model: str) -> ModelSource:
     portable = model if model.startswith(PACKAGE_SCHEME) else path.resolve().name
     if path.suffix == ".gguf":
         return ModelSource(str(path.parent), path.name, portable, is_local=True)
-    if not (path / "config.json").is_file():
+    has_tokenizer = (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file()
+    if not (path / "config.json").is_file() and not (tokenizer_only and has_tokenizer):
         raise ModelError(f"{path} holds no model: there is no config.json in it")
     return ModelSource(str(path), None, portable, is_local=True)
+
+
+def portable_name(model: str) -> str:
+    """A model's or tokenizer's name for another machine: never a path."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
 
 
 def _package_path(model: str) -> Path:
@@ -74,12 +86,29 @@ def _package_path(model: str) -> Path:
 def load_tokenizer(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer."""
+    """The model's tokenizer; `model` may be a folder with a tokenizer alone."""
     from transformers import AutoTokenizer
 
     with _readable_errors(model, "tokenizer"):
-        source = _plain_copy(find_model(model))
+        source = _plain_copy(find_model(model, tokenizer_only=True))
         return AutoTokenizer.from_pretrained(source.location, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def save_tokenizer(folder: Path, tokenizer: Any, *, fingerprint: str) -> None:
+    """Its files into a folder, without paths of this machine. Raises `ModelError` for one that is another once it is loaded
+    again."""
+    tokenizer.save_pretrained(folder)
+    without_paths(folder / "tokenizer_config.json")
+    if tokenizer_fingerprint(load_tokenizer(str(folder))) != fingerprint:
+        raise ModelError("the tokenizer changes when it is saved and loaded; a cache cannot describe it")
+
+
+def without_paths(file: Path) -> None:
+    """Rewrite a JSON file of transformers without what names this machine, or code."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "quantization_config", "auto_map"):
+        data.pop(key, None)
+    file.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -37,8 +37,9 @@ from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.precompute.staging import salted_hash
 from teachercache.shards.decompressed import Decompressed
 from teachercache.shards.manifest import hash_file
-from teachercache.shards.reader import KEPT_BYTES, Shard
 from teachercache.shards.schema import ROW_COLUMNS
+from teachercache.shards.shard import Shard
+from teachercache.shards.shard_set import KEPT_BYTES
 from teachercache.shards.writer import write_shard
 from teachercache.targets import StoredTargets, TargetKind, target_kind
 from teachercache.teacher import Teacher
@@ -142,7 +143,7 @@ class Bench:
         hash_file(folder / info.file)
         file = pa.memory_map(str(folder / info.file))
         shard, recent = (
-            Shard(file, info, fingerprint="bench", targets=StoredTargets(kind), longest=LENGTH),
+            Shard(file, info, fingerprint="bench", payload=kind, vocabulary_size=kind.vocabulary_size, longest=LENGTH),
             Decompressed(KEPT_BYTES),
         )
         for index in range(info.rows):

@@ -85,7 +85,7 @@ def test_a_limit_spreads_over_the_split(cache: Cache) -> None:
 def test_a_model_with_too_few_tokens_is_refused(cache: Cache) -> None:
     embedding = tiny_model(vocabulary=cache.manifest.vocabulary_size)
     embedding.lm_head = torch.nn.Linear(32, cache.manifest.vocabulary_size - 1)
-    with pytest.raises(ModelError, match="the cache's tokenizer has"):
+    with pytest.raises(ModelError, match="the tokenizer of its rows has"):
         quality(embedding, held_out_rows(cache, limit=None), cache, batch_rows=4)
 
 

@@ -20,7 +20,7 @@ from teachercache.evaluation import ModelSpec, evaluate, render, run_evaluation
 from teachercache.evaluation.table import _failure, _same_imports
 from teachercache.models import load_causal_lm, load_tokenizer
 
-from builders import sentences, tiny_cache, tiny_recipe, tiny_teacher
+from builders import other_student, sentences, tiny_cache, tiny_recipe, tiny_teacher
 
 PROMISED = {
     "model", "loss", "perplexity", "top1_agreement", "accuracy", "latency_ms", "throughput", "memory_mb", "parameters",
@@ -161,10 +161,8 @@ def test_a_run_of_another_cache_is_refused(run: Path, tmp_path: Path) -> None:
 def test_a_model_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
     from teachercache.evaluation.measure import measure
 
-    stranger = tiny_teacher(tmp_path / "stranger")
-    file = stranger / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": "<eos>"}))
-    with pytest.raises(ModelError, match="another tokenizer"):
+    stranger = other_student(tmp_path / "stranger")
+    with pytest.raises(CacheError, match="has no alignment with the tokenizer of .*stranger"):
         measure(model=str(stranger), cache=str(run.parent / "cache"))
 
 

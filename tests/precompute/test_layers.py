@@ -106,7 +106,7 @@ def test_a_cache_with_layers_is_whole_and_says_what_it_holds(cache: Path) -> Non
     hidden = opened.targets.hidden
     assert hidden is not None and hidden.layers == (0, 1, 2, 3)  # 1 and 3 enter the blocks whose attention is kept
     shown = describe(opened)
-    assert set(shown["bytes_per_position"]) == {"logits", "hidden", "tokens", "total"}
+    assert set(shown["bytes_per_position"]) == {"logits", "boundary_mass", "hidden", "tokens", "total"}
     assert shown["targets"]["attention"]["layers"] == [2, 4] and shown["calibration"]["layers"].startswith(
         "teacher/layers-"
     )

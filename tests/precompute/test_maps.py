@@ -37,7 +37,7 @@ def test_a_cache_of_maps_is_whole_and_says_what_it_holds(cache: Path) -> None:
     assert verify(cache) == []
     opened = Cache.open(cache)
     shown = describe(opened)
-    assert set(shown["bytes_per_position"]) == {"logits", "attention", "tokens", "total"}
+    assert set(shown["bytes_per_position"]) == {"logits", "boundary_mass", "attention", "tokens", "total"}
     assert shown["targets"]["attention"]["kind"] == "maps" and shown["targets"]["attention"]["top"] is None
     assert describe_row(opened, "train:0")["tokens"][0]["target"]["top"]
     assert "attention maps of blocks 2, 4 (4 heads, all keys)" in (cache / "README.md").read_text()

@@ -263,6 +263,9 @@ def test_chat_rows_store_only_assistant_targets(tmp_path):
     texts = [token["text"] for token in describe_row(cache, "train:0")["tokens"]]
     labels = "".join(texts[index + 1] for index in np.flatnonzero(row.target_mask_S))
     assert labels == "sat on a mat</s>"
+    [segment] = row.segments
+    said = [(role, segment.text.encode()[start:end].decode()) for role, start, end in segment.contents]
+    assert said == [("user", "the cat?"), ("assistant", "sat on a mat")]
 
 
 def test_two_jobs_do_not_write_to_one_cache(tmp_path, teacher):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,16 @@ def rewrite(
     *,
     columns: Callable[[dict[str, list[Any]]], Any] = lambda data: None,
     metadata: Callable[[dict[str, Any]], Any] = lambda data: None,
+    types: Mapping[str, pa.DataType] | None = None,
 ) -> None:
-    """Edit the first shard's values (a list for each column), or its metadata, and sign the cache again."""
+    """Edit the first shard's values (a list for each column), its metadata, or types of columns, and sign the cache again."""
     path = folder / SHARD
     with pa.OSFile(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
     values, described = table.to_pydict(), json.loads(table.schema.metadata[METADATA_KEY])
     columns(values)
     metadata(described)
-    fields = [field.with_nullable(True) for field in table.schema]
+    fields = [pa.field(field.name, (types or {}).get(field.name, field.type)) for field in table.schema]
     schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(described)})
     arrays = [pa.array(values[field.name], type=field.type) for field in fields]
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=3))
@@ -64,7 +65,7 @@ def rewrite(
 def payload(folder: Path, name: str, edit: Callable[[Any], Any]) -> None:
     """Edit what the first row holds in one target column, a writable array, and code it again as the kind would."""
     cache = Cache.open(folder)
-    shard = cache._shard(0)
+    shard = cache.shard(0)
     rows = [shard.read_row(index, None, cache.recent).targets[name].copy() for index in range(shard.info.rows)]
     rows[0] = edit(rows[0])
     tables, pages = shard.columns[name].encode(rows)
@@ -80,9 +81,10 @@ def read_everything(folder: Path) -> None:
     """Every row of a cache as a training job and `inspect` read it; what comes out is of the promised shape and range."""
     cache = Cache.open(folder)
     describe(cache)
+    assert cache.boundary is None or cache.boundary.begins_V.shape == (cache.manifest.vocabulary_size,)
     kind, manifest = cache.kind, cache.manifest
     V = manifest.vocabulary_size
-    pairs = {column.name: column.of for column in cache.targets.columns}
+    of = {column.name: column.of for column in cache.targets.columns}
     for split in ("train", "held-out"):
         for index in range(cache.rows_of(split)):
             stored = cache.read_row(split, index)
@@ -92,7 +94,8 @@ def read_everything(folder: Path) -> None:
             assert row.target_mask_S.shape == row.input_ids_S.shape and len(row.labels_N()) == row.positions
             assert len(row.position_ids_S()) == row.length
             for name, values in cache.targets.decoded(stored.targets).items():
-                assert len(values) == (row.pairs if pairs.get(name) == "pair" else row.length), name
+                counts = {"pair": row.pairs, "position": row.positions}
+                assert len(values) == counts.get(of.get(name, "token"), row.length), name
                 assert np.isfinite(values).all(), name
             arrays = kind.decoded({name: stored.targets[name] for name in cache.logit_columns})
             for name, values in arrays.items():

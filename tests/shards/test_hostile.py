@@ -21,11 +21,13 @@ from safetensors.numpy import load_file, save_file
 from shards.forgery import SHARD, payload, problems, read_everything, rewrite, sign
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache
-from teachercache.shards.inspection import token_texts
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST
+from teachercache.shards.schema import SEGMENT
+from teachercache.shards.token_texts import token_texts
 from teachercache.targets.basis import METADATA_KEY
 from teachercache.targets.layer_file import METADATA_KEY as LAYERS_KEY
+from teachercache.tokens.rows import Content
 
 from builders import tiny_cache, tiny_teacher
 
@@ -72,7 +74,7 @@ def refused(folder: Path, match: str) -> None:
         read_everything(folder)
     message = str(caught.value)
     assert "\n" not in message and "fetch" in message and len(message) < 1500
-    assert re.search(r"manifest\.json|part-00000|sketch-|layers-", message), message
+    assert re.search(r"manifest\.json|part-00000|sketch-|layers-|boundary-", message), message
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,6 +94,11 @@ def put(name: str, value: Any) -> Any:
 
 def change(name: str, edit: Any) -> Any:
     return lambda data: data[name].__setitem__(0, edit(data[name][0]))
+
+
+def say(*contents: Any) -> Any:
+    named = [dict(zip(("role", "start", "end"), content, strict=True)) for content in contents]
+    return change("segments", lambda segments: [{**segments[0], "contents": named}])
 
 
 ROWS = {
@@ -115,6 +122,13 @@ ROWS = {
     "segment twice": (change("segments", lambda s: [*s, *s]), "do not follow each other"),
     "segment of negative bytes": (change("segments", lambda s: [{**s[0], "byte_end": -4}]), "span of bytes"),
     "segment without a source": (change("segments", lambda s: [{**s[0], "source_id": None}]), "no source_id"),
+    "content beyond its segment": (say(("user", 0, 10**6)), "contents of messages do not follow"),
+    "content that begins before": (say(("user", -1, 4)), "contents of messages do not follow"),
+    "content of nothing": (say(("user", 4, 4)), "contents of messages do not follow"),
+    "contents that overlap": (say(("user", 0, 4), ("assistant", 3, 6)), "contents of messages do not follow"),
+    "contents that descend": (say(("user", 4, 6), ("assistant", 0, 3)), "contents of messages do not follow"),
+    "content without a role": (say((None, 0, 4)), "no role"),
+    "null for contents": (change("segments", lambda s: [{**s[0], "contents": None}]), "no contents"),
     "no targets": (change("head_ids", lambda page: b""), "head_ids: 0 bytes"),
     "targets of another length": (change("head_ids", lambda page: page + b"1"), "column head_ids"),
 }
@@ -126,6 +140,25 @@ def test_rows_that_lie_are_refused(copy: Any, name: str) -> None:
     folder = copy()
     rewrite(folder, columns=edit)
     refused(folder, match)
+
+
+def test_contents_that_can_be_are_read(copy: Any) -> None:
+    folder = copy()
+    rewrite(folder, columns=say(("user", 0, 4), ("assistant", 4, 6)))
+    read_everything(folder)
+    [first, *_] = Cache.open(folder).read_row("train", 0).row.segments
+    assert first.contents == (Content("user", 0, 4), Content("assistant", 4, 6))
+
+
+def test_shards_from_before_contents_are_read(copy: Any, made: dict[str, Path]) -> None:
+    folder = copy()
+    segments = pa.list_(pa.struct([field for field in SEGMENT if field.name != "contents"]))
+    rewrite(folder, types={"segments": segments})
+    read_everything(folder)
+    assert problems(folder) == []
+    for index in range(Cache.open(folder).rows_of("train")):
+        now, before = (Cache.open(each).read_row("train", index).row for each in (made["top-k"], folder))
+        assert now.segments == before.segments and before.segments[0].contents == ()
 
 
 def test_a_shard_with_fewer_rows_than_the_manifest_says(copy: Any) -> None:
@@ -156,6 +189,7 @@ VALUES = {
     "nothing drawn": ("random-sampling", "sample_sizes", 0),
     "a code of two bytes": ("top-maps", "map_2", 256),
     "a key before the row": ("top-maps", "map_keys_1", 48),
+    "less mass than any": ("top-k", "boundary_log_mass", 9160),
 }
 
 
@@ -424,6 +458,35 @@ def test_maps_with_fewer_pairs_than_their_row_are_refused(copy: Any) -> None:
     refused(folder, r"column map_2: \d+ bytes for \d+ pairs of 2 bytes")
 
 
+@pytest.mark.parametrize("what", ["other set", "two for a token", "other length", "other type", "nothing", "no file"])
+def test_a_set_of_tokens_that_lies_is_refused(copy: Any, what: str) -> None:
+    folder = copy()
+    [path] = (folder / "teacher").glob("boundary-*")
+    arrays = load_file(path)
+    begins_V = arrays["begins_V"]
+    begins_V[0] = {"other set": 1 - begins_V[0], "two for a token": 2}.get(what, begins_V[0])
+    if what == "other length":
+        begins_V = begins_V[:-1].copy()
+    elif what == "other type":
+        begins_V = begins_V.astype(np.float32)
+    if what == "nothing":
+        path.write_bytes(b"")
+    else:
+        save_file({"begins_V": begins_V}, path, {"teachercache-boundary": '{"version": 1}'})
+    sign(
+        folder,
+        lambda data: data.update(files=[f for f in data["files"] if what != "no file" or path.name not in f["file"]]),
+    )
+    refused(folder, "is no set of tokens .*" if what != "no file" else "names the boundary tokens teacher/boundary-")
+
+
+def test_a_manifest_that_names_another_set_is_refused(copy: Any) -> None:
+    folder = copy()
+    sign(folder, lambda data: data["targets"]["boundary_mass"].update(tokens=7))
+    with pytest.raises(CacheDamaged, match="another set than the manifest says"):
+        Cache.open(folder).boundary  # noqa: B018
+
+
 def test_a_basis_of_another_kind_is_refused(copy: Any, made: dict[str, Path], tmp_path: Path) -> None:
     folder = copy("hidden")
     [theirs] = (made["head+sketch"] / "teacher").glob("sketch-*")
@@ -459,6 +522,8 @@ MANIFESTS = [
     ("shards.0.held_out_rows", 10**6), ("shards.0.positions", "many"), ("shards.0.file", 3), ("shards.1.file", SHARD),
     ("files", [{"file": "a", "bytes": -1, "sha256": ""}]), ("column_bytes", {}),
     ("column_bytes", []), ("column_bytes.input_ids", -1),
+    ("targets.boundary_mass", True), ("targets.boundary_mass", {"tokens": 3}), ("targets.boundary_mass.tokens", -1),
+    ("targets.boundary_mass.set", "../../etc/passwd"), ("targets.boundary_mass.set", 7),
     ("calibration", []), ("calibration", {"sources": 4}), ("calibration", {"basis": 4}), ("fidelity", {"kl": 3}),
     ("audit.extra_windows", "x"), ("teacher", {}), ("model", {"parameters": "many"}), ("corpus", {"source": 1}),
     ("created_by", {}), ("shards", 3), ("files", None), ("units", 3),
@@ -511,7 +576,7 @@ def test_a_tokenizer_that_is_none_is_refused(copy: Any, text: str) -> None:
     folder = copy()
     (folder / "teacher" / "tokenizer.json").write_text(text)
     with pytest.raises(CacheDamaged, match=r"tokenizer\.json is no tokenizer .*fetch the cache again"):
-        token_texts(Cache.open(folder))
+        token_texts(Cache.open(folder).teacher_folder)
 
 
 # --------------------------------------------------------------------------- anything

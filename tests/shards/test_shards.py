@@ -14,8 +14,9 @@ import pytest
 
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache, verify
-from teachercache.shards.inspection import describe, describe_row, token_texts
+from teachercache.shards.inspection import describe, describe_row
 from teachercache.shards.manifest import MANIFEST, fingerprint_of
+from teachercache.shards.token_texts import token_texts
 
 from builders import sentences, tiny_cache, tiny_recipe
 
@@ -269,7 +270,7 @@ BYTE_LEVEL = {"type": "ByteLevel"}
 def test_token_texts_follow_the_tokenizers_decoder(cache_folder, parts, vocabulary, texts):
     cache = Cache.open(cache_folder)
     (cache.teacher_folder / "tokenizer.json").write_text(json.dumps({**parts, "model": {"vocab": vocabulary}}))
-    assert token_texts(cache) == dict(enumerate(texts))
+    assert token_texts(cache.teacher_folder) == dict(enumerate(texts))
 
 
 def test_description_adds_up(made):

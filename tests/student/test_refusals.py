@@ -11,7 +11,7 @@ import pytest
 from teachercache.errors import CacheDamaged, CacheError, JobFailed, ModelError, RecipeError, UserError
 from teachercache.student.train import run_training
 
-from builders import tiny_cache, tiny_model, tiny_tokenizer
+from builders import other_student, tiny_cache, tiny_model, tiny_tokenizer
 
 
 def _refused(recipe: Any, kind: type[UserError]) -> str:
@@ -34,11 +34,16 @@ def test_a_padded_vocabulary_is_welcome(make_recipe: Any, tmp_path: Path) -> Non
 
 
 def test_another_tokenizer(make_recipe: Any, student: Path, tmp_path: Path) -> None:
-    shutil.copytree(student, tmp_path / "other")
+    message = _refused(make_recipe(student_model=other_student(tmp_path / "other")), CacheError)
+    assert "has no alignment with the tokenizer of" in message and "teachercache align" in message
+
+
+def test_more_special_tokens_are_no_other_tokenizer(make_recipe: Any, student: Path, tmp_path: Path) -> None:
+    shutil.copytree(student, tmp_path / "more")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    assert "another tokenizer" in _refused(make_recipe(student_model=tmp_path / "other"), ModelError)
+    tokenizer.save_pretrained(tmp_path / "more")
+    assert run_training(make_recipe(student_model=tmp_path / "more", max_steps=1))["steps"] == 1
 
 
 def test_rows_longer_than_the_student_takes(make_recipe: Any, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from teachercache.config.targets import (
 from teachercache.config.training import (
     LOCAL_COPIES,
     LOCAL_COPIES_BYTES,
+    AcrossTermConfig,
     LayerTermConfig,
     LoraConfig,
     MixConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "LOCAL_COPIES",
     "LOCAL_COPIES_BYTES",
     "TARGET_KINDS",
+    "AcrossTermConfig",
     "AttentionConfig",
     "CacheLocation",
     "CorpusConfig",

@@ -28,6 +28,10 @@ class Recipe(Section):
     sequence: SequenceConfig = SequenceConfig()
     targets: TargetsConfig = TargetsConfig()
     precompute: PrecomputeConfig = PrecomputeConfig()
+    align: tuple[str, ...] = Field(
+        (),
+        description="models whose tokenizers students have: precompute aligns the cache with each, as `teachercache align`",
+    )
     student: StudentConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
     stream: StreamConfig = StreamConfig()

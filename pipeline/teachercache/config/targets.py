@@ -210,3 +210,8 @@ class TargetsConfig(Section):
     logits: LogitsConfig = Field(default_factory=lambda: HeadSketchConfig.model_validate({}))
     hidden: HiddenStatesConfig | None = None
     attention: AttentionConfig | None = None
+    boundary_mass: bool = Field(
+        True,
+        description="keep how probable it is that a new pre-token begins (about 1.1 bytes a position): students with other "
+        "tokenizers learn from it",
+    )

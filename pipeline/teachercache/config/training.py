@@ -76,6 +76,30 @@ class LayerTermConfig(Section):
         return self
 
 
+class AcrossTermConfig(Section):
+    """A loss of a student whose tokenizer is another than the teacher's; the cache needs an alignment with it."""
+
+    match: Literal["projected-kl", "chunk-likelihood", "sorted-probabilities"]
+    weight: float = Field(1.0, gt=0, description="beside other terms; all of them together are weighted by alpha")
+    tau: float = Field(
+        100.0, ge=1, description="chunk-likelihood: binarisation temperature; likelihoods p become p^(1 / tau)"
+    )
+    boundaries: bool = Field(
+        True,
+        description="chunk-likelihood: weigh each chunk by the mass on tokens that begin a new pre-token after it",
+    )
+
+    @model_validator(mode="after")
+    def _of_this_term(self) -> AcrossTermConfig:
+        for name in ("tau", "boundaries"):
+            if self.match != "chunk-likelihood" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing to {self.match}; leave it out")
+        return self
+
+
+ACROSS = (AcrossTermConfig(match="projected-kl"), AcrossTermConfig(match="chunk-likelihood"))
+
+
 class ObjectiveConfig(Section):
     """`L = alpha * T^2 * D(teacher_T, student_T) + (1 - alpha) * CE` (Hinton, Vinyals & Dean 2015)."""
 
@@ -95,6 +119,18 @@ class ObjectiveConfig(Section):
     )
 
     layers: tuple[LayerTermConfig, ...] = Field((), description="losses between layers, added to the ones above")
+    across: tuple[AcrossTermConfig, ...] = Field(
+        ACROSS,
+        min_length=1,
+        description="in the place of the divergence, for a student with another tokenizer than the teacher's",
+    )
+
+    @model_validator(mode="after")
+    def _each_across_once(self) -> ObjectiveConfig:
+        matches = [term.match for term in self.across]
+        if len(set(matches)) < len(matches):
+            raise ValueError(f"across has {max(matches, key=matches.count)} twice; give it once, with a weight")
+        return self
 
     @model_validator(mode="after")
     def _finite_divergence(self) -> ObjectiveConfig:

@@ -25,7 +25,7 @@ Message = dict[str, Any]
 Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers recognises it
-_THOUGHT = "</think>"
+THOUGHT = "</think>"
 # Templates that print today's date would render another text tomorrow, and a job could not be resumed.
 _TODAY = datetime(2024, 7, 26)
 
@@ -92,7 +92,7 @@ class ChatRenderer:
     def _text(self, messages: Sequence[Message]) -> str:
         return self._render(messages)[0]
 
-    def _text_if_any(self, messages: Sequence[Message]) -> str | None:
+    def text_if_any(self, messages: Sequence[Message]) -> str | None:
         """The text of a part of a conversation; templates may refuse parts of what they render whole."""
         try:
             return self._text(messages)
@@ -106,12 +106,12 @@ class ChatRenderer:
         except Unrenderable:
             return None
         # a template without support for it renders the same, which says nothing about where a reply begins
-        return prompt if messages and prompt != self._text_if_any(messages) else None
+        return prompt if messages and prompt != self.text_if_any(messages) else None
 
     def _prefix_spans(self, messages: Sequence[Message], text: str) -> list[Span] | None:
         spans = []
         for index in _assistant_turns(messages):
-            prompt, through = self._prompt(messages[:index]), self._text_if_any(messages[: index + 1])
+            prompt, through = self._prompt(messages[:index]), self.text_if_any(messages[: index + 1])
             if prompt is None or through is None or not through.startswith(prompt) or not text.startswith(through):
                 return None
             turn = through[len(prompt) :]
@@ -127,10 +127,10 @@ class ChatRenderer:
     def _match(self, messages: Sequence[Message], text: str, *, keep_reasoning: bool) -> list[Span]:
         turns = _assistant_turns(messages)
         marked = [
-            _marked(message, number, keep_reasoning=keep_reasoning) if number in turns else message
+            with_mark(message, number, keep_reasoning=keep_reasoning) if number in turns else message
             for number, message in enumerate(messages)
         ]
-        pieces = _split_at([_mark(index) for index in turns], self._text(marked))
+        pieces = _split_at([mark(index) for index in turns], self._text(marked))
         if not text.startswith(pieces[0]):
             raise Unrenderable("the chat template does not show where the assistant speaks")
         spans: list[Span] = []
@@ -152,7 +152,7 @@ class ChatRenderer:
 
     def _end_of_turn(self, marked: Sequence[Message], index: int, after: str) -> str:
         """What closes the turn: the text after it were it the last one, as far as the conversation has it there."""
-        closing = (self._text_if_any(marked) or "").partition(_mark(index))[2]
+        closing = (self.text_if_any(marked) or "").partition(mark(index))[2]
         marker = commonprefix([closing, after])  # noqa: RUF071 - of characters, as is meant
         if marker != closing:  # they part inside a special token, which then is no part of either
             marker = re.sub(r"[<\[][^>\]]*$", "", marker)
@@ -175,7 +175,7 @@ def _check_complete(messages: Sequence[Message], pieces: Sequence[str]) -> None:
     """Refuse a text that lacks what the assistant said: some templates pass over content that is no list of parts."""
     spoken = "".join("".join(pieces).split())
     for index in _assistant_turns(messages):
-        answer = "".join(said(messages[index]).rpartition(_THOUGHT)[2].split())  # white space is the template's affair
+        answer = "".join(said(messages[index]).rpartition(THOUGHT)[2].split())  # white space is the template's affair
         if answer not in spoken:
             raise Unrenderable("the chat template changes or leaves out what the assistant said")
 
@@ -187,14 +187,14 @@ def _padding(turn: str, content: str) -> int:
     return len(marker) - len(marker.rstrip()) if marker.strip() else 0
 
 
-def _mark(index: int) -> str:
+def mark(index: int) -> str:
     return f"\ue000{index}\ue001"  # private-use characters: no text that models read holds them
 
 
-def _marked(message: Message, index: int, *, keep_reasoning: bool) -> Message:
+def with_mark(message: Message, index: int, *, keep_reasoning: bool) -> Message:
     """The message with a placeholder for what is said, after its reasoning or in place of both."""
-    reasoning, thought, _ = said(message).rpartition(_THOUGHT)
-    content: Any = f"{reasoning}{thought}{_mark(index)}" if keep_reasoning else _mark(index)
+    reasoning, thought, _ = said(message).rpartition(THOUGHT)
+    content: Any = f"{reasoning}{thought}{mark(index)}" if keep_reasoning else mark(index)
     if isinstance(message.get("content"), list):
         content = [{"type": "text", "text": content}]
     return {**message, "content": content}
@@ -212,7 +212,7 @@ def _split_at(marks: Sequence[str], skeleton: str) -> list[str]:
 
 def _end_of_content(text: str, start: int, content: str, after: str, *, last: bool) -> int:
     """End of what is said at `start`, as written or trimmed, with or without its reasoning, followed by `after`."""
-    answer = content.rpartition(_THOUGHT)[2]
+    answer = content.rpartition(THOUGHT)[2]
     candidates = [trim(whole) for whole in (content, answer) for trim in (str, str.strip, str.rstrip, str.lstrip)]
     for candidate in [*candidates, answer.lstrip("\n")]:
         end = start + len(candidate)

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.corpus.chat import ChatRenderer, Span, Unrenderable
+from teachercache.corpus.contents import contents_of
 from teachercache.corpus.documents import Document
+from teachercache.tokens.rows import Content
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,28 +24,33 @@ class Encoded:
     input_ids_S: NDArray[np.int32]
     char_spans_S2: NDArray[np.int64]
     target_mask_S: NDArray[np.bool_]  # True at i: token i + 1 is to be learned; False for the last
+    contents: Sequence[Content] = ()  # of a conversation, by characters of the text
 
 
 class Source(NamedTuple):
-    """What is to be encoded; `assistant_spans` is None for text, of which every token is to be learned."""
+    """What is to be encoded; `assistant_spans` is None for text, of which every token is to be learned. `contents` by
+    characters."""
 
     document: Document
     text: str
     assistant_spans: list[Span] | None
+    contents: Sequence[Content] = ()
 
 
-def source_of(document: Document, renderer: ChatRenderer | None) -> Source:
-    """The text to encode. Raises `Unrenderable` with the reason when there is none that a tokenizer could read."""
+def source_of(document: Document, renderer: ChatRenderer | None, *, contents: bool = False) -> Source:
+    """The text to encode and, if asked for, where the messages of a conversation stand in it. Raises `Unrenderable` with the
+    reason when there is none that a tokenizer could read."""
     if document.problem is not None:
         raise Unrenderable(document.problem)
-    text, spans = document.text or "", None
+    text, spans, found = document.text or "", None, []
     if document.messages is not None and renderer is not None:
         text, spans = renderer.render(document.messages)
+        found = contents_of(renderer, document.messages, text) if contents else []
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise Unrenderable(f"not valid Unicode: lone surrogate at character {error.start}") from None
-    return Source(document, text, spans)
+    return Source(document, text, spans, found)
 
 
 def encode(sources: Sequence[Source], *, tokenizer: Any, add_eos: bool) -> Iterator[Encoded]:
@@ -60,7 +67,7 @@ def encode(sources: Sequence[Source], *, tokenizer: Any, add_eos: bool) -> Itera
             if eos is not None and (len(ids_S) == 0 or ids_S[-1] != eos):  # some tokenizers append it themselves
                 ids_S, chars_S2 = np.append(ids_S, np.int32(eos)), np.append(chars_S2, [[0, 0]], axis=0)
             targets_S = np.arange(len(ids_S)) < len(ids_S) - 1
-        yield Encoded(source.document, source.text, ids_S, chars_S2, targets_S)
+        yield Encoded(source.document, source.text, ids_S, chars_S2, targets_S, source.contents)
 
 
 def _call(sources: Sequence[Source], tokenizer: Any) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:

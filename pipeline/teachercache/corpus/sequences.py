@@ -64,7 +64,7 @@ def tokenise(documents: Sequence[Document], *, tokenizer: Any, sequence: Sequenc
     result = Tokenised()
     windows: list[Window] = []
     for first in range(0, len(documents), _BATCH):
-        sources = _sources(documents[first : first + _BATCH], renderer, result)
+        sources = _sources(documents[first : first + _BATCH], renderer, result, contents=store_text)
         for encoded in encode(sources, tokenizer=tokenizer, add_eos=sequence.add_eos):
             windows += _kept(encoded, result, length=sequence.length, store_text=store_text)
     bins = [[window] for window in windows] if sequence.layout == "documents" else _pack(windows, sequence.length)
@@ -72,11 +72,13 @@ def tokenise(documents: Sequence[Document], *, tokenizer: Any, sequence: Sequenc
     return result
 
 
-def _sources(documents: Sequence[Document], renderer: ChatRenderer | None, result: Tokenised) -> list[Source]:
+def _sources(
+    documents: Sequence[Document], renderer: ChatRenderer | None, result: Tokenised, *, contents: bool
+) -> list[Source]:
     sources = []
     for document in documents:
         try:
-            sources.append(source_of(document, renderer))
+            sources.append(source_of(document, renderer, contents=contents))
         except Unrenderable as error:
             result.quarantined.append(_quarantined(document, str(error)))
     return sources

@@ -6,13 +6,14 @@ every token of a document but its first is predicted exactly once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.corpus.encoding import Encoded
-from teachercache.tokens.rows import Segment
+from teachercache.tokens.rows import Content, Segment
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,9 @@ def window_bounds(tokens: int, *, length: int) -> list[tuple[int, int]]:
 def cut(encoded: Encoded, *, length: int, store_text: bool) -> list[Window]:
     """All windows of a document, those without targets included."""
     byte_of_char = byte_offsets(encoded.text)
+    contents = [
+        Content(role, int(byte_of_char[start]), int(byte_of_char[end])) for role, start, end in encoded.contents
+    ]
     windows, end = [], 0
     for first, stop in window_bounds(len(encoded.input_ids_S), length=length):
         start, end = _char_span(encoded.char_spans_S2[first:stop], otherwise=end)
@@ -43,11 +47,18 @@ def cut(encoded: Encoded, *, length: int, store_text: bool) -> list[Window]:
             byte_end=int(byte_of_char[end]),
             start=0,
             text=encoded.text[start:end] if store_text else None,
+            contents=within(contents, int(byte_of_char[start]), int(byte_of_char[end])) if store_text else (),
         )
         targets_S = encoded.target_mask_S[first:stop].copy()
         targets_S[-1:] = False  # its label lies in the next window, which holds this token again
         windows.append(Window(encoded.document.held_out, encoded.input_ids_S[first:stop], targets_S, segment))
     return windows
+
+
+def within(contents: Iterable[Content], start: int, end: int) -> tuple[Content, ...]:
+    """Contents as far as they lie in [start, end), counted from `start`."""
+    clipped = (Content(role, max(first, start) - start, min(last, end) - start) for role, first, last in contents)
+    return tuple(content for content in clipped if content.start < content.end)
 
 
 def byte_offsets(text: str) -> NDArray[np.int64]:

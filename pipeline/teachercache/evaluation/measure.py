@@ -2,9 +2,9 @@
 
     python -m teachercache.evaluation.measure --model M --cache C [--rows N] [--batch 8] [--dtype auto] [--device cpu]
 
-prints one JSON object: `model`, `loss` (nats per position), `perplexity`, `top1_agreement`, `accuracy`, `latency_ms`,
-`throughput` (positions/s), `memory_mb`, `parameters`, `positions`, and what they were measured with. A mistake of the
-user prints `{"error": {"type", "message"}}` and exits with status 2, another failure that has a remedy with 1.
+prints one JSON object: `model`, `loss` (nats per position), `perplexity`, `bits_per_byte`, `top1_agreement`, `accuracy`,
+`latency_ms`, `throughput` (positions/s), `memory_mb`, `parameters`, `positions`, and what they were measured with. A
+mistake of the user prints `{"error": {"type", "message"}}` and exits with status 2, another failure that has a remedy with 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import ModelError, TeachercacheError
-from teachercache.shards import Cache, Manifest
+from teachercache.shards import Cache
+from teachercache.shards.sidecar import Sidecar
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +49,9 @@ def measure(
     from teachercache.evaluation import cost, quality
 
     opened = Cache.open(cache, local=local, local_bytes=local_bytes)
-    stored = quality.held_out_rows(opened, limit=rows)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    _check_tokenizer(model, opened.manifest, source)
+    sidecar = _sidecar(model, opened, source)
+    stored = quality.held_out_rows(opened, limit=rows, sidecar=sidecar)
     _import_code_of(model, source)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     meter = cost.MemoryMeter(place)
@@ -59,7 +60,8 @@ def measure(
     return {
         "model": model,
         **meter.read(loaded, tokens_1L),
-        **quality.quality(loaded, stored, opened, batch_rows=batch),
+        **quality.quality(loaded, stored, opened, batch_rows=batch, sidecar=sidecar),
+        "tokenizer": "the teacher's" if sidecar is None else sidecar.manifest.tokenizer["name"],
         **cost.speed(loaded, tokens_1L, batch_rows=batch),
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "rows": len(stored),
@@ -69,20 +71,17 @@ def measure(
     }
 
 
-def _check_tokenizer(model: str, manifest: Manifest, source: dict[str, Any]) -> None:
-    """A model whose ids mean other text would be scored on nonsense; one without a tokenizer is taken at its word."""
+def _sidecar(model: str, cache: Cache, source: dict[str, Any]) -> Sidecar | None:
+    """The alignment that a model with another tokenizer is measured through: on the cache's own ids it would be scored on
+    nonsense. One without a tokenizer is taken at its word."""
     from teachercache.models import load_tokenizer
-    from teachercache.tokens.fingerprint import tokenizer_fingerprint
+    from teachercache.stream.alignment import alignment_for
 
     try:
         tokenizer = load_tokenizer(model, **source)
     except ModelError:
-        return
-    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
-        raise ModelError(
-            f"{model} has another tokenizer than the cache's teacher, so its ids mean other text; "
-            "evaluate a model with the teacher's tokenizer"
-        )
+        return None
+    return alignment_for(cache, tokenizer, student=model)
 
 
 def _import_code_of(model: str, source: dict[str, Any]) -> None:

@@ -20,13 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.errors import CacheError, JobFailed, ModelError
-from teachercache.models import model_inputs
+from teachercache.models import load_tokenizer, model_inputs
 from teachercache.shards import Cache, StoredRow
+from teachercache.shards.sidecar import Sidecar
+from teachercache.stream.joined import JoinedRow, chunk_arrays
 from teachercache.targets.kind import first_choice_tail, first_choices
 from teachercache.teacher.output_layer import HALF, OutputLayer, layer_after_body
+from teachercache.tokens.rows import TokenRow
+from teachercache.tokens.spans import SpanFinder
 
 CHUNK_POSITIONS = 256
 BATCH_TOKENS = 4096  # most tokens in a forward pass, padding included: bounds the logits, which are B · S · V
@@ -39,22 +44,29 @@ class Sums:
     loss: float = 0.0
     correct: int = 0
     agreeing: int = 0
+    compared: int = 0  # positions at which the teacher's choice is known
     positions: int = 0
+    bytes: int | None = 0  # of the text that labels stand for; None where the cache keeps no text
 
-    def metrics(self) -> dict[str, float | int]:
-        """Loss in nats per position, perplexity, shares of positions."""
+    def metrics(self) -> dict[str, float | int | None]:
+        """Loss in nats per position, perplexity, bits per byte of text, shares of positions."""
         loss = self.loss / self.positions
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "top1_agreement": self.agreeing / self.positions,
+            "bits_per_byte": self.loss / self.bytes / math.log(2) if self.bytes else None,
+            "top1_agreement": self.agreeing / max(1, self.compared),
             "accuracy": self.correct / self.positions,
             "positions": self.positions,
         }
 
 
-def held_out_rows(cache: Cache, *, limit: int | None) -> list[StoredRow]:
-    """The held-out rows, or `limit` of them evenly spread. Raises `CacheError` where there are none."""
+Row = StoredRow | JoinedRow
+
+
+def held_out_rows(cache: Cache, *, limit: int | None, sidecar: Sidecar | None = None) -> list[Row]:
+    """The held-out rows, or `limit` of them evenly spread; with a sidecar, joined to a student's tokens. Raises `CacheError`
+    where there are none."""
     count = cache.rows_of("held-out")
     if count == 0:
         raise CacheError(
@@ -63,29 +75,70 @@ def held_out_rows(cache: Cache, *, limit: int | None) -> list[StoredRow]:
         )
     columns = cache.kind.objective_columns(first_choice_tail(cache.kind))
     indices = np.unique(np.linspace(0, count - 1, min(limit or count, count)).round().astype(int))
-    return [cache.read_row("held-out", int(index), columns=columns) for index in indices]
+    rows: list[Row] = []
+    for index in indices.tolist():
+        stored = cache.read_row("held-out", index, columns=columns)
+        if sidecar is None:
+            rows.append(stored)
+        else:
+            joined = sidecar.joined("held-out", index, stored)
+            rows.append(JoinedRow(joined.row, stored, joined.targets))
+    return rows
 
 
-def quality(model: Any, rows: Sequence[StoredRow], cache: Cache, *, batch_rows: int) -> dict[str, float | int]:
-    """`loss`, `perplexity`, `top1_agreement` (the model's first choice is the teacher's), `accuracy` (it is the token
-    that follows) and `positions`.
+def quality(
+    model: Any, rows: Sequence[Row], cache: Cache, *, batch_rows: int, sidecar: Sidecar | None = None
+) -> dict[str, float | int | None]:
+    """`loss`, `perplexity`, `bits_per_byte` (which compares across tokenizers; None where the cache keeps no text),
+    `top1_agreement` (the model's first choice is the teacher's; across tokenizers, where both have read the same bytes),
+    `accuracy` (it is the token that follows) and `positions`.
 
     Raises `ModelError` when the model predicts fewer tokens than the cache's vocabulary has, `JobFailed` when its loss
     is not a finite number.
     """
-    sums = Sums()
-    layer = layer_after_body(model, vocabulary_size=cache.manifest.vocabulary_size) if model.dtype in HALF else None
+    sums, read = Sums(), cache.manifest if sidecar is None else sidecar.manifest
+    layer = layer_after_body(model, vocabulary_size=read.vocabulary_size) if model.dtype in HALF else None
+    sums.bytes = label_bytes(rows, cache)
     with torch.inference_mode():
         for batch in _batches(rows, batch_rows=batch_rows):
-            _score(model, layer, batch, cache, sums)
+            _score(model, layer, batch, cache, sidecar, sums)
     if not math.isfinite(sums.loss):
         raise JobFailed(f"the loss on the held-out rows is {sums.loss}: the model's weights or precision are broken")
     return sums.metrics()
 
 
-def _batches(rows: Sequence[StoredRow], *, batch_rows: int) -> Iterator[list[StoredRow]]:
+def label_bytes(rows: Sequence[Row], cache: Cache) -> int | None:
+    """Bytes of the text that all labels of some rows stand for; None where the cache keeps no text."""
+    plain = [stored for stored in rows if isinstance(stored, StoredRow)]
+    finder = SpanFinder.of(load_tokenizer(str(cache.teacher_folder))) if plain else None
+    total = 0
+    for stored in rows:
+        if isinstance(stored, JoinedRow):
+            bytes_S = stored.alignment["token_bytes"]
+        else:
+            assert finder is not None
+            found = _token_bytes(stored.row, finder)
+            if found is None:
+                return None
+            bytes_S = found
+        total += int(bytes_S[1:][stored.row.target_mask_S[:-1]].sum())
+    return total
+
+
+def _token_bytes(row: TokenRow, finder: SpanFinder) -> NDArray[Any] | None:
+    ends = [*(segment.start for segment in row.segments[1:]), row.length]
+    parts = []
+    for segment, end in zip(row.segments, ends, strict=True):
+        spans = None if segment.text is None else finder.spans(segment.text, row.input_ids_S[segment.start : end])
+        if spans is None:
+            return None
+        parts.append(np.diff(spans.ends_S, prepend=0))
+    return np.concatenate(parts)
+
+
+def _batches(rows: Sequence[Row], *, batch_rows: int) -> Iterator[list[Row]]:
     """Rows of like length together, within `BATCH_TOKENS`."""
-    batch: list[StoredRow] = []
+    batch: list[Row] = []
     for row in sorted(rows, key=lambda row: row.row.length):
         if batch and (len(batch) == batch_rows or (len(batch) + 1) * row.row.length > BATCH_TOKENS):
             yield batch
@@ -95,9 +148,11 @@ def _batches(rows: Sequence[StoredRow], *, batch_rows: int) -> Iterator[list[Sto
         yield batch
 
 
-def _score(model: Any, layer: OutputLayer | None, batch: Sequence[StoredRow], cache: Cache, sums: Sums) -> None:
-    rows, manifest = [stored.row for stored in batch], cache.manifest
-    arrays = model_inputs(rows, pad_id=manifest.pad_id, layout=manifest.layout)
+def _score(
+    model: Any, layer: OutputLayer | None, batch: Sequence[Row], cache: Cache, sidecar: Sidecar | None, sums: Sums
+) -> None:
+    rows, manifest = [stored.row for stored in batch], cache.manifest if sidecar is None else sidecar.manifest
+    arrays = model_inputs(rows, pad_id=manifest.pad_id, layout=cache.manifest.layout)
     inputs = {name: torch.from_numpy(values).to(model.device) for name, values in arrays.items()}
     if layer is not None:
         outputs_RA = model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
@@ -105,15 +160,13 @@ def _score(model: Any, layer: OutputLayer | None, batch: Sequence[StoredRow], ca
         outputs_RA = model(**inputs, use_cache=False).logits.flatten(0, 1)
         if outputs_RA.shape[-1] < manifest.vocabulary_size:
             raise ModelError(
-                f"the model predicts {outputs_RA.shape[-1]} tokens, but the cache's tokenizer has "
-                f"{manifest.vocabulary_size}; evaluate a model with the teacher's tokenizer"
+                f"the model predicts {outputs_RA.shape[-1]} tokens, but the tokenizer of its rows has "
+                f"{manifest.vocabulary_size}; evaluate a model with the teacher's tokenizer, or an aligned one"
             )
     longest = inputs["input_ids"].shape[1]
     positions_N = np.concatenate([i * longest + np.flatnonzero(row.target_mask_S) for i, row in enumerate(rows)])
     labels_N = np.concatenate([row.labels_N() for row in rows])
-    teacher_N = np.concatenate(
-        [first_choices(cache.kind, cache.kind.decoded(stored.targets), xp=np) for stored in batch]
-    )
+    teacher_N = np.concatenate([_teachers_choices(stored, cache, sidecar) for stored in batch])
     tensors = [
         torch.from_numpy(array.astype(np.int64)).to(outputs_RA.device) for array in (positions_N, labels_N, teacher_N)
     ]
@@ -123,9 +176,21 @@ def _score(model: Any, layer: OutputLayer | None, batch: Sequence[StoredRow], ca
         _add(sums, logits_CV, labels_C, teacher_C)
 
 
+def _teachers_choices(stored: Row, cache: Cache, sidecar: Sidecar | None) -> NDArray[Any]:
+    """At each position, in the model's own ids; -1 where the teacher has none to compare."""
+    if isinstance(stored, StoredRow):
+        return first_choices(cache.kind, cache.kind.decoded(stored.targets), xp=np)
+    assert sidecar is not None
+    choices_N = np.full(stored.row.positions, -1, dtype=np.int64)
+    arrays, chunks = chunk_arrays([stored], cache.targets, tuple(stored.teacher.targets))
+    choices_N[chunks["first"]] = sidecar.vocabulary.first_Vt[first_choices(cache.kind, arrays, xp=np)]
+    return choices_N
+
+
 def _add(sums: Sums, logits_CV: Tensor, labels_C: Tensor, teacher_C: Tensor) -> None:
     choice_C = logits_CV.argmax(-1)
     sums.loss += float(F.cross_entropy(logits_CV, labels_C, reduction="sum"))
     sums.correct += int((choice_C == labels_C).sum())
     sums.agreeing += int((choice_C == teacher_C).sum())
+    sums.compared += int((teacher_C >= 0).sum())
     sums.positions += len(labels_C)

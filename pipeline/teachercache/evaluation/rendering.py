@@ -9,9 +9,10 @@ from rich.table import Table as RichTable
 
 from teachercache.evaluation.table import Table
 
+PERPLEXITY, BITS_PER_BYTE = "perple-\nxity", "bits\n/byte"
 COLUMNS = (
     "loss\nnats",
-    "perple-\nxity",
+    PERPLEXITY,
     "top-1\nagrees",
     "accu-\nracy",
     "quality\nkept",
@@ -34,18 +35,21 @@ def render(table: Table) -> RichTable:
         caption_justify="left",
     )
     rendered.add_column("", no_wrap=True)
+    # Losses and perplexities of different tokens do not compare.
+    across = len({row.get("tokenizer") for row in table.values()}) > 1
     for column in COLUMNS:
-        rendered.add_column(column, justify="right", no_wrap=True)
+        shown = BITS_PER_BYTE if across and column == PERPLEXITY else column
+        rendered.add_column(shown, justify="right", no_wrap=True)
     for role, row in table.items():
-        rendered.add_row(role.replace("_", " "), *_cells(row))
+        rendered.add_row(role.replace("_", " "), *_cells(row, across=across))
     return rendered
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], *, across: bool) -> list[str]:
     kept, faster = row.get("quality_kept"), row.get("speed_up")
     return [
         f"{row['loss']:.3f}",
-        _perplexity(row["perplexity"]),
+        _bits(row["bits_per_byte"]) if across else _perplexity(row["perplexity"]),
         f"{row['top1_agreement']:.1%}",
         f"{row['accuracy']:.1%}",
         "–" if kept is None else f"{kept:.1%}",
@@ -55,6 +59,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['memory_mb']:,.0f}",
         _count(row["parameters"]),
     ]
+
+
+def _bits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _perplexity(value: float) -> str:

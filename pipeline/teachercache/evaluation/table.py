@@ -70,8 +70,10 @@ def evaluate(
 
 
 def _compared(student: dict[str, Any], teacher: dict[str, Any]) -> dict[str, float | None]:
+    # Shares of tokens do not compare where tokens are other ones.
+    comparable = teacher["accuracy"] and student["tokenizer"] == teacher["tokenizer"]
     return {
-        "quality_kept": student["accuracy"] / teacher["accuracy"] if teacher["accuracy"] else None,
+        "quality_kept": student["accuracy"] / teacher["accuracy"] if comparable else None,
         "speed_up": teacher["latency_ms"] / student["latency_ms"],
     }
 

@@ -35,7 +35,7 @@ class LossTerms:
     divergence: Tensor
     ce: Tensor
     positions: int
-    layers: Mapping[str, Tensor] = field(default_factory=dict)  # terms between layers, and similarities; their sums
+    named: Mapping[str, Tensor] = field(default_factory=dict)  # sums of further terms, and of what they measure
 
 
 class DistillationObjective:
@@ -78,7 +78,7 @@ class DistillationObjective:
         sums. Raises `ModelError` when the student predicts fewer tokens than the cache's vocabulary has.
         """
         self._check_width(logits_BSL.shape[-1])
-        positions_N, labels_N = _positions(shift_labels_BS)
+        positions_N, labels_N = labelled_positions(shift_labels_BS)
         sums = distillation_sums(
             logits_BSL,
             positions_N=positions_N,
@@ -107,7 +107,7 @@ class DistillationObjective:
         Raises `ModelError` when the layer has fewer rows than the cache's vocabulary.
         """
         self._check_width(len(weight_LD))
-        positions_N, labels_N = _positions(shift_labels_BS)
+        positions_N, labels_N = labelled_positions(shift_labels_BS)
         sums = projected_sums(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[positions_N],
             weight_LD,
@@ -143,7 +143,7 @@ class DistillationObjective:
         return teacher
 
 
-def _positions(shift_labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+def labelled_positions(shift_labels_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Rising indices into [B · S] of what has a label, and the labels, [N] each."""
     labels_R = shift_labels_BS.reshape(-1)
     positions_N = (labels_R != NO_TARGET).nonzero()[:, 0]

@@ -86,8 +86,8 @@ class _Projected(torch.autograd.Function):
         gradients = (
             torch.empty_like(hidden_ND) if wanted[0] else None,
             # Chunks add up: in float32, whatever the weights are.
-            torch.zeros(weight_LD.shape, dtype=_summed(weight_LD), device=weight_LD.device) if wanted[1] else None,
-            torch.zeros(len(weight_LD), dtype=_summed(weight_LD), device=weight_LD.device) if wanted[2] else None,
+            torch.zeros(weight_LD.shape, dtype=summed(weight_LD), device=weight_LD.device) if wanted[1] else None,
+            torch.zeros(len(weight_LD), dtype=summed(weight_LD), device=weight_LD.device) if wanted[2] else None,
         )
         parts = _run_chunks((hidden_ND, weight_LD, bias_L), batch, softcap, chunk, gradients=gradients)
         ctx.gradients, ctx.dtype = gradients, weight_LD.dtype
@@ -105,7 +105,8 @@ class _Projected(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _summed(weight_LD: Tensor) -> torch.dtype:
+def summed(weight_LD: Tensor) -> torch.dtype:
+    """The type that chunks' gradients add up in."""
     return torch.float64 if weight_LD.dtype == torch.float64 else torch.float32
 
 
@@ -132,8 +133,8 @@ def _run_chunks(
             continue
         if softcap is not None:  # d cap(u) / du = 1 - (cap(u) / softcap)²
             gradient_CL.mul_(logits_CL.div_(softcap).square_().neg_().add_(1))
-        _carry_on(gradient_CL, hidden_CD, weight_LD, part, gradients)
-    nothing = hidden_ND.new_zeros(0, dtype=_summed(weight_LD))
+        carry_on(gradient_CL, hidden_CD, weight_LD, part, gradients)
+    nothing = hidden_ND.new_zeros(0, dtype=summed(weight_LD))
     return torch.cat(divergences or [nothing]), torch.cat(ces or [nothing])
 
 
@@ -148,13 +149,14 @@ def _chunk_of(batch: Batch, part: slice, positions: int) -> Batch:
     )
 
 
-def _carry_on(
+def carry_on(
     gradient_CL: Tensor,
     hidden_CD: Tensor,
     weight_LD: Tensor,
     part: slice,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
+    """From a chunk's logits to its hidden states, and added up, to weight and bias."""
     of_hidden_ND, of_weight_LD, of_bias_L = gradients
     if of_hidden_ND is not None:
         torch.mm(gradient_CL, weight_LD, out=of_hidden_ND[part])

@@ -193,6 +193,27 @@ def run_units(job: Job, pending: list[int]) -> Iterator[UnitReport]:
         raise _stopped(error) from error
 
 
+def run_tasks(work: Callable[[Any, int], Any], plan: Any, pending: list[int], *, what: str) -> Iterator[Any]:
+    """`work(plan, unit)` of all pending units, on as many cores as there are; yields what each gives, as it is done.
+
+    Raises what the work raises: a `TeachercacheError` as it is, anything else as `JobFailed`, naming `what` a unit is.
+    """
+    rows = [{"unit": unit, "payload": b"", "problem": None} for unit in pending]
+    units = ray.data.from_items(rows, override_num_blocks=len(pending))
+    try:
+        for row in units.map(cast(Any, _task), fn_args=(work, plan, what), num_cpus=1).iter_rows():
+            if row["problem"] is not None:
+                raise pickle.loads(row["problem"])
+            yield pickle.loads(row["payload"])
+    except ray.exceptions.RayError as error:
+        raise _stopped(error) from error
+
+
+def _task(row: Row, work: Callable[[Any, int], Any], plan: Any, what: str) -> Row:
+    unit = int(row["unit"])
+    return _carrying_errors(lambda _: work(plan, unit), row, what=f"{what} {unit}")
+
+
 @contextmanager
 def connected(settings: PrecomputeConfig) -> Iterator[None]:
     """A Ray cluster: the one that `address` or RAY_ADDRESS names, one already connected, or a local one for this job."""

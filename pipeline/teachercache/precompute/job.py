@@ -15,10 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from teachercache.config import Recipe
 from teachercache.errors import RecipeError
 from teachercache.files import locked
+from teachercache.models import load_tokenizer
 from teachercache.precompute.commit import DRIFT_AT, commit
 from teachercache.precompute.plan import Plan, make_plan
 from teachercache.shards import Manifest
 from teachercache.shards.manifest import MANIFEST, read_manifest
+from teachercache.tokens.fingerprint import require_fast
 
 
 def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
@@ -31,8 +33,26 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     source = recipe.corpus.source if recipe.corpus else ""
     console.print(f"planning: reading {source} …", markup=False)
     _check_paths(recipe)
+    _check_students(recipe)
     with locked(_lock_file(recipe.cache_folder), job="precompute job", folder=recipe.cache_folder):
-        return _run_locked(recipe, console, start)
+        result = _run_locked(recipe, console, start)
+    if recipe.align:
+        from teachercache.precompute.align import run_align
+
+        address = recipe.precompute.address
+        result["alignments"] = [
+            run_align(recipe.cache_folder, student=student, address=address, console=console)
+            for student in recipe.align
+        ]
+    return result
+
+
+def _check_students(recipe: Recipe) -> None:
+    """Before the teacher runs for hours: tokenizers that cannot be loaded, and text that would be missing."""
+    if recipe.align and recipe.corpus is not None and not recipe.corpus.store_text:
+        raise RecipeError("align needs the text of the corpus; set corpus.store_text: true, or leave align out")
+    for student in recipe.align:
+        require_fast(load_tokenizer(student))
 
 
 def _check_paths(recipe: Recipe) -> None:
@@ -84,7 +104,7 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
 
     began = time.time()
     first = math.inf
-    with connected(recipe.precompute), _progress(console) as progress:
+    with connected(recipe.precompute), progress_bar(console) as progress:
         if plan.calibration() is None:
             console.print("calibrating: fitting what targets are read by to a sample of the corpus …")
             run_calibration(Job.of(recipe, plan))
@@ -115,7 +135,8 @@ def _describe_choice(chosen: dict[str, Any] | None) -> str:
     return f"; for target_kl {chosen['target_kl']:g}: rank {chosen['rank']}, step {chosen['step']:g} ({left})"
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Units done, with a rate."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("units  {task.fields[rate]}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console,

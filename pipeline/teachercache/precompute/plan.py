@@ -17,13 +17,21 @@ from teachercache.config import PrecomputeConfig, Recipe
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.files import write_whole
-from teachercache.models import find_model, load_config, load_tokenizer, weights_identity
+from teachercache.models import (
+    find_model,
+    load_config,
+    load_tokenizer,
+    save_tokenizer,
+    weights_identity,
+    without_paths,
+)
 from teachercache.precompute.layers import layer_kinds
 from teachercache.precompute.staging import Staged, empty_folder, stage, unit_name
 from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint_of, read_manifest
 from teachercache.shards.schema import READ_BY
-from teachercache.targets import LayerFile, StoredTargets, TargetKind, target_kind
+from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
+from teachercache.tokens.pretokens import begins_pretoken
 
 PLAN = "plan.json"
 LOGIT_BYTES = 64  # about what a token's logits take, which the defaults of `unit_rows` and `unit_bytes` are chosen for
@@ -116,7 +124,9 @@ def make_plan(recipe: Recipe) -> Plan:
         ChatRenderer(tokenizer)  # raises for a tokenizer without a template
         tokens["chat_template"] = template_fingerprint(tokenizer)
     kind = _target_kind(recipe, config, vocabulary_size=tokens["vocabulary_size"])
-    targets = StoredTargets(kind, **layer_kinds(recipe.targets, config, longest=recipe.sequence.length))
+    layers = layer_kinds(recipe.targets, config, longest=recipe.sequence.length)
+    boundary = BoundaryMass.of(begins_pretoken(tokenizer)) if recipe.targets.boundary_mass else None
+    targets = StoredTargets(kind, **layers, boundary=boundary)
     _check_context(recipe, config)
     identity = {
         "teacher": {
@@ -185,6 +195,8 @@ def _find_or_begin(
         positions = targets.calibration_positions
         plan = planned(stage(corpus, settings, staging, calibration_positions=positions))
         save_teacher_files(folder / "teacher", tokenizer, config, fingerprint=identity["tokenizer"]["fingerprint"])
+        if targets.boundary is not None:
+            targets.boundary.save(folder / "teacher")
         (plan.work / "done").mkdir()
         write_whole(plan.work / PLAN, json.dumps(plan.identity, indent=1, sort_keys=True))  # last: now there is a job
     return plan
@@ -259,14 +271,6 @@ def _portable_source(source: str) -> str:
 def save_teacher_files(folder: Path, tokenizer: Any, config: Any, *, fingerprint: str) -> None:
     """Tokenizer and config.json of the teacher, without paths of this machine; checks that the tokenizer survives saving."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
-    for name in ("config.json", "tokenizer_config.json"):
-        data = json.loads((folder / name).read_text(encoding="utf-8"))
-        for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "quantization_config", "auto_map"):
-            data.pop(key, None)
-        (folder / name).write_text(
-            json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-    if tokenizer_fingerprint(load_tokenizer(str(folder))) != fingerprint:
-        raise CacheError("the teacher's tokenizer changes when it is saved and loaded; a cache cannot describe it")
+    without_paths(folder / "config.json")
+    save_tokenizer(folder, tokenizer, fingerprint=fingerprint)

@@ -6,6 +6,8 @@
     ipc_blocks.py what a record batch claims to take in memory
     manifest.py   manifest.json: what the cache holds, committed last
     reader.py     `Cache`: rows by (split, index), digests checked before the first row is handed out
+    shard_set.py  many shards, opened when they are needed
+    shard.py      one shard: rows by index
     row_batch.py  rows of a record batch in memory
     decompressed.py  record batches in memory, bounded
     source.py     where files are: a folder, or an object store

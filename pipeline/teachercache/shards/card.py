@@ -10,7 +10,6 @@ def render_card(manifest: Manifest) -> str:
     """Markdown for people who find the folder; made from the manifest alone."""
     audit = manifest.audit
     kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
-    layers = StoredTargets.of(manifest.targets, kind).layers
     sizes = manifest.bytes_per_position()
     held_out = sum(shard.held_out_rows for shard in manifest.shards)
     counts = f"{audit.rows_in:,} rows = {audit.stored:,} stored + {audit.quarantined:,} quarantined"
@@ -21,7 +20,7 @@ def render_card(manifest: Manifest) -> str:
         "sequences": f"{manifest.rows:,} rows of up to {manifest.sequence_length} tokens ({manifest.layout}), "
         f"{held_out:,} of them held out",
         "positions": f"{manifest.positions:,}",
-        "targets": "; ".join([kind.describe(), *(stored.describe() for stored in layers)]),
+        "targets": StoredTargets.of(manifest.targets, kind).describe(),
         "size": f"{manifest.shard_bytes:,} bytes of shards; per position {_listed(sizes)}",
         "fingerprint": f"`{manifest.fingerprint}`",
     }

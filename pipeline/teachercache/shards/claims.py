@@ -26,7 +26,7 @@ from teachercache.targets.attention_maps import check_length
 from teachercache.targets.stored import SECTIONS
 
 if TYPE_CHECKING:
-    from teachercache.shards.manifest import Manifest
+    from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo
 
 MOST_TOKENS = 2**24  # of a vocabulary
 MOST_LENGTH = 2**24  # tokens of a row
@@ -62,8 +62,14 @@ class _Tokenizer(_Claim):
     pad_id: int = Field(ge=0, lt=MOST_TOKENS)
 
 
+class _BoundaryMass(_Claim):
+    tokens: Count
+    set: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # part of a file's name
+
+
 class _Targets(_Claim):
     logits: dict[str, Any]
+    boundary_mass: _BoundaryMass | None = None
 
 
 Number = Annotated[int, Field(ge=1, le=2**20)]  # of layers, heads or channels
@@ -153,8 +159,8 @@ _SHARD_COUNTS = ("bytes", "rows", "held_out_rows", "positions", "held_out_positi
 def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
     """Raise `ValueError`, in one line, for a manifest whose settings or counts cannot be those of a cache."""
     names = list(_Described.model_fields)
-    _validated(_Described.model_validate, {name: getattr(manifest, name) for name in names})
-    _validated(lambda text: SequenceConfig.model_validate_json(text, strict=True), json.dumps(manifest.sequence))
+    validated(_Described.model_validate, {name: getattr(manifest, name) for name in names})
+    validated(lambda text: SequenceConfig.model_validate_json(text, strict=True), json.dumps(manifest.sequence))
     if manifest.sequence_length > MOST_LENGTH:
         raise ValueError(f"sequence.length is {manifest.sequence_length}, at most {MOST_LENGTH} is possible")
     if manifest.pad_id >= manifest.vocabulary_size:
@@ -163,7 +169,7 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
     if missing:
         raise ValueError(f"column_bytes has no {min(missing)}")
     _check_counts("audit", [vars(manifest.audit)], list(vars(manifest.audit)))
-    _check_shards(manifest)
+    check_files(manifest.shards, manifest.files)
     _check_settings(manifest.logits, manifest.vocabulary_size)
     for section in SECTIONS:
         if section in manifest.targets:
@@ -178,7 +184,7 @@ def _check_layers(section: str, targets: Mapping[str, Any], *, longest: int) -> 
     claim = _LAYER_CLAIMS.get((section, str(settings.get("kind", section))))
     if claim is None:
         return
-    _validated(claim.model_validate, settings)
+    validated(claim.model_validate, settings)
     layers = settings["layers"]
     if sorted(set(layers)) != layers or layers[-1] > settings["blocks"]:
         raise ValueError(
@@ -204,7 +210,8 @@ def _check_heads(settings: Mapping[str, Any], *, longest: int) -> None:
         check_length(longest, heads=settings["heads"], layers=len(settings["layers"]), top=settings["top"])
 
 
-def _validated(validate: Any, value: Any) -> None:
+def validated(validate: Any, value: Any) -> None:
+    """Run a check of pydantic's; raises `ValueError` with the first thing that is wrong, in one line."""
     try:
         validate(value)
     except ValidationError as error:
@@ -224,7 +231,7 @@ def _check_settings(settings: Mapping[str, Any], vocabulary_size: int) -> None:
     given = {name: value for name, value in settings.items() if value is not None or name not in chosen}
     if None in given.values():
         raise ValueError("a setting of targets.logits has no value")
-    _validated(lambda text: _LOGITS.validate_json(text, strict=True), json.dumps(given))
+    validated(lambda text: _LOGITS.validate_json(text, strict=True), json.dumps(given))
     try:
         target_kind(settings, vocabulary_size=vocabulary_size)
     except (RecipeError, CacheDamaged) as error:
@@ -233,14 +240,15 @@ def _check_settings(settings: Mapping[str, Any], vocabulary_size: int) -> None:
         raise ValueError(f"targets.logits has no {error}") from None
 
 
-def _check_shards(manifest: Manifest) -> None:
-    described = [vars(shard) for shard in manifest.shards]
+def check_files(shards: Sequence[ShardInfo], files: Sequence[FileInfo]) -> None:
+    """Raise `ValueError` for counts of shards that cannot be, and for a file that is listed twice."""
+    described = [vars(shard) for shard in shards]
     _check_counts("shards", described, _SHARD_COUNTS)
-    _check_counts("files", [vars(info) for info in manifest.files], ("bytes",))
-    for shard in manifest.shards:
+    _check_counts("files", [vars(info) for info in files], ("bytes",))
+    for shard in shards:
         if shard.held_out_rows > shard.rows or shard.held_out_positions > shard.positions or shard.rows == 0:
             raise ValueError(f"{shard.file} claims {shard.held_out_rows} of {shard.rows} rows held out")
-    listed = [info.file for info in [*manifest.shards, *manifest.files]]
+    listed = [info.file for info in [*shards, *files]]
     if len(set(listed)) < len(listed):
         raise ValueError("it lists a file twice")
     for name in _SHARD_COUNTS:
@@ -311,10 +319,26 @@ def _check_segments(batch: pa.RecordBatch, lengths: Any, marked: Any) -> None:
     begins, finishes, occurrences = (numbers(fields.field(n)) for n in ("byte_start", "byte_end", "occurrence"))
     if begins.min() < 0 or (begins > finishes).any() or occurrences.min() < 0:
         raise ValueError("a segment's span of bytes cannot be")
+    if fields.type.get_field_index("contents") >= 0:  # shards of earlier caches have none
+        _check_contents(fields.field("contents"), finishes - begins)
     row_starts = np.cumsum(lengths) - lengths
     last_tokens = np.append(np.repeat(row_starts, counts) + starts, len(marked))[1:] - 1
     if marked[last_tokens].any():
         raise ValueError("the last token of a segment has a target")
+
+
+def _check_contents(contents: Any, sizes: Any) -> None:
+    """Contents of messages ascend within the bytes of their segment."""
+    counts, fields = _lengths(contents), contents.flatten()
+    if not len(fields):
+        return
+    if fields.null_count or any(fields.field(index).null_count for index in range(fields.type.num_fields)):
+        raise ValueError("a content of a segment has no role, start or end")
+    starts, ends = (numbers(fields.field(name)).astype(np.int64) for name in ("start", "end"))
+    before = np.append(0, ends[:-1])
+    before[(np.cumsum(counts) - counts)[counts > 0]] = 0
+    if (starts < before).any() or (ends <= starts).any() or (ends > np.repeat(sizes, counts)).any():
+        raise ValueError("contents of messages do not follow each other within their segment")
 
 
 def _lengths(lists: pa.ListArray) -> Any:

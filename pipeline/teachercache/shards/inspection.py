@@ -1,23 +1,20 @@
-"""What `teachercache inspect` shows: a cache in numbers, and one row token by token.
-
-Token texts come from the cache's own tokenizer.json with plain JSON: no torch, no transformers.
-"""
+"""What `teachercache inspect` shows: a cache in numbers, and one row token by token."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from teachercache.errors import CacheDamaged, CacheError
+from teachercache.errors import CacheError
 from teachercache.shards.reader import SPLITS, Cache, Split, StoredRow
+from teachercache.shards.sidecar import Sidecar
+from teachercache.shards.token_texts import token_texts
 
 ROW_ID_DIGITS = 32
-_BYTE_TOKEN = re.compile(r"<0x([0-7][0-9A-F])>")  # SentencePiece's, as far as the byte is a character by itself
 
 
 def describe(cache: Cache) -> dict[str, Any]:
@@ -40,16 +37,37 @@ def describe(cache: Cache) -> dict[str, Any]:
         "audit": vars(manifest.audit),
         "calibration": {name: value for name, value in manifest.calibration.items() if name not in ("rows", "sources")},
         "fidelity": manifest.fidelity,
+        "alignments": [_describe_alignment(sidecar) for sidecar in Sidecar.all_of(cache)],
     }
 
 
-def describe_row(cache: Cache, row_id: str, *, top: int = 5) -> dict[str, Any]:
-    """One row, token by token, with the teacher's `top` next tokens at T = 1.
+def _describe_alignment(sidecar: Sidecar) -> dict[str, Any]:
+    manifest = sidecar.manifest
+    totals = manifest.totals
+    return {
+        "student": manifest.tokenizer["name"],
+        "tokenizer": manifest.tokenizer["fingerprint"],
+        "vocabulary_size": manifest.vocabulary_size,
+        "tokens": totals.get("student_tokens", 0),
+        "chunks": totals.get("chunks", 0),
+        "aligned_fraction": round(totals.get("aligned_bytes", 0) / max(1, totals.get("bytes", 0)), 6),
+        "rows_without_chunks": sum(manifest.unaligned.values()),
+        "vocabulary_coverage": manifest.vocabulary["coverage"],
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+    }
 
-    `row_id` may be a prefix, or `SPLIT:INDEX` such as `train:0`. Raises `CacheError` unless exactly one row matches.
+
+def describe_row(cache: Cache, row_id: str, *, top: int = 5, student: str | None = None) -> dict[str, Any]:
+    """One row, token by token, with the teacher's `top` next tokens at T = 1; where the cache has an alignment, with the tokens
+    of that student and the chunks that both sides share.
+
+    `row_id` may be a prefix, or `SPLIT:INDEX` such as `train:0`; `student` says which alignment, by its name or the
+    beginning of its tokenizer's fingerprint, where there are several. Raises `CacheError` unless exactly one row, and
+    alignment, matches.
     """
-    stored = _find(cache, row_id)
-    texts = token_texts(cache)
+    place = _find(cache, row_id)
+    stored = cache.read_row(*place, columns=cache.logit_columns)
+    texts = token_texts(cache.teacher_folder)
     row = stored.row
     ordinal = np.cumsum(row.target_mask_S) - 1
     tokens = []
@@ -58,10 +76,53 @@ def describe_row(cache: Cache, row_id: str, *, top: int = 5) -> dict[str, Any]:
         if row.target_mask_S[index]:
             entry["target"] = _describe_target(cache, stored, int(ordinal[index]), texts, top)
         tokens.append(entry)
-    segments = [{key: value for key, value in vars(segment).items() if key != "text"} for segment in row.segments]
-    return {
+    segments = [
+        {**vars(segment), "contents": [content._asdict() for content in segment.contents]} for segment in row.segments
+    ]
+    for segment in segments:
+        del segment["text"]
+    described = {
         "row_id": row.row_id, "held_out": row.held_out, "positions": row.positions, "segments": segments, "tokens": tokens,
     }  # fmt: skip
+    sidecar = _chosen(Sidecar.all_of(cache), student)
+    return described if sidecar is None else described | _describe_joined(sidecar, sidecar.joined(*place, stored))
+
+
+def _chosen(sidecars: list[Sidecar], student: str | None) -> Sidecar | None:
+    names = [sidecar.manifest.tokenizer["name"] for sidecar in sidecars]
+    if student is None and len(sidecars) < 2:
+        return sidecars[0] if sidecars else None
+    found = [
+        sidecar
+        for sidecar in sidecars
+        if student is not None
+        and (
+            sidecar.manifest.tokenizer["name"] == student
+            or sidecar.manifest.tokenizer["fingerprint"].startswith(student)
+        )
+    ]
+    if len(found) != 1:
+        raise CacheError(f"say which alignment with --student: {', '.join(names) or 'the cache has none'}")
+    return found[0]
+
+
+def _describe_joined(sidecar: Sidecar, joined: StoredRow) -> dict[str, Any]:
+    """The student's tokens, and the chunks: `teacher` and `student` are how many of either side's tokens each holds."""
+    texts = token_texts(sidecar.tokenizer_folder)
+    names = ("teacher_counts", "student_counts", "aligned")
+    counts = zip(*(joined.targets[name].tolist() for name in names), strict=True)
+    return {
+        "student": sidecar.manifest.tokenizer["name"],
+        "student_tokens": [
+            {"id": token, "text": texts.get(token, f"<{token}>"), "learned": bool(learned)}
+            for token, learned in zip(
+                joined.row.input_ids_S.tolist(), np.append(False, joined.row.target_mask_S[:-1]).tolist(), strict=True
+            )
+        ],
+        "chunks": [
+            {"teacher": teacher, "student": student, "aligned": bool(aligned)} for teacher, student, aligned in counts
+        ],
+    }
 
 
 def _describe_target(cache: Cache, stored: StoredRow, position: int, texts: dict[int, str], top: int) -> dict[str, Any]:
@@ -81,7 +142,7 @@ def _describe_target(cache: Cache, stored: StoredRow, position: int, texts: dict
     }
 
 
-def _find(cache: Cache, row_id: str) -> StoredRow:
+def _find(cache: Cache, row_id: str) -> tuple[Split, int]:
     name, colon, number = row_id.partition(":")
     if colon and name in SPLITS and number.isdigit():
         split: Split = "train" if name == "train" else "held-out"
@@ -89,8 +150,8 @@ def _find(cache: Cache, row_id: str) -> StoredRow:
             raise CacheError(
                 f"there is no row {row_id}: the cache has {cache.rows_of(split)} {split} rows, counted from 0"
             )
-        return cache.read_row(split, int(number), columns=cache.logit_columns)
-    rows = ((split, index) for split in SPLITS for index in range(cache.rows_of(split)))
+        return split, int(number)
+    rows: Iterator[tuple[Split, int]] = ((split, index) for split in SPLITS for index in range(cache.rows_of(split)))
     named = ((cache.read_row(*row, columns=()).row.row_id, row) for row in rows)
     found = list(
         islice((pair for pair in named if pair[0].startswith(row_id)), 1 if len(row_id) == ROW_ID_DIGITS else 2)
@@ -102,57 +163,4 @@ def _find(cache: Cache, row_id: str) -> StoredRow:
         raise CacheError(
             f"more than one row's id begins with {row_id!r}, {names} do; give more digits of the one you mean"
         )
-    return cache.read_row(*found[0][1], columns=cache.logit_columns)
-
-
-def token_texts(cache: Cache) -> dict[int, str]:
-    """Token id to readable text; spellings, byte-level (`Ġthe`) or SentencePiece's (`▁the`), are turned back into text.
-
-    Raises `CacheDamaged` for a tokenizer.json that is none.
-    """
-    path = cache.teacher_folder / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    try:
-        return _texts(json.loads(path.read_bytes()))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CacheDamaged(f"{path} is no tokenizer ({error}); fetch the cache again") from None
-
-
-def _texts(data: dict[str, Any]) -> dict[int, str]:
-    vocabulary = data["model"].get("vocab", {})
-    pairs = (
-        vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], i) for i, entry in enumerate(vocabulary))
-    )
-    readable = _byte_level_text if any(_has_byte_level(data.get(k)) for k in ("decoder", "pre_tokenizer")) else _text
-    texts = {token: readable(spelling) for spelling, token in pairs}
-    texts.update({token["id"]: token["content"] for token in data.get("added_tokens", [])})
-    return texts
-
-
-def _has_byte_level(part: dict[str, Any] | None) -> bool:
-    if part is None:
-        return False
-    inner = [*part.get("decoders", []), *part.get("pretokenizers", [])]
-    return part.get("type") == "ByteLevel" or any(_has_byte_level(each) for each in inner)
-
-
-def _byte_level_text(spelling: str) -> str:
-    if all(char in _BYTE_OF for char in spelling):
-        return bytes(_BYTE_OF[char] for char in spelling).decode("utf-8", errors="replace")
-    return spelling
-
-
-def _text(spelling: str) -> str:
-    byte = _BYTE_TOKEN.fullmatch(spelling)
-    return chr(int(byte[1], 16)) if byte else spelling.replace("▁", " ")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(rest)}
-
-
-_BYTE_OF = _byte_alphabet()
+    return found[0][1]

@@ -137,8 +137,8 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     def bytes_per_position(self) -> dict[str, float]:
-        """On disk: `logits`, `hidden` and `attention` where there are such columns, `tokens` (ids, masks, ids of rows, text),
-        `total` (with Arrow's framing)."""
+        """On disk: `logits`, `boundary_mass`, `hidden` and `attention` where there are such columns, `tokens` (ids, masks,
+        ids of rows, text), `total` (with Arrow's framing)."""
         positions = max(1, self.positions)
         tokens = sum(self.column_bytes[name] for name in ROW_COLUMNS)
         layers: dict[str, int] = {}
@@ -199,12 +199,13 @@ def _build(data: dict[str, Any]) -> Manifest:
     if manifest.fingerprint != fingerprint_of(manifest.job):
         raise ValueError("its fingerprint does not match its settings")
     for entry in [*manifest.shards, *manifest.files]:
-        _check_inside(entry.file)
+        check_inside(entry.file)
     check_manifest(manifest, row_columns=ROW_COLUMNS)
     return manifest
 
 
-def _check_inside(file: str) -> None:
+def check_inside(file: str) -> None:
+    """Raise `ValueError` for a name of a file that is not below the cache's folder."""
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts:
         raise ValueError(f"it names {file!r}, which is outside the cache")

@@ -8,6 +8,7 @@ Source: "Arrow Columnar Format", on the buffers of primitive, boolean and variab
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.tokens.rows import Content, Segment, TokenRow
 
 
 def numbers(array: pa.Array) -> NDArray[Any]:
@@ -31,6 +32,11 @@ def numbers(array: pa.Array) -> NDArray[Any]:
 def offsets(array: Any) -> NDArray[Any]:
     """Where each value of a list, binary or text array begins, and the last one ends: one more than it has values."""
     return np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
+
+
+def _segment(*, contents: Sequence[Mapping[str, Any]] = (), **fields: Any) -> Segment:
+    """Shards of earlier caches have no contents."""
+    return Segment(**fields, contents=tuple(Content(**content) for content in contents))
 
 
 class RowBatch:
@@ -61,7 +67,7 @@ class RowBatch:
             held_out=bool(held_out[index]),
             input_ids_S=ids[tokens].copy(),
             target_mask_S=mask[tokens].copy(),
-            segments=tuple(Segment(**segment) for segment in segments),
+            segments=tuple(_segment(**segment) for segment in segments),
         )
 
     def payload(self, name: str, index: int) -> memoryview:

@@ -14,20 +14,26 @@ import pyarrow as pa
 
 from teachercache.errors import CacheDamaged
 from teachercache.targets.columns import Column
-from teachercache.tokens.rows import TokenRow
+from teachercache.tokens.rows import Segment, TokenRow
 
 METADATA_KEY = b"teachercache"
 
-SEGMENT = pa.struct(
+_SEGMENT = (
+    pa.field("source_id", pa.string(), nullable=False),
+    pa.field("occurrence", pa.int32(), nullable=False),
+    pa.field("byte_start", pa.int64(), nullable=False),
+    pa.field("byte_end", pa.int64(), nullable=False),
+    pa.field("start", pa.int32(), nullable=False),
+    pa.field("text", pa.string()),
+)
+_CONTENT = pa.struct(
     [
-        pa.field("source_id", pa.string(), nullable=False),
-        pa.field("occurrence", pa.int32(), nullable=False),
-        pa.field("byte_start", pa.int64(), nullable=False),
-        pa.field("byte_end", pa.int64(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
         pa.field("start", pa.int32(), nullable=False),
-        pa.field("text", pa.string()),
+        pa.field("end", pa.int32(), nullable=False),
     ]
 )
+SEGMENT = pa.struct([*_SEGMENT, pa.field("contents", pa.list_(_CONTENT), nullable=False)])
 
 ROW_FIELDS = (
     pa.field("row_id", pa.string(), nullable=False),
@@ -88,7 +94,8 @@ def check_schema(schema: pa.Schema, columns: Sequence[str]) -> None:
         )
     types = [*(field.type for field in ROW_FIELDS), *(pa.binary() for _ in columns)]
     for name, found, wanted in zip(expected, schema.types, types, strict=True):
-        if not found.equals(wanted):
+        before_contents = name == "segments" and found.equals(pa.list_(pa.struct(_SEGMENT)))  # of earlier caches
+        if not found.equals(wanted) and not before_contents:
             raise CacheDamaged(f"its column {name} is of type {str(found)[:200]}, not {wanted}")
 
 
@@ -105,6 +112,10 @@ def tables_of(metadata: Mapping[str, Any]) -> bytes:
         raise CacheDamaged(f"tables of a column cannot be read ({error})") from None
 
 
+def _segment(segment: Segment) -> dict[str, Any]:
+    return {**vars(segment), "contents": [content._asdict() for content in segment.contents]}
+
+
 def to_batch(rows: Sequence[TokenRow], payload: Sequence[Sequence[bytes]], schema: pa.Schema) -> pa.RecordBatch:
     """Rows and the encoded bytes of each target column, `payload[column][row]`, as one record batch."""
     values: list[list[Any]] = [
@@ -113,7 +124,7 @@ def to_batch(rows: Sequence[TokenRow], payload: Sequence[Sequence[bytes]], schem
         [row.positions for row in rows],
         [row.input_ids_S for row in rows],
         [row.target_mask_S for row in rows],
-        [[vars(segment) for segment in row.segments] for row in rows],
+        [[_segment(segment) for segment in row.segments] for row in rows],
     ]
     values += [list(column) for column in payload]
     arrays = [pa.array(value, type=field.type) for value, field in zip(values, schema, strict=True)]

@@ -6,7 +6,7 @@ know where they come from. Sources are picklable: loading processes check and fe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ from teachercache.shards.local_copies import LocalCopies
 from teachercache.shards.manifest import MANIFEST, FileInfo, Manifest, hash_file, parse_manifest, read_manifest
 from teachercache.shards.object_store import ObjectStore
 from teachercache.shards.prefetch import Prefetcher
-from teachercache.shards.schema import READ_BY
 
 TEACHER = "teacher"
 
@@ -35,8 +34,14 @@ class Source(Protocol):
         Map it at once: a local copy may be evicted, which takes nothing from those that have it open.
         """
 
-    def teacher_folder(self, manifest: Manifest) -> Path:
-        """A folder with the teacher's tokenizer files and config.json."""
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a small file that no manifest lists; None where there is none."""
+
+    def names(self, folder: str) -> list[str]:
+        """Files below a folder of the cache, as it is now."""
+
+    def folder_of(self, name: str, infos: Sequence[FileInfo]) -> Path:
+        """The folder `name` of the cache with these files, which are all in it."""
 
     def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         """Begin to fetch files that are needed soon, in the background; replaces what was asked for before.
@@ -69,8 +74,16 @@ class LocalFiles:
             self._checked.add(info.file)
         return self.folder / info.file
 
-    def teacher_folder(self, manifest: Manifest) -> Path:
-        return self.folder / TEACHER
+    def read(self, name: str) -> bytes | None:
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    def names(self, folder: str) -> list[str]:
+        found = (path for path in (self.folder / folder).rglob("*") if path.is_symlink() or not path.is_dir())
+        return sorted(path.relative_to(self.folder).as_posix() for path in found)
+
+    def folder_of(self, name: str, infos: Sequence[FileInfo]) -> Path:
+        return self.folder / name
 
     def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         """Nothing to do."""
@@ -94,10 +107,17 @@ class RemoteFiles:
     def path_of(self, info: FileInfo) -> Path:
         return self.copies.path_of(self.store, info)
 
-    def teacher_folder(self, manifest: Manifest) -> Path:
-        large = {manifest.calibration.get(role) for role in READ_BY}  # as large as shards, and read by `path_of`
-        infos = [info for info in manifest.files if info.file.startswith(f"{TEACHER}/") and info.file not in large]
-        return self.copies.folder_of(self.store, infos) / TEACHER
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self.store.read(name)
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        return sorted(name for name in self.store.sizes() if name.startswith(f"{folder}/"))
+
+    def folder_of(self, name: str, infos: Sequence[FileInfo]) -> Path:
+        return self.copies.folder_of(self.store, infos) / name
 
     def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         if self._prefetcher is None or not self._prefetcher.belongs_here():

@@ -15,16 +15,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from teachercache.config import is_url
-from teachercache.errors import CacheDamaged
+from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards.claims import MOST_BATCH_BYTES
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST, FileInfo, Manifest, ShardInfo, hash_file, read_manifest
 from teachercache.shards.object_store import AGAIN, ObjectStore
 from teachercache.shards.schema import check_schema, shard_metadata
+from teachercache.shards.sidecar_manifest import ALIGNMENTS, SIDECAR, SidecarManifest, parse_sidecar
 from teachercache.shards.source import remote_manifest
 from teachercache.targets import StoredTargets, target_kind
+from teachercache.targets.chunks import ChunkColumns
+from teachercache.targets.columns import Column
 
 CARD = "README.md"  # the one file without a digest: people may add to it
+AnyManifest = Manifest | SidecarManifest
 NOT_LISTED = "the manifest does not list it"
 LEAVE_OUT = "delete it, unless you know where it comes from"
 
@@ -52,7 +56,41 @@ def verify(location: str | Path, *, quick: bool = False) -> list[Problem]:
         manifest = read_manifest(folder)
     except CacheDamaged as error:
         return [Problem(MANIFEST, str(error), "fetch the cache again, or precompute it again")]
-    return [*_wrong_files(folder, manifest, quick=quick), *_unlisted_files(folder, manifest)]
+    found = [*_wrong_files(folder, manifest, quick=quick)]
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if _is_file(path)}
+    listed = {info.file for info in [*manifest.shards, *manifest.files]} | {MANIFEST, CARD}
+    for name in [name for name in files if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{SIDECAR}")]:
+        found += _wrong_alignment(folder, name, manifest, listed, quick=quick)
+    return [*found, *(_unlisted(name) for name in files if name not in listed)]
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_symlink() or not path.is_dir()
+
+
+def _unlisted(name: str) -> Problem:
+    if name.startswith(f"{ALIGNMENTS}/"):
+        folder = "/".join(name.split("/")[:2])
+        return Problem(name, "no alignment lists it", f"finish it with `teachercache align`, or delete {folder}")
+    return Problem(name, NOT_LISTED, LEAVE_OUT)
+
+
+def _wrong_alignment(
+    folder: Path, name: str, manifest: Manifest, listed: set[str], *, quick: bool
+) -> Iterator[Problem]:
+    """What is wrong with an alignment; adds its files to those that are listed."""
+    remedy = "delete its folder and run `teachercache align` again"
+    listed.add(name)
+    try:
+        sidecar = parse_sidecar((folder / name).read_bytes(), cache=manifest, name=name)
+    except (CacheDamaged, CacheError) as error:
+        yield Problem(name, str(error), remedy)
+        return
+    for info in [*sidecar.shards, *sidecar.files]:
+        listed.add(info.file)
+        reason = _why_wrong(folder, info, sidecar, quick=quick)
+        if reason:
+            yield Problem(info.file, reason, remedy)
 
 
 def _wrong_files(folder: Path, manifest: Manifest, *, quick: bool) -> Iterator[Problem]:
@@ -72,11 +110,33 @@ def _wrong_objects(manifest: Manifest, store: ObjectStore, *, quick: bool) -> It
             yield Problem(info.file, f"it holds {size} bytes, the manifest says {info.bytes}", AGAIN)
         elif not quick and (reason := _why_wrong_object(store, info, manifest)):
             yield Problem(info.file, reason, AGAIN)
-    for name in sorted(sizes.keys() - {MANIFEST, CARD}):
-        yield Problem(name, NOT_LISTED, LEAVE_OUT)
+    others = sizes.keys() - {MANIFEST, CARD}
+    for name in sorted(name for name in others if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{SIDECAR}")):
+        listed = {name}
+        yield from _wrong_objects_of_alignment(store, name, manifest, sizes, listed, quick=quick)
+        others -= listed
+    yield from (_unlisted(name) for name in sorted(others))
 
 
-def _why_wrong_object(store: ObjectStore, info: FileInfo, manifest: Manifest) -> str | None:
+def _wrong_objects_of_alignment(
+    store: ObjectStore, name: str, manifest: Manifest, sizes: dict[str, int], listed: set[str], *, quick: bool
+) -> Iterator[Problem]:
+    try:
+        sidecar = parse_sidecar(store.read(name), cache=manifest, name=name)
+    except (CacheDamaged, CacheError) as error:
+        yield Problem(name, str(error), AGAIN)
+        return
+    for info in [*sidecar.shards, *sidecar.files]:
+        listed.add(info.file)
+        size = sizes.get(info.file)
+        if size != info.bytes:
+            missing = "it is missing" if size is None else f"it holds {size} bytes, the alignment says {info.bytes}"
+            yield Problem(info.file, missing, AGAIN)
+        elif not quick and (reason := _why_wrong_object(store, info, sidecar)):
+            yield Problem(info.file, reason, AGAIN)
+
+
+def _why_wrong_object(store: ObjectStore, info: FileInfo, manifest: AnyManifest) -> str | None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "copy"
         with path.open("wb") as stream:
@@ -84,14 +144,14 @@ def _why_wrong_object(store: ObjectStore, info: FileInfo, manifest: Manifest) ->
         return _why_wrong_file(path, info, manifest, quick=False)
 
 
-def _why_wrong(folder: Path, info: FileInfo, manifest: Manifest, *, quick: bool) -> str | None:
+def _why_wrong(folder: Path, info: FileInfo, manifest: AnyManifest, *, quick: bool) -> str | None:
     path = folder / info.file
     if not path.resolve().is_relative_to(folder.resolve()):
         return "it is a link to outside the cache"
     return _why_wrong_file(path, info, manifest, quick=quick) if path.is_file() else "it is missing"
 
 
-def _why_wrong_file(path: Path, info: FileInfo, manifest: Manifest, *, quick: bool) -> str | None:
+def _why_wrong_file(path: Path, info: FileInfo, manifest: AnyManifest, *, quick: bool) -> str | None:
     if path.stat().st_size != info.bytes:
         return f"it holds {path.stat().st_size} bytes, the manifest says {info.bytes}"
     if not quick and hash_file(path) != info.sha256:
@@ -99,14 +159,12 @@ def _why_wrong_file(path: Path, info: FileInfo, manifest: Manifest, *, quick: bo
     return _why_wrong_shard(path, info, manifest) if isinstance(info, ShardInfo) else None
 
 
-def _why_wrong_shard(path: Path, info: ShardInfo, manifest: Manifest) -> str | None:
+def _why_wrong_shard(path: Path, info: ShardInfo, manifest: AnyManifest) -> str | None:
     try:
         with pa.memory_map(str(path)) as source:
             schema = pa.ipc.open_file(source).schema
             fingerprint = shard_metadata(schema)["fingerprint"]
-            kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
-            targets = StoredTargets.of(manifest.targets, kind)
-            check_schema(schema, [column.name for column in targets.columns])
+            check_schema(schema, [column.name for column in _columns(manifest)])
             rows, positions = _counts(source, schema)
     except (pa.ArrowException, OSError, CacheDamaged, KeyError, ValueError) as error:
         return f"it cannot be read as a shard: {str(error).splitlines()[0]}"
@@ -115,6 +173,13 @@ def _why_wrong_shard(path: Path, info: ShardInfo, manifest: Manifest) -> str | N
     if (rows, positions) != (info.rows, info.positions):
         return f"it holds {rows} rows and {positions} positions, the manifest says {info.rows} and {info.positions}"
     return None
+
+
+def _columns(manifest: AnyManifest) -> tuple[Column, ...]:
+    if isinstance(manifest, SidecarManifest):
+        return ChunkColumns.columns
+    kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
+    return StoredTargets.of(manifest.targets, kind).columns
 
 
 def _counts(source: pa.MemoryMappedFile, schema: pa.Schema) -> tuple[int, int]:
@@ -132,11 +197,3 @@ def _counts(source: pa.MemoryMappedFile, schema: pa.Schema) -> tuple[int, int]:
         counts.validate(full=True)
         rows, positions = rows + len(counts), positions + (pc.sum(counts).as_py() or 0)
     return rows, positions
-
-
-def _unlisted_files(folder: Path, manifest: Manifest) -> Iterator[Problem]:
-    listed = {info.file for info in [*manifest.shards, *manifest.files]} | {MANIFEST, CARD}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if (path.is_symlink() or not path.is_dir()) and name not in listed:
-            yield Problem(name, NOT_LISTED, LEAVE_OUT)

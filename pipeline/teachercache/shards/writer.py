@@ -31,8 +31,9 @@ def write_shard(
     columns: Sequence[Column],
     fingerprint: str,
     read_by: Mapping[str, str] | None = None,
+    within: str = "shards",
 ) -> tuple[ShardInfo, dict[str, int]]:
-    """Write `rows` with their target columns to `folder/shards/name`, training rows first; returns its entry and the
+    """Write `rows` with their columns to `folder/within/name`, training rows first; returns its entry and the
     compressed bytes of each column.
 
     `payload[i]` holds the arrays of `rows[i]`; `read_by` names the files by which they are read (`READ_BY`). The file
@@ -50,7 +51,7 @@ def write_shard(
     column_bytes = dict.fromkeys(schema.names, 0)
     for column_name, shared in tables.items():  # the schema stands at both ends of the file
         column_bytes[column_name] = 2 * len(table_metadata(shared).get("tables", ""))
-    path = folder / "shards" / name
+    path = folder / within / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{name}.tmp")
     with pa.OSFile(str(temporary), "wb") as sink, _open_writer(sink, schema) as writer:

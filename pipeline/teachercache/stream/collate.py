@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from teachercache.models import model_inputs
 from teachercache.shards import Cache, StoredRow
+from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.dataset import Rows
+from teachercache.stream.joined_tensors import joined_tensors
 from teachercache.stream.packing import first_fit, merged
 from teachercache.targets import StoredTargets, TargetKind
 from teachercache.targets.attention import sees
@@ -36,15 +38,23 @@ class Collator:
     targets: StoredTargets
     columns: tuple[str, ...]
     pack_length: int | None = None
+    joined: bool = False  # rows are joined to a student's tokens
 
     @classmethod
-    def of(cls, cache: Cache, *, columns: Sequence[str], pack: bool = False) -> Collator:
+    def of(
+        cls, cache: Cache, *, columns: Sequence[str], pack: bool = False, sidecar: Sidecar | None = None
+    ) -> Collator:
         """The collator for some target columns of a cache; `pack` puts short rows into sequences as long as its longest."""
         manifest = cache.manifest
-        length = manifest.sequence_length if pack else None
-        return cls(manifest.layout, manifest.pad_id, cache.targets, tuple(columns), length)
+        if sidecar is None:
+            length, pad_id = manifest.sequence_length, manifest.pad_id
+        else:
+            length, pad_id = sidecar.manifest.sequence_length, sidecar.manifest.pad_id
+        return cls(
+            manifest.layout, pad_id, cache.targets, tuple(columns), length if pack else None, sidecar is not None
+        )
 
-    def __call__(self, rows: Sequence[StoredRow]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         return collate(
             rows,
             layout=self.layout,
@@ -52,6 +62,7 @@ class Collator:
             targets=self.targets,
             columns=self.columns,
             pack_length=self.pack_length,
+            joined=self.joined,
         )
 
 
@@ -66,13 +77,14 @@ class MixedCollator:
 
 
 def collate(
-    rows: Sequence[StoredRow],
+    rows: Sequence[Any],
     *,
     layout: str,
     pad_id: int,
     targets: StoredTargets,
     columns: Sequence[str],
     pack_length: int | None = None,
+    joined: bool = False,
 ) -> dict[str, Any]:
     """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and `targets`: a tensor
     [N, …] for each array that the kind of logits decodes from these columns, ids as int64 and other numbers as float32.
@@ -83,22 +95,36 @@ def collate(
 
     With `pack_length` B counts sequences of several rows, isolated as in the packed layout, and positions follow their order.
     No rows give one row of padding with N = 0: a process whose share is empty still takes part in collectives.
+
+    Rows that are `joined` to a student's tokens (`JoinedRow`) give those, and `targets` where each chunk begins, [M, …], with
+    the arrays of `objective.across.Chunks`; `layers` then hold aligned tokens alone, A of them: `student` and `teacher` say
+    which of either side's they are.
     """
     tokens = [stored.row for stored in rows] or [_padding(pad_id)]
+    bins = [[index] for index in range(len(rows))]
     if pack_length is not None and len(rows) > 1:
         bins = first_fit([row.length for row in tokens], longest=pack_length)
         rows = [rows[index] for chosen in bins for index in chosen]
         tokens = [merged([tokens[index] for index in chosen]) for chosen in bins]
+        bins = _renumbered(bins)
         layout = "packed"
     inputs = model_inputs(tokens, pad_id=pad_id, layout=layout)
     batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
     batch["shift_labels"] = torch.from_numpy(_shift_labels(tokens, longest=inputs["input_ids"].shape[1]))
+    if joined:
+        return batch | joined_tensors(rows, targets, columns, packed_with=bins)
     of_logits = {column.name for column in targets.logits.columns}
     batch["targets"] = _joined(rows, targets.logits, [name for name in columns if name in of_logits])
     of_layers = [name for name in columns if name not in of_logits]
     if of_layers:
         batch["layers"] = _layers(rows, tokens, targets, of_layers)
     return batch
+
+
+def _renumbered(bins: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same sizes, of rows that stand in the order of their bins."""
+    ends = np.cumsum([len(chosen) for chosen in bins]).tolist()
+    return [list(range(end - len(chosen), end)) for end, chosen in zip(ends, bins, strict=True)]
 
 
 def _layers(

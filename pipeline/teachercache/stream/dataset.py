@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 
 from teachercache.shards import Cache, StoredRow
 from teachercache.shards.reader import Split
+from teachercache.shards.sidecar import Sidecar
+from teachercache.stream.joined import JoinedRow
 
 
 @dataclass(frozen=True)
@@ -17,18 +19,27 @@ class Rows:
     """Rows of a micro-batch, all of them of the cache `source` of a dataset."""
 
     source: int
-    rows: list[StoredRow]
+    rows: Sequence[StoredRow | JoinedRow]
 
 
 class CacheDataset(Dataset[Rows]):
     """Row `index` of a split with the target columns that are asked for of its cache; nothing else is decompressed.
 
-    Rows of several caches are numbered one cache after the other. Picklable: a loading process opens shards, and checks
+    With `sidecars`, one a cache, rows are joined to a student's tokens. Rows of several caches are numbered one cache after the
+    other. Picklable: a loading process opens shards, and checks
     their bytes, for itself.
     """
 
-    def __init__(self, caches: Sequence[Cache], split: Split, *, columns: Sequence[tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        caches: Sequence[Cache],
+        split: Split,
+        *,
+        columns: Sequence[tuple[str, ...]],
+        sidecars: Sequence[Sidecar] = (),
+    ) -> None:
         self.caches = tuple(caches)
+        self.sidecars = tuple(sidecars)
         self.split = split
         self.columns = tuple(columns)
         self._ends = np.cumsum([cache.rows_of(split) for cache in caches])
@@ -46,8 +57,12 @@ class CacheDataset(Dataset[Rows]):
         start = int(self._ends[source]) - cache.rows_of(self.split)
         # In the order of the file, so that a record batch is decompressed once for all of its rows.
         packed = cache.manifest.layout == "packed"  # else nobody asks for segments, and for the text in them
-        read = {
-            index: cache.read_row(self.split, index - start, columns=columns, segments=packed)
-            for index in sorted(indices)
-        }
+        read: dict[int, StoredRow | JoinedRow] = {}
+        for index in sorted(indices):
+            stored = cache.read_row(self.split, index - start, columns=columns, segments=packed)
+            read[index] = self._joined(source, index - start, stored, packed) if self.sidecars else stored
         return Rows(source, [read[index] for index in indices])
+
+    def _joined(self, source: int, index: int, stored: StoredRow, packed: bool) -> JoinedRow:
+        found = self.sidecars[source].joined(self.split, index, stored, segments=packed)
+        return JoinedRow(found.row, stored, found.targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from teachercache.config import StudentConfig
 from teachercache.errors import CacheError, ModelError
 from teachercache.models import find_model, isolates_packed_segments, load_config, load_tokenizer, weights_identity
 from teachercache.shards import Cache, Manifest
-from teachercache.tokens.fingerprint import tokenizer_fingerprint
+from teachercache.shards.sidecar import Sidecar
+from teachercache.shards.sidecar_manifest import SidecarManifest
+from teachercache.stream.alignment import alignment_for
 
 REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
 
@@ -24,12 +27,14 @@ def check_cache(cache: Cache) -> None:
         )
 
 
-def check_student(model: Any, student: StudentConfig, manifest: Manifest, *, pack: bool = False) -> None:
-    """Raise `ModelError` when the student cannot learn from the cache: vocabulary, row length, packing or tokenizer."""
-    check_vocabulary(model, student.model, manifest)
-    check_length(model, student.model, manifest)
+def check_student(
+    model: Any, student: StudentConfig, manifest: Manifest, *, sidecar: Sidecar | None = None, pack: bool = False
+) -> None:
+    """Raise `ModelError` when the student cannot learn from the cache: vocabulary, row length or packing."""
+    read = manifest if sidecar is None else sidecar.manifest
+    check_vocabulary(model, student.model, read)
+    check_length(model, student.model, read)
     check_packing(model, student.model, manifest, pack=pack)
-    check_tokenizer(student, manifest)
 
 
 def initial_weights(student: StudentConfig) -> dict[str, str | None]:
@@ -43,18 +48,22 @@ def initial_weights(student: StudentConfig) -> dict[str, str | None]:
     return weights_identity(student.model, revision=student.revision, commit=commit)
 
 
-def check_vocabulary(model: Any, name: str, manifest: Manifest) -> None:
-    """The student's embeddings must hold every token of the cache; more rows than that are padding and allowed."""
+def check_vocabulary(model: Any, name: str, manifest: Manifest | SidecarManifest) -> None:
+    """The student's embeddings must hold every token that it reads; more rows than that are padding and allowed."""
     parts = {"input embedding": model.get_input_embeddings(), "output embedding": model.get_output_embeddings()}
     for part, module in parts.items():
         if module is not None and module.weight.shape[0] < manifest.vocabulary_size:
             raise ModelError(
-                f"student {name}: its {part} has {module.weight.shape[0]} tokens, the cache's tokenizer has "
+                f"student {name}: its {part} has {module.weight.shape[0]} tokens, {_whose(manifest)} tokenizer has "
                 f"{manifest.vocabulary_size}; {REMEDY}"
             )
 
 
-def check_length(model: Any, name: str, manifest: Manifest) -> None:
+def _whose(manifest: Manifest | SidecarManifest) -> str:
+    return "the cache's" if isinstance(manifest, Manifest) else "its own"
+
+
+def check_length(model: Any, name: str, manifest: Manifest | SidecarManifest) -> None:
     """The student must have positions for the longest row."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and longest < manifest.sequence_length:
@@ -77,19 +86,27 @@ def check_packing(model: Any, name: str, manifest: Manifest, *, pack: bool = Fal
         raise ModelError(f"student {name} lets the documents of a packed row see each other, {remedy}")
 
 
-def check_tokenizer(student: StudentConfig, manifest: Manifest) -> None:
-    """A tokenizer that lies beside the student must map text to the cache's ids; there need not be one."""
+def sidecars_of(student: StudentConfig, caches: Sequence[Cache]) -> list[Sidecar]:
+    """The alignments, one a cache, through which a student with another tokenizer learns; none where it has the teacher's, or
+    one with the same bytes at the same ids, or none at all.
+
+    Raises `CacheError` where a cache has no alignment with the student's tokenizer.
+    """
+    tokenizer = _tokenizer_of(student)
+    if tokenizer is None:
+        return []
+    found = [alignment_for(cache, tokenizer, student=student.model) for cache in caches]
+    return [sidecar for sidecar in found if sidecar is not None]
+
+
+def _tokenizer_of(student: StudentConfig) -> Any | None:
+    """The tokenizer that lies beside the student; there need not be one."""
     folder = Path(student.model).expanduser()
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        return
+        return None
     try:
-        tokenizer = load_tokenizer(student.model, revision=student.revision)
+        return load_tokenizer(student.model, revision=student.revision)
     except ModelError:
         if folder.is_dir():
             raise
-        return  # a hub model without a tokenizer
-    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
-        raise ModelError(
-            f"student {student.model} has another tokenizer than the cache's teacher, {manifest.teacher.get('model')}: "
-            f"its ids mean other text; {REMEDY}"
-        )
+        return None  # a hub model without a tokenizer

@@ -1,4 +1,5 @@
-"""A student made of a teacher's own layers: some of them, by index, with its embeddings, norm, head and tokenizer.
+"""A student made of a teacher's own layers: some of them, by index, with its embeddings, norm, head and tokenizer,
+or with another tokenizer and embeddings for it that are made of the teacher's.
 
 Works for any decoder-only architecture of transformers whose layers sit in one `ModuleList` of
 `config.num_hidden_layers` modules, and that keeps what differs from layer to layer in lists of that length in its
@@ -17,36 +18,54 @@ from teachercache.activations import path_of_blocks
 from teachercache.errors import ModelError, UserError
 from teachercache.models import find_model, load_causal_lm, load_tokenizer
 from teachercache.student.layer_choice import chosen_layers
+from teachercache.student.transplant import check_tokenizers, transplant_embeddings
 
 # Lists of any config that are not one entry a layer, whatever their length.
 NOT_PER_LAYER = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def init_student(
-    model: str, *, layers: str, output: Path, revision: str | None = None, overwrite: bool = False
+    model: str,
+    *,
+    layers: str,
+    output: Path,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a student made of the chosen layers of `model` to the folder `output`.
 
     `layers` reads "0,5,10", "every:3" (0, 3, 6 …), "keep:10" (evenly spaced, first and last included) or "first:8".
-    Returns `student` (folder), `layers` (indices kept), `teacher_layers` (how many there were), `parameters` and
-    `teacher_parameters`. The folder appears when it is whole; `overwrite` replaces a model that is there already.
+    `tokenizer` names another tokenizer (an id, a folder, or package://NAME/FOLDER): the student takes its vocabulary, see
+    `transplant_embeddings`. Returns `student` (folder), `layers` (indices kept), `teacher_layers` (how many there were),
+    `parameters` and `teacher_parameters`, with another tokenizer also `tokenizer` (its name) and `embeddings` (how many
+    tokens were `copied`, `averaged` and made from the `mean`). The folder appears when it is whole; `overwrite` replaces a
+    model that is there already.
 
-    Raises `ModelError` for a model or a choice of layers that cannot be used, `UserError` for an output that is taken.
+    Raises `ModelError` for a model or a choice of layers that cannot be used, or a tokenizer
+    without defined bytes, `UserError` for an output that is taken.
     """
     output = Path(output)
     _check_output(output, model, overwrite=overwrite)
-    tokenizer = load_tokenizer(model, revision=revision)
+    own = load_tokenizer(model, revision=revision)
+    chosen = own if tokenizer is None else load_tokenizer(tokenizer)
+    if tokenizer is not None:
+        check_tokenizers({model: own, tokenizer: chosen})
     source: Any = load_causal_lm(model, revision=revision, dtype="auto")
     path = _path_of_layers(source, model)
     kept = chosen_layers(layers, count=len(source.get_submodule(path)))
     student = _keep_layers(source, model, path, kept)
-    _save(student, tokenizer, output)
+    made: dict[str, Any] = {}
+    if tokenizer is not None:
+        made = {"tokenizer": tokenizer, "embeddings": transplant_embeddings(student, old=own, new=chosen, name=model)}
+    _save(student, chosen, output)
     return {
         "student": str(output),
         "layers": kept,
         "teacher_layers": len(source.get_submodule(path)),
         "parameters": sum(weight.numel() for weight in student.parameters()),
         "teacher_parameters": sum(weight.numel() for weight in source.parameters()),
+        **made,
     }
 
 

@@ -26,7 +26,7 @@ class Window:
     positions: int
     seconds: float
     waiting: float  # share of the time in which a process had no batch to work on, mean over processes
-    layers: Mapping[str, float] = field(default_factory=dict)  # terms between layers and similarities, by name
+    named: Mapping[str, float] = field(default_factory=dict)  # further terms and what they measure
 
     @property
     def positions_per_second(self) -> float:
@@ -39,7 +39,7 @@ class LossMeter:
 
     def __init__(self, accelerator: Any, names: Sequence[str] = ()) -> None:
         self._accelerator = accelerator
-        self._names = tuple(names)  # of terms between layers
+        self._names = tuple(names)  # of further terms, and of what they measure
         self._sums = torch.zeros(4 + 2 * len(names), dtype=torch.float64, device=accelerator.device)
         self._started: float | None = None
         self._waited = 0.0
@@ -60,8 +60,8 @@ class LossMeter:
         self._sums[:3] += sums
         self._sums[3] += terms.positions
         for place, name in enumerate(self._names, start=4):
-            if name in terms.layers:
-                self._sums[place] += terms.layers[name].double()
+            if name in terms.named:
+                self._sums[place] += terms.named[name].double()
                 self._sums[place + len(self._names)] += terms.positions  # caches of a mix may have pairs of their own
 
     def take(self) -> Window:
@@ -69,11 +69,11 @@ class LossMeter:
         seconds = time.perf_counter() - self._started if self._started is not None else 0.0
         waiting = torch.tensor([self._waited / seconds if seconds else 0.0]).to(self._sums)
         reduced = self._accelerator.reduce(torch.cat([self._sums, waiting]), "sum")
-        total, divergence, ce, positions, *layers, waiting_sum = reduced.tolist()
+        total, divergence, ce, positions, *further, waiting_sum = reduced.tolist()
         self._sums.zero_()
         self._started, self._waited = None, 0.0
         count = max(positions, 1)
         share = waiting_sum / self._accelerator.num_processes
-        sums, counts = layers[: len(self._names)], layers[len(self._names) :]
+        sums, counts = further[: len(self._names)], further[len(self._names) :]
         means = {name: value / max(n, 1) for name, value, n in zip(self._names, sums, counts, strict=True)}
         return Window(total / count, divergence / count, ce / count, int(positions), seconds, share, means)

@@ -51,6 +51,7 @@ class RunIdentity:
     student_weights: dict[str, str | None]
     deepspeed: dict[str, Any] | None
     mixed_fingerprints: tuple[str, ...] = ()
+    alignments: tuple[str, ...] = ()  # fingerprints of those that the rows are joined by
     order: int = ORDER
 
     def decisive(self) -> dict[str, Any]:
@@ -65,6 +66,8 @@ class RunIdentity:
             "mix": [list(pair) for pair in zip(self.mixed_fingerprints, shares, strict=True)],
         }
         decisive = {**recipe, "student": student, "train": train, "stream": stream}
+        if self.alignments:
+            decisive["alignments"] = list(self.alignments)
         return {**decisive, "cache": self.cache_fingerprint, "deepspeed": self.deepspeed}
 
     def to_json(self) -> dict[str, Any]:
@@ -73,6 +76,7 @@ class RunIdentity:
         return {
             "cache_fingerprint": self.cache_fingerprint,
             "mixed_fingerprints": list(self.mixed_fingerprints),
+            "alignments": list(self.alignments),
             "order": self.order,
             "student_weights": self.student_weights,
             "deepspeed": self.deepspeed,
@@ -89,6 +93,7 @@ class RunIdentity:
             student_weights=data.get("student_weights", {}),
             deepspeed=data["deepspeed"],
             mixed_fingerprints=tuple(data.get("mixed_fingerprints", ())),
+            alignments=tuple(data.get("alignments", ())),
             order=data.get("order", 1),
         )
 

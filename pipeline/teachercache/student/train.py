@@ -21,7 +21,7 @@ from teachercache.stream.sources import Mixed, check_mix, train_order, windows_b
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
 from teachercache.student.disk import full_disk_in_a_line
-from teachercache.student.fit import check_cache, check_student, initial_weights
+from teachercache.student.fit import check_cache, check_student, initial_weights, sidecars_of
 from teachercache.student.launch import Process, lost_another_process, training_process
 from teachercache.student.run_folder import RunFolder, RunIdentity
 from teachercache.student.summary import closing_line, rows_trained, speed_and_losses
@@ -82,6 +82,7 @@ class _Job:
         self.zero_stage: int = settings["zero_optimization"]["stage"]
         self.folder = RunFolder(self.config.output)
         self.mix = mix
+        self.sidecars = sidecars_of(self.student, self._caches)
         self.plan = BatchPlan(
             order=train_order(cache, mix, seed=self.config.seed, window=recipe.stream.window),
             global_batch=self.config.global_batch,
@@ -96,6 +97,7 @@ class _Job:
             self.recipe,
             cache_fingerprint=self.cache.manifest.fingerprint,
             mixed_fingerprints=tuple(mixed.cache.manifest.fingerprint for mixed in self.mix),
+            alignments=tuple(sidecar.manifest.fingerprint for sidecar in self.sidecars),
             student_weights=initial_weights(self.student),
             deepspeed=own_deepspeed_settings(self.config),
         )
@@ -116,8 +118,9 @@ class _Job:
         from teachercache.models import load_causal_lm
 
         model = load_causal_lm(self.student.model, revision=self.student.revision, dtype="float32")
-        for cache in self._caches:
-            check_student(model, self.student, cache.manifest, pack=self.config.pack)
+        for number, cache in enumerate(self._caches):
+            sidecar = self.sidecars[number] if self.sidecars else None
+            check_student(model, self.student, cache.manifest, sidecar=sidecar, pack=self.config.pack)
         if self.student.lora is not None:
             from teachercache.student.lora import with_adapters
 
@@ -192,6 +195,7 @@ class _Job:
             objective=self.recipe.objective,
             mix=self.mix,
             plan=self.plan,
+            sidecars=self.sidecars,
             keep_checkpoints=self.config.keep_checkpoints,
             pack=self.config.pack,
             callbacks=callbacks,
@@ -215,9 +219,8 @@ class _Job:
         }
         if self.process.main:
             chosen = self._checkpoint(best_step or self.steps)
-            export_student(
-                chosen, config=self.student, tokenizer=self.cache.teacher_folder, student=self.folder.student
-            )
+            tokenizer = self.sidecars[0].tokenizer_folder if self.sidecars else self.cache.teacher_folder
+            export_student(chosen, config=self.student, tokenizer=tokenizer, student=self.folder.student)
             self.folder.finish(summary)
             self._say(closing_line(summary))
         return summary

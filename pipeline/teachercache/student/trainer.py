@@ -28,8 +28,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
+from teachercache.objective.across import AcrossObjective
 from teachercache.objective.layers import names_of
 from teachercache.shards import Cache
+from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.batches import BatchPlan, PlanSampler, spread
 from teachercache.stream.collate import Collator, MixedCollator
 from teachercache.stream.dataset import CacheDataset, Rows
@@ -38,7 +40,7 @@ from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.elastic import any_number_of_processes
-from teachercache.student.held_out import HeldOutMeasure
+from teachercache.student.held_out import AcrossMeasure, HeldOutMeasure, Measure, across_objective
 from teachercache.student.layers import (
     check_formed_outside,
     check_trainer,
@@ -63,6 +65,7 @@ class DistillationTrainer(Trainer):
     the best one besides: leave `args.save_total_limit` alone. `pack` puts short rows of a micro-batch into one sequence
     (isolated, by students for which `fit.check_packing` finds nothing), which changes the time of a step, not its loss.
     `mix` adds further caches of the same tokenizer, whatever their kinds of targets; a micro-batch is of one cache.
+    `sidecars`, one a cache, are alignments with the tokenizer of a student that has another one than the teacher.
     Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
     Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `JobFailed` when training
@@ -78,6 +81,7 @@ class DistillationTrainer(Trainer):
         objective: ObjectiveConfig,
         mix: Sequence[Mixed] = (),
         plan: BatchPlan | None = None,
+        sidecars: Sequence[Sidecar] = (),
         keep_checkpoints: int = 2,
         pack: bool = False,
         callbacks: list[TrainerCallback] | None = None,
@@ -85,7 +89,8 @@ class DistillationTrainer(Trainer):
         check_mix(cache, mix)
         self.caches = (cache, *(mixed.cache for mixed in mix))
         self.objective_config = objective
-        self.objectives = [DistillationObjective(objective, kind=each.kind) for each in self.caches]
+        self.sidecars = tuple(sidecars)
+        self.objectives = [self._objective(number) for number in range(len(self.caches))]
         self.plan = plan or _plan_of(args, cache, mix)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
@@ -99,22 +104,42 @@ class DistillationTrainer(Trainer):
             model=model,
             args=args,
             data_collator=self._collator(columns, pack=pack),  # type: ignore[arg-type]  # of `Rows`, not a list
-            train_dataset=CacheDataset(self.caches, "train", columns=columns),
-            eval_dataset=CacheDataset(self.caches, "held-out", columns=columns) if held_out else None,
+            train_dataset=CacheDataset(self.caches, "train", columns=columns, sidecars=self.sidecars),
+            eval_dataset=CacheDataset(self.caches, "held-out", columns=columns, sidecars=self.sidecars)
+            if held_out
+            else None,
             callbacks=[Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
         )
         model.config.use_cache = use_cache  # Trainer turns it off, and would export a student that generates slowly
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
         check_trainer(self, self.layer_objectives)
-        self.meter = LossMeter(self.accelerator, names_logged(self.layer_objectives))
+        across = [name for each in self.objectives if isinstance(each, AcrossObjective) for name in each.names]
+        names = (*dict.fromkeys(across), *names_logged(self.layer_objectives))
+        self.meter = LossMeter(self.accelerator, names)
         self._held_out_loader: DataLoader[Rows] | None = None
         self._fetching: list[list[int]] = []  # shards of each cache
         self._loss_in_layer: bool | None = None  # not tried yet
 
+    def _objective(self, number: int) -> DistillationObjective | AcrossObjective:
+        """Of one cache."""
+        if self.sidecars:
+            return across_objective(self.objective_config, self.caches[number], self.sidecars[number])
+        return DistillationObjective(self.objective_config, kind=self.caches[number].kind)
+
+    def _measure(self, number: int) -> Measure:
+        """Of the held-out rows of one cache."""
+        cache, tail, device = self.caches[number], self.objective_config.tail, self.args.device
+        if self.sidecars:
+            return AcrossMeasure(cache, self.sidecars[number], tail=tail, device=device)
+        return HeldOutMeasure(cache.kind, tail=tail, device=device)
+
     def _collator(self, columns: Sequence[tuple[str, ...]], *, pack: bool = False) -> MixedCollator:
-        paired = zip(self.caches, columns, strict=True)
-        return MixedCollator(tuple(Collator.of(cache, columns=names, pack=pack) for cache, names in paired))
+        joined = self.sidecars or [None] * len(self.caches)
+        paired = zip(self.caches, columns, joined, strict=True)
+        return MixedCollator(
+            tuple(Collator.of(cache, columns=names, pack=pack, sidecar=sidecar) for cache, names, sidecar in paired)
+        )
 
     def get_train_dataloader(self) -> DataLoader[Rows]:
         """This process's micro-batches from the current step on; accelerate must not shard them again."""
@@ -132,8 +157,9 @@ class DistillationTrainer(Trainer):
         shards = self.plan.order.shards_at(*self.plan.place(step))
         if shards != self._fetching:
             self._fetching = shards
-            for cache, numbers in zip(self.caches, shards, strict=True):
-                cache.prefetch(numbers, caches=sum(each.is_remote for each in self.caches))
+            for number, (cache, numbers) in enumerate(zip(self.caches, shards, strict=True)):
+                beside = self.sidecars[number].infos if self.sidecars else ()
+                cache.prefetch(numbers, caches=sum(each.is_remote for each in self.caches), with_infos=beside)
 
     def _loader(self, dataset: Any, batch_sampler: Any, collator: Any, **settings: Any) -> DataLoader[Rows]:
         return DataLoader(
@@ -199,7 +225,7 @@ class DistillationTrainer(Trainer):
                 for each in self.layer_objectives:  # in one order in all processes, whatever caches they are at
                     if each is matched:
                         found = each.loss(activations, layers, labels_BS)
-                        terms = replace(terms, total=terms.total + found.total, layers=logged(found))
+                        terms = replace(terms, total=terms.total + found.total, named={**terms.named, **logged(found)})
                     else:
                         terms = replace(terms, total=terms.total + each.idle(terms.total))
                 formed.append(terms)
@@ -237,13 +263,17 @@ class DistillationTrainer(Trainer):
     def _window(self) -> dict[str, float]:
         window = self.meter.take()
         config = self.objective_config
-        with_teacher = {LOGGED_AS[config.divergence]: window.divergence, "temperature": config.temperature}
+        with_teacher = {"temperature": config.temperature}
+        if not self.sidecars:
+            with_teacher[LOGGED_AS[config.divergence]] = window.divergence
+        elif config.alpha > 0:
+            with_teacher |= {f"weight_{term.match}": term.weight for term in config.across}
         return {
             "loss": window.total,
             "ce": window.ce,
             **(with_teacher if config.alpha > 0 else {}),
             "alpha": config.alpha,
-            **window.layers,
+            **window.named,
             **{
                 f"weight_{name}": term.weight for name, term in zip(names_of(config.layers), config.layers, strict=True)
             },
@@ -262,9 +292,7 @@ class DistillationTrainer(Trainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        measures = [
-            HeldOutMeasure(each.kind, tail=self.objective_config.tail, device=self.args.device) for each in self.caches
-        ]
+        measures = [self._measure(number) for number in range(len(self.caches))]
         in_layer = self.model if self._forms_loss_in_layer(model) else None
         for batch in self._held_out_batches([measure.columns for measure in measures]):
             measures[batch.pop("source")].add(model, [self._prepare_inputs(batch)], in_layer_of=in_layer)
@@ -275,14 +303,14 @@ class DistillationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _held_out_metrics(self, measures: Sequence[HeldOutMeasure], *, prefix: str) -> dict[str, float]:
+    def _held_out_metrics(self, measures: Sequence[Measure], *, prefix: str) -> dict[str, float]:
         """Over all held-out rows; where there are several caches, of each besides: `eval_cache0_loss`, …"""
         sums = [self.accelerator.reduce(measure.sums, "sum") for measure in measures]
-        metrics = HeldOutMeasure.metrics(sum(sums[1:], sums[0]), prefix=prefix)
+        metrics = measures[0].metrics(sum(sums[1:], sums[0]), prefix=prefix)
         if len(sums) > 1:
             for number, of_cache in enumerate(sums):
                 if self.caches[number].rows_of("held-out"):
-                    metrics |= HeldOutMeasure.metrics(of_cache, prefix=f"{prefix}_cache{number}")
+                    metrics |= measures[0].metrics(of_cache, prefix=f"{prefix}_cache{number}")
         return metrics
 
     def _held_out_batches(self, columns: Sequence[tuple[str, ...]]) -> DataLoader[Rows]:
@@ -301,7 +329,7 @@ class DistillationTrainer(Trainer):
                 )
             ]
             self._held_out_loader = self._loader(
-                CacheDataset(self.caches, "held-out", columns=columns),
+                CacheDataset(self.caches, "held-out", columns=columns, sidecars=self.sidecars),
                 batches,
                 self._collator(columns),
                 persistent_workers=self.args.dataloader_num_workers > 0,

@@ -14,6 +14,7 @@ from typing import Any
 
 from teachercache.errors import CacheError
 from teachercache.targets.basis import SketchBasis
+from teachercache.targets.boundary import BoundaryMass
 from teachercache.targets.columns import Column
 from teachercache.targets.full import Full
 from teachercache.targets.head_sketch import HeadSketch
@@ -50,6 +51,7 @@ def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, basis: Pat
 
 __all__ = [
     "KINDS",
+    "BoundaryMass",
     "CalibratedKind",
     "Column",
     "Full",

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
-def save_named(arrays: Mapping[str, Any], metadata: dict[str, str], folder: Path, *, prefix: str) -> Path:
-    """Write `folder/PREFIX` and 16 digits of the sha256, by temp file and rename; returns the path.
+def save_named(
+    arrays: Mapping[str, Any], metadata: dict[str, str], folder: Path, *, prefix: str, digest: str | None = None
+) -> Path:
+    """Write `folder/PREFIX` and 16 digits of the sha256, or a `digest` of what it says, by temp file and rename; returns the
+    path.
 
     `metadata` has one key: safetensors writes several in an order that differs from call to call.
     """
@@ -19,7 +22,7 @@ def save_named(arrays: Mapping[str, Any], metadata: dict[str, str], folder: Path
 
     data = save(dict(arrays), metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{prefix}{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    path = folder / f"{prefix}{digest or hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as stream:
         stream.write(data)

@@ -1,4 +1,4 @@
-"""Everything that one cache stores of its teacher: its logits, and what it holds of layers.
+"""Everything that one cache stores of its teacher: its logits, their boundary mass, and what it holds of layers.
 
 `LAYER_KINDS` is the one place where kinds of layer targets are dispatched, as `KINDS` is for logits.
 """
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheError
 from teachercache.targets.attention_maps import AttentionMaps
 from teachercache.targets.attention_relations import QueriesKeys, Relations
+from teachercache.targets.boundary import BOUNDARY_MASS, BoundaryMass
+from teachercache.targets.boundary import SECTION as BOUNDARY
 from teachercache.targets.columns import Column
 from teachercache.targets.kind import TargetKind, calibrates
 from teachercache.targets.layer_file import LayerFile, no_layer_file
@@ -38,12 +40,15 @@ class StoredTargets:
     logits: TargetKind
     hidden: HiddenStates | None = None
     attention: Any = None  # a kind of attention, or None
+    boundary: BoundaryMass | None = None
 
     @classmethod
     def of(cls, targets: Mapping[str, Any], logits: TargetKind) -> StoredTargets:
         """From a manifest's `targets` and its kind of logits. Raises `CacheError` for kinds of a later version."""
         kinds = {section: layer_kind(section, targets[section]) for section in SECTIONS if section in targets}
-        return cls(logits, **kinds)  # type: ignore[arg-type]  # the section says which
+        of_boundary = targets.get(BOUNDARY)  # caches of earlier versions have none
+        boundary = of_boundary and BoundaryMass.from_settings(of_boundary, vocabulary_size=logits.vocabulary_size)
+        return cls(logits, **kinds, boundary=boundary)  # type: ignore[arg-type]  # the section says which
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:
@@ -53,7 +58,7 @@ class StoredTargets:
     @property
     def columns(self) -> tuple[Column, ...]:
         """Payload columns, in the order in which shards store them."""
-        return (*self.logits.columns, *(column for kind in self.layers for column in kind.columns))
+        return tuple(column for kind in self._kinds for column in kind.columns)
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
@@ -88,7 +93,16 @@ class StoredTargets:
 
     def settings(self) -> dict[str, Any]:
         """What the manifest keeps, by section."""
-        return {"logits": self.logits.settings(), **{kind.section: kind.settings() for kind in self.layers}}
+        settings = {"logits": self.logits.settings(), **{kind.section: kind.settings() for kind in self.layers}}
+        return settings if self.boundary is None else {**settings, BOUNDARY: self.boundary.settings()}
+
+    def describe(self) -> str:
+        """One line for people."""
+        return "; ".join(kind.describe() for kind in self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[TargetKind | BoundaryMass | LayerKind, ...]:
+        return (self.logits, *(() if self.boundary is None else (self.boundary,)), *self.layers)
 
     def with_logits(self, logits: TargetKind) -> StoredTargets:
         """The same with a kind of logits that has its basis."""
@@ -109,9 +123,30 @@ class StoredTargets:
         except (ValueError, KeyError, TypeError) as error:
             raise no_layer_file(name, error) from None
 
+    def capture(
+        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+    ) -> dict[str, NDArray[Any]]:
+        """What is taken of N positions while their logits are at hand, which are overwritten; as `TargetKind.capture`."""
+        mass = (
+            {} if self.boundary is None else self.boundary.capture(torch, logits_NV)
+        )  # first: they are whole until then
+        return {**mass, **self.logits.capture(torch, logits_NV, labels_N, hidden_ND, seeds_N)}
+
+    def is_usable(self, captured: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """Which positions hold numbers that a student can learn from, bool [N]."""
+        usable_N = self.logits.is_usable(captured)
+        return usable_N if self.boundary is None else usable_N & self.boundary.is_usable(captured)
+
+    def finish(self, captured: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """One row's captured arrays, in order of positions, to the columns of its logits and their boundary mass."""
+        of_logits = {name: values for name, values in captured.items() if name != BOUNDARY_MASS}
+        return self.logits.finish(of_logits) | ({} if self.boundary is None else self.boundary.finish(captured))
+
     def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """One row's layer columns, those that are there, as arrays ready for a batch: [S, …], of columns by pair [P, …]."""
-        return {name: values for kind in self.layers for name, values in kind.decoded(stored).items()}
+        """One row's columns, those that are there and are not its logits', as arrays ready for a batch: of layers [S, …], by
+        pair [P, …]; `boundary_log_mass` float32 [N]."""
+        arrays = {} if self.boundary is None else self.boundary.decoded(stored)
+        return arrays | {name: values for kind in self.layers for name, values in kind.decoded(stored).items()}
 
     def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
         """Raise `CacheDamaged` where a row's columns, those that are there, cannot be."""
@@ -133,7 +168,9 @@ def layer_kind(section: str, settings: Mapping[str, Any]) -> LayerKind:
 
 
 def section_of(column: str) -> str | None:
-    """The section of layer targets that a column belongs to, by its name: `hidden_8`, `map_keys_8`; None for logits."""
+    """The section of targets that a column belongs to, by its name: `hidden_8`, `map_keys_8`; None for logits."""
+    if column == BOUNDARY_MASS:
+        return BOUNDARY
     what, _, layer = column.rpartition("_")
     if not layer.isdigit():
         return None

@@ -52,7 +52,7 @@ class Drift:
         """Compare the kept logits with the finished columns of the batch's rows (None: quarantined)."""
         starts = np.cumsum([0, *positions])
         owners = [int(np.searchsorted(starts, position, side="right")) - 1 for position, _ in self._logits]
-        decoded = {index: self.kind.decoded(rows[index] or {}) for index in set(owners) if rows[index] is not None}
+        decoded = {index: self._decoded(row) for index in set(owners) if (row := rows[index]) is not None}
         kept = [(*sampled, index) for sampled, index in zip(self._logits, owners, strict=True) if index in decoded]
         self._logits = []
         if not kept:
@@ -60,6 +60,9 @@ class Drift:
         here = [(decoded[index], position - int(starts[index])) for position, _, index in kept]
         arrays = {name: np.stack([row[name][at] for row, at in here]) for name in here[0][0]}
         self._add(arrays, torch.stack([logits_V for _, logits_V, _ in kept]))
+
+    def _decoded(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return self.kind.decoded({column.name: row[column.name] for column in self.kind.columns})
 
     def _add(self, arrays: Mapping[str, Any], logits_NV: Tensor) -> None:
         """All of a batch at once: what is stored is expanded by one matmul, whose matrix is read once."""

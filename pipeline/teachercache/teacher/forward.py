@@ -201,7 +201,7 @@ class Teacher:
                     part = slice(offset, offset + size)
                     whole = slice(start + offset, start + min(offset + size, len(logits_nV)))
                     hidden = None if hidden_nD is None else hidden_nD[part]
-                    parts.append(self.kind.capture(torch, logits_nV[part], labels_N[whole], hidden, seeds_N[whole]))
+                    parts.append(self.targets.capture(torch, logits_nV[part], labels_N[whole], hidden, seeds_N[whole]))
         captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         ends = np.cumsum([row.positions for row in rows])[:-1]
         split = {name: np.split(values, ends) for name, values in captured.items()}
@@ -261,12 +261,12 @@ class Teacher:
         return max(1, budget[self.device.type] // (4 * width))
 
     def _finish(self, row: TokenRow, captured: dict[str, NDArray[Any]]) -> Captured:
-        unusable = int((~self.kind.is_usable(captured)).sum())
+        unusable = int((~self.targets.is_usable(captured)).sum())
         if unusable:
             return Captured(
                 row, None, f"the teacher's logits are not finite at {unusable} of {row.positions} positions"
             )
-        return Captured(row, self.kind.finish(captured))
+        return Captured(row, self.targets.finish(captured))
 
 
 def _too_long(row: TokenRow) -> Captured:

@@ -9,9 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Content(NamedTuple):
+    """What one message of a conversation says, where a text has it."""
+
+    role: str
+    start: int  # UTF-8 bytes from the beginning of the segment's text
+    end: int
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class Segment:
     byte_end: int
     start: int  # index of its first token in the row
     text: str | None = None  # the span itself, where the cache keeps text
+    contents: tuple[Content, ...] = ()  # in it, of conversations: disjoint and ascending
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from teachercache.config import LayerTermConfig
 from teachercache.errors import CacheError, ModelError
+from teachercache.objective.layers.aligned import PLACES, STUDENT, aligned_heads, are_aligned, at_tokens
 from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.hidden import HiddenTerm
 from teachercache.objective.layers.pairs import layer_pairs
@@ -116,13 +117,22 @@ class LayerObjective(torch.nn.Module):
             hidden[layer] = layers[column_of(layer)]
             if centred:
                 hidden[layer] = hidden[layer] - self._mean(layer, hidden[layer])
-        position_BS = _positions(segment_BS)
+        mask_BS, position_BS = shift_labels_BS != NO_TARGET, layers.get(PLACES)
+        student_hidden, student_heads = activations.hidden, activations.attention
+        if are_aligned(layers):
+            index_BA = layers[STUDENT]
+            mask_BS = mask_BS.gather(1, index_BA) & (segment_BS >= 0)
+            student_hidden = {layer: at_tokens(found, index_BA, dim=1) for layer, found in student_hidden.items()}
+            student_heads = {
+                layer: aligned_heads(heads, index_BA, layer=layer) for layer, heads in student_heads.items()
+            }
         attention = {
-            layer: self._targets.attention.stored_heads(torch, layer, layers, position_BS)
+            layer: self._targets.attention.stored_heads(
+                torch, layer, layers, _positions(segment_BS) if position_BS is None else position_BS
+            )
             for layer in self._teacher_attention
         }
-        mask_BS = shift_labels_BS != NO_TARGET
-        return LayerBatch(mask_BS, segment_BS, activations.hidden, activations.attention, hidden, attention)
+        return LayerBatch(mask_BS, segment_BS, student_hidden, student_heads, hidden, attention)
 
     def idle(self, like: Tensor) -> Tensor:
         """Zero, by all weights, in the order of `loss`: what a process does whose micro-batch is of another cache."""

@@ -1,0 +1,50 @@
+"""Where the messages of a conversation stand in its rendered text, so that another chat template can be applied later.
+
+A template is asked with one message at a time replaced by a placeholder: what stands before and after the placeholder must
+be what the text begins and ends with, and what is between them what was said, white space at its ends aside. So a content is
+found by its place, not by what it looks like. One that the template changes, leaves out, repeats or treats by what it says
+is left out, never guessed at; of a reply with reasoning that the template lays out by itself, or drops, the answer is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from teachercache.corpus.chat import THOUGHT, ChatRenderer, Message, Span, mark, said, with_mark
+from teachercache.tokens.rows import Content
+
+
+def contents_of(renderer: ChatRenderer, messages: Sequence[Message], text: str) -> list[Content]:
+    """Contents in `text`, which the renderer made of the messages, by their places in characters: disjoint and ascending.
+
+    Costs a rendering or two of the conversation for each message.
+    """
+    found = []
+    for index, message in enumerate(messages):
+        span = _span(renderer, messages, index, text) if said(message).strip() else None
+        if span is not None:
+            found.append(Content(str(message["role"]), *span))
+    found.sort(key=lambda content: content.start)  # some templates move what the system says
+    disjoint: list[Content] = []
+    for content in found:
+        if not disjoint or content.start >= disjoint[-1].end:
+            disjoint.append(content)
+    return disjoint
+
+
+def _span(renderer: ChatRenderer, messages: Sequence[Message], index: int, text: str) -> Span | None:
+    whole = said(messages[index]).strip()
+    answer = whole.rpartition(THOUGHT)[2].strip()
+    for keep_reasoning in (False, True) if THOUGHT in whole else (False,):
+        placed = with_mark(messages[index], index, keep_reasoning=keep_reasoning)
+        skeleton = renderer.text_if_any([*messages[:index], placed, *messages[index + 1 :]]) or ""
+        before, found, after = skeleton.partition(mark(index))
+        end = len(text) - len(after)
+        if not found or mark(index) in after or not (text.startswith(before) and text.endswith(after)):
+            continue
+        between = text[len(before) : end]  # "" where before and after overlap
+        content = between.strip()
+        if content and content in (answer, whole):
+            start = len(before) + between.index(content)
+            return start, start + len(content)
+    return None

@@ -1,0 +1,158 @@
+"""The loss of a student with another tokenizer than the teacher's: the terms of `objective.across`.
+
+`terms_of` is the one place where terms are dispatched; each is a file here.
+
+    batch.py                  chunks: tokens that stand for the same bytes on both sides
+    projected_kl.py           next tokens where chunks begin, through a map between the vocabularies
+    chunk_likelihood.py       likelihoods of chunks (ALM)
+    sorted_probabilities.py   sorted next-token probabilities (ULD)
+    sums.py                   all of them over the student's output layer, a block of logits at a time
+
+Shapes: B rows, S tokens of the student, N positions, L columns of the logits, U teacher's tokens, V student's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachercache.config import AcrossTermConfig, ObjectiveConfig
+from teachercache.errors import CacheError, ModelError
+from teachercache.objective.across.batch import PREFIX, Chunks
+from teachercache.objective.across.chunk_likelihood import ChunkLikelihood
+from teachercache.objective.across.projected_kl import ProjectedKL, VocabularyProjection
+from teachercache.objective.across.sorted_probabilities import SortedProbabilities
+from teachercache.objective.across.sums import Batch, Sums, across_sums, across_sums_of_logits
+from teachercache.objective.across.term import ChunkTerm, PairTerm
+from teachercache.objective.distillation import LossTerms, labelled_positions
+from teachercache.targets import StoredTargets, TailPolicy
+from teachercache.targets.boundary import BOUNDARY_MASS
+
+ACTUAL = "actual_log_prob"  # what kinds decode, from a column of about this name
+
+
+class AcrossObjective:
+    """As `DistillationObjective`, for a student whose rows are joined to the cache's by an alignment.
+
+    `first_U`, `emitted_V` and `begins_V` are those of the alignment's vocabulary map. `columns` are those of the cache that the
+    objective reads. Raises `CacheError` for a temperature, tail policy or term that the cache's targets do not allow.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        *,
+        targets: StoredTargets,
+        first_U: Any,
+        emitted_V: Any,
+        begins_V: Any,
+    ) -> None:
+        self.config = config
+        self.vocabulary_size = len(emitted_V)
+        self._kind = targets.logits
+        projection = VocabularyProjection(torch.as_tensor(first_U), torch.as_tensor(emitted_V))
+        self._pair_terms, self._chunk_terms = terms_of(config, projection)
+        self._tail: TailPolicy = self._kind.tail_policies[0] if config.tail == "auto" else config.tail
+        for term in self._pair_terms:
+            self._kind.check_temperature(term.temperature)
+        with_boundaries = any(term.boundaries for term in self._chunk_terms)
+        if with_boundaries and targets.boundary is None:
+            raise CacheError(
+                "objective.across: chunk-likelihood weighs chunks by the teacher's mass on what may follow them, which this "
+                "cache does not keep; set boundaries: false, or precompute it with targets.boundary_mass: true"
+            )
+        self._begins_V = torch.as_tensor(begins_V) if with_boundaries else None
+        self.columns = self._columns(with_boundaries)
+
+    def _columns(self, with_boundaries: bool) -> tuple[str, ...]:
+        columns = list(self._kind.objective_columns(self._tail)) if self._pair_terms else []
+        if self._chunk_terms:
+            columns += [column.name for column in self._kind.columns if column.name.startswith(ACTUAL)]
+        return tuple(dict.fromkeys([*columns, *([BOUNDARY_MASS] if with_boundaries else [])]))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sums that `LossTerms.named` has."""
+        measured = [name for term in self._pair_terms for name in (term.name, *term.measured)]
+        return (*measured, *(term.name for term in self._chunk_terms))
+
+    def __call__(
+        self, logits_BSL: Tensor, shift_labels_BS: Tensor, targets: Mapping[str, Tensor] | None = None
+    ) -> LossTerms:
+        """Loss sums of one batch; `targets` are what the collator made of the aligned rows."""
+        self._check_width(logits_BSL.shape[-1])
+        positions_N, labels_N = labelled_positions(shift_labels_BS)
+        logits_NL = logits_BSL.reshape(-1, logits_BSL.shape[-1])[positions_N]
+        batch = self._batch(targets or {}, labels_N)
+        return _terms(across_sums_of_logits(logits_NL, batch, vocabulary_size=self.vocabulary_size), len(labels_N))
+
+    def projected(
+        self,
+        hidden_BSD: Tensor,
+        weight_LD: Tensor,
+        bias_L: Tensor | None,
+        shift_labels_BS: Tensor,
+        targets: Mapping[str, Tensor] | None = None,
+        *,
+        softcap: float | None = None,
+    ) -> LossTerms:
+        """The same from what enters the student's output layer, and its weights: no logits of a whole batch are formed."""
+        self._check_width(len(weight_LD))
+        positions_N, labels_N = labelled_positions(shift_labels_BS)
+        sums = across_sums(
+            hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[positions_N],
+            weight_LD,
+            bias_L,
+            self._batch(targets or {}, labels_N),
+            vocabulary_size=self.vocabulary_size,
+            softcap=softcap,
+        )
+        return _terms(sums, len(labels_N))
+
+    def _check_width(self, predicted: int) -> None:
+        if predicted < self.vocabulary_size:
+            raise ModelError(
+                f"the student predicts {predicted} tokens, but its tokenizer has {self.vocabulary_size}; make one whose "
+                "embeddings hold them (see `teachercache init-student --tokenizer`)"
+            )
+
+    def _batch(self, arrays: Mapping[str, Tensor], labels_N: Tensor) -> Batch:
+        chunks = Chunks.of(arrays, labels_N)
+        of_teacher = {
+            name: values.to(labels_N.device, torch.float32 if values.is_floating_point() else torch.int64)
+            for name, values in arrays.items()
+            if not name.startswith(PREFIX)
+        }
+        teachers = [
+            self._kind.softened(of_teacher, term.temperature, tail=self._tail, xp=torch) for term in self._pair_terms
+        ]
+        if self._begins_V is not None:
+            self._begins_V = self._begins_V.to(labels_N.device)
+        return Batch(labels_N, chunks, self._pair_terms, teachers, self._chunk_terms, self._begins_V, self.config.alpha)
+
+
+def _terms(sums: Sums, positions: int) -> LossTerms:
+    return LossTerms(sums.total, sums.ce.new_zeros(()), sums.ce, positions, named=sums.named)
+
+
+def terms_of(
+    config: ObjectiveConfig, projection: VocabularyProjection
+) -> tuple[Sequence[PairTerm], Sequence[ChunkTerm]]:
+    """The terms that a recipe describes; none without a teacher (alpha = 0)."""
+    pair_terms: list[PairTerm] = []
+    chunk_terms: list[ChunkTerm] = []
+    for term in config.across if config.alpha > 0 else ():
+        match term.match:
+            case "projected-kl":
+                pair_terms.append(ProjectedKL(projection, weight=term.weight, temperature=config.temperature))
+            case "sorted-probabilities":
+                pair_terms.append(SortedProbabilities(term.weight, config.temperature))
+            case "chunk-likelihood":
+                chunk_terms.append(ChunkLikelihood(term.weight, term.tau, term.boundaries))
+    return pair_terms, chunk_terms
+
+
+__all__ = ["AcrossObjective", "AcrossTermConfig", "terms_of"]

@@ -1,0 +1,109 @@
+"""KL between next tokens where both models have read the same bytes, the teacher's carried over to the student's vocabulary.
+
+Each teacher token goes, with its probability, to the student's token of the same bytes, else to the *first* token that the
+student gives to those bytes; several may meet. What stays outside on either side is left out of the comparison, and its share
+is measured:
+
+    unmapped      the teacher's mass on tokens without a counterpart
+    unreachable   the student's mass on tokens that the teacher cannot emit in one step: it would need several tokens for
+                  them. Held against a teacher that gives them nothing they would be pushed to zero, and with them the
+                  long tokens that a student's vocabulary is made of
+
+So both sides are conditioned on what both can emit in one step:  KL(P' / Σ P' ‖ Q / Σ_reachable Q).
+Where a cache gives the tail as one bucket, outcomes are the tokens that the head maps to, and one for all others, in which
+tail, unmapped and unreachable are together. With equal vocabularies this is the KL of `objective.divergences`.
+
+A map between vocabularies: Minixhofer et al., "Zero-Shot Tokenizer Transfer", 2024, and NeMo-RL's cross-tokenizer projection.
+
+Shapes: P chunks of a block, V student's tokens, U teacher's tokens, k tokens of the head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teachercache.targets.softened import Softened
+
+
+class VocabularyProjection:
+    """`first_U`: the student's token for each of the teacher's, -1 for none; `emitted_V`: whether one maps to it."""
+
+    def __init__(self, first_U: Tensor, emitted_V: Tensor) -> None:
+        self.first_U, self.emitted_V = first_U.long(), emitted_V
+        # Most of the student's tokens have one token of the teacher's: those are gathered, only the others are added.
+        vocabulary = len(emitted_V)
+        mapped_U = self.first_U >= 0
+        numbers_U = torch.arange(len(first_U), device=first_U.device)
+        primary_V = torch.full((vocabulary,), len(first_U), device=first_U.device)
+        primary_V[self.first_U[mapped_U].flip(0)] = numbers_U[mapped_U].flip(0)
+        self.primary_V = primary_V
+        further_U = mapped_U.clone()
+        further_U[primary_V[primary_V < len(first_U)]] = False
+        self.further = numbers_U[further_U]
+        self.further_to = self.first_U[self.further]
+
+    def to(self, device: torch.device) -> VocabularyProjection:
+        """On a device."""
+        return VocabularyProjection(self.first_U.to(device), self.emitted_V.to(device))
+
+    def __call__(self, probability_PU: Tensor) -> Tensor:
+        """The mass of the teacher's tokens on the student's, [P, V]; unmapped mass is missing."""
+        padded_PU = torch.cat([probability_PU, probability_PU.new_zeros(len(probability_PU), 1)], dim=1)
+        projected_PV = padded_PU.index_select(1, self.primary_V)
+        return projected_PV.index_add_(1, self.further_to, probability_PU.index_select(1, self.further))
+
+
+class ProjectedKL:
+    """The term, for one pair of vocabularies."""
+
+    name = "projected-kl"
+    measured = ("unmapped", "unreachable")
+
+    def __init__(self, projection: VocabularyProjection, *, weight: float = 1.0, temperature: float = 1.0) -> None:
+        self.weight, self.temperature = weight * temperature**2, temperature
+        self._projection = projection
+
+    def values(self, logits_PV: Tensor, teacher: Softened) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `PairTerm`."""
+        projection = self._projection = self._on(logits_PV.device)
+        scaled_PV = logits_PV / self.temperature
+        log_sum_P1 = scaled_PV.logsumexp(-1, keepdim=True)
+        of_emitted_P1 = scaled_PV.masked_fill(~projection.emitted_V, -torch.inf).logsumexp(-1, keepdim=True)
+        with torch.no_grad():
+            unreachable_P = (1 - (of_emitted_P1 - log_sum_P1).exp())[:, 0].clamp_min(0)
+        if teacher.tail is None:
+            values_P, unmapped_P = self._with_bucket(scaled_PV - log_sum_P1, teacher)
+        else:
+            with torch.no_grad():
+                target_PV = projection(teacher.dense().to(scaled_PV).exp_())
+                mapped_P1 = target_PV.sum(-1, keepdim=True)
+                unmapped_P = (1 - mapped_P1)[:, 0].clamp_min(0)
+                target_PV /= mapped_P1.clamp_min(torch.finfo(target_PV.dtype).tiny)
+                negentropy_P = torch.xlogy(target_PV, target_PV).sum(-1)
+            values_P = (
+                negentropy_P - torch.linalg.vecdot(target_PV, scaled_PV) + of_emitted_P1[:, 0] * target_PV.sum(-1)
+            )
+        return values_P, {"unmapped": unmapped_P, "unreachable": unreachable_P}
+
+    def _on(self, device: torch.device) -> VocabularyProjection:
+        projection = self._projection
+        return projection if projection.first_U.device == device else projection.to(device)
+
+    def _with_bucket(self, log_student_PV: Tensor, teacher: Softened) -> tuple[Tensor, Tensor]:
+        """Outcomes: the tokens that the head maps to, and all others together. A renormalised head has none of those."""
+        first_Pk = self._projection.first_U[teacher.head_ids_Nk]
+        probability_Pk = teacher.head_log_prob_Nk.to(log_student_PV).exp()
+        unmapped_P = (probability_Pk * (first_Pk < 0)).sum(-1)
+        bucket_P = teacher.tail_log_prob_N.to(log_student_PV).exp() + unmapped_P
+        # Tokens of the head that meet become one outcome, at the first of their places.
+        same_Pkk = (first_Pk[:, :, None] == first_Pk[:, None, :]) & (first_Pk >= 0)[:, :, None]
+        joined_Pk = (same_Pkk * probability_Pk[:, None, :]).sum(-1)
+        is_first_Pk = same_Pkk.to(torch.uint8).argmax(-1) == torch.arange(first_Pk.shape[1], device=first_Pk.device)
+        is_first_Pk &= first_Pk >= 0
+        log_student_Pk = log_student_PV.gather(1, first_Pk.clamp_min(0))
+        target_Pk = joined_Pk * is_first_Pk
+        values_P = torch.xlogy(target_Pk, target_Pk).sum(-1) - (target_Pk * log_student_Pk).sum(-1)
+        of_head_P = log_student_Pk.masked_fill(~is_first_Pk, -torch.inf).logsumexp(-1)
+        rest_P = torch.log1p(-of_head_P.exp().clamp(max=1 - 1e-7))
+        return values_P + torch.xlogy(bucket_P, bucket_P) - bucket_P * rest_P, unmapped_P

@@ -1,0 +1,45 @@
+"""Terms between layers across tokenizers: at aligned tokens, where teacher and student have read the same bytes.
+
+What each side holds there becomes a row of aligned tokens alone, and every term works as it does within one vocabulary; of
+attention that is each query's share of the keys at aligned tokens.
+
+Shapes: B rows, S tokens of the student, A aligned tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from teachercache.errors import ModelError
+
+STUDENT, PLACES = "student", "teacher"  # of aligned tokens: index in the student's row; place in the teacher's segment
+
+
+def are_aligned(layers: Mapping[str, Tensor]) -> bool:
+    """Whether a batch's layers are those of aligned tokens."""
+    return STUDENT in layers
+
+
+def at_tokens(values: Tensor, index_BA: Tensor, *, dim: int) -> Tensor:
+    """Entries along dimension `dim` (1, or 2 behind heads) at each row's tokens."""
+    if dim == 1:
+        return values.gather(1, index_BA[..., None].expand(*index_BA.shape, values.shape[-1]))
+    index = index_BA[:, None, :, None].expand(len(values), values.shape[1], index_BA.shape[1], values.shape[-1])
+    return values.gather(2, index)
+
+
+def aligned_heads(heads: Any, index_BA: Tensor, *, layer: int) -> Any:
+    """The student's attention among aligned tokens. Raises `ModelError` for one with a window, which counts tokens."""
+    if heads.window is not None and heads.window < heads.queries_BHSE.shape[2]:
+        raise ModelError(
+            f"attention {layer} of the student sees a window of {heads.window} tokens, which are not the teacher's; match "
+            "hidden states across tokenizers, or layers whose attention sees all"
+        )
+    vectors = {
+        name: at_tokens(getattr(heads, name), index_BA, dim=2) for name in ("queries_BHSE", "keys_BKSE", "values_BKSE")
+    }
+    return replace(heads, **vectors, window=None, output_BSHE=None)

@@ -1,0 +1,141 @@
+"""What an align job is: a cache, a student's tokenizer, and which shards are done.
+
+alignments/ID/.work/ holds plan.json and a record for each shard that is done, and is gone once alignment.json is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teachercache.errors import CacheError, ModelError
+from teachercache.files import write_whole
+from teachercache.models import load_tokenizer, portable_name, save_tokenizer
+from teachercache.shards import Cache
+from teachercache.shards.manifest import WORK_FOLDER
+from teachercache.shards.sidecar import TOKENIZER
+from teachercache.shards.sidecar_manifest import SIDECAR, sidecar_fingerprint, sidecar_folder
+from teachercache.targets.boundary import BoundaryMass
+from teachercache.tokens.fingerprint import (
+    require_fast,
+    template_fingerprint,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from teachercache.tokens.pretokens import begins_pretoken
+from teachercache.tokens.vocabulary_map import VocabularyMap, vocabulary_map
+
+VOCABULARY = "vocabulary.safetensors"
+
+
+@dataclass(frozen=True)
+class AlignPlan:
+    """A planned job; travels to the workers."""
+
+    cache: Path  # folder of the cache
+    tokenizer: dict[str, Any]  # as alignment.json has it
+    vocabulary: dict[str, Any]
+    units: int  # shards
+
+    @property
+    def within(self) -> str:
+        """Folder of the alignment, inside the cache."""
+        return sidecar_folder(self.tokenizer["fingerprint"])
+
+    @property
+    def folder(self) -> Path:
+        """The same on this machine."""
+        return self.cache / self.within
+
+    @property
+    def fingerprint(self) -> str:
+        """What its shards carry."""
+        return sidecar_fingerprint(Cache.open(self.cache).manifest.fingerprint, self.tokenizer["fingerprint"])
+
+    @property
+    def work(self) -> Path:
+        """Records of an unfinished job."""
+        return self.folder / WORK_FOLDER
+
+    def record(self, unit: int) -> dict[str, Any] | None:
+        """What is known of a shard that is done, if its file is there in full."""
+        try:
+            record = json.loads((self.work / f"{unit:05d}.json").read_text(encoding="utf-8"))
+            path = self.cache / record["shard"]["file"]
+            return record if path.stat().st_size == record["shard"]["bytes"] else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def pending(self) -> list[int]:
+        """Shards that are still to be aligned."""
+        return [unit for unit in range(self.units) if self.record(unit) is None]
+
+    def is_finished(self) -> bool:
+        """Whether alignment.json is there."""
+        return (self.folder / SIDECAR).is_file()
+
+
+def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> AlignPlan:
+    """Check what can be known before any work, and write what all shards share: tokenizer files and the vocabulary map.
+
+    Raises `ModelError` for a tokenizer that cannot be used, `CacheError` for a cache without text, for the teacher's own
+    tokenizer, and for a cache in an object store.
+    """
+    tokenizer = require_fast(load_tokenizer(student, revision=revision))
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if fingerprint == cache.manifest.tokenizer_fingerprint:
+        raise CacheError(
+            f"{student} has the teacher's own tokenizer: train from {cache.name} as it is, without alignment"
+        )
+    if not cache.manifest.corpus.get("store_text", True):
+        raise CacheError(
+            f"{cache.name} keeps no text (corpus.store_text: false), so nothing can be aligned; precompute it again with "
+            "corpus.store_text: true"
+        )
+    described = {
+        "name": portable_name(student),
+        "fingerprint": fingerprint,
+        "vocabulary_size": vocabulary_size(tokenizer),
+        "pad_id": _first_of(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
+        "eos_id": tokenizer.eos_token_id,
+        "chat_template": template_fingerprint(tokenizer),
+    }
+    if cache.manifest.corpus.get("messages_field") and described["chat_template"] is None:
+        raise ModelError(
+            f"{cache.name} holds conversations, and the tokenizer of {student} has no chat template; take a chat model's"
+        )
+    plan = AlignPlan(cache.folder.resolve(), described, {}, units=len(cache.manifest.shards))
+    if plan.is_finished():
+        return plan
+    return _prepared(plan, cache, tokenizer)
+
+
+def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
+    """With the files that all shards share; what an earlier job left is kept if it was the same."""
+    identity = {"cache": cache.manifest.fingerprint, "tokenizer": plan.tokenizer}
+    file = plan.work / "plan.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if known is None or known["identity"] != identity:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+        plan.work.mkdir(parents=True)
+        save_tokenizer(plan.folder / TOKENIZER, tokenizer, fingerprint=plan.tokenizer["fingerprint"])
+        teacher = load_tokenizer(str(cache.teacher_folder))
+        mapped = vocabulary_map(teacher, tokenizer)
+        mapped.save(plan.folder / VOCABULARY)
+        begins = BoundaryMass.of(begins_pretoken(tokenizer))
+        begins.save(plan.folder)
+        known = {"identity": identity, "vocabulary": _describe(plan, mapped, begins)}
+        write_whole(file, json.dumps(known, sort_keys=True))
+    return AlignPlan(plan.cache, plan.tokenizer, known["vocabulary"], plan.units)
+
+
+def _describe(plan: AlignPlan, mapped: VocabularyMap, begins: BoundaryMass) -> dict[str, Any]:
+    files = {"file": f"{plan.within}/{VOCABULARY}", "begins_file": f"{plan.within}/{begins.file}"}
+    return {**files, "begins": begins.settings(), "coverage": mapped.coverage, "identical": mapped.identical}
+
+
+def _first_of(*ids: int | None) -> int:
+    return next(number for number in ids if number is not None)

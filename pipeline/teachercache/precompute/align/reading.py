@@ -1,0 +1,64 @@
+"""What a student reads of a segment: the teacher's text, or of a conversation what was said, as its own template writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from teachercache.corpus.chat import ChatRenderer, Unrenderable
+from teachercache.corpus.contents import contents_of
+from teachercache.corpus.windows import byte_offsets
+from teachercache.tokens.alignment import Region
+from teachercache.tokens.rows import Content, Segment
+
+NO_TEXT = "a segment has no text"
+NO_CONTENTS = "nothing that was said is found in both texts"
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What the student reads of a segment, and where it is what the teacher read."""
+
+    text: str
+    regions: list[Region]
+
+
+class Reader:
+    """Of plain text, or of conversations by the chat template of `renderer`."""
+
+    def __init__(self, renderer: ChatRenderer | None) -> None:
+        self._renderer = renderer
+
+    def __call__(self, segment: Segment) -> Read | str:
+        """What the student reads, or why it reads nothing."""
+        if segment.text is None:
+            return NO_TEXT
+        if self._renderer is not None:
+            return self._rendered(self._renderer, segment.text, segment.contents)
+        size = len(segment.text.encode())
+        return Read(segment.text, [Region(0, size, 0, size)])
+
+    @staticmethod
+    def _rendered(renderer: ChatRenderer, text: str, contents: Sequence[Content]) -> Read | str:
+        """The teacher's own text where both templates write the same."""
+        data = text.encode()
+        said = [data[content.start : content.end].decode(errors="replace") for content in contents]
+        messages = [{"role": content.role, "content": each} for content, each in zip(contents, said, strict=True)]
+        if not messages:
+            return NO_CONTENTS
+        try:
+            rendered = renderer.render(messages).text
+            found = contents_of(renderer, messages, rendered)
+        except Unrenderable as error:
+            return f"the student's template: {error}"
+        if rendered == text:
+            return Read(text, [Region(0, len(data), 0, len(data))])
+        places = byte_offsets(rendered)
+        regions, rest = [], list(found)
+        for content, each in zip(contents, said, strict=True):
+            match = next((one for one in rest if rendered[one.start : one.end] == each), None)
+            if match is None:
+                continue  # the student's template changes it, or leaves it out
+            rest = rest[rest.index(match) + 1 :]
+            regions.append(Region(content.start, content.end, int(places[match.start]), int(places[match.end])))
+        return Read(rendered, regions) if regions else NO_CONTENTS

@@ -1,0 +1,71 @@
+"""One shard of a cache to one of its alignment. No Ray, no order, no state: equal shards and tokenizers give equal files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from teachercache.files import write_whole
+from teachercache.models import load_tokenizer
+from teachercache.precompute.align.plan import AlignPlan
+from teachercache.precompute.align.rows import AlignedRow, Aligner
+from teachercache.shards import Cache, write_shard
+from teachercache.shards.sidecar import TOKENIZER
+from teachercache.targets.chunks import ChunkColumns
+
+BATCH = 256  # rows that are tokenised in one call: bounds memory, changes no result
+
+
+@dataclass(frozen=True)
+class AlignReport:
+    """How a shard went; nothing of it is stored. `started` is wall clock."""
+
+    tokens: int  # of the student
+    started: float
+
+
+def align_shard(plan: AlignPlan, unit: int) -> AlignReport:
+    """Write the alignment of a shard's rows and, last, its record."""
+    started = time.time()
+    cache, aligner = _opened(str(plan.cache)), _aligner(str(plan.cache), str(plan.folder / TOKENIZER))
+    info = cache.manifest.shards[unit]
+    rows: list[AlignedRow] = []
+    for first in range(0, info.rows, BATCH):
+        chosen = range(first, min(first + BATCH, info.rows))
+        rows += aligner.aligned([cache.shard(unit).read_row(index, (), cache.recent) for index in chosen])
+    shard, column_bytes = write_shard(
+        plan.cache,
+        f"part-{unit:05d}.arrow",
+        rows=[item.row for item in rows],
+        payload=[item.columns for item in rows],
+        columns=ChunkColumns.columns,
+        fingerprint=plan.fingerprint,
+        within=plan.within,
+    )
+    totals: Counter[str] = Counter()
+    for item in rows:
+        totals.update(item.totals)
+    record = {
+        "shard": vars(shard),
+        "column_bytes": column_bytes,
+        "totals": dict(totals),
+        "unaligned": dict(Counter(item.problem for item in rows if item.problem)),
+        "longest": max(item.row.length for item in rows),
+    }
+    write_whole(plan.work / f"{unit:05d}.json", json.dumps(record, sort_keys=True))
+    return AlignReport(totals["student_tokens"], started)
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: str) -> Cache:
+    return Cache.open(folder)
+
+
+@lru_cache(maxsize=1)
+def _aligner(cache: str, student: str) -> Aligner:
+    opened = _opened(cache)
+    chats = bool(opened.manifest.corpus.get("messages_field"))
+    return Aligner(load_tokenizer(str(opened.teacher_folder)), load_tokenizer(student), chats=chats)

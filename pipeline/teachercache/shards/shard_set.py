@@ -1,0 +1,93 @@
+"""The shards of a cache, or of an alignment: rows by (split, index).
+
+Shards are memory-mapped, opened when they are needed, and the last `OPEN_SHARDS` stay open. Their `Source` (source.py) has
+hashed them before their first opening in a process, so that no byte reaches training unchecked. Reading a row decompresses
+the asked-for columns of one record batch; the batches that were used last stay in memory, up to `KEPT_BYTES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from teachercache.errors import JobFailed
+from teachercache.shards.decompressed import Decompressed
+from teachercache.shards.manifest import ShardInfo
+from teachercache.shards.row_batch import RowBatch
+from teachercache.shards.shard import Shard, StoredRow
+from teachercache.shards.source import Source
+
+Split = Literal["train", "held-out"]
+SPLITS: tuple[Split, ...] = ("train", "held-out")
+OPEN_SHARDS = 256  # a group of blocks may lie in as many as it has blocks
+# Of decompressed record batches, in each process. In a random order a cache that fits is decompressed once, and each row of a
+# larger one costs the batch around it (tests/bench/reader_peers.py measures both).
+KEPT_BYTES = 256 * 2**20
+EVICTIONS = 10  # of a local copy between its check and its opening, by other processes
+
+
+class ShardSet:
+    """Shards in order. Who has them derives from this and says how one is opened: a reference back from here would keep files
+    mapped, and their local copies on disk, until the garbage is collected.
+
+    Picklable: workers open files for themselves.
+    """
+
+    def __init__(self, infos: Sequence[ShardInfo], source: Source) -> None:
+        self.infos, self.source = infos, source
+        held_out = np.array([shard.held_out_rows for shard in infos], dtype=np.int64)
+        train = np.array([shard.rows for shard in infos], dtype=np.int64) - held_out
+        self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self.recent: Decompressed[RowBatch] = Decompressed(KEPT_BYTES)
+
+    def rows_of(self, split: Split) -> int:
+        """Number of rows of a split."""
+        ends = self._ends[split]
+        return int(ends[-1]) if len(ends) else 0
+
+    def read_row(
+        self, split: Split, index: int, *, columns: Sequence[str] | None = None, segments: bool = True
+    ) -> StoredRow:
+        """The row at `index` of a split, in the order of shards; `columns` limits what is decoded beside its tokens. Without
+        `segments` the row has none, and text is not decompressed."""
+        if not 0 <= index < self.rows_of(split):
+            raise IndexError(f"row {index} of {self.rows_of(split)} {split} rows")
+        ends = self._ends[split]
+        number = int(np.searchsorted(ends, index, side="right"))
+        within = index - (int(ends[number - 1]) if number else 0)
+        info = self.infos[number]
+        offset = info.rows - info.held_out_rows if split == "held-out" else 0
+        return self.shard(number).read_row(offset + within, columns, self.recent, segments=segments)
+
+    def opened(self, file: pa.MemoryMappedFile, info: ShardInfo) -> Shard:
+        """The shard in a mapped file, once what is known of it is checked."""
+        raise NotImplementedError
+
+    def shard(self, number: int) -> Shard:
+        """The shard of that number, opened if it was not."""
+        shard = self._shards.get(number)
+        if shard is None:
+            info = self.infos[number]
+            shard = self._shards[number] = self.opened(self._mapped(info), info)
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(number)
+        return shard
+
+    def _mapped(self, info: ShardInfo) -> pa.MemoryMappedFile:
+        for _ in range(EVICTIONS):
+            with contextlib.suppress(FileNotFoundError):
+                return pa.memory_map(str(self.source.path_of(info)))
+        raise JobFailed(
+            f"the local copy of {info.file} was evicted {EVICTIONS} times before it could be read: too many shards are "
+            "in use for stream.local_bytes; raise it"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shards": OrderedDict(), "recent": Decompressed(KEPT_BYTES)}

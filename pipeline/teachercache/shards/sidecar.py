@@ -1,0 +1,120 @@
+"""`Sidecar`: a cache's rows in the tokens of one student, and how these align with the teacher's; joined to the cache by id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from teachercache.errors import CacheDamaged, CacheError
+from teachercache.shards.manifest import ShardInfo
+from teachercache.shards.reader import Cache
+from teachercache.shards.shard import Shard, StoredRow
+from teachercache.shards.shard_set import ShardSet, Split
+from teachercache.shards.sidecar_manifest import ALIGNMENTS, SIDECAR, SidecarManifest, parse_sidecar, sidecar_folder
+from teachercache.targets.boundary import BoundaryMass
+from teachercache.targets.chunks import ChunkColumns
+from teachercache.tokens.vocabulary_map import VocabularyMap
+
+TOKENIZER = "tokenizer"  # folder of the student's tokenizer files
+
+
+class Sidecar(ShardSet):
+    """The alignment of a cache with one student's tokenizer. Row `index` of a split is that row of the cache."""
+
+    def __init__(self, cache: Cache, manifest: SidecarManifest) -> None:
+        super().__init__(manifest.shards, cache.source)
+        self.manifest = manifest
+        self._cache_name = cache.name
+        self._vocabulary: VocabularyMap | None = None
+        self._begins_V: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def open(cls, cache: Cache, tokenizer_fingerprint: str, *, student: str) -> Sidecar:
+        """The alignment with the tokenizer of this fingerprint, which messages call `student`.
+
+        Raises `CacheError` when there is none, `CacheDamaged` when it cannot be trusted.
+        """
+        name = f"{sidecar_folder(tokenizer_fingerprint)}/{SIDECAR}"
+        data = cache.source.read(name)
+        if data is None:
+            raise CacheError(
+                f"{cache.name} has no alignment with the tokenizer of {student}; make it, without the teacher: "
+                f"`teachercache align {cache.name} --student {student}`"
+            )
+        manifest = parse_sidecar(data, cache=cache.manifest, name=f"{cache.name}/{name}")
+        if manifest.tokenizer["fingerprint"] != tokenizer_fingerprint:
+            raise CacheDamaged(f"{cache.name}/{name} is of another tokenizer; delete its folder and align again")
+        return cls(cache, manifest)
+
+    @classmethod
+    def all_of(cls, cache: Cache) -> list[Sidecar]:
+        """Every finished alignment of a cache. Raises `CacheDamaged` for one that cannot be trusted."""
+        found = []
+        for name in cache.source.names(ALIGNMENTS):
+            data = cache.source.read(name) if name.count("/") == 2 and name.endswith(f"/{SIDECAR}") else None
+            if data is not None:
+                found.append(cls(cache, parse_sidecar(data, cache=cache.manifest, name=f"{cache.name}/{name}")))
+        return found
+
+    @property
+    def vocabulary(self) -> VocabularyMap:
+        """Which of the student's tokens stand for which of the teacher's; loaded once."""
+        if self._vocabulary is None:
+            self._vocabulary = VocabularyMap.load(self._path("file"))
+        return self._vocabulary
+
+    @property
+    def begins_V(self) -> NDArray[np.bool_]:
+        """Which of the student's tokens begin a new pre-token."""
+        if self._begins_V is None:
+            described = self.manifest.vocabulary["begins"]
+            mass = BoundaryMass.from_settings(described, vocabulary_size=self.manifest.vocabulary_size)
+            self._begins_V = mass.with_set(self._path("begins_file")).begins_V
+        assert self._begins_V is not None
+        return self._begins_V
+
+    def _path(self, role: str) -> Path:
+        name = self.manifest.vocabulary[role]
+        info = next((info for info in self.manifest.files if info.file == name), None)
+        if info is None:
+            raise CacheDamaged(f"{self._cache_name}: its alignment lists no {name}; align again")
+        return self.source.path_of(info)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The student's tokenizer files."""
+        folder = f"{self.manifest.folder}/{TOKENIZER}"
+        infos = [info for info in self.manifest.files if info.file.startswith(f"{folder}/")]
+        return self.source.folder_of(folder, infos)
+
+    def opened(self, file: pa.MemoryMappedFile, info: ShardInfo) -> Shard:
+        """See `ShardSet`."""
+        return Shard(
+            file,
+            info,
+            fingerprint=self.manifest.fingerprint,
+            payload=ChunkColumns(),
+            vocabulary_size=self.manifest.vocabulary_size,
+            longest=self.manifest.sequence_length,
+        )
+
+    def joined(self, split: Split, index: int, of: StoredRow, *, segments: bool = True) -> StoredRow:
+        """The row in the student's tokens that belongs to the row `of` of the cache, which stands at the same place.
+
+        Raises `CacheDamaged` where it belongs to another row, or its chunks do not hold the teacher's tokens.
+        """
+        row = self.read_row(split, index, segments=segments)
+        if row.row.row_id != of.row.row_id:
+            raise CacheDamaged(
+                f"{self._cache_name}: its alignment has row {row.row.row_id} in the place of {of.row.row_id}; align again"
+            )
+        counted = int(row.targets["teacher_counts"].sum(dtype=np.int64))
+        if counted != of.row.length:
+            raise CacheDamaged(
+                f"{self._cache_name}: row {of.row.row_id} has {of.row.length} tokens, its alignment holds {counted}; "
+                "align again"
+            )
+        return row

@@ -1,0 +1,29 @@
+"""Through which alignment a model with a tokenizer of its own reads a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from teachercache.errors import CacheError
+from teachercache.models import load_tokenizer
+from teachercache.shards import Cache
+from teachercache.shards.sidecar import Sidecar
+from teachercache.tokens.fingerprint import tokenizer_fingerprint
+from teachercache.tokens.vocabulary_map import vocabulary_map
+
+
+def alignment_for(cache: Cache, tokenizer: Any, *, student: str) -> Sidecar | None:
+    """The alignment of a cache with this tokenizer, which messages call `student`; None where none is needed: it is the
+    teacher's own, or has the same bytes at the same ids.
+
+    Raises `CacheError` where the cache has no alignment with another tokenizer.
+    """
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if fingerprint == cache.manifest.tokenizer_fingerprint:
+        return None
+    try:
+        return Sidecar.open(cache, fingerprint, student=student)
+    except CacheError:
+        if vocabulary_map(load_tokenizer(str(cache.teacher_folder)), tokenizer).identical:
+            return None
+        raise

@@ -166,3 +166,24 @@ def test_windows_and_packed_rows_hold_the_contents_that_lie_in_them(build_tokeni
     bare = tokenise(documents, tokenizer=tokenizer, sequence=sequence, store_text=False).rows
     assert all(segment.contents == () and segment.text is None for row in bare for segment in row.segments)
     assert [row.row_id for row in bare] == [row.row_id for row in rows]
+
+
+def test_all_messages_at_once_are_found_as_one_by_one(build_tokenizer):
+    """Where the one rendering shows the places, they are those that a rendering for each message shows."""
+    from teachercache.corpus import contents as module
+
+    taken = 0
+    for template in (DEFAULT_SYSTEM, MOVES, REPEATS):
+        tokenizer = build_tokenizer(None)
+        tokenizer.chat_template = template
+        renderer = ChatRenderer(tokenizer)
+        for said_twice in ("Paris.", " Paris. ", "What is the capital of France?", "a\n\nb"):
+            messages = [SYSTEM, QUESTION, {"role": "assistant", "content": said_twice}, QUESTION, ANSWER]
+            text = renderer._render(messages)[0]
+            together = module._together(renderer, messages, text)
+            if together is None:
+                continue
+            spans = [module._span(renderer, messages, index, text) for index in range(len(messages))]
+            assert [(start, end) for _, start, end in together] == spans
+            taken += 1
+    assert taken >= 4

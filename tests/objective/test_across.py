@@ -12,6 +12,7 @@ from torch import Tensor
 from teachercache.objective.across.batch import Chunks
 from teachercache.objective.across.chunk_likelihood import ChunkLikelihood, binary_kl
 from teachercache.objective.across.projected_kl import ProjectedKL, VocabularyProjection
+from teachercache.objective.across.softmax import conditioned_kl, label_terms
 from teachercache.objective.across.sorted_probabilities import SortedProbabilities
 from teachercache.objective.across.sums import Batch, across_sums, across_sums_of_logits
 from teachercache.targets.softened import Softened, UniformTail
@@ -83,10 +84,11 @@ def test_projected_kl_is_the_kl_of_what_both_can_emit(generator: torch.Generator
     assert term.weight == T**2
 
 
-def test_projected_kl_does_not_push_tokens_that_the_teacher_cannot_emit(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("tail", [True, False])
+def test_projected_kl_does_not_push_tokens_that_the_teacher_cannot_emit(generator: torch.Generator, tail: bool) -> None:
     projection = some_map(generator)
     student_NV = torch.randn(5, STUDENT, generator=generator, requires_grad=True)
-    teacher = teacher_of(torch.randn(5, TEACHER, generator=generator), k=4, tail=True)
+    teacher = teacher_of(torch.randn(5, TEACHER, generator=generator), k=4, tail=tail)
     ProjectedKL(projection).values(student_NV, teacher)[0].sum().backward()
     assert student_NV.grad is not None
     assert student_NV.grad[:, ~projection.emitted_V].abs().max() < 1e-7
@@ -110,12 +112,13 @@ def test_with_equal_vocabularies_projected_kl_is_kl(generator: torch.Generator, 
 
 
 def test_a_head_whose_tokens_meet_is_one_outcome(generator: torch.Generator) -> None:
-    projection = VocabularyProjection(torch.tensor([1, 1, 2, -1]), torch.tensor([False, True, True, False]))
+    projection = VocabularyProjection(torch.tensor([1, 1, 2, -1]), torch.tensor([False, True, True, True]))
     student_NV = torch.randn(1, 4, generator=generator, dtype=torch.float64)
     teacher_NU = torch.tensor([[2.0, 1.5, 1.0, 0.5]], dtype=torch.float64)
     values, measured = ProjectedKL(projection).values(student_NV, teacher_of(teacher_NU, k=4, tail=False))
     p, q = teacher_NU.softmax(-1)[0], student_NV.softmax(-1)[0]
-    outcomes = [(p[0] + p[1], q[1]), (p[2], q[2]), (p[3], 1 - q[1] - q[2])]
+    among = 1 - q[0]  # which the teacher cannot emit, as the student cannot p[3]
+    outcomes = [((p[0] + p[1]) / (1 - p[3]), q[1] / among), (p[2] / (1 - p[3]), q[2] / among)]
     np.testing.assert_allclose(float(values[0]), sum(float(a * (a / b).log()) for a, b in outcomes), rtol=1e-6)
     assert float(measured["unmapped"][0]) == pytest.approx(float(p[3]))
 
@@ -255,3 +258,26 @@ def test_uniform_tails_are_carried_over_too(generator: torch.Generator) -> None:
     values, _ = ProjectedKL(projection).values(student_NV, teacher)
     wanted = [naive_projected(s, t, projection, 1.0) for s, t in zip(student_NV, teacher.dense(), strict=True)]
     np.testing.assert_allclose(values.numpy(), wanted, rtol=1e-4)
+
+
+def test_gradients_in_closed_form_are_those_of_finite_differences(generator: torch.Generator) -> None:
+    logits_CV = (3 * torch.randn(4, STUDENT, generator=generator).double()).requires_grad_()
+    labels_C = torch.randint(0, STUDENT, (4,), generator=generator)
+    begins_V, among_V = torch.rand(STUDENT, generator=generator) < 0.5, torch.rand(STUDENT, generator=generator) < 0.7
+    target_CV = torch.rand(4, STUDENT, generator=generator).double() * among_V
+    target_CV /= target_CV.sum(-1, keepdim=True)
+    target_CV[3] = 0
+    assert torch.autograd.gradcheck(lambda z: label_terms(z, labels_C, begins_V), (logits_CV,))
+    assert torch.autograd.gradcheck(lambda z: label_terms(z, labels_C, None)[0], (logits_CV,))
+    assert torch.autograd.gradcheck(lambda z: conditioned_kl(z, target_CV, among_V)[0], (logits_CV,))
+    ce_C, log_mass_C = label_terms(logits_CV, labels_C, begins_V)
+    torch.testing.assert_close(ce_C, torch.nn.functional.cross_entropy(logits_CV, labels_C, reduction="none"))
+    torch.testing.assert_close(log_mass_C, logits_CV.log_softmax(-1)[:, begins_V].logsumexp(-1))
+
+
+def test_a_set_without_mass_stays_finite() -> None:
+    logits_CV = torch.tensor([[0.0, -200.0, -200.0]], requires_grad=True)
+    _, log_mass_C = label_terms(logits_CV, torch.tensor([0]), torch.tensor([False, True, True]))
+    values = ChunkLikelihood().values(torch.tensor([-1.0]), log_mass_C, chunks_of([1], [-2.0], positions=2))
+    values.sum().backward()
+    assert torch.isfinite(values).all() and logits_CV.grad is not None and torch.isfinite(logits_CV.grad).all()

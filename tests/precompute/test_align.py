@@ -11,16 +11,26 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from teachercache.errors import CacheDamaged, CacheError, JobFailed, ModelError
+from teachercache.errors import CacheDamaged, CacheError, JobFailed, ModelError, RecipeError
 from teachercache.models import load_tokenizer
 from teachercache.precompute.align import commit, run_align
 from teachercache.precompute.align.plan import make_plan
 from teachercache.precompute.align.units import align_shard
+from teachercache.precompute.job import run_precompute
 from teachercache.shards import SPLITS, Cache, verify
 from teachercache.shards.sidecar import Sidecar
-from teachercache.tokens.fingerprint import tokenizer_fingerprint
+from teachercache.stream.alignment import alignment_for
 
-from builders import aligned, other_student, other_tokenizer, sentences, tiny_cache, tiny_teacher, write_corpus
+from builders import (
+    aligned,
+    other_student,
+    other_tokenizer,
+    sentences,
+    tiny_cache,
+    tiny_recipe,
+    tiny_teacher,
+    write_corpus,
+)
 
 TEXTS = [*sentences(30), "naïve café — 日本語 🙂👩‍👩‍👧 ok", "two\n\nlines\tand  spaces  ", "ﷺ مرحبا x"]
 
@@ -37,7 +47,9 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def opened(cache: Path, student: Path) -> tuple[Cache, Sidecar]:
     found = Cache.open(cache)
-    return found, Sidecar.open(found, tokenizer_fingerprint(load_tokenizer(str(student))), student="student")
+    sidecar = alignment_for(found, load_tokenizer(str(student)), student="student")
+    assert sidecar is not None
+    return found, sidecar
 
 
 def rows_of(cache: Path, student: Path) -> list[tuple[Any, Any]]:
@@ -275,17 +287,134 @@ def test_conversations_are_aligned_by_what_was_said(tmp_path: Path) -> None:
         make_plan(Cache.open(cache), str(plain))
 
 
-def test_the_job_runs_under_ray_and_finds_itself_finished(tmp_path: Path) -> None:
-    cache = tiny_cache(tmp_path, texts=TEXTS)
+STRICT = (  # as Llama 2, Mistral and Gemma have it
+    "{% if messages[0]['role'] != 'user' %}{{ raise_exception('a user speaks first') }}{% endif %}"
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] | trim + '</s>' }}{% endfor %}"
+)
+DROPS = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ '[' + m['role'] + '] ' + m['content'] + '</s>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def chats(folder: Path, *, length: int, layout: str = "documents") -> Path:
+    said = sentences(24, seed=3, words=12)
+    corpus = folder / "chats.jsonl"
+    rows = [
+        [{"role": "system", "content": "hi"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": said[n]},
+         {"role": "user", "content": said[n + 1]}, {"role": "assistant", "content": said[n + 2]}]
+        for n in range(20)
+    ]  # fmt: skip
+    folder.mkdir(parents=True)
+    corpus.write_text("".join(json.dumps({"messages": each}) + "\n" for each in rows))
+    teacher = tiny_teacher(folder / "teacher", chat_template=CHATML)
+    return tiny_cache(
+        folder, teacher=teacher, texts=["x"], sequence={"length": length, "layout": layout},
+        corpus={"source": str(corpus), "text_field": "text", "messages_field": "messages", "held_out": 0.2},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["documents", "packed"])
+@pytest.mark.parametrize("template", [BRACKETS, STRICT, DROPS], ids=["brackets", "strict", "drops"])
+def test_windows_of_conversations_keep_what_was_said(tmp_path: Path, template: str, layout: str) -> None:
+    cache = chats(tmp_path / "c", length=20, layout=layout)
+    student = other_student(tmp_path / "student", tokenizer=other_tokenizer(chat_template=template))
+    aligned(cache, student)
+    pairs = rows_of(cache, student)
+    _, sidecar = opened(cache, student)
+    assert sum(sidecar.manifest.unaligned.values()) <= 0.05 * len(pairs)
+    taught = sum(int(stored.row.positions) for stored, _ in pairs)
+    learned = sum(int(joined.targets["token_bytes"][1:][joined.row.target_mask_S[:-1]].sum()) for _, joined in pairs)
+    tokenizer = load_tokenizer(str(Cache.open(cache).teacher_folder))
+    spelled = [pieces(tokenizer, stored.row.labels_N()) for stored, _ in pairs]
+    assert taught and learned >= 0.9 * sum(len(part) for row in spelled for part in row)
+
+
+def test_regions_are_of_the_same_speaker() -> None:
+    from teachercache.corpus.chat import ChatRenderer
+    from teachercache.precompute.align.reading import Read, Reader
+    from teachercache.tokens.rows import Content, Segment
+
+    text = "<|system|>\nhi<eos>\n<|user|>\nhi<eos>\n<|assistant|>\n seven<eos>\n"
+    contents = tuple(
+        Content(role, text.index(word, start), text.index(word, start) + len(word))
+        for role, word, start in (("system", "hi", 0), ("user", "hi", 20), ("assistant", " seven", 0))
+    )
+    read = Reader(ChatRenderer(other_tokenizer(chat_template=DROPS)))(
+        Segment("0" * 32, 0, 0, len(text), 0, text, contents)
+    )
+    assert isinstance(read, Read) and "system" not in read.text
+    found = [(text[each.teacher_start : each.teacher_end], each.teacher_start) for each in read.regions]
+    assert found == [("hi", contents[1].start), ("seven", contents[2].start + 1)]
+
+
+def test_two_templates_are_two_alignments(tmp_path: Path) -> None:
+    cache = chats(tmp_path / "c", length=200)
+    one, two = (other_tokenizer(chat_template=template) for template in (BRACKETS, STRICT))
+    folder = aligned(cache, other_student(tmp_path / "one", tokenizer=one))
+    with pytest.raises(CacheError, match="has no alignment"):
+        alignment_for(Cache.open(cache), two, student="two")
+    assert aligned(cache, other_student(tmp_path / "two", tokenizer=two)) != folder
+    found = [alignment_for(Cache.open(cache), each, student="it") for each in (one, two)]
+    assert (
+        found[0] is not None and found[1] is not None and found[0].manifest.fingerprint != found[1].manifest.fingerprint
+    )
+    assert verify(cache) == []
+
+
+def test_the_end_of_a_turn_is_the_token_that_the_template_writes(tmp_path: Path) -> None:
+    """Not EOS, where a template ends turns otherwise: what the teacher says there must not teach two things."""
+    cache = chats(tmp_path / "c", length=200)
+    tokenizer = other_tokenizer(chat_template=BRACKETS.replace("</s>", "<end>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    student = other_student(tmp_path / "student", tokenizer=tokenizer)
+    aligned(cache, student)
+    teacher = load_tokenizer(str(Cache.open(cache).teacher_folder))
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    found = Cache.open(cache)
+    sidecar = alignment_for(found, tokenizer, student="student")
+    assert sidecar is not None and sidecar.vocabulary.first_Vt[teacher.eos_token_id] == end
+    stored = found.read_row("train", 0)
+    joined = sidecar.joined("train", 0, stored)
+    assert end in joined.row.input_ids_S[1:][joined.row.target_mask_S[:-1]]
+
+
+def test_a_vocabulary_map_of_another_size_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    from teachercache.shards.manifest import file_info
+    from teachercache.tokens.vocabulary_map import VocabularyMap
+
+    cache, student = made
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    path = next(copy.rglob("vocabulary.safetensors"))
+    whole = VocabularyMap.load(path)
+    emitted_Vs = np.zeros_like(whole.emitted_Vs)
+    emitted_Vs[whole.first_Vt[:-5][whole.first_Vt[:-5] >= 0]] = True
+    VocabularyMap(whole.first_Vt[:-5], whole.exact_Vt[:-5], emitted_Vs, whole.identical, whole.coverage).save(path)
+
+    def renew(data: dict[str, Any]) -> None:
+        info = vars(file_info(copy, path))
+        data["files"] = [info if each["file"] == info["file"] else each for each in data["files"]]
+
+    _edited(copy, renew)
+    with pytest.raises(CacheDamaged, match="other vocabularies"):
+        opened(copy, student)[1].vocabulary  # noqa: B018 - read
+
+
+def test_the_job_runs_under_ray_with_precompute_and_finds_itself_finished(tmp_path: Path) -> None:
     student = other_student(tmp_path / "student")
     console = Console(stderr=True, quiet=True)
-    result = run_align(cache, student=str(student), console=console)
+    recipe = tiny_recipe(tmp_path, texts=TEXTS, align=[str(student)])
+    made = run_precompute(recipe, console=console)
+    cache, (result,) = Path(made["cache"]), made["alignments"]
     assert result["rows"] == len(list(rows_of(cache, student))) and result["rows_without_chunks"] == 0
     assert result["aligned_fraction"] == 1.0 and 0 < result["vocabulary_coverage"] <= 1 and result["chunks"] > 100
     assert result["teacher_tokens"] > result["chunks"] and verify(cache) == []
     with pytest.raises(CacheError, match="object store|in an object store|there is no cache"):
         run_align("s3://nowhere/at-all", student=str(student), console=console)
     again = run_align(cache, student=str(student), console=console)
+    with pytest.raises(RecipeError, match="store_text"):
+        run_precompute(tiny_recipe(tmp_path, align=[str(student)], corpus={"store_text": False}), console=console)
     assert again["working_seconds"] == 0.0 and again["chunks"] == result["chunks"]
 
 

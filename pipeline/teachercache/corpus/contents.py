@@ -17,8 +17,11 @@ from teachercache.tokens.rows import Content
 def contents_of(renderer: ChatRenderer, messages: Sequence[Message], text: str) -> list[Content]:
     """Contents in `text`, which the renderer made of the messages, by their places in characters: disjoint and ascending.
 
-    Costs a rendering or two of the conversation for each message.
+    Costs a rendering of the conversation, where the template treats no message by what it says; else one for each message.
     """
+    together = _together(renderer, messages, text)
+    if together is not None:
+        return together
     found = []
     for index, message in enumerate(messages):
         span = _span(renderer, messages, index, text) if said(message).strip() else None
@@ -30,6 +33,37 @@ def contents_of(renderer: ChatRenderer, messages: Sequence[Message], text: str) 
         if not disjoint or content.start >= disjoint[-1].end:
             disjoint.append(content)
     return disjoint
+
+
+def _together(renderer: ChatRenderer, messages: Sequence[Message], text: str) -> list[Content] | None:
+    """With placeholders for all messages at once; None unless they stand once each and in order, and what is between them is
+    what was said, to the end of the text."""
+    spoken = [index for index, message in enumerate(messages) if said(message).strip()]
+    if any(THOUGHT in said(messages[index]) for index in spoken):
+        return None
+    placed = list(messages)
+    for index in spoken:
+        placed[index] = with_mark(messages[index], index, keep_reasoning=False)
+    rest = renderer.text_if_any(placed) or ""
+    pieces: list[str] = []
+    for index in spoken:
+        before, mark_found, rest = rest.partition(mark(index))
+        if not mark_found or mark(index) in rest:
+            return None
+        pieces.append(before)
+    if not spoken or not text.startswith(pieces[0]):
+        return None
+    cursor, found = len(pieces[0]), []
+    for index, after in zip(spoken, [*pieces[1:], rest], strict=True):
+        whole = said(messages[index])
+        forms = (form for form in (whole, whole.strip()) if text.startswith(form + after, cursor))
+        form = next(forms, None)
+        if form is None:
+            return None
+        start = cursor + len(form) - len(form.lstrip())
+        found.append(Content(str(messages[index]["role"]), start, start + len(form.strip())))
+        cursor += len(form) + len(after)
+    return found if cursor == len(text) else None
 
 
 def _span(renderer: ChatRenderer, messages: Sequence[Message], index: int, text: str) -> Span | None:

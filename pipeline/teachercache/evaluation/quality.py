@@ -50,13 +50,14 @@ class Sums:
 
     def metrics(self) -> dict[str, float | int | None]:
         """Loss in nats per position, perplexity, bits per byte of text, shares of positions."""
-        loss = self.loss / self.positions
+        positions = max(1, self.positions)
+        loss = self.loss / positions
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": self.loss / self.bytes / math.log(2) if self.bytes else None,
             "top1_agreement": self.agreeing / max(1, self.compared),
-            "accuracy": self.correct / self.positions,
+            "accuracy": self.correct / positions,
             "positions": self.positions,
         }
 

@@ -36,6 +36,7 @@ class LossTerms:
     ce: Tensor
     positions: int
     named: Mapping[str, Tensor] = field(default_factory=dict)  # sums of further terms, and of what they measure
+    counts: Mapping[str, int] = field(default_factory=dict)  # of what these are sums over, where that is not positions
 
 
 class DistillationObjective:

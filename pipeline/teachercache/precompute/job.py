@@ -20,7 +20,7 @@ from teachercache.precompute.commit import DRIFT_AT, commit
 from teachercache.precompute.plan import Plan, make_plan
 from teachercache.shards import Manifest
 from teachercache.shards.manifest import MANIFEST, read_manifest
-from teachercache.tokens.fingerprint import require_fast
+from teachercache.tokens.fingerprint import require_fast, tokenizer_fingerprint
 
 
 def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
@@ -48,11 +48,22 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
 
 
 def _check_students(recipe: Recipe) -> None:
-    """Before the teacher runs for hours: tokenizers that cannot be loaded, and text that would be missing."""
-    if recipe.align and recipe.corpus is not None and not recipe.corpus.store_text:
+    """Before the teacher runs for hours: tokenizers that cannot be used, and text that would be missing."""
+    if not recipe.align or recipe.corpus is None or recipe.teacher is None:
+        return
+    from teachercache.precompute.align.plan import check_tokenizer
+
+    if not recipe.corpus.store_text:
         raise RecipeError("align needs the text of the corpus; set corpus.store_text: true, or leave align out")
+    teacher = recipe.teacher
+    own = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
     for student in recipe.align:
-        require_fast(load_tokenizer(student))
+        check_tokenizer(
+            require_fast(load_tokenizer(student)),
+            student,
+            teacher_fingerprint=tokenizer_fingerprint(own),
+            chats=recipe.corpus.messages_field is not None,
+        )
 
 
 def _check_paths(recipe: Recipe) -> None:

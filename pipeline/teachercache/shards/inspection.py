@@ -84,22 +84,22 @@ def describe_row(cache: Cache, row_id: str, *, top: int = 5, student: str | None
     described = {
         "row_id": row.row_id, "held_out": row.held_out, "positions": row.positions, "segments": segments, "tokens": tokens,
     }  # fmt: skip
-    sidecar = _chosen(Sidecar.all_of(cache), student)
+    sidecars = Sidecar.all_of(cache)
+    described["alignments"] = [sidecar.manifest.tokenizer["name"] for sidecar in sidecars]
+    sidecar = _chosen(sidecars, student)
     return described if sidecar is None else described | _describe_joined(sidecar, sidecar.joined(*place, stored))
 
 
 def _chosen(sidecars: list[Sidecar], student: str | None) -> Sidecar | None:
+    """The one that is asked for, or the only one; none where there are several and nobody asks."""
     names = [sidecar.manifest.tokenizer["name"] for sidecar in sidecars]
-    if student is None and len(sidecars) < 2:
-        return sidecars[0] if sidecars else None
+    if student is None:
+        return sidecars[0] if len(sidecars) == 1 else None
     found = [
         sidecar
         for sidecar in sidecars
-        if student is not None
-        and (
-            sidecar.manifest.tokenizer["name"] == student
-            or sidecar.manifest.tokenizer["fingerprint"].startswith(student)
-        )
+        if sidecar.manifest.tokenizer["name"] == student
+        or sidecar.manifest.tokenizer["fingerprint"].startswith(student)
     ]
     if len(found) != 1:
         raise CacheError(f"say which alignment with --student: {', '.join(names) or 'the cache has none'}")

@@ -13,7 +13,14 @@ from teachercache.shards.manifest import ShardInfo
 from teachercache.shards.reader import Cache
 from teachercache.shards.shard import Shard, StoredRow
 from teachercache.shards.shard_set import ShardSet, Split
-from teachercache.shards.sidecar_manifest import ALIGNMENTS, SIDECAR, SidecarManifest, parse_sidecar, sidecar_folder
+from teachercache.shards.sidecar_manifest import (
+    ALIGNMENTS,
+    SIDECAR,
+    SidecarManifest,
+    parse_sidecar,
+    reader_of,
+    sidecar_folder,
+)
 from teachercache.targets.boundary import BoundaryMass
 from teachercache.targets.chunks import ChunkColumns
 from teachercache.tokens.vocabulary_map import VocabularyMap
@@ -27,17 +34,21 @@ class Sidecar(ShardSet):
     def __init__(self, cache: Cache, manifest: SidecarManifest) -> None:
         super().__init__(manifest.shards, cache.source)
         self.manifest = manifest
-        self._cache_name = cache.name
+        self._cache_name, self._teacher_tokens = cache.name, cache.manifest.vocabulary_size
         self._vocabulary: VocabularyMap | None = None
         self._begins_V: NDArray[np.bool_] | None = None
 
     @classmethod
-    def open(cls, cache: Cache, tokenizer_fingerprint: str, *, student: str) -> Sidecar:
-        """The alignment with the tokenizer of this fingerprint, which messages call `student`.
+    def open(
+        cls, cache: Cache, tokenizer_fingerprint: str, *, student: str, chat_template: str | None = None
+    ) -> Sidecar:
+        """The alignment with the tokenizer of this fingerprint, and of conversations with the chat template of that one;
+        messages call it `student`.
 
         Raises `CacheError` when there is none, `CacheDamaged` when it cannot be trusted.
         """
-        name = f"{sidecar_folder(tokenizer_fingerprint)}/{SIDECAR}"
+        reader = reader_of(tokenizer_fingerprint, chat_template)
+        name = f"{sidecar_folder(reader)}/{SIDECAR}"
         data = cache.source.read(name)
         if data is None:
             raise CacheError(
@@ -45,7 +56,7 @@ class Sidecar(ShardSet):
                 f"`teachercache align {cache.name} --student {student}`"
             )
         manifest = parse_sidecar(data, cache=cache.manifest, name=f"{cache.name}/{name}")
-        if manifest.tokenizer["fingerprint"] != tokenizer_fingerprint:
+        if manifest.reader != reader:
             raise CacheDamaged(f"{cache.name}/{name} is of another tokenizer; delete its folder and align again")
         return cls(cache, manifest)
 
@@ -63,7 +74,10 @@ class Sidecar(ShardSet):
     def vocabulary(self) -> VocabularyMap:
         """Which of the student's tokens stand for which of the teacher's; loaded once."""
         if self._vocabulary is None:
-            self._vocabulary = VocabularyMap.load(self._path("file"))
+            found = VocabularyMap.load(self._path("file"))
+            if (len(found.first_Vt), len(found.emitted_Vs)) != (self._teacher_tokens, self.manifest.vocabulary_size):
+                raise CacheDamaged(f"{self._cache_name}: its vocabulary map is of other vocabularies; align again")
+            self._vocabulary = found
         return self._vocabulary
 
     @property

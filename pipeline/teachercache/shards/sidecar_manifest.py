@@ -6,7 +6,8 @@
       vocabulary-*.safetensors   which of its tokens stand for which of the teacher's
       part-00000.arrow …     one for each shard of the cache, its rows in the same order
 
-ID is the beginning of the tokenizer's fingerprint, so that an alignment is found by the tokenizer that lies beside a student,
+ID is the beginning of the tokenizer's fingerprint (of conversations, of it and the chat template's), so that an
+alignment is found by the tokenizer that lies beside a student,
 also where folders cannot be listed.
 """
 
@@ -29,9 +30,16 @@ FORMAT = "teachercache-alignment"
 FORMAT_VERSION = 1
 
 
-def sidecar_folder(tokenizer_fingerprint: str) -> str:
-    """Where the alignment with a tokenizer lies in a cache."""
-    return f"{ALIGNMENTS}/{tokenizer_fingerprint[:16]}"
+def reader_of(tokenizer_fingerprint: str, chat_template: str | None) -> str:
+    """What decides how a student reads a cache: its tokenizer and, of conversations, the fingerprint of its chat template."""
+    if chat_template is None:
+        return tokenizer_fingerprint
+    return fingerprint_of({"tokenizer": tokenizer_fingerprint, "chat_template": chat_template})
+
+
+def sidecar_folder(reader: str) -> str:
+    """Where the alignment with a tokenizer (`reader_of`) lies in a cache."""
+    return f"{ALIGNMENTS}/{reader[:16]}"
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,17 @@ class SidecarManifest:
     @property
     def fingerprint(self) -> str:
         """What its shards carry: equal for equal caches and tokenizers."""
-        return sidecar_fingerprint(self.cache, self.tokenizer["fingerprint"])
+        return sidecar_fingerprint(self.cache, self.reader)
+
+    @property
+    def reader(self) -> str:
+        """See `reader_of`."""
+        return reader_of(self.tokenizer["fingerprint"], self.tokenizer["chat_template"])
 
     @property
     def folder(self) -> str:
         """Where it lies in the cache."""
-        return sidecar_folder(self.tokenizer["fingerprint"])
+        return sidecar_folder(self.reader)
 
     @property
     def vocabulary_size(self) -> int:
@@ -76,15 +89,16 @@ class SidecarManifest:
         return json.dumps({"format": FORMAT, **data, "digest": fingerprint_of(data)}, indent=1, sort_keys=True) + "\n"
 
 
-def sidecar_fingerprint(cache: str, tokenizer: str) -> str:
-    """Of an alignment, from those of its cache and tokenizer."""
-    return fingerprint_of({"cache": cache, "tokenizer": tokenizer, "format_version": FORMAT_VERSION})
+def sidecar_fingerprint(cache: str, reader: str) -> str:
+    """Of an alignment, from those of its cache and of how the student reads it."""
+    return fingerprint_of({"cache": cache, "reader": reader, "format_version": FORMAT_VERSION})
 
 
 class _Tokenizer(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     name: str
     fingerprint: str = Field(min_length=16, pattern="^[0-9a-f]+$")
+    chat_template: str | None
     vocabulary_size: int = Field(ge=1, le=MOST_TOKENS)
     pad_id: int = Field(ge=0, lt=MOST_TOKENS)
 

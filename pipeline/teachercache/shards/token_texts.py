@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.errors import CacheDamaged
+from teachercache.tokens.token_bytes import BYTE_OF
 
 _BYTE_TOKEN = re.compile(r"<0x([0-7][0-9A-F])>")  # SentencePiece's, as far as the byte is a character by itself
 
@@ -45,21 +46,11 @@ def _has_byte_level(part: dict[str, Any] | None) -> bool:
 
 
 def _byte_level_text(spelling: str) -> str:
-    if all(char in _BYTE_OF for char in spelling):
-        return bytes(_BYTE_OF[char] for char in spelling).decode("utf-8", errors="replace")
+    if all(char in BYTE_OF for char in spelling):
+        return bytes(BYTE_OF[char] for char in spelling).decode("utf-8", errors="replace")
     return spelling
 
 
 def _text(spelling: str) -> str:
     byte = _BYTE_TOKEN.fullmatch(spelling)
     return chr(int(byte[1], 16)) if byte else spelling.replace("▁", " ")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(rest)}
-
-
-_BYTE_OF = _byte_alphabet()

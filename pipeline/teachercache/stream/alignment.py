@@ -8,7 +8,7 @@ from teachercache.errors import CacheError
 from teachercache.models import load_tokenizer
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
-from teachercache.tokens.fingerprint import tokenizer_fingerprint
+from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint
 from teachercache.tokens.vocabulary_map import vocabulary_map
 
 
@@ -22,7 +22,8 @@ def alignment_for(cache: Cache, tokenizer: Any, *, student: str) -> Sidecar | No
     if fingerprint == cache.manifest.tokenizer_fingerprint:
         return None
     try:
-        return Sidecar.open(cache, fingerprint, student=student)
+        template = template_fingerprint(tokenizer) if cache.manifest.corpus.get("messages_field") else None
+        return Sidecar.open(cache, fingerprint, student=student, chat_template=template)
     except CacheError:
         if vocabulary_map(load_tokenizer(str(cache.teacher_folder)), tokenizer).identical:
             return None

@@ -32,6 +32,11 @@ def check_student(
 ) -> None:
     """Raise `ModelError` when the student cannot learn from the cache: vocabulary, row length or packing."""
     read = manifest if sidecar is None else sidecar.manifest
+    if sidecar is not None and not sum(each.positions - each.held_out_positions for each in sidecar.infos):
+        raise ModelError(
+            f"student {student.model} has nothing to learn from the cache: no row to train on could be aligned with its "
+            "tokenizer (`teachercache inspect` says why)"
+        )
     check_vocabulary(model, student.model, read)
     check_length(model, student.model, read)
     check_packing(model, student.model, manifest, pack=pack)
@@ -67,9 +72,11 @@ def check_length(model: Any, name: str, manifest: Manifest | SidecarManifest) ->
     """The student must have positions for the longest row."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and longest < manifest.sequence_length:
+        own = " in its own tokens" if isinstance(manifest, SidecarManifest) else ""
+        shorter = "a shorter sequence.length" if own else f"sequence.length={longest}"
         raise ModelError(
-            f"student {name} takes at most {longest} tokens, rows of the cache have up to {manifest.sequence_length}; "
-            f"use a student with more positions, or precompute with sequence.length={longest}"
+            f"student {name} takes at most {longest} tokens, rows of the cache have up to {manifest.sequence_length}{own}; "
+            f"use a student with more positions, or precompute with {shorter}"
         )
 
 
@@ -96,7 +103,18 @@ def sidecars_of(student: StudentConfig, caches: Sequence[Cache]) -> list[Sidecar
     if tokenizer is None:
         return []
     found = [alignment_for(cache, tokenizer, student=student.model) for cache in caches]
-    return [sidecar for sidecar in found if sidecar is not None]
+    # Caches of one run have one tokenizer: where one can be read as it is, all can, also those with an alignment.
+    return [] if None in found else [sidecar for sidecar in found if sidecar is not None]
+
+
+def check_joined(cache: Cache, columns: Sequence[str]) -> None:
+    """Raise `CacheError` for targets that cannot be read at aligned tokens."""
+    by_pair = [column.name for column in cache.targets.columns if column.name in columns and column.of == "pair"]
+    if by_pair:
+        raise CacheError(
+            f"{cache.name} keeps attention as maps over the teacher's tokens, which a student with other tokens cannot match; "
+            "precompute it with targets.attention.kind: relations, or match hidden states"
+        )
 
 
 def _tokenizer_of(student: StudentConfig) -> Any | None:

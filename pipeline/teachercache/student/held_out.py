@@ -139,7 +139,7 @@ class AcrossMeasure(Measure):
         self._objective = across_objective(config, cache, sidecar)
         self._first_U = torch.from_numpy(vocabulary.first_Vt).long().to(device)
         self.columns = self._objective.columns
-        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(8, dtype=torch.float64, device=device)
 
     def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
         """See `Measure`."""
@@ -159,6 +159,7 @@ class AcrossMeasure(Measure):
     def _add(self, terms: LossTerms, choice_N: Tensor, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
         first_M = targets["chunk_first"]
         teachers = {name: values for name, values in targets.items() if not name.startswith("chunk_")}
+        # Where the teacher's choice has no token of the student's there is nothing to agree with.
         choice_M = self._first_U[first_choices(self._kind, teachers, xp=torch).long().to(self._first_U.device)]
         found = (
             terms.ce,
@@ -168,6 +169,7 @@ class AcrossMeasure(Measure):
             terms.named["projected-kl"],
             (choice_N[first_M] == choice_M.to(choice_N)).sum(),
             torch.tensor(len(first_M)),
+            (choice_M >= 0).sum(),
         )
         self.sums += torch.stack([item.double().to(self.sums.device) for item in found])
 
@@ -175,15 +177,15 @@ class AcrossMeasure(Measure):
     def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
         """`loss` (CE, nats per position of the student's), `perplexity`, `bits_per_byte` (which compares across tokenizers),
         `accuracy`; and where chunks begin `kl` (to the teacher, projected) and `top1_agreement`."""
-        ce, correct, positions, size, kl, agreeing, chunks = sums.tolist()
-        chunks = max(chunks, 1)
+        ce, correct, positions, size, kl, agreeing, chunks, compared = sums.tolist()
+        chunks, positions = max(chunks, 1), max(positions, 1)
         values = {
             "loss": ce / positions,
             "perplexity": math.exp(min(ce / positions, 700.0)),
             "bits_per_byte": ce / max(size, 1) / math.log(2),
             "kl": kl / chunks,
             "accuracy": correct / positions,
-            "top1_agreement": agreeing / chunks,
+            "top1_agreement": agreeing / max(compared, 1),
         }
         return {f"{prefix}_{name}": value for name, value in values.items()}
 

@@ -62,7 +62,8 @@ class LossMeter:
         for place, name in enumerate(self._names, start=4):
             if name in terms.named:
                 self._sums[place] += terms.named[name].double()
-                self._sums[place + len(self._names)] += terms.positions  # caches of a mix may have pairs of their own
+                # Caches of a mix may have pairs of their own; shares are of chunks.
+                self._sums[place + len(self._names)] += terms.counts.get(name, terms.positions)
 
     def take(self) -> Window:
         """The window over all processes; the next one begins empty."""

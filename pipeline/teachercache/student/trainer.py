@@ -40,6 +40,7 @@ from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.elastic import any_number_of_processes
+from teachercache.student.fit import check_joined
 from teachercache.student.held_out import AcrossMeasure, HeldOutMeasure, Measure, across_objective
 from teachercache.student.layers import (
     check_formed_outside,
@@ -98,6 +99,9 @@ class DistillationTrainer(Trainer):
         columns = [objective.columns for objective in self.objectives]
         if self.layer_objectives:
             columns = [(*names, *each.columns) for names, each in zip(columns, self.layer_objectives, strict=True)]
+        if self.sidecars:
+            for each, names in zip(self.caches, columns, strict=True):
+                check_joined(each, names)
         held_out = sum(each.rows_of("held-out") for each in self.caches)
         use_cache = model.config.use_cache
         super().__init__(

@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.tokens.fingerprint import require_fast, vocabulary_size
+from teachercache.tokens.token_bytes import BYTE_OF
 
 LETTER = "a"  # what a token comes after
 COMPLETIONS = (
@@ -29,17 +29,18 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's
 _CUT = "\ufffd"  # what decoders make of an incomplete character
 
 
-def begins_pretoken(tokenizer: Any) -> NDArray[np.bool_]:
+def begins_pretoken(tokenizer: Any, *, cut_as: Any = None) -> NDArray[np.bool_]:
     """Which tokens begin a new pre-token when they come after a letter, [V]; seconds for 100,000 tokens.
 
-    Their text begins with white space, or the tokenizer's own pre-tokenizer cuts between the letter and it. Special and
+    Their text begins with white space, or the pre-tokenizer of `cut_as` (default: the tokenizer itself) cuts between the letter
+    and it: two sides whose masses are compared must mean the same event. Special and
     other added tokens do: text is cut at them before anything else. A token whose first character is incomplete does where
     most of the characters do that it may become. Numbers without a token do not. Raises `ModelError` for a slow tokenizer.
     """
     backend = require_fast(tokenizer).backend_tokenizer
     added = backend.get_added_tokens_decoder()
     begins_V = np.zeros(vocabulary_size(tokenizer), dtype=np.bool_)
-    cuts = _cutter(backend.pre_tokenizer)
+    cuts = _cutter(require_fast(cut_as or tokenizer).backend_tokenizer.pre_tokenizer)
     text_of = _reader(backend)
     for token, number in tokenizer.get_vocab().items():
         begins_V[number] = number in added or _begins(token, text_of(token), cuts)
@@ -78,8 +79,8 @@ def _first_bytes(token: str) -> bytes | None:
     """The bytes of a token's first, incomplete character: b"" where none begins there, None where none are spelled."""
     if found := _BYTE_TOKEN.fullmatch(token):
         values = bytes([int(found[1], 16)])
-    elif all(char in _byte_alphabet() for char in token):
-        values = bytes(_byte_alphabet()[char] for char in token)
+    elif all(char in BYTE_OF for char in token):
+        values = bytes(BYTE_OF[char] for char in token)
     else:
         return None
     found_bytes = re.match(rb"[\xc2-\xf4][\x80-\xbf]{0,2}", values)
@@ -105,11 +106,3 @@ def _assigned(start: bytes) -> Iterator[str]:
         # An overlong spelling is of a character with fewer bytes.
         if code >= (0x80, 0x800, 0x10000)[length - 2] and unicodedata.category(chr(code))[0] != "C":
             yield chr(code)
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(rest)}

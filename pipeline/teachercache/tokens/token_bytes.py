@@ -147,6 +147,6 @@ def _byte_of_character() -> dict[str, int]:
     return table | {chr(0x100 + order): byte for order, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_of_character()
-_LATIN_1 = dict.fromkeys(range(256), "\uffff") | {ord(char): chr(byte) for char, byte in _BYTE_OF.items()}
-CHARACTER_OF = {byte: char for char, byte in _BYTE_OF.items()}
+BYTE_OF = _byte_of_character()
+_LATIN_1 = dict.fromkeys(range(256), "\uffff") | {ord(char): chr(byte) for char, byte in BYTE_OF.items()}
+CHARACTER_OF = {byte: char for char, byte in BYTE_OF.items()}

@@ -6,6 +6,7 @@
     projected_kl.py           next tokens where chunks begin, through a map between the vocabularies
     chunk_likelihood.py       likelihoods of chunks (ALM)
     sorted_probabilities.py   sorted next-token probabilities (ULD)
+    softmax.py                losses of one softmax, their gradients in closed form
     sums.py                   all of them over the student's output layer, a block of logits at a time
 
 Shapes: B rows, S tokens of the student, N positions, L columns of the logits, U teacher's tokens, V student's tokens.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from teachercache.config import AcrossTermConfig, ObjectiveConfig
-from teachercache.errors import CacheError, ModelError
+from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.objective.across.batch import PREFIX, Chunks
 from teachercache.objective.across.chunk_likelihood import ChunkLikelihood
 from teachercache.objective.across.projected_kl import ProjectedKL, VocabularyProjection
@@ -58,6 +59,11 @@ class AcrossObjective:
         self._tail: TailPolicy = self._kind.tail_policies[0] if config.tail == "auto" else config.tail
         for term in self._pair_terms:
             self._kind.check_temperature(term.temperature)
+        if config.alpha > 0 and config.divergence != "forward-kl":
+            raise RecipeError(
+                f"objective.divergence: {config.divergence} means nothing to a student with another tokenizer, whose losses "
+                "are those of objective.across; leave it out"
+            )
         with_boundaries = any(term.boundaries for term in self._chunk_terms)
         if with_boundaries and targets.boundary is None:
             raise CacheError(
@@ -87,7 +93,7 @@ class AcrossObjective:
         positions_N, labels_N = labelled_positions(shift_labels_BS)
         logits_NL = logits_BSL.reshape(-1, logits_BSL.shape[-1])[positions_N]
         batch = self._batch(targets or {}, labels_N)
-        return _terms(across_sums_of_logits(logits_NL, batch, vocabulary_size=self.vocabulary_size), len(labels_N))
+        return self._terms(across_sums_of_logits(logits_NL, batch, vocabulary_size=self.vocabulary_size), batch)
 
     def projected(
         self,
@@ -106,11 +112,17 @@ class AcrossObjective:
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[positions_N],
             weight_LD,
             bias_L,
-            self._batch(targets or {}, labels_N),
+            batch := self._batch(targets or {}, labels_N),
             vocabulary_size=self.vocabulary_size,
             softcap=softcap,
         )
-        return _terms(sums, len(labels_N))
+        return self._terms(sums, batch)
+
+    def _terms(self, sums: Sums, batch: Batch) -> LossTerms:
+        """Terms are logged a position, so that they add up to the loss; shares are of chunks."""
+        counts = {name: len(batch.chunks) for term in self._pair_terms for name in term.measured}
+        nothing = sums.ce.new_zeros(())
+        return LossTerms(sums.total, nothing, sums.ce, len(batch.labels_N), named=sums.named, counts=counts)
 
     def _check_width(self, predicted: int) -> None:
         if predicted < self.vocabulary_size:
@@ -132,10 +144,6 @@ class AcrossObjective:
         if self._begins_V is not None:
             self._begins_V = self._begins_V.to(labels_N.device)
         return Batch(labels_N, chunks, self._pair_terms, teachers, self._chunk_terms, self._begins_V, self.config.alpha)
-
-
-def _terms(sums: Sums, positions: int) -> LossTerms:
-    return LossTerms(sums.total, sums.ce.new_zeros(()), sums.ce, positions, named=sums.named)
 
 
 def terms_of(

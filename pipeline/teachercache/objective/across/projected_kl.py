@@ -10,8 +10,8 @@ is measured:
                   long tokens that a student's vocabulary is made of
 
 So both sides are conditioned on what both can emit in one step:  KL(P' / Σ P' ‖ Q / Σ_reachable Q).
-Where a cache gives the tail as one bucket, outcomes are the tokens that the head maps to, and one for all others, in which
-tail, unmapped and unreachable are together. With equal vocabularies this is the KL of `objective.divergences`.
+Where a cache gives the tail as one bucket, outcomes are the tokens that the head maps to, and one for all others that the
+teacher can emit. With equal vocabularies this is the KL of `objective.divergences`.
 
 A map between vocabularies: Minixhofer et al., "Zero-Shot Tokenizer Transfer", 2024, and NeMo-RL's cross-tokenizer projection.
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from teachercache.objective.across.softmax import conditioned_kl
 from teachercache.targets.softened import Softened
 
 
@@ -67,43 +68,56 @@ class ProjectedKL:
     def values(self, logits_PV: Tensor, teacher: Softened) -> tuple[Tensor, dict[str, Tensor]]:
         """See `PairTerm`."""
         projection = self._projection = self._on(logits_PV.device)
-        scaled_PV = logits_PV / self.temperature
-        log_sum_P1 = scaled_PV.logsumexp(-1, keepdim=True)
-        of_emitted_P1 = scaled_PV.masked_fill(~projection.emitted_V, -torch.inf).logsumexp(-1, keepdim=True)
-        with torch.no_grad():
-            unreachable_P = (1 - (of_emitted_P1 - log_sum_P1).exp())[:, 0].clamp_min(0)
+        scaled_PV = logits_PV if self.temperature == 1 else logits_PV / self.temperature
         if teacher.tail is None:
-            values_P, unmapped_P = self._with_bucket(scaled_PV - log_sum_P1, teacher)
-        else:
-            with torch.no_grad():
-                target_PV = projection(teacher.dense().to(scaled_PV).exp_())
-                mapped_P1 = target_PV.sum(-1, keepdim=True)
-                unmapped_P = (1 - mapped_P1)[:, 0].clamp_min(0)
-                target_PV /= mapped_P1.clamp_min(torch.finfo(target_PV.dtype).tiny)
-                negentropy_P = torch.xlogy(target_PV, target_PV).sum(-1)
-            values_P = (
-                negentropy_P - torch.linalg.vecdot(target_PV, scaled_PV) + of_emitted_P1[:, 0] * target_PV.sum(-1)
-            )
-        return values_P, {"unmapped": unmapped_P, "unreachable": unreachable_P}
+            return self._with_bucket(scaled_PV, teacher)
+        with torch.no_grad():
+            target_PV = projection(teacher.dense().to(scaled_PV).exp_())
+            mapped_P1 = target_PV.sum(-1, keepdim=True)
+            target_PV /= mapped_P1.clamp_min(torch.finfo(target_PV.dtype).tiny)
+        values_P, unreachable_P = conditioned_kl(scaled_PV, target_PV, projection.emitted_V)
+        return values_P, {"unmapped": (1 - mapped_P1)[:, 0].clamp_min(0), "unreachable": unreachable_P}
 
     def _on(self, device: torch.device) -> VocabularyProjection:
         projection = self._projection
         return projection if projection.first_U.device == device else projection.to(device)
 
-    def _with_bucket(self, log_student_PV: Tensor, teacher: Softened) -> tuple[Tensor, Tensor]:
-        """Outcomes: the tokens that the head maps to, and all others together. A renormalised head has none of those."""
-        first_Pk = self._projection.first_U[teacher.head_ids_Nk]
-        probability_Pk = teacher.head_log_prob_Nk.to(log_student_PV).exp()
-        unmapped_P = (probability_Pk * (first_Pk < 0)).sum(-1)
-        bucket_P = teacher.tail_log_prob_N.to(log_student_PV).exp() + unmapped_P
-        # Tokens of the head that meet become one outcome, at the first of their places.
-        same_Pkk = (first_Pk[:, :, None] == first_Pk[:, None, :]) & (first_Pk >= 0)[:, :, None]
-        joined_Pk = (same_Pkk * probability_Pk[:, None, :]).sum(-1)
-        is_first_Pk = same_Pkk.to(torch.uint8).argmax(-1) == torch.arange(first_Pk.shape[1], device=first_Pk.device)
-        is_first_Pk &= first_Pk >= 0
-        log_student_Pk = log_student_PV.gather(1, first_Pk.clamp_min(0))
-        target_Pk = joined_Pk * is_first_Pk
+    def _with_bucket(self, scaled_PV: Tensor, teacher: Softened) -> tuple[Tensor, dict[str, Tensor]]:
+        """Outcomes: the tokens that the head maps to, and all others that the teacher can emit. A renormalised head leaves
+        those nothing."""
+        projection = self._projection
+        log_sum_P1 = scaled_PV.logsumexp(-1, keepdim=True)
+        of_emitted_P1 = scaled_PV.masked_fill(~projection.emitted_V, -torch.inf).logsumexp(-1, keepdim=True)
+        with torch.no_grad():
+            ids_Pk, joined_Pk = _joined(
+                projection.first_U[teacher.head_ids_Nk], teacher.head_log_prob_Nk.to(scaled_PV).exp()
+            )
+            unmapped_P = (joined_Pk * (ids_Pk < 0)).sum(-1)
+            mapped_P1 = (1 - unmapped_P)[:, None].clamp_min(torch.finfo(joined_Pk.dtype).tiny)
+            target_Pk = joined_Pk * (ids_Pk >= 0) / mapped_P1
+            bucket_P = teacher.tail_log_prob_N.to(scaled_PV).exp() / mapped_P1[:, 0]
+            unreachable_P = (1 - (of_emitted_P1 - log_sum_P1).exp())[:, 0].clamp_min(0)
+        log_student_Pk = scaled_PV.gather(1, ids_Pk.clamp_min(0)) - of_emitted_P1
         values_P = torch.xlogy(target_Pk, target_Pk).sum(-1) - (target_Pk * log_student_Pk).sum(-1)
-        of_head_P = log_student_Pk.masked_fill(~is_first_Pk, -torch.inf).logsumexp(-1)
+        of_head_P = log_student_Pk.masked_fill((ids_Pk < 0) | _repeated(ids_Pk), -torch.inf).logsumexp(-1)
         rest_P = torch.log1p(-of_head_P.exp().clamp(max=1 - 1e-7))
-        return values_P + torch.xlogy(bucket_P, bucket_P) - bucket_P * rest_P, unmapped_P
+        values_P = values_P + torch.xlogy(bucket_P, bucket_P) - bucket_P * rest_P
+        return values_P, {"unmapped": unmapped_P, "unreachable": unreachable_P}
+
+
+def _joined(ids_Pk: Tensor, probability_Pk: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in rising order, with the mass of equal ones at the first of them and none at the others, [P, k] each."""
+    ids_Pk, order_Pk = ids_Pk.sort(dim=-1)
+    place_Pk = (~_repeated(ids_Pk)).cumsum(-1) - 1
+    number_Pk = torch.arange(ids_Pk.shape[1], device=ids_Pk.device).expand_as(ids_Pk)
+    firsts_Pk = torch.full_like(ids_Pk, ids_Pk.shape[1]).scatter_reduce(1, place_Pk, number_Pk, "amin")
+    joined_Pk = torch.zeros_like(probability_Pk)
+    joined_Pk.scatter_add_(1, firsts_Pk.gather(1, place_Pk), probability_Pk.gather(1, order_Pk))
+    return ids_Pk, joined_Pk
+
+
+def _repeated(sorted_Pk: Tensor) -> Tensor:
+    """Which of a sorted row's numbers are that before them."""
+    return torch.cat(
+        [sorted_Pk.new_zeros(len(sorted_Pk), 1, dtype=torch.bool), sorted_Pk[:, 1:] == sorted_Pk[:, :-1]], 1
+    )

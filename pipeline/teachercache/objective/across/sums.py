@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from teachercache.objective.across.batch import Chunks
+from teachercache.objective.across.softmax import label_terms
 from teachercache.objective.across.term import ChunkTerm, PairTerm
 from teachercache.objective.projected import carry_on, chunk_logits, chunk_rows, summed
 from teachercache.targets.softened import Softened
@@ -104,12 +105,7 @@ class _Block:
 def _block(logits_CV: Tensor, part: slice, batch: Batch, *, pair_terms: bool = True) -> _Block:
     """What the terms need of the positions `part`, from their logits."""
     labels_C = batch.labels_N[part]
-    log_sum_C = logits_CV.logsumexp(-1)
-    ce_C = log_sum_C - logits_CV.gather(1, labels_C[:, None])[:, 0]
-    boundary_C = None
-    if batch.begins_V is not None:
-        begins_CV = logits_CV.masked_fill(~batch.begins_V, -torch.inf)
-        boundary_C = begins_CV.logsumexp(-1) - log_sum_C
+    ce_C, boundary_C = label_terms(logits_CV, labels_C, batch.begins_V)
     if not pair_terms or not batch.pair_terms:
         return _Block(ce_C, boundary_C, [])
     first_M = batch.chunks.first_M

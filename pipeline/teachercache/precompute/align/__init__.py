@@ -134,7 +134,7 @@ def _check_rows(
         reason, count = unaligned.most_common(1)[0]
         raise CacheError(
             f"none of the {rows} rows could be aligned with {plan.tokenizer['name']}; {count} of them: {reason}; take a "
-            "student whose tokenizer gives back the text that it was given"
+            "student that reads them"
         )
 
 

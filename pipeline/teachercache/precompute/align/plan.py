@@ -14,10 +14,12 @@ from typing import Any
 from teachercache.errors import CacheError, ModelError
 from teachercache.files import write_whole
 from teachercache.models import load_tokenizer, portable_name, save_tokenizer
+from teachercache.precompute.align.turns import with_turn_ends
 from teachercache.shards import Cache
 from teachercache.shards.manifest import WORK_FOLDER
+from teachercache.shards.shard_set import Split
 from teachercache.shards.sidecar import TOKENIZER
-from teachercache.shards.sidecar_manifest import SIDECAR, sidecar_fingerprint, sidecar_folder
+from teachercache.shards.sidecar_manifest import SIDECAR, reader_of, sidecar_fingerprint, sidecar_folder
 from teachercache.targets.boundary import BoundaryMass
 from teachercache.tokens.fingerprint import (
     require_fast,
@@ -43,7 +45,7 @@ class AlignPlan:
     @property
     def within(self) -> str:
         """Folder of the alignment, inside the cache."""
-        return sidecar_folder(self.tokenizer["fingerprint"])
+        return sidecar_folder(self._reader)
 
     @property
     def folder(self) -> Path:
@@ -53,7 +55,11 @@ class AlignPlan:
     @property
     def fingerprint(self) -> str:
         """What its shards carry."""
-        return sidecar_fingerprint(Cache.open(self.cache).manifest.fingerprint, self.tokenizer["fingerprint"])
+        return sidecar_fingerprint(Cache.open(self.cache).manifest.fingerprint, self._reader)
+
+    @property
+    def _reader(self) -> str:
+        return reader_of(self.tokenizer["fingerprint"], self.tokenizer["chat_template"])
 
     @property
     def work(self) -> Path:
@@ -84,12 +90,9 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
     Raises `ModelError` for a tokenizer that cannot be used, `CacheError` for a cache without text, for the teacher's own
     tokenizer, and for a cache in an object store.
     """
+    chats = bool(cache.manifest.corpus.get("messages_field"))
     tokenizer = require_fast(load_tokenizer(student, revision=revision))
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    if fingerprint == cache.manifest.tokenizer_fingerprint:
-        raise CacheError(
-            f"{student} has the teacher's own tokenizer: train from {cache.name} as it is, without alignment"
-        )
+    check_tokenizer(tokenizer, student, teacher_fingerprint=cache.manifest.tokenizer_fingerprint, chats=chats)
     if not cache.manifest.corpus.get("store_text", True):
         raise CacheError(
             f"{cache.name} keeps no text (corpus.store_text: false), so nothing can be aligned; precompute it again with "
@@ -97,20 +100,39 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
         )
     described = {
         "name": portable_name(student),
-        "fingerprint": fingerprint,
+        "fingerprint": tokenizer_fingerprint(tokenizer),
         "vocabulary_size": vocabulary_size(tokenizer),
         "pad_id": _first_of(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
         "eos_id": tokenizer.eos_token_id,
-        "chat_template": template_fingerprint(tokenizer),
+        "chat_template": template_fingerprint(tokenizer) if chats else None,
     }
-    if cache.manifest.corpus.get("messages_field") and described["chat_template"] is None:
-        raise ModelError(
-            f"{cache.name} holds conversations, and the tokenizer of {student} has no chat template; take a chat model's"
+    if chats and not _has_contents(cache):
+        raise CacheError(
+            f"{cache.name} does not say where messages stand in its conversations (an earlier version made it), so that "
+            "no other chat template can be applied; precompute it again"
         )
     plan = AlignPlan(cache.folder.resolve(), described, {}, units=len(cache.manifest.shards))
     if plan.is_finished():
         return plan
     return _prepared(plan, cache, tokenizer)
+
+
+def check_tokenizer(tokenizer: Any, student: str, *, teacher_fingerprint: str, chats: bool) -> None:
+    """Raise `CacheError` for the teacher's own tokenizer, `ModelError` for one that cannot read conversations."""
+    if tokenizer_fingerprint(tokenizer) == teacher_fingerprint:
+        raise CacheError(
+            f"{student} has the teacher's own tokenizer: it trains from the cache as it is, without alignment"
+        )
+    if chats and template_fingerprint(tokenizer) is None:
+        raise ModelError(
+            f"the cache holds conversations, and the tokenizer of {student} has no chat template; take a chat model's"
+        )
+
+
+def _has_contents(cache: Cache) -> bool:
+    """By its first row."""
+    split: Split = "train" if cache.rows_of("train") else "held-out"
+    return any(segment.contents for segment in cache.read_row(split, 0, columns=()).row.segments)
 
 
 def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
@@ -124,8 +146,10 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
         save_tokenizer(plan.folder / TOKENIZER, tokenizer, fingerprint=plan.tokenizer["fingerprint"])
         teacher = load_tokenizer(str(cache.teacher_folder))
         mapped = vocabulary_map(teacher, tokenizer)
+        if plan.tokenizer["chat_template"] is not None:
+            mapped = with_turn_ends(mapped, teacher, tokenizer)
         mapped.save(plan.folder / VOCABULARY)
-        begins = BoundaryMass.of(begins_pretoken(tokenizer))
+        begins = BoundaryMass.of(begins_pretoken(tokenizer, cut_as=teacher))
         begins.save(plan.folder)
         known = {"identity": identity, "vocabulary": _describe(plan, mapped, begins)}
         write_whole(file, json.dumps(known, sort_keys=True))

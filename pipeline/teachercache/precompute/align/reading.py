@@ -11,6 +11,7 @@ from teachercache.corpus.windows import byte_offsets
 from teachercache.tokens.alignment import Region
 from teachercache.tokens.rows import Content, Segment
 
+OMITTED = "…"  # what was said before a window
 NO_TEXT = "a segment has no text"
 NO_CONTENTS = "nothing that was said is found in both texts"
 
@@ -47,8 +48,7 @@ class Reader:
         if not messages:
             return NO_CONTENTS
         try:
-            rendered = renderer.render(messages).text
-            found = contents_of(renderer, messages, rendered)
+            rendered, found = _render(renderer, messages)
         except Unrenderable as error:
             return f"the student's template: {error}"
         if rendered == text:
@@ -56,9 +56,26 @@ class Reader:
         places = byte_offsets(rendered)
         regions, rest = [], list(found)
         for content, each in zip(contents, said, strict=True):
-            match = next((one for one in rest if rendered[one.start : one.end] == each), None)
+            kept = each.strip()  # a window may have cut it at white space, which templates strip
+            same = (one for one in rest if one.role == content.role and rendered[one.start : one.end] == kept)
+            match = next(same, None)
             if match is None:
                 continue  # the student's template changes it, or leaves it out
             rest = rest[rest.index(match) + 1 :]
-            regions.append(Region(content.start, content.end, int(places[match.start]), int(places[match.end])))
+            start = content.start + len(each[: len(each) - len(each.lstrip())].encode())
+            end = start + len(kept.encode())
+            regions.append(Region(start, end, int(places[match.start]), int(places[match.end])))
         return Read(rendered, regions) if regions else NO_CONTENTS
+
+
+def _render(renderer: ChatRenderer, messages: list[dict[str, str]]) -> tuple[str, list[Content]]:
+    """The text of a conversation and where its contents stand. A window may begin with a reply, which some templates refuse:
+    then it is put after a user's turn that says nothing known."""
+    try:
+        text = renderer.render(messages).text
+    except Unrenderable:
+        if messages[0]["role"] == "user":
+            raise
+        messages = [{"role": "user", "content": OMITTED}, *messages]
+        text = renderer.render(messages).text
+    return text, contents_of(renderer, messages, text)

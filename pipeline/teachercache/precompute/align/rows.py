@@ -98,16 +98,18 @@ class Aligner:
 
     def _row(self, row: TokenRow, encoded: Sequence[tuple[Read | str, Tokens]]) -> AlignedRow:
         ends = [*(segment.start for segment in row.segments[1:]), row.length]
-        pieces = []
+        pieces: list[Piece] = []
+        problems: list[str] = []
         for segment, end, (read, tokens) in zip(row.segments, ends, encoded, strict=True):
             part = slice(segment.start, end)
             piece: Piece | str = read if isinstance(read, str) else NO_TEXT
             if isinstance(read, Read):
                 piece = self._piece(segment, row.input_ids_S[part], row.target_mask_S[part], read, tokens)
             if isinstance(piece, str):
-                return self._unaligned(row, piece)
+                problems.append(piece)
+                piece = self._nothing(end - segment.start)
             pieces.append(piece)
-        return _joined(row, pieces)
+        return _joined(row, pieces, problems)
 
     def _piece(
         self,
@@ -158,23 +160,14 @@ class Aligner:
         nothing = np.zeros((1, 2), dtype=np.int64)
         return ids_S, np.concatenate([nothing.repeat(len(before), 0), chars_S2, nothing.repeat(len(after), 0)])
 
-    def _unaligned(self, row: TokenRow, problem: str) -> AlignedRow:
-        """A row of one token for each segment, with nothing to learn: rows keep their places."""
-        segments = tuple(replace(segment, start=place, text=None) for place, segment in enumerate(row.segments))
-        count, parts = len(row.segments), -(-row.length // LARGEST_COUNT)
-        student = replace(
-            row,
-            input_ids_S=np.full(count, self.pad_id, dtype=np.int32),
-            target_mask_S=np.zeros(count, dtype=np.bool_),
-            segments=segments,
-        )
-        columns: Arrays = {
-            "token_bytes": np.zeros(count, dtype=np.uint32),
-            "teacher_counts": np.diff(np.linspace(0, row.length, parts + 1).astype(np.int64)),
-            "student_counts": np.array([count, *([0] * (parts - 1))]),
-            "aligned": np.zeros(parts),
-        }
-        return AlignedRow(student, columns, problem, {"rows": 1, "teacher_tokens": row.length})
+    def _nothing(self, teacher_tokens: int) -> Piece:
+        """A segment of one token with nothing to learn: segments keep their places."""
+        parts = -(-teacher_tokens // LARGEST_COUNT)
+        counts_K = np.diff(np.linspace(0, teacher_tokens, parts + 1).astype(np.int64)).astype(np.uint16)
+        one_K = np.array([1, *([0] * (parts - 1))], dtype=np.uint16)
+        alignment = Alignment(counts_K, one_K, np.zeros(parts, dtype=np.bool_), 0)
+        nothing_S = np.zeros(1, dtype=np.int64)
+        return Piece(np.array([self.pad_id], dtype=np.int32), nothing_S > 0, nothing_S, alignment, exact=True)
 
 
 def _special_prefix(tokenizer: Any) -> list[int]:
@@ -219,7 +212,7 @@ def _stops(
     return found_S
 
 
-def _joined(row: TokenRow, pieces: Sequence[Piece]) -> AlignedRow:
+def _joined(row: TokenRow, pieces: Sequence[Piece], problems: Sequence[str]) -> AlignedRow:
     starts = np.cumsum([0, *(len(piece.ids_S) for piece in pieces)])
     segments = tuple(
         replace(segment, start=int(start), text=None) for segment, start in zip(row.segments, starts, strict=False)
@@ -247,5 +240,7 @@ def _joined(row: TokenRow, pieces: Sequence[Piece]) -> AlignedRow:
         "bytes": int(token_bytes_S.sum()),
         "aligned_bytes": sum(each.aligned_bytes for each in alignments),
         "rows_by_characters": int(not all(piece.exact for piece in pieces)),
+        "segments_without_chunks": len(problems),
     }
-    return AlignedRow(student, {"token_bytes": token_bytes_S.astype(np.uint32), **columns}, None, totals)
+    problem = problems[0] if len(problems) == len(pieces) else None
+    return AlignedRow(student, {"token_bytes": token_bytes_S.astype(np.uint32), **columns}, problem, totals)

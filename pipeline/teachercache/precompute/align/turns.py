@@ -1,0 +1,44 @@
+"""Which special token ends a turn of a conversation, on both sides.
+
+A chat template may close turns by another token than EOS (`<|im_end|>` of many base models). What the teacher says where a turn
+ends must be carried over to the token that the student is to write there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from teachercache.corpus.chat import ChatRenderer, Unrenderable
+from teachercache.corpus.contents import contents_of
+from teachercache.tokens.vocabulary_map import VocabularyMap
+
+MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def with_turn_ends(mapped: VocabularyMap, teacher: Any, student: Any) -> VocabularyMap:
+    """The map with the teacher's end of a turn on the student's; as it is where either has none."""
+    theirs, ours = turn_end(teacher), turn_end(student)
+    if theirs is None or ours is None:
+        return mapped
+    first_Vt, exact_Vt = mapped.first_Vt.copy(), mapped.exact_Vt.copy()
+    first_Vt[theirs], exact_Vt[theirs] = ours, True
+    emitted_Vs = np.zeros_like(mapped.emitted_Vs)
+    emitted_Vs[first_Vt[first_Vt >= 0]] = True
+    return replace(mapped, first_Vt=first_Vt, exact_Vt=exact_Vt, emitted_Vs=emitted_Vs)
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that follows what an assistant said; None where none does."""
+    renderer = ChatRenderer(tokenizer)
+    try:
+        text = renderer.render(MESSAGES).text
+    except Unrenderable:
+        return None
+    said = [content for content in contents_of(renderer, MESSAGES, text) if content.role == "assistant"]
+    if not said:
+        return None
+    ids = tokenizer(text[said[-1].end :], add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in set(tokenizer.all_special_ids) else None

@@ -323,6 +323,8 @@ def test_windows_of_conversations_keep_what_was_said(tmp_path: Path, template: s
     pairs = rows_of(cache, student)
     _, sidecar = opened(cache, student)
     assert sum(sidecar.manifest.unaligned.values()) <= 0.05 * len(pairs)
+    totals = sidecar.manifest.totals  # markup is text, but nothing that could be aligned
+    assert 0.2 < totals["aligned_bytes"] / totals["bytes"] < 0.9
     taught = sum(int(stored.row.positions) for stored, _ in pairs)
     learned = sum(int(joined.targets["token_bytes"][1:][joined.row.target_mask_S[:-1]].sum()) for _, joined in pairs)
     tokenizer = load_tokenizer(str(Cache.open(cache).teacher_folder))

@@ -71,6 +71,7 @@ def test_a_run_learns_logs_every_term_and_exports_the_students_tokenizer(
     shared: tuple[Path, Path], tmp_path: Path
 ) -> None:
     result = run_training(recipe_of(shared, tmp_path / "run"))
+    assert {"total", "ce", "projected-kl", "chunk-likelihood", "sorted-probabilities"} <= result["losses"].keys()
     records = [record for record in log_of(tmp_path / "run") if "loss" in record]
     for name in ("projected-kl", "chunk-likelihood", "sorted-probabilities", "unmapped", "unreachable"):
         assert all(math.isfinite(record[name]) for record in records), name

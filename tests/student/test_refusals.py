@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from teachercache.errors import CacheDamaged, CacheError, JobFailed, ModelError, RecipeError, UserError
+from teachercache.models import load_tokenizer
 from teachercache.student.train import run_training
 
 from builders import other_student, tiny_cache, tiny_model, tiny_tokenizer
@@ -43,7 +44,9 @@ def test_more_special_tokens_are_no_other_tokenizer(make_recipe: Any, student: P
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "more")
-    assert run_training(make_recipe(student_model=tmp_path / "more", max_steps=1))["steps"] == 1
+    result = run_training(make_recipe(student_model=tmp_path / "more", max_steps=1))
+    assert result["steps"] == 1
+    assert load_tokenizer(result["student"]).convert_tokens_to_ids("<new>") == tokenizer.convert_tokens_to_ids("<new>")
 
 
 def test_rows_longer_than_the_student_takes(make_recipe: Any, tmp_path: Path) -> None:

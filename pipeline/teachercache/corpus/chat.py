@@ -188,6 +188,7 @@ def _padding(turn: str, content: str) -> int:
 
 
 def mark(index: int) -> str:
+    """The placeholder of a message."""
     return f"\ue000{index}\ue001"  # private-use characters: no text that models read holds them
 
 

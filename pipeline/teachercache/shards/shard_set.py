@@ -8,6 +8,7 @@ the asked-for columns of one record batch; the batches that were used last stay 
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -31,7 +32,7 @@ KEPT_BYTES = 256 * 2**20
 EVICTIONS = 10  # of a local copy between its check and its opening, by other processes
 
 
-class ShardSet:
+class ShardSet(ABC):
     """Shards in order. Who has them derives from this and says how one is opened: a reference back from here would keep files
     mapped, and their local copies on disk, until the garbage is collected.
 
@@ -65,9 +66,9 @@ class ShardSet:
         offset = info.rows - info.held_out_rows if split == "held-out" else 0
         return self.shard(number).read_row(offset + within, columns, self.recent, segments=segments)
 
+    @abstractmethod
     def opened(self, file: pa.MemoryMappedFile, info: ShardInfo) -> Shard:
         """The shard in a mapped file, once what is known of it is checked."""
-        raise NotImplementedError
 
     def shard(self, number: int) -> Shard:
         """The shard of that number, opened if it was not."""

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from teachercache.shards import StoredRow
 from teachercache.targets import StoredTargets
 from teachercache.targets.boundary import BOUNDARY_MASS
+from teachercache.targets.kind import ACTUAL
 from teachercache.tokens.rows import TokenRow
 
 Array = NDArray[Any]
-ACTUAL = "actual_log_prob"
 
 
 @dataclass(frozen=True, eq=False)

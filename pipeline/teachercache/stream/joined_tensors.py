@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teachercache.stream.joined import ACTUAL, JoinedRow, aligned_tokens, chunk_arrays
+from teachercache.stream.joined import JoinedRow, aligned_tokens, chunk_arrays
 from teachercache.targets import StoredTargets
 from teachercache.targets.boundary import BOUNDARY_MASS
+from teachercache.targets.kind import ACTUAL
 
 Array = NDArray[Any]
 

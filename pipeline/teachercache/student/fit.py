@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from teachercache.shards import Cache, Manifest
 from teachercache.shards.sidecar import Sidecar
 from teachercache.shards.sidecar_manifest import SidecarManifest
 from teachercache.stream.alignment import alignment_for
+from teachercache.tokens.fingerprint import tokenizer_fingerprint
 
 REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
 
@@ -105,6 +108,20 @@ def sidecars_of(student: StudentConfig, caches: Sequence[Cache]) -> list[Sidecar
     found = [alignment_for(cache, tokenizer, student=student.model) for cache in caches]
     # Caches of one run have one tokenizer: where one can be read as it is, all can, also those with an alignment.
     return [] if None in found else [sidecar for sidecar in found if sidecar is not None]
+
+
+@contextmanager
+def tokenizer_to_export(student: StudentConfig, cache: Cache, sidecars: Sequence[Sidecar]) -> Iterator[Path]:
+    """A folder with the tokenizer files of the student that leaves a run: its own, where that is another than the teacher's."""
+    own = None if sidecars else _tokenizer_of(student)
+    if sidecars:
+        yield sidecars[0].tokenizer_folder
+    elif own is None or tokenizer_fingerprint(own) == cache.manifest.tokenizer_fingerprint:
+        yield cache.teacher_folder
+    else:  # the same bytes at the same ids, and further tokens
+        with tempfile.TemporaryDirectory() as folder:
+            own.save_pretrained(folder)
+            yield Path(folder)
 
 
 def check_joined(cache: Cache, columns: Sequence[str]) -> None:

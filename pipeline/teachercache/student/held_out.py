@@ -6,6 +6,7 @@ All metrics are over positions, and at temperature 1 whatever the training tempe
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -23,30 +24,30 @@ from teachercache.student.output_layer import loss_for_logits
 from teachercache.targets import TargetKind
 from teachercache.targets.kind import first_choices
 
+Layer = tuple[Tensor, Tensor | None, float | None]  # the output layer: weight, bias, soft cap
+
 # Both terms are measured: neither weight may be zero.
 _BOTH = 0.5
 
 
-class Measure:
+class Measure(ABC):
     """Sums over the positions of some batches; add batches of every process, then `metrics` of the reduced sums."""
 
     columns: tuple[str, ...]
     sums: Tensor
 
     @staticmethod
+    @abstractmethod
     def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
         """From the sums of all batches."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
         """Add a batch by its logits."""
-        raise NotImplementedError
 
-    def add_hidden(
-        self, hidden_ND: Tensor, layer: tuple[Tensor, Tensor | None, float | None], labels_N: Tensor, targets: Any
-    ) -> None:
-        """Add positions by what enters the output layer (weight, bias, soft cap)."""
-        raise NotImplementedError
+    @abstractmethod
+    def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
+        """Add positions by what enters the output layer."""
 
     def add(self, model: Any, batches: Iterable[dict[str, Any]], *, in_layer_of: Any = None) -> None:
         """One forward pass for each batch. The model is called as it is given: under ZeRO 3 it gathers its weights.
@@ -74,9 +75,6 @@ class Measure:
         is_position_BS = labels_BS != NO_TARGET
         self.add_hidden(hidden_BSD[is_position_BS], (weight_LD, bias_L, softcap), labels_BS[is_position_BS], targets)
         return hidden_BSD.new_zeros(())
-
-
-Layer = tuple[Tensor, Tensor | None, float | None]
 
 
 def _blocks(hidden_ND: Tensor, layer: Layer) -> Iterator[tuple[slice, Tensor]]:

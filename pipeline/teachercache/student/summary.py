@@ -20,8 +20,10 @@ def speed_and_losses(log_history: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name in ("positions_per_second", "waiting_for_data")
     )
     divergences = {name: last[name] for name in LOGGED_AS.values() if name in last}
+    weighted = (name.removeprefix("weight_") for name in last if name.startswith("weight_"))
+    terms = {name: last[name] for name in weighted if name in last}  # between layers, and across tokenizers
     return {
-        "losses": {"total": last["loss"], "kl": None, "ce": last["ce"]} | divergences,
+        "losses": {"total": last["loss"], "kl": None, "ce": last["ce"]} | divergences | terms,
         "positions": sum(window["positions"] for window in windows),
         "positions_per_second": round(speed, 1),
         "waiting_for_data": round(waiting, 4),

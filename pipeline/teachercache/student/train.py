@@ -21,7 +21,7 @@ from teachercache.stream.sources import Mixed, check_mix, train_order, windows_b
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
 from teachercache.student.disk import full_disk_in_a_line
-from teachercache.student.fit import check_cache, check_student, initial_weights, sidecars_of
+from teachercache.student.fit import check_cache, check_student, initial_weights, sidecars_of, tokenizer_to_export
 from teachercache.student.launch import Process, lost_another_process, training_process
 from teachercache.student.run_folder import RunFolder, RunIdentity
 from teachercache.student.summary import closing_line, rows_trained, speed_and_losses
@@ -35,10 +35,11 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     Progress goes to `console` (default: stderr).
 
     Every process of a launched job calls this and gets the result: `steps`, `rows` and `positions` (trained on, counted
-    again in every epoch), `losses` (`total`, `kl`, `ce` of the last logging window, nats per position; `kl` is None
-    without a teacher), `positions_per_second` and `waiting_for_data` (share of the time; medians of the logging
-    windows), `student` (folder), `best` (`step`, `loss` on held-out rows; None without any), `zero_stage`, `seconds` of
-    this call, `resumed_from` (step or None). Only the main process writes; `train.output` must be a folder that all see.
+    again in every epoch), `losses` (`total`, `kl`, `ce` and every further term of the last logging window, nats per position;
+    `kl` is None without a teacher, and across tokenizers), `positions_per_second` and `waiting_for_data` (share of the time;
+    medians of the logging windows), `student` (folder), `best` (`step`, `loss` on held-out rows; None without any),
+    `zero_stage`, `seconds` of this call, `resumed_from` (step or None). Only the main process writes; `train.output` must be a
+    folder that all see.
 
     Raises `RecipeError`, `ModelError` or `CacheError` for what does not fit, before the first step; `JobFailed` when
     training diverges, memory or the disk runs out, another of its processes ends, SIGTERM asks it to stop, or another
@@ -219,8 +220,8 @@ class _Job:
         }
         if self.process.main:
             chosen = self._checkpoint(best_step or self.steps)
-            tokenizer = self.sidecars[0].tokenizer_folder if self.sidecars else self.cache.teacher_folder
-            export_student(chosen, config=self.student, tokenizer=tokenizer, student=self.folder.student)
+            with tokenizer_to_export(self.student, self.cache, self.sidecars) as tokenizer:
+                export_student(chosen, config=self.student, tokenizer=tokenizer, student=self.folder.student)
             self.folder.finish(summary)
             self._say(closing_line(summary))
         return summary

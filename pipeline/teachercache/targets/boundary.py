@@ -98,8 +98,8 @@ class BoundaryMass:
     def capture(self, torch: Any, logits_NV: Any) -> dict[str, Array]:
         """Log-masses of N positions, float32 [N], from float32 logits [N, V or more], which stay as they are.
 
-        One softmax and one product with the set: 1 % of the capture of a teacher of 135M weights with 49,152 tokens
-        (tests/bench/boundary_cost.py). Rows are summed alone: the same in any batch.
+        One softmax and one product with the set (tests/bench/boundary_cost.py measures what that costs). Rows are
+        summed alone: the same in any batch.
         """
         mass_N = torch.softmax(logits_NV[:, : self.vocabulary_size], -1).mv(
             torch.from_numpy(self._weights_V).to(logits_NV.device)

@@ -16,6 +16,9 @@ from teachercache.targets.columns import Column
 from teachercache.targets.softened import Softened, TailPolicy
 
 Arrays = Mapping[str, Any]
+ACTUAL = (
+    "actual_log_prob"  # of the token that really follows, as every kind decodes it; the column that holds it begins so
+)
 
 
 class TargetKind(Protocol):

@@ -55,7 +55,7 @@ class SpanFinder:
 
         `chars_S2` are the offsets that the tokenizer reported for them, in characters of `text`. Without, and where the
         bytes do not show the spans, the text is encoded again, which helps only if that gives the same ids.
-        Costs about 0.2 µs a token, twice that by offsets (tests/bench/alignment_speed.py).
+        What it costs is measured by tests/bench/alignment_speed.py.
         """
         try:
             data = text.encode()

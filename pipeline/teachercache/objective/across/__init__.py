@@ -20,26 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teachercache.config import AcrossTermConfig, ObjectiveConfig
+from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.objective.across.batch import PREFIX, Chunks
 from teachercache.objective.across.chunk_likelihood import ChunkLikelihood
 from teachercache.objective.across.projected_kl import ProjectedKL, VocabularyProjection
 from teachercache.objective.across.sorted_probabilities import SortedProbabilities
-from teachercache.objective.across.sums import Batch, Sums, across_sums, across_sums_of_logits
+from teachercache.objective.across.sums import Batch, Sums, across_sums, across_sums_of_logits, names_of
 from teachercache.objective.across.term import ChunkTerm, PairTerm
 from teachercache.objective.distillation import LossTerms, labelled_positions
 from teachercache.targets import StoredTargets, TailPolicy
 from teachercache.targets.boundary import BOUNDARY_MASS
-
-ACTUAL = "actual_log_prob"  # what kinds decode, from a column of about this name
+from teachercache.targets.kind import ACTUAL
 
 
 class AcrossObjective:
     """As `DistillationObjective`, for a student whose rows are joined to the cache's by an alignment.
 
     `first_U`, `emitted_V` and `begins_V` are those of the alignment's vocabulary map. `columns` are those of the cache that the
-    objective reads. Raises `CacheError` for a temperature, tail policy or term that the cache's targets do not allow.
+    objective reads. Raises `CacheError` for a temperature, tail policy or term that the cache's targets do not allow,
+    `RecipeError` for a divergence, which is of one vocabulary.
     """
 
     def __init__(
@@ -82,8 +82,7 @@ class AcrossObjective:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the sums that `LossTerms.named` has."""
-        measured = [name for term in self._pair_terms for name in (term.name, *term.measured)]
-        return (*measured, *(term.name for term in self._chunk_terms))
+        return names_of(self._pair_terms, self._chunk_terms)
 
     def __call__(
         self, logits_BSL: Tensor, shift_labels_BS: Tensor, targets: Mapping[str, Tensor] | None = None
@@ -163,4 +162,4 @@ def terms_of(
     return pair_terms, chunk_terms
 
 
-__all__ = ["AcrossObjective", "AcrossTermConfig", "terms_of"]
+__all__ = ["AcrossObjective", "terms_of"]

@@ -40,8 +40,13 @@ class Batch:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the sums beside total and cross-entropy: terms, and what they measure."""
-        measured = [name for term in self.pair_terms for name in (term.name, *term.measured)]
-        return (*measured, *(term.name for term in self.chunk_terms))
+        return names_of(self.pair_terms, self.chunk_terms)
+
+
+def names_of(pair_terms: Sequence[PairTerm], chunk_terms: Sequence[ChunkTerm]) -> tuple[str, ...]:
+    """Of terms, and of what they measure, as logs have them."""
+    measured = [name for term in pair_terms for name in (term.name, *term.measured)]
+    return (*measured, *(term.name for term in chunk_terms))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,8 @@
     plan.py    what the job is, and which shards are done
     units.py   one shard: plain functions
     rows.py    one row: the two tokenizers over the same bytes
+    reading.py what the student reads of a row: text, or a conversation by its own chat template
+    turns.py   which special token ends a turn
 
 The teacher is not run: what it said is in the cache. Run the job again to resume.
 """
@@ -27,6 +29,7 @@ from teachercache.precompute.align.plan import AlignPlan, make_plan
 from teachercache.shards import Cache
 from teachercache.shards.manifest import ShardInfo, file_info
 from teachercache.shards.sidecar_manifest import SIDECAR, SidecarManifest, parse_sidecar
+from teachercache.targets.chunks import ChunkColumns
 
 
 def run_align(
@@ -148,11 +151,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def summary(plan: AlignPlan, manifest: SidecarManifest, *, working_seconds: float, seconds: float) -> dict[str, Any]:
-    """What the job made; `aligned_fraction` is of the bytes, `chunks` stand for the same bytes on both sides."""
+    """What the job made; `aligned_fraction` is of the bytes of the cache's text, `chunks` stand for the same bytes on both
+    sides."""
     totals = Counter(manifest.totals)
     tokens = max(1, totals["student_tokens"])
-    beside = sum(size for name, size in manifest.column_bytes.items() if name in ("token_bytes", "teacher_counts"))
-    beside += sum(manifest.column_bytes.get(name, 0) for name in ("student_counts", "aligned"))
+    beside = sum(manifest.column_bytes.get(column.name, 0) for column in ChunkColumns.columns)
     return {
         "cache": str(plan.cache),
         "alignment": str(plan.folder),

@@ -31,6 +31,7 @@ from teachercache.tokens.pretokens import begins_pretoken
 from teachercache.tokens.vocabulary_map import VocabularyMap, vocabulary_map
 
 VOCABULARY = "vocabulary.safetensors"
+FIRST_ROWS = 256  # of which one must say where its messages stand
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,10 @@ def check_tokenizer(tokenizer: Any, student: str, *, teacher_fingerprint: str, c
 
 
 def _has_contents(cache: Cache) -> bool:
-    """By its first row."""
+    """By its first rows: a window may hold markup alone, or what a template has changed."""
     split: Split = "train" if cache.rows_of("train") else "held-out"
-    return any(segment.contents for segment in cache.read_row(split, 0, columns=()).row.segments)
+    rows = (cache.read_row(split, index, columns=()).row for index in range(min(FIRST_ROWS, cache.rows_of(split))))
+    return any(segment.contents for row in rows for segment in row.segments)
 
 
 def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:

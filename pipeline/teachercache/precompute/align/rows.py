@@ -237,7 +237,9 @@ def _joined(row: TokenRow, pieces: Sequence[Piece], problems: Sequence[str]) -> 
         "student_tokens": student.length,
         "positions": student.positions,
         "chunks": sum(int(each.aligned_K.sum()) for each in alignments),
-        "bytes": int(token_bytes_S.sum()),
+        "bytes": sum(
+            segment.byte_end - segment.byte_start for segment in row.segments
+        ),  # also where there are no chunks
         "aligned_bytes": sum(each.aligned_bytes for each in alignments),
         "rows_by_characters": int(not all(piece.exact for piece in pieces)),
         "segments_without_chunks": len(problems),

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
+from teachercache.objective.across.projected_kl import VocabularyProjection
+from teachercache.objective.teachers.fused_tail import FusedTail, Fusion
+from teachercache.objective.teachers.voice import Voice
 from teachercache.targets import HeadSketch, StoredTargets, TopK
+from teachercache.targets.softened import SketchTail, Softened
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.forward import Teacher
 from teachercache.teacher.output_layer import OutputLayer
@@ -118,3 +122,33 @@ def test_losses_on_a_gpu_are_those_of_the_cpu(settings: Any, autocast: torch.dty
     for found, expected in zip(run("cuda"), run("cpu"), strict=True):
         gap = (found.cpu() - expected).norm() / expected.norm()
         assert gap < (1e-4 if autocast is None else 3e-2)
+
+
+@pytest.mark.parametrize("fusion", ["arithmetic", "geometric"])
+def test_several_teachers_are_fused_alike(fusion: Fusion) -> None:
+    """One everywhere, one at some positions, and one of these in another vocabulary."""
+    first_U = torch.arange(200) % 120
+
+    def tail(device: str) -> FusedTail:
+        voices = []
+        for seed, tokens, step in ((1, V, 1), (2, V, 3), (3, 200, 2)):
+            at_n = torch.arange(0, N, step, device=device)
+            head_np = random(seed, len(at_n), 9).log_softmax(-1).to(device)
+            ids_nk = (torch.arange(8)[None] * 7 + torch.arange(len(at_n))[:, None]).to(device) % tokens
+            sketch = SketchTail(*(random(seed + 10 * i, *shape).to(device) for i, shape in
+                                  enumerate(((len(at_n), 4), (tokens, 4), (tokens,)), start=1)))  # fmt: skip
+            softened = Softened(ids_nk, head_np[:, :8].contiguous(), head_np[:, 8].contiguous(), sketch)
+            projection = None
+            if tokens != V:
+                emitted_V = torch.zeros(V, dtype=torch.bool).index_fill(0, first_U, True)
+                projection = VocabularyProjection(first_U, emitted_V).to(torch.device(device))
+            voices.append(Voice.of(softened, at_n if step > 1 else None, positions=N, projection=projection))
+        weight_NK = torch.rand(N, 3, generator=torch.Generator().manual_seed(5))
+        for number, step in enumerate((1, 3, 2)):
+            weight_NK[torch.arange(N) % step > 0, number] = 0
+        return FusedTail(voices, (weight_NK / weight_NK.sum(-1, keepdim=True)).to(device), fusion, V)
+
+    parts = [slice(0, N), slice(5, 23)]
+    for part in parts:
+        found, expected = (tail(device).logits(part, torch).log_softmax(-1).cpu() for device in ("cuda", "cpu"))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -51,6 +51,8 @@ class Activations:
     hidden: dict[int, Tensor] = field(default_factory=dict)  # [B, S, D]
     attention: dict[int, Heads] = field(default_factory=dict)
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cos and sin that a block was given
+    # Where they are recorded `apart`: what the model itself went on with, hidden [B, S, D], or queries, keys and values.
+    onward: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 def path_of_blocks(model: Any) -> str | None:
@@ -76,8 +78,13 @@ def blocks_of(model: Any) -> Any:
 
 
 @contextmanager
-def recorded(model: Any, *, hidden: Sequence[int] = (), attention: Sequence[int] = ()) -> Iterator[Activations]:
+def recorded(
+    model: Any, *, hidden: Sequence[int] = (), attention: Sequence[int] = (), apart: bool = False
+) -> Iterator[Activations]:
     """While it is open, what the chosen layers of the model hold is recorded; each forward pass replaces the one before.
+
+    With `apart` the model goes on with other tensors of the same numbers (`Activations.onward`), so that gradients which
+    reach what was recorded through the model arrive apart from those of losses on it.
 
     Raises `ModelError` where the model's blocks are not in one list, or there is no such layer.
     """
@@ -88,10 +95,10 @@ def recorded(model: Any, *, hidden: Sequence[int] = (), attention: Sequence[int]
     blocks = blocks_of(model)
     check_layers("hidden", hidden, first=0, count=len(blocks), model=type(model).__name__)
     check_layers("attention", attention, first=1, count=len(blocks), model=type(model).__name__)
-    handles = [*_hidden_hooks(blocks, hidden, activations), *_rotary_hooks(blocks, attention, activations)]
+    handles = [*_hidden_hooks(blocks, hidden, activations, apart=apart), *_rotary_hooks(blocks, attention, activations)]
     owners = {id(module): layer for layer in attention for module in blocks[layer - 1].modules()}
     try:
-        with _seen_by_kernels(model, owners, activations):
+        with _seen_by_kernels(model, owners, activations, apart=apart):
             yield activations
     finally:
         for handle in handles:
@@ -106,13 +113,24 @@ def check_layers(what: str, layers: Sequence[int], *, first: int, count: int, mo
             raise ModelError(f"{what}: there is no layer {layer}; {model} has layers {start} to {count}")
 
 
-def _hidden_hooks(blocks: Any, layers: Sequence[int], activations: Activations) -> list[Any]:
-    def entered(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        activations.hidden[0] = args[0] if args else kwargs["hidden_states"]
+def _hidden_hooks(blocks: Any, layers: Sequence[int], activations: Activations, *, apart: bool) -> list[Any]:
+    def onward(layer: int) -> Tensor:
+        found = activations.hidden[layer]
+        activations.onward["hidden", layer] = (found.view_as(found),)
+        return activations.onward["hidden", layer][0]
 
-    def left(layer: int) -> Callable[[Any, Any, Any], None]:
-        def hook(_: Any, __: Any, output: Any) -> None:
+    def entered(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        activations.hidden[0] = args[0] if args else kwargs["hidden_states"]
+        if not apart:
+            return None
+        return ((onward(0), *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": onward(0)})
+
+    def left(layer: int) -> Callable[[Any, Any, Any], Any]:
+        def hook(_: Any, __: Any, output: Any) -> Any:
             activations.hidden[layer] = output[0] if isinstance(output, tuple) else output
+            if not apart:
+                return None
+            return (onward(layer), *output[1:]) if isinstance(output, tuple) else onward(layer)
 
         return hook
 
@@ -135,7 +153,7 @@ def _rotary_hooks(blocks: Any, layers: Sequence[int], activations: Activations) 
 
 
 @contextmanager
-def _seen_by_kernels(model: Any, owners: dict[int, int], activations: Activations) -> Iterator[None]:
+def _seen_by_kernels(model: Any, owners: dict[int, int], activations: Activations, *, apart: bool) -> Iterator[None]:
     """Stand between the model and its attention kernel, as transformers' `AttentionInterface` provides for."""
     if not owners:
         yield
@@ -146,8 +164,11 @@ def _seen_by_kernels(model: Any, owners: dict[int, int], activations: Activation
     before = functions._local_mapping.get(name)
 
     def kernel(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        made = _kernel_of(name, module, before)(module, query, key, value, *args, **kwargs)
         layer = owners.get(id(module))
+        onward: tuple[Any, ...] = (query, key, value)
+        if apart and layer is not None:
+            onward = activations.onward["attention", layer] = tuple(each.view_as(each) for each in onward)
+        made = _kernel_of(name, module, before)(module, *onward, *args, **kwargs)
         if layer is not None:
             activations.attention[layer] = Heads(
                 query,

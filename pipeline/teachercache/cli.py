@@ -140,6 +140,33 @@ def train(recipe: RecipePath, overrides: Overrides = [], as_json: Json = False) 
 
 
 @app.command()
+def sample(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option(help="the new corpus, JSON lines")],
+    student: Annotated[str | None, typer.Option(help="who writes; default: the recipe's trained student")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="at most so many samples")] = 1024,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="how much of a document the student is given")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="most tokens that it adds")] = 224,
+    temperature: Annotated[float, typer.Option(help="of sampling; 1 is what the student would say")] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, help="samples at a time")] = 16,
+    seed: Annotated[int, typer.Option(help="draws other documents, and other samples")] = 0,
+    overrides: Overrides = [],
+    as_json: Json = False,
+) -> None:
+    """Let a student go on from beginnings of the recipe's corpus: a corpus of its own text, for another `precompute`."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.sampling import run_sampling
+
+        return run_sampling(
+            load_recipe(recipe, overrides), out=out, student=student, rows=rows, prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens, temperature=temperature, batch=batch, seed=seed, console=console,
+        )  # fmt: skip
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
+
+
+@app.command()
 def evaluate(
     recipe_or_run: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="a recipe, or the run folder it made")],
     teacher: Annotated[

@@ -60,7 +60,9 @@ def run(precision: str, options: argparse.Namespace, output: Path) -> dict[str, 
     with training_process() as process:
         before = Memory(on_gpu=process.on_gpu)
         model = student(options.layers)
-        args = training_arguments(config, plan=plan, evaluates=False, on_gpu=process.on_gpu)
+        args = training_arguments(
+            config, plan=plan, steps=plan.steps(config.epochs), evaluates=False, on_gpu=process.on_gpu
+        )
         args.save_strategy = "no"
         meter = StepMeter(process.on_gpu)
         objective = ObjectiveConfig(alpha=0.9, temperature=2.0)

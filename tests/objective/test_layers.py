@@ -82,6 +82,37 @@ def test_cosine_and_mean_squared_error_of_adapted_states() -> None:
     torch.testing.assert_close(other.loss(made), expected)
 
 
+@pytest.mark.parametrize("match", ["hidden-cosine", "hidden-mse"])
+def test_a_shared_adapter_is_one_whose_gradient_adds_up_over_pairs(match: str) -> None:
+    one = batch()
+    layers = {layer: numbers(B, S, STUDENT, seed=layer).requires_grad_() for layer in (1, 3)}
+    taught = {2: numbers(B, S, TEACHER, seed=7), 4: numbers(B, S, TEACHER, seed=8)}
+    made = LayerBatch(MASK_BS, SEGMENT_BS, layers, one.attention, taught, one.teacher_attention)
+    sizes: dict[str, Any] = {"student_width": STUDENT, "teacher_width": TEACHER, "variance": {2: 4.0, 4: 1.0}}
+    torch.manual_seed(0)
+    pairs = ((1, 2), (3, 4))
+    shared = HiddenTerm(match, pairs, **sizes, shared=True)
+    apart = HiddenTerm(match, pairs, **sizes)
+    weights = sum(each.numel() for each in shared.parameters())
+    assert 2 * weights == sum(each.numel() for each in apart.parameters())
+    for adapter in apart.adapters:
+        adapter.load_state_dict(shared.adapters[0].state_dict())
+    found, expected = shared.loss(made), apart.loss(made)
+    torch.testing.assert_close(found, expected)
+    wanted = torch.autograd.grad(expected, [*layers.values(), *apart.parameters()])
+    got = torch.autograd.grad(found, [*layers.values(), *shared.parameters()])
+    first, second = wanted[2 : 2 + len(got) - 2], wanted[len(got) :]
+    for mine, twin in zip(got, [*wanted[:2], *(a + b for a, b in zip(first, second, strict=True))], strict=True):
+        torch.testing.assert_close(mine, twin)
+
+
+def test_a_shared_adapter_begins_less_the_mean_of_the_layers_means() -> None:
+    means = {2: torch.ones(STUDENT), 4: 3 * torch.ones(STUDENT)}
+    sizes: dict[str, Any] = {"student_width": STUDENT, "teacher_width": STUDENT, "variance": {2: 1.0, 4: 1.0}}
+    term = HiddenTerm("hidden-mse", ((1, 2), (3, 4)), **sizes, means=means, shared=True)
+    assert torch.equal(term.adapters[0].linear.bias.detach(), torch.full((STUDENT,), -2.0))
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("chunk_bytes", [None, 1])
 def test_attention_is_compared_map_by_map(window: int | None, chunk_bytes: int | None, monkeypatch: Any) -> None:
@@ -293,6 +324,7 @@ def test_idling_runs_the_same_modules_in_the_same_order_as_the_loss() -> None:
     sizes: dict[str, Any] = {"student_width": STUDENT, "teacher_width": TEACHER}
     terms: list[Any] = [
         HiddenTerm("hidden-cosine", ((1, 2),), **sizes, variance={2: 1.0}),
+        HiddenTerm("hidden-mse", ((1, 2), (1, 2)), **sizes, variance={2: 1.0}, shared=True),
         AttentionTerm("attention-kl", ((1, 2),), heads="mix", student_heads=2, teacher_heads=4),
         StructureTerm("channel-correlation", ((1, 2),), **sizes),
     ]

@@ -40,7 +40,8 @@ def plain_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
-    """A recipe of 9 steps in 1.5 epochs; arguments override `train:`, and `objective`, `student`, `cache`, `stream` theirs."""
+    """A recipe of 9 steps in 1.5 epochs; arguments override `train:`, and `objective`, `student`, `cache`, `stream` and
+    `phases` theirs."""
 
     def make(
         *,
@@ -48,6 +49,7 @@ def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
         stream: dict[str, Any] | None = None,
         student_model: Path = student,
         lora: dict[str, Any] | None = None,
+        phases: list[dict[str, Any]] | None = None,
         cache_folder: Path | str = cache,
         output: Path = tmp_path / "run",
         **train: Any,
@@ -63,6 +65,7 @@ def make_recipe(cache: Path, student: Path, tmp_path: Path) -> MakeRecipe:
                 "objective": {"alpha": 0.7, "temperature": 2.0} | (objective or {}),
                 "stream": stream or {},
                 "train": {**settings, "output": str(output), **train},
+                "phases": phases or [],
             },
             origin="tests",
         )

@@ -112,6 +112,21 @@ def test_what_is_exported_is_the_student_alone(make: Any, pupil: Path) -> None:
         assert [name for name in file.keys() if name.startswith("distillation.0.terms.0.adapters")]  # noqa: SIM118
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_one_adapter_may_serve_all_layers(make: Any, pupil: Path, stage: int) -> None:
+    terms = [{"match": "hidden-cosine", "adapter": "shared"}]
+    recipe = make(objective={"layers": terms}, zero_stage=stage, epochs=3, evaluate_every=100)
+    result = run_training(recipe)
+    log = [record for record in log_of(recipe.train.output) if "loss" in record]
+    assert log[-1]["hidden-cosine"] < 0.9 * log[0]["hidden-cosine"]
+    with safe_open(recipe.train.output / "checkpoint-18" / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("distillation")]  # noqa: SIM118
+    adapter = "distillation.0.terms.0.adapters.0"
+    assert names == [f"{adapter}.{of}" for of in ("linear.bias", "linear.weight", "norm.bias", "norm.weight")]
+    kept = {name for name, _ in load_causal_lm(result["student"]).named_parameters()}
+    assert kept == {name for name, _ in load_causal_lm(str(pupil)).named_parameters()}
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(make: Any, tmp_path: Path) -> None:
     settings = {"epochs": 3, "save_every": 3, "evaluate_every": 100}
     whole, killed = (make(output=tmp_path / name, **settings) for name in ("whole", "killed"))
@@ -173,7 +188,8 @@ def test_a_row_that_is_packed_or_padded_has_the_terms_that_it_has_alone(layered:
         labels, layers, _ = batch.pop("shift_labels"), batch.pop("layers"), batch.pop("targets")
         with torch.no_grad(), watched(model, objective) as activations:
             model(**batch, use_cache=False)
-            return torch.stack([*objective.loss(activations, layers, labels).terms.values()])
+            weights = dict.fromkeys(objective.names, 1.0)
+            return torch.stack([*objective.loss(activations, layers, labels, weights=weights).terms.values()])
 
     alone = torch.stack([sums([row]) for row in rows]).sum(0)
     torch.testing.assert_close(sums(rows), alone, rtol=1e-4, atol=1e-4)
@@ -210,6 +226,7 @@ def test_rows_of_a_micro_batch_that_are_too_few_are_refused(make: Any) -> None:
         ({"match": "hidden-cosine", "pairs": {}}, "pairs"),
         ({"match": "hidden-cosine", "heads": "mix"}, "heads means nothing to hidden-cosine"),
         ({"match": "attention-kl", "relation_heads": 2}, "relation_heads means nothing to attention-kl"),
+        ({"match": "attention-kl", "adapter": "shared"}, "adapter means nothing to attention-kl"),
         ({"match": "attention-kl", "centred": False}, "centred means nothing to attention-kl"),
     ],
 )
@@ -226,7 +243,7 @@ def test_reentrant_checkpointing_is_refused(layered: Path, pupil: Path) -> None:
     batch = Collator.of(cache, columns=objective.columns)([cache.read_row("train", 0, columns=objective.columns)])
     with watched(model, objective) as activations, pytest.raises(ModelError, match="must not be reentrant"):
         model(input_ids=batch["input_ids"], use_cache=False)
-        objective.loss(activations, batch["layers"], batch["shift_labels"])
+        objective.loss(activations, batch["layers"], batch["shift_labels"], weights=dict.fromkeys(objective.names, 1.0))
 
 
 def test_a_cache_without_layers_is_refused_with_the_remedy(make: Any, cache: Path) -> None:

@@ -74,7 +74,8 @@ def sums(cache: Cache, pupil: Path, rows: list[int], *, pack: bool = False) -> t
     labels, layers, _ = batch.pop("shift_labels"), batch.pop("layers"), batch.pop("targets")
     with torch.no_grad(), watched(model, objective) as activations:
         model(**batch, use_cache=False)
-        return torch.stack([*objective.loss(activations, layers, labels).terms.values()])
+        weights = dict.fromkeys(objective.names, 1.0)
+        return torch.stack([*objective.loss(activations, layers, labels, weights=weights).terms.values()])
 
 
 @pytest.mark.parametrize("name", ["maps", "pooled", "top", "packed"])

@@ -106,7 +106,7 @@ def test_evaluation_in_the_layer_is_that_of_whole_logits(cache: Path, name: str,
     torch.manual_seed(0)
     trainer = trainer_of(MODELS[name](opened.manifest.vocabulary_size), opened, tmp_path)
     ours = trainer.evaluate()
-    trainer._loss_in_layer = False
+    trainer.batch_loss.in_layer = False
     expected = trainer.evaluate()
     for metric in ("loss", "kl", "accuracy", "top1_agreement"):
         assert ours[f"eval_{metric}"] == pytest.approx(expected[f"eval_{metric}"], rel=1e-5)

@@ -4,7 +4,7 @@ Sections and who reads them:
 
     cache                                        the folder that one job writes and the other reads, there or at a URL
     teacher, corpus, sequence, targets, precompute     `teachercache precompute`
-    student, objective, stream, train                  `teachercache train`
+    student, objective, teachers, stream, train, phases    `teachercache train`
 
 Paths in a recipe are relative to the working directory. Configs are frozen; unknown keys are refused with the nearest
 valid one; `key.path=value` overrides come from the command line. A cache describes itself: a training recipe never
@@ -13,8 +13,12 @@ repeats what was captured.
 
 from __future__ import annotations
 
+from teachercache.config.emphasis import EmphasisConfig
+from teachercache.config.objective import AcrossTermConfig, LayerTermConfig, ObjectiveConfig
+from teachercache.config.phases import PhaseConfig
 from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, SequenceConfig, TeacherConfig
 from teachercache.config.recipe import Recipe, load_recipe, parse_recipe
+from teachercache.config.routing import RoutingConfig
 from teachercache.config.section import CacheLocation, Section, is_url
 from teachercache.config.targets import (
     HIDDEN_STEPS,
@@ -26,14 +30,12 @@ from teachercache.config.targets import (
     LogitsConfig,
     TargetsConfig,
 )
+from teachercache.config.teachers import FurtherTeacherConfig, TeachersConfig
 from teachercache.config.training import (
     LOCAL_COPIES,
     LOCAL_COPIES_BYTES,
-    AcrossTermConfig,
-    LayerTermConfig,
     LoraConfig,
     MixConfig,
-    ObjectiveConfig,
     StreamConfig,
     StudentConfig,
     TrainConfig,
@@ -48,6 +50,8 @@ __all__ = [
     "AttentionConfig",
     "CacheLocation",
     "CorpusConfig",
+    "EmphasisConfig",
+    "FurtherTeacherConfig",
     "HeadSketchConfig",
     "HiddenStatesConfig",
     "LayerChoice",
@@ -56,14 +60,17 @@ __all__ = [
     "LoraConfig",
     "MixConfig",
     "ObjectiveConfig",
+    "PhaseConfig",
     "PrecomputeConfig",
     "Recipe",
+    "RoutingConfig",
     "Section",
     "SequenceConfig",
     "StreamConfig",
     "StudentConfig",
     "TargetsConfig",
     "TeacherConfig",
+    "TeachersConfig",
     "TrainConfig",
     "is_url",
     "load_recipe",

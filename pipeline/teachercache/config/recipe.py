@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from teachercache.config.objective import ObjectiveConfig
+from teachercache.config.phases import PhaseConfig
 from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, SequenceConfig, TeacherConfig
+from teachercache.config.schedules import TAGS
 from teachercache.config.section import CacheLocation, Section
 from teachercache.config.targets import TARGET_KINDS, TargetsConfig
-from teachercache.config.training import ObjectiveConfig, StreamConfig, StudentConfig, TrainConfig
+from teachercache.config.teachers import TeachersConfig
+from teachercache.config.training import StreamConfig, StudentConfig, TrainConfig
 from teachercache.errors import RecipeError
 
 
@@ -34,8 +38,21 @@ class Recipe(Section):
     )
     student: StudentConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
+    teachers: TeachersConfig | None = Field(
+        None, description="further teachers of the text of `cache`, learned from together"
+    )
     stream: StreamConfig = StreamConfig()
     train: TrainConfig | None = None
+    phases: tuple[PhaseConfig, ...] = Field(
+        (), description="parts of the run's steps, in order, each with what it changes of objective, stream and train"
+    )
+
+    @model_validator(mode="after")
+    def _phases_by_name(self) -> Recipe:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"phases: two are called {max(names, key=names.count)}; rename one")
+        return self
 
     @property
     def cache_folder(self) -> Path:
@@ -91,7 +108,10 @@ def parse_recipe(data: dict[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"recipe {origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        # A list that is too short once its wrong items are gone is no mistake of its own.
+        found = error.errors()
+        told = [item for item in found if item["type"] != "too_short"] or found
+        raise RecipeError(f"recipe {origin}: " + "; ".join(_explain(item) for item in told)) from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -114,8 +134,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Any) -> str:
-    # A kind of targets is a step of its own in pydantic's path, and no key of the recipe.
-    location = ".".join(str(part) for part in item["loc"] if part not in TARGET_KINDS)
+    # Which of several sections a key may hold is a step of its own in pydantic's path, and no key of the recipe.
+    first, *path = item["loc"] or ("",)
+    location = ".".join(str(part) for part in (first, *path) if part == first or part not in (*TARGET_KINDS, *TAGS))
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
         valid = _keys_at([str(part) for part in parents])
@@ -124,6 +145,10 @@ def _explain(item: Any) -> str:
         return f"unknown key `{location}`; {hint}"
     if item["type"] == "missing":
         return f"`{location}` is missing"
+    if item["type"] == "union_tag_invalid":
+        tags = item["ctx"]["expected_tags"].partition(", ")[2]  # the first is the number
+        key = "`schedule` or `balance`" if "'ratio'" in tags else "`schedule`"
+        return f"`{location}`: must be a number, or a section whose {key} is one of {tags} (got {item['input']!r})"
     message = item["msg"].removeprefix("Value error, ")
     return f"`{location}`: {message[0].lower()}{message[1:]} (got {item['input']!r})" if location else message
 
@@ -131,17 +156,23 @@ def _explain(item: Any) -> str:
 def _keys_at(parents: Sequence[str]) -> list[str]:
     sections: list[type[BaseModel]] = [Recipe]
     for part in (part for part in parents if not part.isdigit()):  # an item of a list
-        # Where kinds share a key, the path of an error names the kind as well: targets.logits.top-k.
-        named = [
-            section
-            for section in sections
-            if "kind" in section.model_fields and section.model_fields["kind"].default == part
-        ]
+        # Where several sections may stand at a key, the path of an error names which as well: targets.logits.top-k.
+        named = [section for section in sections if _is_called(section, part)]
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
         sections = named or [model for field in fields for model in _models_in(field.annotation)]
     return list(sections[0].model_fields) if sections else []
 
 
+def _is_called(section: type[BaseModel], name: str) -> bool:
+    """Whether it is the one of several that this `kind`, `schedule` or `balance` chooses."""
+    chosen_by = [section.model_fields[key] for key in ("kind", "schedule", "balance") if key in section.model_fields]
+    return any(name in (field.default, *get_args(field.annotation)) for field in chosen_by)
+
+
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    bare = [getattr(each, "__origin__", each) for each in (annotation, *get_args(annotation))]  # out of `Annotated`
-    return [each for each in bare if isinstance(each, type) and issubclass(each, BaseModel)]
+    """Through unions, lists and `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inner = (getattr(annotation, "__origin__", None), *get_args(annotation))
+    found = [model for each in inner if each is not None and each is not annotation for model in _models_in(each)]
+    return list(dict.fromkeys(found))

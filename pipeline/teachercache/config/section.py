@@ -16,6 +16,11 @@ def is_url(location: str | Path) -> bool:
     return isinstance(location, str) and _URL.match(location) is not None
 
 
+def folder_name(location: str | Path) -> str:
+    """The last part of a cache's location: what recipes call it."""
+    return Path(str(location)).name
+
+
 class Section(BaseModel):
     """Base of every recipe section: frozen, and strict about its keys."""
 

@@ -113,10 +113,8 @@ def blocks(
     block_bytes: int | None,
 ) -> Iterator[Block]:
     """Cut N positions (rising indices into R) into blocks. Scratch is shared: use up a block before taking the next."""
-    if block_bytes is None:
-        on_cpu = logits_RL.device.type == "cpu"
-        block_bytes = CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads() if on_cpu else DEVICE_BLOCK_BYTES
-    size = min(max(1, block_bytes // (vocabulary_size * dtype.itemsize)), max(1, len(positions_N)))
+    size = block_rows(vocabulary_size, dtype, logits_RL.device, block_bytes=block_bytes)
+    size = min(size, max(1, len(positions_N)))
     scratch = Scratch(size, vocabulary_size, dtype, logits_RL.device)
     on_host_N = positions_N.cpu()
     for start in range(0, len(positions_N), size):
@@ -134,6 +132,16 @@ def blocks(
             rows=rows,
             scratch=scratch,
         )
+
+
+def block_rows(
+    vocabulary_size: int, dtype: torch.dtype, device: torch.device, *, block_bytes: int | None = None
+) -> int:
+    """Positions of a block, by default one that suits the device."""
+    if block_bytes is None:
+        on_cpu = device.type == "cpu"
+        block_bytes = CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads() if on_cpu else DEVICE_BLOCK_BYTES
+    return max(1, block_bytes // (vocabulary_size * dtype.itemsize))
 
 
 def squarings_of(power: float) -> int:

@@ -8,6 +8,8 @@ Forward KL never forms log p: Σ_tail p (log p - log q) is p_tail times a dot pr
 scalars. `torch.softmax` works on a row while it lies in a core's own cache, more than twice as fast as its steps as calls
 of their own; and log Σ exp(z) follows from the largest z and the largest q.
 
+A position without any mass, no head and an empty tail, has no teacher there: its divergence is 0.
+
 What a training step costs with it, beside one of plain cross-entropy, tests/bench/divergence_step.py measures.
 
 Shapes: C positions of a block, V vocabulary, k tokens of the head.
@@ -77,6 +79,9 @@ class DenseLoss:
         p_CV = torch.exp(log_p_CV, out=share_CV)
         log_q_CV = block.logits_CV.to(p_CV.dtype) / self.batch.weights.temperature - softened_C1
         value_CV, pull_CV = self.batch.divergence(p_CV, log_p_CV, block.values_CV, log_q_CV)
+        if not self.batch.teacher.head_ids_Nk.shape[1]:  # else some token of the head has mass
+            untaught_C1 = self.tokens.log_bucket_N1[part] == -math.inf
+            value_CV, pull_CV = (each_CV.masked_fill(untaught_C1, 0.0) for each_CV in (value_CV, pull_CV))
         return value_CV.sum(-1), pull_CV.sum(-1, keepdim=True), pull_CV
 
     def _tail_share(self, block: Block, tail_CV: Tensor) -> tuple[Tensor, Tensor]:

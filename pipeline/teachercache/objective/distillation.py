@@ -6,19 +6,23 @@ logits, at least as many as the vocabulary has tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
-from teachercache.errors import CacheError, ModelError
+from teachercache.errors import ModelError
+from teachercache.objective.course import Course, Extent
 from teachercache.objective.divergences import divergence_of
+from teachercache.objective.emphasis import EFFECTIVE, ENTROPY_TEMPERATURE, Weighted, emphasis_of, segments_of
+from teachercache.objective.entropy import entropy_of_logits, entropy_of_teacher, entropy_projected
 from teachercache.objective.fused import distillation_sums
 from teachercache.objective.operands import Weights, no_teacher
 from teachercache.objective.projected import projected_sums
-from teachercache.targets import Softened, TailPolicy, TargetKind
+from teachercache.objective.teacher import CachedTeacher, Teacher
+from teachercache.targets import Softened, TargetKind
 
 NO_TARGET = -100  # label of a token that is not a position, as everywhere in transformers
 
@@ -35,6 +39,7 @@ class LossTerms:
     divergence: Tensor
     ce: Tensor
     positions: int
+    weighed: Tensor | None = None  # what alpha weighs, detached: T² · divergence, or the terms across tokenizers
     named: Mapping[str, Tensor] = field(default_factory=dict)  # sums of further terms, and of what they measure
     counts: Mapping[str, int] = field(default_factory=dict)  # of what these are sums over, where that is not positions
 
@@ -42,27 +47,30 @@ class LossTerms:
 class DistillationObjective:
     """Loss of a student against a cache's targets.
 
-    `kind` says how the cache's targets are read (`Cache.kind`). `columns` are those of the cache that the objective reads;
-    none without a teacher (alpha = 0). Raises `CacheError` for a temperature that the cache does not hold, and for a tail
-    policy that its targets do not allow.
+    `kind` says how the cache's targets are read (`Cache.kind`), `extent` what a run asks of them (by default what `config`
+    alone does), `teacher` whom it learns from (by default the cache's). `columns` are those of the cache that the objective
+    reads; none without a teacher. `names` are those of what is measured of its distributions. Raises `CacheError` for a
+    temperature that the cache does not hold, and for a tail policy that its targets do not allow.
     """
 
-    def __init__(self, config: ObjectiveConfig, *, kind: TargetKind) -> None:
+    def __init__(
+        self, config: ObjectiveConfig, *, kind: TargetKind, extent: Extent | None = None, teacher: Teacher | None = None
+    ) -> None:
         self.config = config
         self.vocabulary_size = kind.vocabulary_size
         self.columns: tuple[str, ...] = ()
-        self._kind = kind
-        if config.alpha > 0:
-            self._kind.check_temperature(config.temperature)
-            self._tail: TailPolicy = self._kind.tail_policies[0] if config.tail == "auto" else config.tail
-            if config.divergence == "reverse-kl" and self._tail == "renormalise":
-                raise CacheError(
-                    f"reverse-kl is infinite against targets of kind {kind.kind}, which give all other tokens no mass; "
-                    "use divergence: forward-kl"
-                )
-            self.columns = self._kind.objective_columns(self._tail)
+        self.names: tuple[str, ...] = ()
+        extent = extent or Extent.of(config)
+        asked = (
+            (ENTROPY_TEMPERATURE,) if config.emphasis is not None and config.emphasis.by != "student-entropy" else ()
+        )
+        self._teacher: Teacher | None = None
+        if extent.uses_teacher or asked:
+            self._teacher = teacher or CachedTeacher(config, kind=kind)
+            self._teacher.check_temperatures((*extent.temperatures, *asked))
+            self.columns, self.names = self._teacher.columns, self._teacher.names
         self._divergence = divergence_of(config)
-        self._weights = Weights(config.alpha, config.temperature if config.alpha > 0 else 1.0)
+        self._first = Course(config, steps=1).at(0)
 
     def __call__(
         self,
@@ -70,27 +78,39 @@ class DistillationObjective:
         shift_labels_BS: Tensor,
         targets: Mapping[str, Tensor] | None = None,
         *,
+        weights: Weights | None = None,
         position_weight_N: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
     ) -> LossTerms:
         """Loss sums of one batch; a batch without positions gives zeros that still reach the logits.
 
         `shift_labels_BS[b, s]` is the token that follows token s, or -100. `targets` holds what the kind decodes
-        from `columns`, each [N, …]; they may lie on another device. `position_weight_N` multiplies each position's share of all
-        sums. Raises `ModelError` when the student predicts fewer tokens than the cache's vocabulary has.
+        from `columns`, each [N, …]; they may lie on another device. `weights` are those of this step (default: of the first
+        step). `position_weight_N` multiplies each position's share of all sums, and so does what `config.emphasis` makes of
+        positions; `position_ids_BS` tell it where rows begin, where there are several in a sequence. Raises `ModelError` when
+        the student predicts fewer tokens than the cache's vocabulary has.
         """
         self._check_width(logits_BSL.shape[-1])
-        positions_N, labels_N = labelled_positions(shift_labels_BS)
+        logits_RL, dtype = logits_BSL.reshape(-1, logits_BSL.shape[-1]), logits_BSL.dtype
+        counted = self._counted(
+            _Positions.of(shift_labels_BS, targets or {}, position_weight_N),
+            lambda index_N: entropy_of_logits(logits_RL, positions_N=index_N, vocabulary_size=self.vocabulary_size),
+            lambda: segments_of(shift_labels_BS, position_ids_BS),
+            dtype,
+        )
+        weights = weights or self._first
+        teacher = self._softened(counted, dtype, weights)
         sums = distillation_sums(
             logits_BSL,
-            positions_N=positions_N,
-            labels_N=labels_N,
-            teacher=self._teacher(targets or {}, labels_N, logits_BSL.dtype),
-            weights=self._weights,
+            positions_N=counted.index_N,
+            labels_N=counted.labels_N,
+            teacher=teacher,
+            weights=weights,
             vocabulary_size=self.vocabulary_size,
             divergence=self._divergence,
-            position_weight_N=position_weight_N,
+            position_weight_N=counted.weight_N,
         )
-        return LossTerms(*sums, positions=len(positions_N))
+        return counted.terms(sums, weights, self._measured(teacher, weights))
 
     def projected(
         self,
@@ -101,27 +121,62 @@ class DistillationObjective:
         targets: Mapping[str, Tensor] | None = None,
         *,
         softcap: float | None = None,
+        weights: Weights | None = None,
         position_weight_N: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
     ) -> LossTerms:
         """The same from what enters the student's output layer, and its weights: no logits of a whole batch are formed.
 
         Raises `ModelError` when the layer has fewer rows than the cache's vocabulary.
         """
         self._check_width(len(weight_LD))
-        positions_N, labels_N = labelled_positions(shift_labels_BS)
+        hidden_RD, size = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), self.vocabulary_size
+        counted = self._counted(
+            _Positions.of(shift_labels_BS, targets or {}, position_weight_N),
+            lambda index_N: entropy_projected(
+                hidden_RD[index_N], weight_LD, bias_L, vocabulary_size=size, softcap=softcap
+            ),
+            lambda: segments_of(shift_labels_BS, position_ids_BS),
+            weight_LD.dtype,
+        )
+        weights = weights or self._first
+        teacher = self._softened(counted, weight_LD.dtype, weights)
         sums = projected_sums(
-            hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[positions_N],
+            hidden_RD[counted.index_N],
             weight_LD,
             bias_L,
-            labels_N=labels_N,
-            teacher=self._teacher(targets or {}, labels_N, weight_LD.dtype),
-            weights=self._weights,
-            vocabulary_size=self.vocabulary_size,
+            labels_N=counted.labels_N,
+            teacher=teacher,
+            weights=weights,
+            vocabulary_size=size,
             softcap=softcap,
             divergence=self._divergence,
-            position_weight_N=position_weight_N,
+            position_weight_N=counted.weight_N,
         )
-        return LossTerms(*sums, positions=len(positions_N))
+        return counted.terms(sums, weights, self._measured(teacher, weights))
+
+    def _counted(
+        self,
+        positions: _Positions,
+        student_entropy: Callable[[Tensor], Tensor],
+        segments: Callable[[], Tensor],
+        logits_dtype: torch.dtype,
+    ) -> _Positions:
+        """The positions that count, and how much, by a recipe's emphasis; all of them, and nothing computed, without one."""
+        if self.config.emphasis is None:
+            return positions
+
+        def teacher_entropy() -> Tensor:
+            softened = self._softened_at(ENTROPY_TEMPERATURE, positions, logits_dtype)
+            return entropy_of_teacher(softened, vocabulary_size=self.vocabulary_size)
+
+        weighted = emphasis_of(
+            self.config.emphasis,
+            segments().flatten()[positions.index_N],
+            student_entropy=lambda: student_entropy(positions.index_N),
+            teacher_entropy=teacher_entropy,
+        )
+        return positions.weighted(weighted, self._teacher)
 
     def _check_width(self, predicted: int) -> None:
         if predicted < self.vocabulary_size:
@@ -130,18 +185,59 @@ class DistillationObjective:
                 f"{self.vocabulary_size}; train one with the teacher's tokenizer (see `teachercache init-student`)"
             )
 
-    def _teacher(self, targets: Mapping[str, Tensor], labels_N: Tensor, logits_dtype: torch.dtype) -> Softened:
-        dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
-        if self.config.alpha == 0:
-            return no_teacher(labels_N, dtype)
-        arrays = {
-            name: values.to(labels_N.device, dtype if values.is_floating_point() else torch.int64)
-            for name, values in targets.items()
-        }
-        teacher = self._kind.softened(arrays, self.config.temperature, tail=self._tail, xp=torch)
+    def _softened(self, counted: _Positions, logits_dtype: torch.dtype, weights: Weights) -> Softened:
+        if weights.alpha == 0 or self._teacher is None:
+            return no_teacher(counted.labels_N, _computed(logits_dtype))
+        return self._softened_at(weights.temperature, counted, logits_dtype)
+
+    def _measured(self, softened: Softened, weights: Weights) -> Mapping[str, Tensor]:
+        return {} if self._teacher is None or weights.alpha == 0 else self._teacher.measured(softened)
+
+    def _softened_at(self, temperature: float, counted: _Positions, logits_dtype: torch.dtype) -> Softened:
+        assert self._teacher is not None
+        labels_N, dtype = counted.labels_N, _computed(logits_dtype)
+        teacher = self._teacher.softened(counted.targets, temperature, like=labels_N, dtype=dtype)
         if len(teacher) != len(labels_N):
             raise ValueError(f"targets of {len(teacher)} positions for {len(labels_N)} labels: the batch is misaligned")
         return teacher
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """What the loss is summed over."""
+
+    index_N: Tensor  # into [B · S], rising
+    labels_N: Tensor
+    targets: Mapping[str, Tensor]  # each [N, …]
+    weight_N: Tensor | None
+    count: int  # of the batch, also of those that weigh nothing
+    named: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, shift_labels_BS: Tensor, targets: Mapping[str, Tensor], weight_N: Tensor | None) -> _Positions:
+        index_N, labels_N = labelled_positions(shift_labels_BS)
+        return cls(index_N, labels_N, targets, weight_N, len(index_N))
+
+    def weighted(self, emphasis: Weighted, teacher: Teacher | None) -> _Positions:
+        """What weighs nothing is left out: its loss need not be computed."""
+        weight_N = emphasis.weight_N if self.weight_N is None else self.weight_N * emphasis.weight_N
+        kept_M = weight_N.nonzero()[:, 0]
+        targets = {} if teacher is None else teacher.chosen(self.targets, kept_M)
+        named = {EFFECTIVE: emphasis.effective}
+        return _Positions(self.index_N[kept_M], self.labels_N[kept_M], targets, weight_N[kept_M], self.count, named)
+
+    def terms(self, sums: tuple[Tensor, Tensor, Tensor], weights: Weights, measured: Mapping[str, Tensor]) -> LossTerms:
+        """With what the log has besides; what is `measured` is over the positions that weigh something."""
+        total, divergence, ce = sums
+        weighed = divergence.detach() * weights.temperature**2 if weights.alpha > 0 else None
+        counts = dict.fromkeys(measured, len(self.labels_N))
+        named = {**self.named, **measured}
+        return LossTerms(total, divergence, ce, self.count, weighed=weighed, named=named, counts=counts)
+
+
+def _computed(logits_dtype: torch.dtype) -> torch.dtype:
+    """What the loss is computed in."""
+    return torch.float64 if logits_dtype == torch.float64 else torch.float32
 
 
 def labelled_positions(shift_labels_BS: Tensor) -> tuple[Tensor, Tensor]:

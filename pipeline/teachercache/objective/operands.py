@@ -6,7 +6,8 @@ Shapes: R rows of the flat logits, L columns; N positions, k tokens of the head.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ def no_teacher(labels_N: Tensor, dtype: torch.dtype) -> Softened:
 
 @dataclass(frozen=True)
 class Weights:
-    """α and T of the loss; without a teacher α = 0 and T = 1."""
+    """α and T of the loss (without a teacher α = 0 and T = 1), and the weights of further terms by their names."""
 
     alpha: float
     temperature: float
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def projected_sums(
     Gradients flow from `total` alone, into hidden states, weight and bias. Under autocast the matmuls run in its type.
     """
     device = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_LD.dtype
+    dtype = autocast_type(device, weight_LD.dtype)
     positions_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
     batch = Batch(positions_N, labels_N, teacher, divergence, weights, position_weight_N, vocabulary_size)
     chunk = chunk_rows(weight_LD, chunk_bytes)
@@ -56,6 +56,11 @@ def projected_sums(
         if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
             return _Projected.apply(*operands, batch, softcap, chunk)  # type: ignore[no-untyped-call]
         return totals(*_run_chunks(operands, batch, softcap, chunk, gradients=None), batch)
+
+
+def autocast_type(device: str, dtype: torch.dtype) -> torch.dtype:
+    """Of the matmuls: autocast's, where that is on, else the weights' own."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 
 def chunk_rows(weight_LD: Tensor, chunk_bytes: int | None = None) -> int:

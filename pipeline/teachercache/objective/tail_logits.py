@@ -8,6 +8,10 @@ Shapes: N positions, C of them in a block, V vocabulary, r sketch directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
 
@@ -16,11 +20,19 @@ from teachercache.targets.softened import SketchTail, Tail
 CHUNK_POSITIONS = 128
 
 
+@runtime_checkable
+class ExpandingTail(Protocol):
+    """A tail that writes into a buffer by itself, with scratch that is worth keeping."""
+
+    def expander(self) -> Callable[[slice, Tensor], None]:
+        """Called with some positions and the buffer for their logits, [C, V]."""
+
+
 class TailLogits:
     """Rows of a tail's logits, for blocks of equal size that come in order; only the last may be smaller."""
 
     def __init__(self, tail: Tail, *, positions: int, vocabulary_size: int) -> None:
-        self._tail = tail
+        self._write = tail.expander() if isinstance(tail, ExpandingTail) else partial(write_logits, tail)
         self._positions = positions
         self._vocabulary_size = vocabulary_size
         self._chunk = slice(0, 0)
@@ -39,10 +51,10 @@ class TailLogits:
         self._chunk = slice(part.start, min(part.start + size, self._positions))
         if self._buffer is None:
             self._buffer = like.new_empty(self._chunk.stop - self._chunk.start, self._vocabulary_size)
-        _write(self._tail, self._chunk, self._buffer[: self._chunk.stop - self._chunk.start])
+        self._write(self._chunk, self._buffer[: self._chunk.stop - self._chunk.start])
 
 
-def _write(tail: Tail, part: slice, logits_CV: Tensor) -> None:
+def write_logits(tail: Tail, part: slice, logits_CV: Tensor) -> None:
     """`tail.logits(part)` into a buffer; a sketch is computed in it."""
     if not isinstance(tail, SketchTail) or tail.basis_Vr.dtype != logits_CV.dtype:
         logits_CV.copy_(tail.logits(part, torch))

@@ -73,7 +73,7 @@ class Shard:
             }
             self._tables = {name: tables_of(described[name]) for name in self.columns}
         except DAMAGE as error:
-            raise _damaged(info.file, error) from None
+            raise damaged(info.file, error) from None
         self.read_by: dict[str, str | None] = {role: metadata.get(role) for role in READ_BY}
         self._decoders: dict[str, Decoder] = {}
         self._rows_per_batch: int = metadata["rows_per_batch"]
@@ -100,7 +100,7 @@ class Shard:
             }
             self._payload.check_stored(targets)
         except DAMAGE as error:
-            raise _damaged(f"{self.info.file}, row {index},", error) from None
+            raise damaged(f"{self.info.file}, row {index},", error) from None
         return StoredRow(row, targets)
 
     def _decoder(self, name: str) -> Decoder:
@@ -145,7 +145,7 @@ class Shard:
 DAMAGE = (CacheDamaged, ValueError, IndexError, KeyError, OSError, MemoryError, pa.ArrowException)
 
 
-def _damaged(place: str, error: BaseException) -> CacheDamaged:
+def damaged(place: str, error: BaseException) -> CacheDamaged:
     """In one line, with the remedy."""
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     return CacheDamaged(

@@ -34,6 +34,9 @@ class Source(Protocol):
         Map it at once: a local copy may be evicted, which takes nothing from those that have it open.
         """
 
+    def unchecked_path_of(self, info: FileInfo) -> Path:
+        """The same, where what is read of the file is checked otherwise: nothing is hashed for it."""
+
     def read(self, name: str) -> bytes | None:
         """The bytes of a small file that no manifest lists; None where there is none."""
 
@@ -74,6 +77,9 @@ class LocalFiles:
             self._checked.add(info.file)
         return self.folder / info.file
 
+    def unchecked_path_of(self, info: FileInfo) -> Path:
+        return self.folder / info.file
+
     def read(self, name: str) -> bytes | None:
         path = self.folder / name
         return path.read_bytes() if path.is_file() else None
@@ -106,6 +112,9 @@ class RemoteFiles:
 
     def path_of(self, info: FileInfo) -> Path:
         return self.copies.path_of(self.store, info)
+
+    def unchecked_path_of(self, info: FileInfo) -> Path:
+        return self.path_of(info)  # a copy has to be made anyway, and copies are checked
 
     def read(self, name: str) -> bytes | None:
         try:

@@ -5,6 +5,7 @@
     mixture.py    `Mixture`: several caches in stated shares
     batches.py    `BatchPlan`: which rows global batch t holds, and which of them a process sees
     dataset.py    rows by index, decoded by the processes that load data
+    teachers.py   rows joined to further teachers' caches
     collate.py    rows to tensors
 
 The position in a run is one integer, the optimizer step: resume is a seek, and neither the number of processes nor the

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ class BatchPlan:
     @property
     def micro_steps(self) -> int:
         """Forward passes that each process makes in a step; each further cache begins a micro-batch of its own."""
-        micro_batches = math.ceil(self.global_batch / self.micro_batch) + len(self.order.orders) - 1
+        micro_batches = math.ceil(self.global_batch / self.micro_batch) + self.order.sources - 1
         return math.ceil(micro_batches / self.world_size)
 
     def steps(self, epochs: float) -> int:
@@ -51,6 +52,27 @@ class BatchPlan:
         """Epoch of optimizer step `step` (0 is the first), and the number of its first row there."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return epoch, within * self.global_batch
+
+    def micro_steps_at(self, step: int) -> int:
+        """Forward passes that each process makes in this step: in all alike."""
+        return self.micro_steps
+
+    def shards_at(self, step: int) -> list[list[int]]:
+        """The shards of each cache that hold the rows of a step and those around them, then those needed next."""
+        return self.order.shards_at(*self.place(step))
+
+    def epochs_before(self, step: int) -> float:
+        """Epochs in the first `step` steps."""
+        return step / self.steps_per_epoch
+
+    def rows_before(self, step: int) -> int:
+        """Rows in the first `step` steps; the last batch of an epoch may be short."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return epochs * self.rows + min(rest * self.global_batch, self.rows)
+
+    def ends_phase(self, step: int) -> bool:
+        """Whether a phase ends with the first `step` steps: there are none here."""
+        return False
 
     def step_rows(self, step: int) -> NDArray[np.int64]:
         """Rows of the global batch of a step, in order; rows of several caches are numbered one cache after the other."""
@@ -68,7 +90,7 @@ class BatchPlan:
         source_N = np.searchsorted(self.order.starts, rows_N, side="right")
         apart = [rows_N[source_N == source] for source in np.unique(source_N)]
         counts = [math.ceil(len(rows) / self.micro_batch) for rows in apart]
-        if len(self.order.orders) == 1:
+        if self.order.sources == 1:
             size = self.micro_batch
             return [rows[start : start + size].tolist() for rows in apart for start in range(0, len(rows), size)]
         # Caches begin micro-batches of their own: those that there is time for anyway make all of them smaller.
@@ -79,31 +101,67 @@ class BatchPlan:
         return sorted((part.tolist() for part in parts), key=len, reverse=True)
 
 
+class Plan(Protocol):
+    """What a run asks of a `BatchPlan`, or of several that follow each other (phases.py)."""
+
+    @property
+    def micro_steps(self) -> int:
+        """Most forward passes that a process makes in a step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, the first one."""
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps in so many epochs."""
+
+    def micro_steps_at(self, step: int) -> int:
+        """Forward passes that each process makes in this step."""
+
+    def micro_batches(self, step: int, *, rank: int) -> list[list[int]]:
+        """The micro-batches of one process in one step."""
+
+    def shards_at(self, step: int) -> list[list[int]]:
+        """The shards of each cache that are needed now, then those needed next."""
+
+    def epochs_before(self, step: int) -> float:
+        """Epochs in the first `step` steps."""
+
+    def rows_before(self, step: int) -> int:
+        """Rows in the first `step` steps."""
+
+    def ends_phase(self, step: int) -> bool:
+        """Whether a phase ends with the first `step` steps."""
+
+
 class PlanSampler:
     """Batch sampler for a `DataLoader`: the micro-batches of one process from the step that `first_step()` gives on.
 
     The step is asked for when iteration begins, which is after a trainer has restored its state: resume is a seek.
-    `upcoming` is told each step before its rows are asked for.
+    `upcoming` is told each step before its rows are asked for. A micro-batch counts `turns` times in its length, for loops that
+    present it so often.
     """
 
     def __init__(
         self,
-        plan: BatchPlan,
+        plan: Plan,
         *,
         rank: int,
         steps: int,
         first_step: Callable[[], int],
         upcoming: Callable[[int], None] = lambda step: None,
+        turns: int = 1,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.steps = steps
         self.first_step = first_step
         self.upcoming = upcoming
+        self.turns = turns
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, also where iteration begins later."""
-        return self.steps * self.plan.micro_steps
+        """Micro-batches of the whole run, also where iteration begins later, were all steps as large as the largest."""
+        return self.steps * self.plan.micro_steps * self.turns
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step(), self.steps):

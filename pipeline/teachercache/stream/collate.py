@@ -22,6 +22,7 @@ from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.dataset import Rows
 from teachercache.stream.joined_tensors import joined_tensors
 from teachercache.stream.packing import first_fit, merged
+from teachercache.stream.teachers import FurtherTargets, further_targets
 from teachercache.targets import StoredTargets, TargetKind
 from teachercache.targets.attention import sees
 from teachercache.tokens.rows import TokenRow
@@ -39,10 +40,17 @@ class Collator:
     columns: tuple[str, ...]
     pack_length: int | None = None
     joined: bool = False  # rows are joined to a student's tokens
+    further: tuple[FurtherTargets, ...] = ()  # rows are `TaughtRow`s
 
     @classmethod
     def of(
-        cls, cache: Cache, *, columns: Sequence[str], pack: bool = False, sidecar: Sidecar | None = None
+        cls,
+        cache: Cache,
+        *,
+        columns: Sequence[str],
+        pack: bool = False,
+        sidecar: Sidecar | None = None,
+        further: Sequence[FurtherTargets] = (),
     ) -> Collator:
         """The collator for some target columns of a cache; `pack` puts short rows into sequences as long as its longest."""
         manifest = cache.manifest
@@ -50,9 +58,8 @@ class Collator:
             length, pad_id = manifest.sequence_length, manifest.pad_id
         else:
             length, pad_id = sidecar.manifest.sequence_length, sidecar.manifest.pad_id
-        return cls(
-            manifest.layout, pad_id, cache.targets, tuple(columns), length if pack else None, sidecar is not None
-        )
+        pack_length, joined = length if pack else None, sidecar is not None
+        return cls(manifest.layout, pad_id, cache.targets, tuple(columns), pack_length, joined, tuple(further))
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         return collate(
@@ -63,6 +70,7 @@ class Collator:
             columns=self.columns,
             pack_length=self.pack_length,
             joined=self.joined,
+            further=self.further,
         )
 
 
@@ -85,6 +93,7 @@ def collate(
     columns: Sequence[str],
     pack_length: int | None = None,
     joined: bool = False,
+    further: Sequence[FurtherTargets] = (),
 ) -> dict[str, Any]:
     """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and `targets`: a tensor
     [N, …] for each array that the kind of logits decodes from these columns, ids as int64 and other numbers as float32.
@@ -99,6 +108,8 @@ def collate(
     Rows that are `joined` to a student's tokens (`JoinedRow`) give those, and `targets` where each chunk begins, [M, …], with
     the arrays of `objective.across.Chunks`; `layers` then hold aligned tokens alone, A of them: `student` and `teacher` say
     which of either side's they are.
+
+    With `further` teachers rows are `TaughtRow`s, and `targets` hold what `further_targets` makes of them besides.
     """
     tokens = [stored.row for stored in rows] or [_padding(pad_id)]
     bins = [[index] for index in range(len(rows))]
@@ -115,6 +126,8 @@ def collate(
         return batch | joined_tensors(rows, targets, columns, packed_with=bins)
     of_logits = {column.name for column in targets.logits.columns}
     batch["targets"] = _joined(rows, targets.logits, [name for name in columns if name in of_logits])
+    if further:
+        batch["targets"] |= further_targets(rows, further)
     of_layers = [name for name in columns if name not in of_logits]
     if of_layers:
         batch["layers"] = _layers(rows, tokens, targets, of_layers)

@@ -12,6 +12,7 @@ from teachercache.shards import Cache, StoredRow
 from teachercache.shards.reader import Split
 from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.joined import JoinedRow
+from teachercache.stream.teachers import FurtherCache, TaughtRow
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Rows:
 class CacheDataset(Dataset[Rows]):
     """Row `index` of a split with the target columns that are asked for of its cache; nothing else is decompressed.
 
-    With `sidecars`, one a cache, rows are joined to a student's tokens. Rows of several caches are numbered one cache after the
+    With `sidecars`, one a cache, rows are joined to a student's tokens. With `further` teachers rows are `TaughtRow`s, which
+    hold what each of them has of the row, by `further_columns`. Rows of several caches are numbered one cache after the
     other. Picklable: a loading process opens shards, and checks
     their bytes, for itself.
     """
@@ -37,11 +39,14 @@ class CacheDataset(Dataset[Rows]):
         *,
         columns: Sequence[tuple[str, ...]],
         sidecars: Sequence[Sidecar] = (),
+        further: Sequence[FurtherCache] = (),
+        further_columns: Sequence[tuple[str, ...]] = (),
     ) -> None:
         self.caches = tuple(caches)
         self.sidecars = tuple(sidecars)
         self.split = split
         self.columns = tuple(columns)
+        self.further = tuple(zip(further, further_columns, strict=True))
         self._ends = np.cumsum([cache.rows_of(split) for cache in caches])
 
     def __len__(self) -> int:
@@ -61,8 +66,17 @@ class CacheDataset(Dataset[Rows]):
         for index in sorted(indices):
             stored = cache.read_row(self.split, index - start, columns=columns, segments=packed)
             read[index] = self._joined(source, index - start, stored, packed) if self.sidecars else stored
+            if self.further:
+                read[index] = self._taught(source, index - start, stored)
         return Rows(source, [read[index] for index in indices])
 
     def _joined(self, source: int, index: int, stored: StoredRow, packed: bool) -> JoinedRow:
         found = self.sidecars[source].joined(self.split, index, stored, segments=packed)
         return JoinedRow(found.row, stored, found.targets)
+
+    def _taught(self, source: int, index: int, stored: StoredRow) -> TaughtRow:
+        row_id = stored.row.row_id
+        further = (
+            teacher.read(source, self.split, index, row_id=row_id, columns=columns) for teacher, columns in self.further
+        )
+        return TaughtRow(stored.row, stored.targets, tuple(further))

@@ -29,6 +29,7 @@ class Mixture:
 
     orders: tuple[RowOrder, ...]
     draws: tuple[int, ...]  # rows that each cache gives to an epoch
+    drawn: tuple[int, ...] = ()  # rows that each has given before the first epoch, in earlier phases; (): none
 
     @classmethod
     def of(cls, orders: Sequence[RowOrder], *, shares: Sequence[float | None] = ()) -> Mixture:
@@ -50,10 +51,33 @@ class Mixture:
         ]
         return cls(tuple(orders), (first, *draws))
 
+    def going_on(self, drawn: Sequence[int], *, shares: Sequence[float] | None = None) -> Mixture:
+        """The mixture of a phase before which each cache has given `drawn` rows. `shares` are those of all caches, and add up
+        to 1; 0 leaves a cache out. An epoch is then one pass over the first cache that has a share."""
+        if shares is None:
+            return Mixture(self.orders, self.draws, tuple(drawn))
+        rows, share = next((order.rows, share) for order, share in zip(self.orders, shares, strict=True) if share > 0)
+        draws = [max(1, round(rows * each / share)) if each > 0 else 0 for each in shares]
+        return Mixture(self.orders, tuple(draws), tuple(drawn))
+
+    def drawn_after(self, epoch: int, index: int) -> tuple[int, ...]:
+        """Rows that each cache has given before row number `index` of an epoch, those of earlier phases with them."""
+        counted = zip(self._before, self.draws, self._counts(index), strict=True)
+        return tuple(before + epoch * draws + count for before, draws, count in counted)
+
+    @property
+    def _before(self) -> tuple[int, ...]:
+        return self.drawn or (0,) * len(self.orders)
+
     @property
     def rows(self) -> int:
         """Rows in an epoch."""
         return sum(self.draws)
+
+    @property
+    def sources(self) -> int:
+        """Caches that give rows."""
+        return sum(draws > 0 for draws in self.draws)
 
     @property
     def starts(self) -> list[int]:
@@ -67,23 +91,22 @@ class Mixture:
 
     def rows_at(self, epoch: int, index_N: Indices) -> Indices:
         """The rows that come as number `index_N` of an epoch."""
-        if len(self.orders) == 1:
+        if len(self.orders) == 1 and not any(self.drawn):
             return self.orders[0].rows_at(epoch, index_N)
         dealt = [self._dealt(index) for index in np.asarray(index_N).tolist()]
         rows_N = np.empty(len(dealt), dtype=np.int64)
         for source, (order, start) in enumerate(zip(self.orders, self.starts, strict=True)):
             places = [place for place, (owner, _) in enumerate(dealt) if owner == source]
-            drawn = [epoch * self.draws[source] + dealt[place][1] for place in places]
+            drawn = [self._before[source] + epoch * self.draws[source] + dealt[place][1] for place in places]
             rows_N[places] = start + self._rows_of(order, drawn)
         return rows_N
 
     def shards_at(self, epoch: int, index: int) -> list[list[int]]:
         """The shards of each cache that hold the rows around number `index` of an epoch, then those needed next."""
-        places = [
-            (order, *divmod(epoch * draws + count, order.rows))
-            for order, draws, count in zip(self.orders, self.draws, self._counts(index), strict=True)
+        windows = [
+            order.shards_at(*divmod(drawn, order.rows)) if draws else ([], [])
+            for order, draws, drawn in zip(self.orders, self.draws, self.drawn_after(epoch, index), strict=True)
         ]
-        windows = [order.shards_at(of_epoch, of_index) for order, of_epoch, of_index in places]
         return [list(dict.fromkeys([*here, *then])) for here, then in windows]
 
     def _counts(self, index: int) -> list[int]:

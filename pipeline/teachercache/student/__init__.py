@@ -11,6 +11,10 @@
     deepspeed_config.py  ZeRO stage and precision to a DeepSpeed configuration
     arguments.py         a recipe to `transformers.TrainingArguments`
     trainer.py           `DistillationTrainer`
+    teachers.py          several teachers: their caches and weights
+    teachers_fit.py      what is refused of them before the first step
+    teacher_losses.py    what they lose on held-out rows
+    held_out_teachers.py evaluation against each of them
     layers.py            terms between layers: adapters in the student, what its layers hold
     lora.py              low-rank adapters
     cadence.py           when it logs, evaluates and saves

@@ -9,13 +9,15 @@ from transformers.integrations import get_available_reporting_integrations
 
 from teachercache.config import TrainConfig
 from teachercache.errors import RecipeError
-from teachercache.stream.batches import BatchPlan
+from teachercache.stream.batches import Plan
 from teachercache.student.deepspeed_config import Precision, deepspeed_config, precision_of
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-def training_arguments(config: TrainConfig, *, plan: BatchPlan, evaluates: bool, on_gpu: bool) -> TrainingArguments:
+def training_arguments(
+    config: TrainConfig, *, plan: Plan, steps: int, evaluates: bool, on_gpu: bool
+) -> TrainingArguments:
     """Arguments for `DistillationTrainer`; creating them starts torch.distributed.
 
     Raises `RecipeError` where a tracker is not installed, the device cannot compute in the asked-for precision, or a
@@ -24,7 +26,6 @@ def training_arguments(config: TrainConfig, *, plan: BatchPlan, evaluates: bool,
     settings = deepspeed_config(config, on_gpu=on_gpu)
     precision = precision_of(settings, config.precision)
     _check_precision(precision)
-    steps = config.max_steps or plan.steps(config.epochs)
     every = config.evaluate_every or plan.steps_per_epoch
     try:
         return TrainingArguments(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from teachercache.stream.batches import BatchPlan
+from teachercache.stream.batches import Plan
 
 
 class Cadence(TrainerCallback):
     """Logging windows end where a checkpoint may be taken, and a new best evaluation is always saved."""
 
-    def __init__(self, plan: BatchPlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
     def on_train_begin(
@@ -30,7 +30,10 @@ class Cadence(TrainerCallback):
             _uncount_steps(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        state.epoch = state.global_step / self._plan.steps_per_epoch  # to Trainer the whole run is one epoch
+        state.epoch = self._plan.epochs_before(state.global_step)  # to Trainer the whole run is one epoch
+        if self._plan.ends_phase(state.global_step):
+            control.should_log = True  # no window holds losses of two phases
+            control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"  # so that phases compare
         if control.should_save or control.should_evaluate or control.should_training_stop:
             control.should_log = True  # a window across a checkpoint would be logged otherwise by a resumed run
 

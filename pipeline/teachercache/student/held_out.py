@@ -17,6 +17,7 @@ from torch import Tensor
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
 from teachercache.objective.across import AcrossObjective
+from teachercache.objective.course import Extent
 from teachercache.objective.projected import chunk_logits, chunk_rows
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
@@ -188,8 +189,10 @@ class AcrossMeasure(Measure):
         return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
-def across_objective(config: ObjectiveConfig, cache: Cache, sidecar: Sidecar) -> AcrossObjective:
-    """The objective of a recipe for a cache and its alignment with the student's tokenizer."""
+def across_objective(
+    config: ObjectiveConfig, cache: Cache, sidecar: Sidecar, *, extent: Extent | None = None
+) -> AcrossObjective:
+    """The objective of a recipe for a cache and its alignment with the student's tokenizer; `extent` is what a run asks for."""
     vocabulary = sidecar.vocabulary
     return AcrossObjective(
         config,
@@ -197,4 +200,5 @@ def across_objective(config: ObjectiveConfig, cache: Cache, sidecar: Sidecar) ->
         first_U=vocabulary.first_Vt,
         emitted_V=vocabulary.emitted_Vs,
         begins_V=sidecar.begins_V,
+        extent=extent,
     )

@@ -67,7 +67,7 @@ def _try(model: Any, objectives: Sequence[LayerObjective], *, longest: int) -> N
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids_BS = torch.arange(longest, device=model.device).mul(7919).remainder(max(1, vocabulary))[None]
-    with torch.no_grad(), recorded(model, **layers) as activations:
+    with torch.no_grad(), recorded(model, hidden=layers["hidden"], attention=layers["attention"]) as activations:
         model.base_model(input_ids=ids_BS, use_cache=False)
     model.train(was_training)
     check_attention(activations, layers["attention"], model)
@@ -106,12 +106,14 @@ def check_formed_outside(model: Any, objective: LayerObjective | None) -> None:
 
 
 @contextmanager
-def watched(model: Any, objective: LayerObjective | None) -> Iterator[Activations | None]:
-    """While it is open, what the objective compares of the student is recorded; None where there is no objective."""
+def watched(model: Any, objective: LayerObjective | None, *, apart: bool = False) -> Iterator[Activations | None]:
+    """While it is open, what the objective compares of the student is recorded, `apart` from what the student itself goes on
+    with if gradients are to be told apart; None where there is no objective."""
     if objective is None:
         yield None
         return
-    with recorded(model, hidden=objective.hidden_layers, attention=objective.attention_layers) as activations:
+    hidden, attention = objective.hidden_layers, objective.attention_layers
+    with recorded(model, hidden=hidden, attention=attention, apart=apart) as activations:
         yield activations
 
 

@@ -40,7 +40,7 @@ class LossMeter:
     def __init__(self, accelerator: Any, names: Sequence[str] = ()) -> None:
         self._accelerator = accelerator
         self._names = tuple(names)  # of further terms, and of what they measure
-        self._sums = torch.zeros(4 + 2 * len(names), dtype=torch.float64, device=accelerator.device)
+        self._sums = torch.zeros(5 + 2 * len(names), dtype=torch.float64, device=accelerator.device)
         self._started: float | None = None
         self._waited = 0.0
 
@@ -59,7 +59,8 @@ class LossMeter:
         sums = torch.stack([terms.total.detach(), terms.divergence.detach(), terms.ce.detach()]).double()
         self._sums[:3] += sums
         self._sums[3] += terms.positions
-        for place, name in enumerate(self._names, start=4):
+        self._sums[4] += terms.positions if terms.weighed is not None else 0  # steps may do without the teacher
+        for place, name in enumerate(self._names, start=5):
             if name in terms.named:
                 self._sums[place] += terms.named[name].double()
                 # Caches of a mix may have pairs of their own; shares are of chunks.
@@ -70,11 +71,12 @@ class LossMeter:
         seconds = time.perf_counter() - self._started if self._started is not None else 0.0
         waiting = torch.tensor([self._waited / seconds if seconds else 0.0]).to(self._sums)
         reduced = self._accelerator.reduce(torch.cat([self._sums, waiting]), "sum")
-        total, divergence, ce, positions, *further, waiting_sum = reduced.tolist()
+        total, divergence, ce, positions, compared, *further, waiting_sum = reduced.tolist()
         self._sums.zero_()
         self._started, self._waited = None, 0.0
         count = max(positions, 1)
         share = waiting_sum / self._accelerator.num_processes
         sums, counts = further[: len(self._names)], further[len(self._names) :]
-        means = {name: value / max(n, 1) for name, value, n in zip(self._names, sums, counts, strict=True)}
-        return Window(total / count, divergence / count, ce / count, int(positions), seconds, share, means)
+        means = {name: value / n for name, value, n in zip(self._names, sums, counts, strict=True) if n}
+        divergence /= max(compared, 1)
+        return Window(total / count, divergence, ce / count, int(positions), seconds, share, means)

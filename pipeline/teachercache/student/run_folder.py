@@ -4,6 +4,7 @@ run.json        whose run this is: the cache's fingerprint, the weights that it 
                 decides what is learned
 checkpoint-N/   see checkpoints.py
 log.jsonl       log records
+course.jsonl    what alpha, temperature and weights were at each step, where they change
 runs/           trackers' files
 student/        the exported student
 adapters/       its adapters by themselves, where `student.lora` trained them
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teachercache.config import Recipe, parse_recipe
+from teachercache.config import PhaseConfig, Recipe, parse_recipe
+from teachercache.config.section import folder_name
 from teachercache.errors import RecipeError
 from teachercache.files import locked, write_whole
 from teachercache.stream.windows import ORDER
@@ -37,6 +39,7 @@ FREE_SETTINGS = {
     "log_every",
     "loader_workers",
     "trackers",
+    "gradient_cosines",
 }
 
 
@@ -52,12 +55,14 @@ class RunIdentity:
     deepspeed: dict[str, Any] | None
     mixed_fingerprints: tuple[str, ...] = ()
     alignments: tuple[str, ...] = ()  # fingerprints of those that the rows are joined by
+    teachers: dict[str, Any] | None = None  # as `Teachers.identity` says
     order: int = ORDER
 
     def decisive(self) -> dict[str, Any]:
         """What decides what is learned: two runs that are equal in it are one run."""
         recipe = self.recipe.model_dump(mode="json", include={"student", "objective", "train"})
         train = {key: value for key, value in recipe["train"].items() if key not in FREE_SETTINGS}
+        objective = {key: value for key, value in recipe["objective"].items() if key not in FREE_SETTINGS}
         student = {**self.student_weights, **recipe["student"]}
         shares = [each.share for each in self.recipe.stream.mix]
         stream = {
@@ -65,10 +70,25 @@ class RunIdentity:
             "window": self.recipe.stream.window,
             "mix": [list(pair) for pair in zip(self.mixed_fingerprints, shares, strict=True)],
         }
-        decisive = {**recipe, "student": student, "train": train, "stream": stream}
+        decisive = {**recipe, "student": student, "objective": objective, "train": train, "stream": stream}
+        if self.recipe.phases:
+            decisive["phases"] = [self._decisive_of(phase) for phase in self.recipe.phases]
+        if self.teachers is not None:
+            decisive["teachers"] = self.teachers
+        if self.recipe.teachers is not None and self.recipe.teachers.weights == "validation-student":
+            # Its weights follow evaluations.
+            decisive["train"] = {**train, "evaluate_every": recipe["train"]["evaluate_every"]}
         if self.alignments:
             decisive["alignments"] = list(self.alignments)
         return {**decisive, "cache": self.cache_fingerprint, "deepspeed": self.deepspeed}
+
+    def _decisive_of(self, phase: PhaseConfig) -> dict[str, Any]:
+        """Shares by the order of the caches, whose folders may be moved."""
+        settings = phase.model_dump(mode="json", exclude={"mix", "name"})
+        locations = (self.recipe.cache, *(each.cache for each in self.recipe.stream.mix))
+        return settings | (
+            {} if phase.mix is None else {"mix": [phase.mix.get(folder_name(each), 0) for each in locations]}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The content of run.json."""
@@ -77,6 +97,7 @@ class RunIdentity:
             "cache_fingerprint": self.cache_fingerprint,
             "mixed_fingerprints": list(self.mixed_fingerprints),
             "alignments": list(self.alignments),
+            "teachers": self.teachers,
             "order": self.order,
             "student_weights": self.student_weights,
             "deepspeed": self.deepspeed,
@@ -94,6 +115,7 @@ class RunIdentity:
             deepspeed=data["deepspeed"],
             mixed_fingerprints=tuple(data.get("mixed_fingerprints", ())),
             alignments=tuple(data.get("alignments", ())),
+            teachers=data.get("teachers"),
             order=data.get("order", 1),
         )
 
@@ -159,6 +181,9 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(one, other, f"{name}.{number}")
     elif before != now:
         yield f"{name} was {_short(before)}, now {_short(now)}"
 

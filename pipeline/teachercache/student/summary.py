@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from teachercache.stream.batches import BatchPlan
 from teachercache.student.meter import LOGGED_AS
 
 
@@ -28,12 +27,6 @@ def speed_and_losses(log_history: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "positions_per_second": round(speed, 1),
         "waiting_for_data": round(waiting, 4),
     }
-
-
-def rows_trained(plan: BatchPlan, *, steps: int) -> int:
-    """Rows in the first `steps` steps; the last batch of an epoch may be short."""
-    epochs, rest = divmod(steps, plan.steps_per_epoch)
-    return epochs * plan.rows + min(rest * plan.global_batch, plan.rows)
 
 
 def closing_line(summary: dict[str, Any]) -> str:

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from teachercache.config import Recipe, StudentConfig, TrainConfig
+from teachercache.config.phases import steps_of
+from teachercache.config.section import folder_name
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.shards import Cache
-from teachercache.stream.batches import BatchPlan
+from teachercache.stream.batches import BatchPlan, Plan
+from teachercache.stream.phases import PhasedPlan
 from teachercache.stream.sources import Mixed, check_mix, train_order, windows_bytes
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
@@ -24,7 +27,7 @@ from teachercache.student.disk import full_disk_in_a_line
 from teachercache.student.fit import check_cache, check_student, initial_weights, sidecars_of, tokenizer_to_export
 from teachercache.student.launch import Process, lost_another_process, training_process
 from teachercache.student.run_folder import RunFolder, RunIdentity
-from teachercache.student.summary import closing_line, rows_trained, speed_and_losses
+from teachercache.student.summary import closing_line, speed_and_losses
 
 if TYPE_CHECKING:
     from teachercache.student.trainer import DistillationTrainer
@@ -75,6 +78,9 @@ class _Job:
     """One call of `run_training` in one process."""
 
     def __init__(self, recipe: Recipe, cache: Cache, mix: Sequence[Mixed], process: Process, console: Console) -> None:
+        from teachercache.objective.course import Course
+        from teachercache.student.teachers import teachers_of
+
         assert recipe.student is not None and recipe.train is not None
         self.recipe, self.cache, self.process, self.console = recipe, cache, process, console
         self.student: StudentConfig = recipe.student
@@ -84,13 +90,23 @@ class _Job:
         self.folder = RunFolder(self.config.output)
         self.mix = mix
         self.sidecars = sidecars_of(self.student, self._caches)
-        self.plan = BatchPlan(
+        base = BatchPlan(
             order=train_order(cache, mix, seed=self.config.seed, window=recipe.stream.window),
             global_batch=self.config.global_batch,
             micro_batch=self.config.micro_batch,
             world_size=process.world_size,
         )
-        self.steps = self.config.max_steps or self.plan.steps(self.config.epochs)
+        self.steps = self.config.max_steps or steps_of(recipe.phases) or base.steps(self.config.epochs)
+        names = [folder_name(each) for each in (recipe.cache, *(each.cache for each in recipe.stream.mix))]
+        phases = recipe.phases
+        self.plan: Plan = PhasedPlan.of(base, phases, names=names, steps=self.steps) if phases else base
+        self.course = Course(recipe.objective, steps=self.steps, phases=phases, across=bool(self.sidecars))
+        self.teachers = teachers_of(recipe, self._caches, has_sidecars=bool(self.sidecars), extent=self.course.extent)
+        if "scheduler" in settings and any(phase.learning_rate_factor != 1 for phase in phases):
+            raise RecipeError(
+                f"train.deepspeed: {self.config.deepspeed} has a scheduler of its own, which phases cannot change; take it "
+                "out, or leave out their learning_rate_factor"
+            )
 
     def run(self) -> dict[str, Any]:
         began = time.perf_counter()
@@ -99,6 +115,7 @@ class _Job:
             cache_fingerprint=self.cache.manifest.fingerprint,
             mixed_fingerprints=tuple(mixed.cache.manifest.fingerprint for mixed in self.mix),
             alignments=tuple(sidecar.manifest.fingerprint for sidecar in self.sidecars),
+            teachers=self.teachers.identity() if self.teachers else None,
             student_weights=initial_weights(self.student),
             deepspeed=own_deepspeed_settings(self.config),
         )
@@ -126,7 +143,11 @@ class _Job:
             from teachercache.student.lora import with_adapters
 
             model = with_adapters(model, self.student.lora, seed=self.config.seed)
-        needed, room = windows_bytes(self._caches, window=self.recipe.stream.window), self.recipe.stream.local_bytes
+        further = [each.cache for each in self.teachers.further] if self.teachers else []
+        needed, room = (
+            windows_bytes([*self._caches, *further], window=self.recipe.stream.window),
+            self.recipe.stream.local_bytes,
+        )
         if needed > room:
             self._say(
                 f"two windows of shards take up to {needed:,} bytes, stream.local_bytes is {room:,}: shards may be fetched "
@@ -134,6 +155,8 @@ class _Job:
             )
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
+        for line in self.teachers.lines() if self.teachers else ():
+            self._say(line)
         if resume is not None:
             self._say(self._resuming(resume))
         try:
@@ -158,11 +181,14 @@ class _Job:
             raise RecipeError(f"train.deepspeed: {self.config.deepspeed}: {' '.join(str(error).split())}") from error
 
     def _run_trainer(self, model: Any, resume: Checkpoint | None, identity: RunIdentity) -> None:
+        from teachercache.student.following import CourseFile
         from teachercache.student.preemption import StopWhenAsked, sigterm_as_request
         from teachercache.student.progress import LogFile, ProgressBar
 
         bar = ProgressBar(self.console)
         callbacks = [LogFile(self.folder.path / "log.jsonl"), bar] if self.process.main else []
+        if self.process.main and self.course.changes:
+            callbacks.append(CourseFile(self.folder.path / "course.jsonl", self.course))
         try:
             with sigterm_as_request() as request:
                 trainer = self._trainer(model, [StopWhenAsked(request), *callbacks])
@@ -186,6 +212,7 @@ class _Job:
         args = training_arguments(
             self.config,
             plan=self.plan,
+            steps=self.steps,
             evaluates=self._evaluates,
             on_gpu=self.process.on_gpu,
         )
@@ -196,7 +223,9 @@ class _Job:
             objective=self.recipe.objective,
             mix=self.mix,
             plan=self.plan,
+            course=self.course,
             sidecars=self.sidecars,
+            teachers=self.teachers,
             keep_checkpoints=self.config.keep_checkpoints,
             pack=self.config.pack,
             callbacks=callbacks,
@@ -211,13 +240,15 @@ class _Job:
         summary = {
             **speed_and_losses(state["log_history"]),
             "steps": self.steps,
-            "rows": rows_trained(self.plan, steps=self.steps),
+            "rows": self.plan.rows_before(self.steps),
             "student": str(self.folder.student),
             "best": {"step": best_step, "loss": state["best_metric"]} if best_step else None,
             "zero_stage": self.zero_stage,
             "seconds": round(time.perf_counter() - began, 3),
             "resumed_from": resume.step if resume else None,
         }
+        if self.teachers is not None:
+            summary["teachers"] = self.teachers.report(state["log_history"])
         if self.process.main:
             chosen = self._checkpoint(best_step or self.steps)
             with tokenizer_to_export(self.student, self.cache, self.sidecars) as tokenizer:

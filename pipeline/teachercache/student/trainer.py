@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,36 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
-from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
+from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.objective.across import AcrossObjective
-from teachercache.objective.layers import names_of
+from teachercache.objective.course import Course
+from teachercache.objective.emphasis import EFFECTIVE
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
-from teachercache.stream.batches import BatchPlan, PlanSampler, spread
-from teachercache.stream.collate import Collator, MixedCollator
-from teachercache.stream.dataset import CacheDataset, Rows
+from teachercache.stream.batches import BatchPlan, Plan, PlanSampler
+from teachercache.stream.dataset import Rows
 from teachercache.stream.sources import Mixed, check_mix, train_order
+from teachercache.student.batch_loss import BatchLoss
 from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.elastic import any_number_of_processes
 from teachercache.student.fit import check_joined
+from teachercache.student.following import Adaptive, StepLosses, course_record, load_state, save_state
+from teachercache.student.gradient_cosines import cosines_of
 from teachercache.student.held_out import AcrossMeasure, HeldOutMeasure, Measure, across_objective
+from teachercache.student.held_out_teachers import TaughtMeasure
 from teachercache.student.layers import (
-    check_formed_outside,
     check_trainer,
     layer_objectives,
-    logged,
     names_logged,
-    watched,
 )
-from teachercache.student.meter import LOGGED_AS, LossMeter
-from teachercache.student.output_layer import loss_for_logits, takes_loss
-from teachercache.student.preemption import heed_parent_alone
+from teachercache.student.learning_rate import with_factors
+from teachercache.student.meter import LossMeter
+from teachercache.student.reading import Reading
+from teachercache.student.record import training_record
+from teachercache.student.routing import TURN, TURNS, routing_of
+from teachercache.student.teachers import Teachers
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,10 @@ class DistillationTrainer(Trainer):
     the best one besides: leave `args.save_total_limit` alone. `pack` puts short rows of a micro-batch into one sequence
     (isolated, by students for which `fit.check_packing` finds nothing), which changes the time of a step, not its loss.
     `mix` adds further caches of the same tokenizer, whatever their kinds of targets; a micro-batch is of one cache.
+    `course` says what the objective is at each step, by default what `objective` says; what `adaptive` holds is saved with
+    checkpoints.
     `sidecars`, one a cache, are alignments with the tokenizer of a student that has another one than the teacher.
+    `teachers` are further ones of the same rows (`student.teachers`), learned from together with those of the caches.
     Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
     Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `JobFailed` when training
@@ -81,8 +87,10 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments,
         objective: ObjectiveConfig,
         mix: Sequence[Mixed] = (),
-        plan: BatchPlan | None = None,
+        plan: Plan | None = None,
+        course: Course | None = None,
         sidecars: Sequence[Sidecar] = (),
+        teachers: Teachers | None = None,
         keep_checkpoints: int = 2,
         pack: bool = False,
         callbacks: list[TrainerCallback] | None = None,
@@ -91,10 +99,19 @@ class DistillationTrainer(Trainer):
         self.caches = (cache, *(mixed.cache for mixed in mix))
         self.objective_config = objective
         self.sidecars = tuple(sidecars)
-        self.objectives = [self._objective(number) for number in range(len(self.caches))]
+        self.teachers = teachers
+        self.reading = Reading(self.caches, self.sidecars, teachers, objective, args)
         self.plan = plan or _plan_of(args, cache, mix)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
+        self.routing = routing_of(model, objective.routing, args)
+        self.course = course or Course(objective, steps=args.max_steps, across=bool(self.sidecars))
+        self.weights = self.course.at(0)  # of the step that is under way
+        self.adaptive: dict[str, Adaptive] = {"course": self.course}
+        if teachers is not None:
+            self.adaptive["teachers"] = teachers.shared
+        self.step_losses = StepLosses(self.course)
+        self.objectives = [self._objective(number) for number in range(len(self.caches))]
         self.layer_objectives = layer_objectives(model, objective, self.caches, seed=args.seed)
         columns = [objective.columns for objective in self.objectives]
         if self.layer_objectives:
@@ -107,43 +124,47 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collator(columns, pack=pack),  # type: ignore[arg-type]  # of `Rows`, not a list
-            train_dataset=CacheDataset(self.caches, "train", columns=columns, sidecars=self.sidecars),
-            eval_dataset=CacheDataset(self.caches, "held-out", columns=columns, sidecars=self.sidecars)
-            if held_out
-            else None,
-            callbacks=[Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
+            data_collator=self.reading.collator("train", columns, pack=pack),  # type: ignore[arg-type]  # of `Rows`, not a list
+            train_dataset=self.reading.dataset("train", columns),
+            eval_dataset=self.reading.dataset("held-out", columns) if held_out else None,
+            callbacks=[self.step_losses, Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
         )
         model.config.use_cache = use_cache  # Trainer turns it off, and would export a student that generates slowly
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
+        self.step_losses.accelerator = self.accelerator
         check_trainer(self, self.layer_objectives)
-        across = [name for each in self.objectives if isinstance(each, AcrossObjective) for name in each.names]
-        names = (*dict.fromkeys(across), *names_logged(self.layer_objectives))
+        of_logits = [name for each in self.objectives for name in each.names]
+        emphasis = (EFFECTIVE,) if objective.emphasis is not None else ()
+        names = (*dict.fromkeys(of_logits), *names_logged(self.layer_objectives), *emphasis)
         self.meter = LossMeter(self.accelerator, names)
+        self.cosines = cosines_of(objective, self.accelerator, layers=self.layer_objectives, across=bool(self.sidecars))
+        self.batch_loss = BatchLoss(
+            self.model, self.objectives, self.layer_objectives, self.routing, self.cosines,
+            replicated=args.n_gpu > 1, speaks=self.is_world_process_zero(),
+        )  # fmt: skip
         self._held_out_loader: DataLoader[Rows] | None = None
         self._fetching: list[list[int]] = []  # shards of each cache
-        self._loss_in_layer: bool | None = None  # not tried yet
 
     def _objective(self, number: int) -> DistillationObjective | AcrossObjective:
         """Of one cache."""
         if self.sidecars:
-            return across_objective(self.objective_config, self.caches[number], self.sidecars[number])
-        return DistillationObjective(self.objective_config, kind=self.caches[number].kind)
+            return across_objective(
+                self.objective_config, self.caches[number], self.sidecars[number], extent=self.course.extent
+            )
+        config, kind = self.objective_config, self.caches[number].kind
+        teacher = None if self.teachers is None else self.teachers.fused(number, config)
+        return DistillationObjective(config, kind=kind, extent=self.course.extent, teacher=teacher)
 
     def _measure(self, number: int) -> Measure:
         """Of the held-out rows of one cache."""
         cache, tail, device = self.caches[number], self.objective_config.tail, self.args.device
         if self.sidecars:
             return AcrossMeasure(cache, self.sidecars[number], tail=tail, device=device)
+        if self.teachers is not None and self.teachers.shared.adapts:
+            fused = self.teachers.fused(number, self.objective_config)
+            return TaughtMeasure(cache.kind, tail=tail, device=device, teacher=fused)
         return HeldOutMeasure(cache.kind, tail=tail, device=device)
-
-    def _collator(self, columns: Sequence[tuple[str, ...]], *, pack: bool = False) -> MixedCollator:
-        joined = self.sidecars or [None] * len(self.caches)
-        paired = zip(self.caches, columns, joined, strict=True)
-        return MixedCollator(
-            tuple(Collator.of(cache, columns=names, pack=pack, sidecar=sidecar) for cache, names, sidecar in paired)
-        )
 
     def get_train_dataloader(self) -> DataLoader[Rows]:
         """This process's micro-batches from the current step on; accelerate must not shard them again."""
@@ -153,48 +174,45 @@ class DistillationTrainer(Trainer):
             steps=self.args.max_steps,
             first_step=lambda: self.state.global_step,
             upcoming=self._prefetch,
+            turns=1 if self.routing is None else len(TURNS),
         )
-        return self._loader(self.train_dataset, sampler, self.data_collator)
+        return self.reading.loader(self.train_dataset, sampler, self.data_collator)
 
     def _prefetch(self, step: int) -> None:
         """Have the shards of this window and the next one fetched, where caches are in an object store."""
-        shards = self.plan.order.shards_at(*self.plan.place(step))
+        shards = self.plan.shards_at(step)
         if shards != self._fetching:
             self._fetching = shards
-            for number, (cache, numbers) in enumerate(zip(self.caches, shards, strict=True)):
-                beside = self.sidecars[number].infos if self.sidecars else ()
-                cache.prefetch(numbers, caches=sum(each.is_remote for each in self.caches), with_infos=beside)
-
-    def _loader(self, dataset: Any, batch_sampler: Any, collator: Any, **settings: Any) -> DataLoader[Rows]:
-        return DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            # Left to the global generator, starting workers would shift the dropout of a resumed run.
-            generator=torch.Generator().manual_seed(self.args.seed),
-            **self._workers(),
-            **settings,
-        )
-
-    def _workers(self) -> dict[str, Any]:
-        """Loading processes are forked, but for caches in object stores: a fork inherits locks of the stores' clients, whose
-        threads it does not have, and now and then waits for one forever."""
-        if self.args.dataloader_num_workers == 0 or not any(each.is_remote for each in self.caches):
-            return {}
-        return {"multiprocessing_context": "spawn", "worker_init_fn": heed_parent_alone}
+            self.reading.prefetch(shards)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """The micro-batches of one optimizer step, and the positions of all of its micro-batches on all processes."""
+        """The micro-batches of one optimizer step, and the positions of all of its micro-batches on all processes.
+
+        Trainer counts on as many in every step: one with fewer begins with empty ones, which are not run.
+        """
+        self.weights = self.course.at(self.state.global_step)
+        count = self.plan.micro_steps_at(self.state.global_step)
         with self.meter.waiting():
-            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+            batches = [batch for _, batch in zip(range(count), epoch_iterator, strict=False)]
         if not batches:
             return [], None
         positions = sum(int((batch["shift_labels"] != NO_TARGET).sum()) for batch in batches)
-        return batches, self.accelerator.reduce(torch.tensor(positions, device=device), "sum")
+        if self.routing is not None:
+            batches = self.routing.presented(batches)
+        not_run: list[Any] = [{} for _ in range(num_batches - len(batches))]
+        return not_run + batches, self.accelerator.reduce(torch.tensor(positions, device=device), "sum")
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch, but for those that only fill up a step."""
+        if not inputs:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Trainer estimates them."""
+        return super().floating_point_ops(inputs) if inputs else 0
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Trainer would also cast the teacher's targets to the student's precision, and bf16 ruins log-partitions.
@@ -209,82 +227,25 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """This micro-batch's share of the global batch's mean loss. Calls the wrapped model, never `model.module`."""
         inputs = dict(inputs)
-        terms, outputs = self._terms(model, inputs, inputs.pop("source"))
+        if self.routing is not None:
+            self.routing.turn = inputs.pop(TURN)
+        terms, outputs = self.batch_loss.of(model, inputs, self.weights, step=self.state.global_step)
         self.meter.add(terms)
+        self.step_losses.add(terms)
         positions = terms.positions if num_items_in_batch is None else num_items_in_batch
         # DeepSpeed and DDP average gradients over processes where the mean over positions needs their sum.
         loss = terms.total * (self.accelerator.num_processes / _at_least_one(positions))
         return (loss, outputs) if return_outputs else loss
 
-    def _terms(self, model: Any, inputs: dict[str, Any], source: int) -> tuple[LossTerms, Any]:
-        """The loss, formed where logits would be, if the student's output layer allows it; with it that of layers."""
-        objective, layers = self.objectives[source], inputs.pop("layers", None)
-        labels_BS, targets = inputs.pop("shift_labels"), inputs.pop("targets")
-        matched = self.layer_objectives[source] if self.layer_objectives else None
-        in_layer = self._forms_loss_in_layer(model)
-        formed: list[LossTerms] = []
-        with watched(self.model, matched) as activations:
-
-            def add_layers(terms: LossTerms) -> torch.Tensor:
-                for each in self.layer_objectives:  # in one order in all processes, whatever caches they are at
-                    if each is matched:
-                        found = each.loss(activations, layers, labels_BS)
-                        terms = replace(terms, total=terms.total + found.total, named={**terms.named, **logged(found)})
-                    else:
-                        terms = replace(terms, total=terms.total + each.idle(terms.total))
-                formed.append(terms)
-                return terms.total
-
-            def loss(hidden: Any, weight: Any, bias: Any, softcap: float | None) -> torch.Tensor:
-                return add_layers(objective.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap))
-
-            if not in_layer:
-                check_formed_outside(model, matched)
-                outputs = model(**inputs, use_cache=False)
-                add_layers(objective(outputs.logits, labels_BS, targets))
-                return formed[-1], outputs
-            with loss_for_logits(self.model, loss):
-                outputs = model(**inputs, use_cache=False)
-        return replace(formed[-1], total=outputs.logits.reshape(())), outputs
-
-    def _forms_loss_in_layer(self, model: Any) -> bool:
-        """Found out at the first batch, by all processes at once."""
-        if self._loss_in_layer is None:
-            # Replicas of `nn.DataParallel` would share one patched layer.
-            self._loss_in_layer = self.args.n_gpu <= 1 and takes_loss(self.model, model)
-            if not self._loss_in_layer and self.is_world_process_zero():
-                logger.warning(
-                    "%s: logits of whole batches are formed, its output layer is not plain", type(self.model).__name__
-                )
-        return self._loss_in_layer
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; training records carry the loss by term, per position, over the window and all processes."""
         if "train_runtime" in logs:
             return  # Trainer's closing summary counts a resumed run's earlier steps as if they had run now
-        super().log({**logs, **self._window()} if "loss" in logs else logs, start_time)
-
-    def _window(self) -> dict[str, float]:
-        window = self.meter.take()
-        config = self.objective_config
-        with_teacher = {"temperature": config.temperature}
-        if not self.sidecars:
-            with_teacher[LOGGED_AS[config.divergence]] = window.divergence
-        elif config.alpha > 0:
-            with_teacher |= {f"weight_{term.match}": term.weight for term in config.across}
-        return {
-            "loss": window.total,
-            "ce": window.ce,
-            **(with_teacher if config.alpha > 0 else {}),
-            "alpha": config.alpha,
-            **window.named,
-            **{
-                f"weight_{name}": term.weight for name, term in zip(names_of(config.layers), config.layers, strict=True)
-            },
-            "positions": window.positions,
-            "positions_per_second": window.positions_per_second,
-            "waiting_for_data": window.waiting,
-        }
+        if "loss" in logs:
+            held = course_record(self.course, self.weights, step=self.state.global_step - 1)
+            record = training_record(self.meter.take(), self.objective_config, held, across=bool(self.sidecars))
+            logs = {**logs, **record, **({} if self.cosines is None else self.cosines.take())}
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -297,11 +258,15 @@ class DistillationTrainer(Trainer):
         was_training = model.training
         model.eval()
         measures = [self._measure(number) for number in range(len(self.caches))]
-        in_layer = self.model if self._forms_loss_in_layer(model) else None
-        for batch in self._held_out_batches([measure.columns for measure in measures]):
+        in_layer = self.model if self.batch_loss.forms_in_layer(model) else None
+        if self._held_out_loader is None:
+            self._held_out_loader = self.reading.held_out([measure.columns for measure in measures])
+        for batch in self._held_out_loader:
             measures[batch.pop("source")].add(model, [self._prepare_inputs(batch)], in_layer_of=in_layer)
         model.train(was_training)
         metrics = self._held_out_metrics(measures, prefix=metric_key_prefix)
+        if self.teachers is not None:
+            self.teachers.heed(metrics, prefix=metric_key_prefix)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -317,34 +282,17 @@ class DistillationTrainer(Trainer):
                     metrics |= measures[0].metrics(of_cache, prefix=f"{prefix}_cache{number}")
         return metrics
 
-    def _held_out_batches(self, columns: Sequence[tuple[str, ...]]) -> DataLoader[Rows]:
-        """Kept from one evaluation to the next: its workers hold shards open that they have checked."""
-        if self._held_out_loader is None:
-            rows = [each.rows_of("held-out") for each in self.caches]
-            batches = [
-                batch
-                for number, count in enumerate(rows)
-                for batch in spread(
-                    count,
-                    start=sum(rows[:number]),
-                    micro_batch=self.args.per_device_train_batch_size,
-                    rank=self.args.process_index,
-                    world_size=self.args.world_size,
-                )
-            ]
-            self._held_out_loader = self._loader(
-                CacheDataset(self.caches, "held-out", columns=columns, sidecars=self.sidecars),
-                batches,
-                self._collator(columns),
-                persistent_workers=self.args.dataloader_num_workers > 0,
-            )
-        return self._held_out_loader
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's, times the factor of each step's phase."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        return with_factors(scheduler, self.course.learning_rate_factor)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = checkpoint_folder(self._run, self.state.global_step)
+            save_state(folder, self.adaptive)
             mark_complete(folder, world_size=self.args.world_size)
             rotate(self._run, keep=self.keep_checkpoints, best_step=self.state.best_global_step)
         self.accelerator.wait_for_everyone()
@@ -364,6 +312,8 @@ class DistillationTrainer(Trainer):
         if resume_from_checkpoint is True:
             found = complete_checkpoints(self._run)
             resume_from_checkpoint = str(found[-1].folder) if found else None
+        if resume_from_checkpoint:
+            load_state(Path(resume_from_checkpoint), self.adaptive)
         try:
             with any_number_of_processes(self, resume_from_checkpoint or None):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -385,7 +335,7 @@ def _plan_of(args: TrainingArguments, cache: Cache, mix: Sequence[Mixed]) -> Bat
     )
 
 
-def _run_as_one_pass(args: TrainingArguments, plan: BatchPlan) -> None:
+def _run_as_one_pass(args: TrainingArguments, plan: Plan) -> None:
     """Settings without which the plan would not be what is run."""
     if args.max_steps <= 0:
         args.max_steps = plan.steps(args.num_train_epochs)

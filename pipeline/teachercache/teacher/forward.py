@@ -192,8 +192,8 @@ class Teacher:
         inputs, index_N, labels_N = self._inputs(rows)
         seeds_N = np.concatenate([position_seeds(row.row_id, row.positions) for row in rows])
         parts = []
-        chosen = {"hidden": self.targets.hidden_layers, "attention": self.targets.attention_layers}
-        with recorded(self.model, **chosen) as activations:
+        layers, attention = self.targets.hidden_layers, self.targets.attention_layers
+        with recorded(self.model, hidden=layers, attention=attention) as activations:
             for start, logits_nV, hidden_nD in self._logit_blocks(inputs, index_N):
                 self.drift.sample(start, logits_nV)
                 size = self._rows_within(REDUCED_BYTES, logits_nV.shape[1])

@@ -15,6 +15,7 @@ Shapes: B rows, S tokens of the student, N positions, L columns of the logits, U
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from teachercache.objective.across.projected_kl import ProjectedKL, VocabularyPr
 from teachercache.objective.across.sorted_probabilities import SortedProbabilities
 from teachercache.objective.across.sums import Batch, Sums, across_sums, across_sums_of_logits, names_of
 from teachercache.objective.across.term import ChunkTerm, PairTerm
+from teachercache.objective.course import Course, Extent
 from teachercache.objective.distillation import LossTerms, labelled_positions
+from teachercache.objective.operands import Weights
 from teachercache.targets import StoredTargets, TailPolicy
 from teachercache.targets.boundary import BOUNDARY_MASS
 from teachercache.targets.kind import ACTUAL
@@ -50,19 +53,29 @@ class AcrossObjective:
         first_U: Any,
         emitted_V: Any,
         begins_V: Any,
+        extent: Extent | None = None,
     ) -> None:
         self.config = config
         self.vocabulary_size = len(emitted_V)
         self._kind = targets.logits
-        projection = VocabularyProjection(torch.as_tensor(first_U), torch.as_tensor(emitted_V))
-        self._pair_terms, self._chunk_terms = terms_of(config, projection)
+        self._projection = VocabularyProjection(torch.as_tensor(first_U), torch.as_tensor(emitted_V))
+        self._first = Course(config, steps=1, across=True).at(0)
+        extent = extent or Extent.of(config)
+        self._pair_terms, self._chunk_terms = (
+            terms_of(config, self._projection, replace(self._first, alpha=1.0)) if extent.uses_teacher else ([], [])
+        )
         self._tail: TailPolicy = self._kind.tail_policies[0] if config.tail == "auto" else config.tail
-        for term in self._pair_terms:
-            self._kind.check_temperature(term.temperature)
-        if config.alpha > 0 and config.divergence != "forward-kl":
+        for temperature in extent.temperatures if self._pair_terms else ():
+            self._kind.check_temperature(temperature)
+        if extent.uses_teacher and config.divergence != "forward-kl":
             raise RecipeError(
                 f"objective.divergence: {config.divergence} means nothing to a student with another tokenizer, whose losses "
                 "are those of objective.across; leave it out"
+            )
+        if config.emphasis is not None:
+            raise RecipeError(
+                "objective.emphasis weighs single tokens, and a student with another tokenizer learns from chunks of "
+                "several tokens as well; leave it out, or use a student with the teacher's tokenizer"
             )
         with_boundaries = any(term.boundaries for term in self._chunk_terms)
         if with_boundaries and targets.boundary is None:
@@ -85,13 +98,19 @@ class AcrossObjective:
         return names_of(self._pair_terms, self._chunk_terms)
 
     def __call__(
-        self, logits_BSL: Tensor, shift_labels_BS: Tensor, targets: Mapping[str, Tensor] | None = None
+        self,
+        logits_BSL: Tensor,
+        shift_labels_BS: Tensor,
+        targets: Mapping[str, Tensor] | None = None,
+        *,
+        weights: Weights | None = None,
     ) -> LossTerms:
-        """Loss sums of one batch; `targets` are what the collator made of the aligned rows."""
+        """Loss sums of one batch; `targets` are what the collator made of the aligned rows, `weights` those of this
+        step (default: of the first step)."""
         self._check_width(logits_BSL.shape[-1])
         positions_N, labels_N = labelled_positions(shift_labels_BS)
         logits_NL = logits_BSL.reshape(-1, logits_BSL.shape[-1])[positions_N]
-        batch = self._batch(targets or {}, labels_N)
+        batch = self._batch(targets or {}, labels_N, weights or self._first)
         return self._terms(across_sums_of_logits(logits_NL, batch, vocabulary_size=self.vocabulary_size), batch)
 
     def projected(
@@ -103,6 +122,7 @@ class AcrossObjective:
         targets: Mapping[str, Tensor] | None = None,
         *,
         softcap: float | None = None,
+        weights: Weights | None = None,
     ) -> LossTerms:
         """The same from what enters the student's output layer, and its weights: no logits of a whole batch are formed."""
         self._check_width(len(weight_LD))
@@ -111,7 +131,7 @@ class AcrossObjective:
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[positions_N],
             weight_LD,
             bias_L,
-            batch := self._batch(targets or {}, labels_N),
+            batch := self._batch(targets or {}, labels_N, weights or self._first),
             vocabulary_size=self.vocabulary_size,
             softcap=softcap,
         )
@@ -119,9 +139,13 @@ class AcrossObjective:
 
     def _terms(self, sums: Sums, batch: Batch) -> LossTerms:
         """Terms are logged a position, so that they add up to the loss; shares are of chunks."""
-        counts = {name: len(batch.chunks) for term in self._pair_terms for name in term.measured}
+        counts = {name: len(batch.chunks) for term in batch.pair_terms for name in term.measured}
         nothing = sums.ce.new_zeros(())
-        return LossTerms(sums.total, nothing, sums.ce, len(batch.labels_N), named=sums.named, counts=counts)
+        terms: list[PairTerm | ChunkTerm] = [*batch.pair_terms, *batch.chunk_terms]
+        weighed = sum((term.weight * sums.named[term.name] for term in terms), nothing)
+        return LossTerms(
+            sums.total, nothing, sums.ce, len(batch.labels_N), weighed=weighed, named=sums.named, counts=counts
+        )
 
     def _check_width(self, predicted: int) -> None:
         if predicted < self.vocabulary_size:
@@ -130,35 +154,38 @@ class AcrossObjective:
                 "embeddings hold them (see `teachercache init-student --tokenizer`)"
             )
 
-    def _batch(self, arrays: Mapping[str, Tensor], labels_N: Tensor) -> Batch:
+    def _batch(self, arrays: Mapping[str, Tensor], labels_N: Tensor, weights: Weights) -> Batch:
         chunks = Chunks.of(arrays, labels_N)
         of_teacher = {
             name: values.to(labels_N.device, torch.float32 if values.is_floating_point() else torch.int64)
             for name, values in arrays.items()
             if not name.startswith(PREFIX)
         }
-        teachers = [
-            self._kind.softened(of_teacher, term.temperature, tail=self._tail, xp=torch) for term in self._pair_terms
-        ]
+        if self._projection.first_U.device != labels_N.device:
+            self._projection = self._projection.to(labels_N.device)
+        pair_terms, chunk_terms = terms_of(self.config, self._projection, weights)
+        teachers = [self._kind.softened(of_teacher, term.temperature, tail=self._tail, xp=torch) for term in pair_terms]
         if self._begins_V is not None:
             self._begins_V = self._begins_V.to(labels_N.device)
-        return Batch(labels_N, chunks, self._pair_terms, teachers, self._chunk_terms, self._begins_V, self.config.alpha)
+        begins_V = self._begins_V if chunk_terms else None
+        return Batch(labels_N, chunks, pair_terms, teachers, chunk_terms, begins_V, weights.alpha)
 
 
 def terms_of(
-    config: ObjectiveConfig, projection: VocabularyProjection
+    config: ObjectiveConfig, projection: VocabularyProjection, weights: Weights
 ) -> tuple[Sequence[PairTerm], Sequence[ChunkTerm]]:
-    """The terms that a recipe describes; none without a teacher (alpha = 0)."""
+    """The terms that a recipe describes, with what they weigh in a step; none without a teacher (alpha = 0)."""
     pair_terms: list[PairTerm] = []
     chunk_terms: list[ChunkTerm] = []
-    for term in config.across if config.alpha > 0 else ():
+    for term in config.across if weights.alpha > 0 else ():
+        weight = weights.terms[term.match]
         match term.match:
             case "projected-kl":
-                pair_terms.append(ProjectedKL(projection, weight=term.weight, temperature=config.temperature))
+                pair_terms.append(ProjectedKL(projection, weight=weight, temperature=weights.temperature))
             case "sorted-probabilities":
-                pair_terms.append(SortedProbabilities(term.weight, config.temperature))
+                pair_terms.append(SortedProbabilities(weight, weights.temperature))
             case "chunk-likelihood":
-                chunk_terms.append(ChunkLikelihood(term.weight, term.tau, term.boundaries))
+                chunk_terms.append(ChunkLikelihood(weight, term.tau, term.boundaries))
     return pair_terms, chunk_terms
 
 

@@ -9,6 +9,7 @@
     attention.py  attention maps: KL, mean squared error
     relations.py  relations among queries, keys or values (MiniLMv2)
     structure.py  distances, angles, correlations of channels
+    pulls.py      where a term pulls what it matches, and where the layers above do
 
 Shapes: B rows, S tokens.
 """
@@ -16,7 +17,7 @@ Shapes: B rows, S tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from teachercache.objective.layers.aligned import PLACES, STUDENT, aligned_heads
 from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.hidden import HiddenTerm
 from teachercache.objective.layers.pairs import layer_pairs
+from teachercache.objective.layers.pulls import Pulls
 from teachercache.objective.layers.relations import PARTS, RelationTerm, check_relation_heads
 from teachercache.objective.layers.structure import STRUCTURES, StructureTerm
 from teachercache.objective.layers.term import LayerBatch
@@ -68,7 +70,7 @@ class LayerObjective(torch.nn.Module):
 
     def __init__(self, terms: Sequence[LayerTermConfig], targets: StoredTargets, student: StudentShape) -> None:
         super().__init__()
-        self._targets, self._weights = targets, [term.weight for term in terms]
+        self._targets = targets
         self._centred = [term.centred for term in terms]
         made = [term_of(config, targets, student) for config in terms]
         self._made, self.terms = made, torch.nn.ModuleList(made)  # the list alone forgets what they are
@@ -91,19 +93,42 @@ class LayerObjective(torch.nn.Module):
         """Layers of the student whose similarity with the teacher's is measured."""
         return tuple(sorted({ours for term in self.terms if isinstance(term, HiddenTerm) for ours, _ in term.pairs}))
 
-    def loss(self, activations: Any, layers: Mapping[str, Tensor], shift_labels_BS: Tensor) -> LayerLoss:
-        """`activations` of the student (`activations.Activations`), and `layers` as the collator gives them. In float32, also
-        under autocast. Raises `ModelError` where what was recorded carries no gradient though it should."""
+    def loss(
+        self,
+        activations: Any,
+        layers: Mapping[str, Tensor],
+        shift_labels_BS: Tensor,
+        *,
+        weights: Mapping[str, float],
+        pulls: Pulls | None = None,
+    ) -> LayerLoss:
+        """`activations` of the student (`activations.Activations`), `layers` as the collator gives them, and the weights that
+        terms have in this step, by `names`. In float32, also under autocast. With `pulls` the backward pass leaves each term's
+        gradient there; what was recorded must be `apart`. Raises `ModelError` where what was recorded carries no gradient
+        though it should."""
         with torch.autocast(shift_labels_BS.device.type, enabled=False):
-            return self._loss(activations, layers, shift_labels_BS)
+            return self._loss(activations, layers, shift_labels_BS, weights, pulls)
 
-    def _loss(self, activations: Any, layers: Mapping[str, Tensor], shift_labels_BS: Tensor) -> LayerLoss:
+    def _loss(
+        self,
+        activations: Any,
+        layers: Mapping[str, Tensor],
+        shift_labels_BS: Tensor,
+        weights: Mapping[str, float],
+        pulls: Pulls | None,
+    ) -> LayerLoss:
         _check_gradients(activations)
         batches = {
             centred: self._batch(activations, layers, shift_labels_BS, centred) for centred in set(self._centred)
         }
-        values = [term.loss(batches[centred]) for term, centred in zip(self._made, self._centred, strict=True)]
-        total = torch.stack([weight * value for weight, value in zip(self._weights, values, strict=True)]).sum()
+        values = []
+        for name, term, centred in zip(self.names, self._made, self._centred, strict=True):
+            batch = batches[centred]
+            if pulls is not None:
+                own = self._batch(pulls.apart(name, term, activations), layers, shift_labels_BS, centred)
+                batch = replace(own, similarity=batch.similarity)
+            values.append(term.loss(batch))
+        total = torch.stack([weights[name] * value for name, value in zip(self.names, values, strict=True)]).sum()
         similarity = {layer: sums for batch in batches.values() for layer, sums in batch.similarity.items()}
         terms = {name: value.detach() for name, value in zip(self.names, values, strict=True)}
         return LayerLoss(total, terms, similarity)
@@ -175,7 +200,8 @@ def term_of(config: LayerTermConfig, targets: StoredTargets, student: StudentSha
         arrays = {layer: hidden_arrays(targets, layer) for _, layer in pairs}
         variance = {layer: float((found["spread"] ** 2).mean()) for layer, found in arrays.items()}
         means = {layer: torch.from_numpy(found["mean"]) for layer, found in arrays.items()} if config.centred else {}
-        return HiddenTerm(config.match, pairs, **widths, variance=variance, means=means)
+        shared = config.adapter == "shared"
+        return HiddenTerm(config.match, pairs, **widths, variance=variance, means=means, shared=shared)
     if config.match in PARTS:
         return _relation_term(config, kind, student, pairs)
     return AttentionTerm(config.match, pairs, heads=config.heads, student_heads=student.heads, teacher_heads=kind.heads)

@@ -11,7 +11,7 @@ Shapes: N positions, Ds and Dt widths of student and teacher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ from teachercache.objective.layers.term import LayerBatch
 
 
 class HiddenTerm(torch.nn.Module):
-    """Either loss; `variance` is the teacher's mean variance of a channel, by layer, `means` what its states are less, [Dt]."""
+    """Either loss; `variance` is the teacher's mean variance of a channel, by layer, `means` what its states are less, [Dt].
+
+    With `shared` one adapter serves all pairs, and what it learns is one map between the two models' coordinates, which the
+    student's layers cannot each have adjusted to themselves.
+    """
 
     of = "hidden"
 
@@ -34,12 +38,15 @@ class HiddenTerm(torch.nn.Module):
         teacher_width: int,
         variance: Mapping[int, float],
         means: Mapping[int, Tensor] | None = None,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.match, self.pairs, self._variance = match, pairs, variance
-        self.adapters = torch.nn.ModuleList(
-            Adapter(student_width, teacher_width, mean_D=(means or {}).get(teacher)) for _, teacher in pairs
-        )
+        begins = [(means or {}).get(teacher) for _, teacher in pairs]
+        if shared:
+            known = [mean_D for mean_D in begins if mean_D is not None]
+            begins = [torch.stack(known).mean(0) if known else None]
+        self.adapters = torch.nn.ModuleList(Adapter(student_width, teacher_width, mean_D=mean_D) for mean_D in begins)
 
     def idle(self, like: Tensor) -> Tensor:
         """Zero, by all weights: see `LayerTerm`."""
@@ -48,8 +55,7 @@ class HiddenTerm(torch.nn.Module):
     def loss(self, batch: LayerBatch) -> Tensor:
         """The sum over positions, the mean over pairs."""
         total = batch.mask_BS.new_zeros((), dtype=torch.float32)
-        for adapter, (student, teacher) in zip(self.adapters, self.pairs, strict=True):
-            adapted_ND = adapter(batch.hidden[student][batch.mask_BS])
+        for adapted_ND, (student, teacher) in zip(self._adapted(batch), self.pairs, strict=True):
             target_ND = batch.teacher_hidden[teacher][batch.mask_BS]
             cosine_N = torch.nn.functional.cosine_similarity(adapted_ND, target_ND, dim=-1)
             batch.similarity.setdefault(student, cosine_N.detach().sum())  # of the first term that has the layer
@@ -59,3 +65,11 @@ class HiddenTerm(torch.nn.Module):
                 scaled_ND = target_ND / self._variance[teacher] ** 0.5
                 total = total + (adapted_ND - scaled_ND).square().mean(-1).sum()
         return total / len(self.pairs)
+
+    def _adapted(self, batch: LayerBatch) -> Iterator[Tensor]:
+        """Of each pair, float32 [N, Dt]. A shared adapter runs once, over all of them: see `idle`."""
+        states = (batch.hidden[student][batch.mask_BS] for student, _ in self.pairs)
+        if len(self.adapters) == len(self.pairs):
+            return (adapter(states_ND) for adapter, states_ND in zip(self.adapters, states, strict=True))
+        states_PND = torch.stack(list(states))
+        return iter(self.adapters[0](states_PND.flatten(0, 1)).unflatten(0, states_PND.shape[:2]))

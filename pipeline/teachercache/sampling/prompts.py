@@ -1,0 +1,62 @@
+"""Which documents of a corpus a student goes on from, and how much of them it is given."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from dataclasses import dataclass
+from typing import Any
+
+from teachercache.config import CorpusConfig
+from teachercache.corpus.documents import Document, documents
+from teachercache.corpus.readers import read_rows
+from teachercache.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that the student goes on from, and the conversation that they are, if they are one."""
+
+    ids: list[int]
+    messages: list[dict[str, Any]] | None = None
+
+
+def prompts(config: CorpusConfig, tokenizer: Any, *, rows: int, prompt_tokens: int, seed: int) -> list[Prompt]:
+    """At most `rows` of them, longest first. A text is given up to its first `prompt_tokens` tokens, at most half of it; a
+    conversation up to its last assistant turn, if that takes no more tokens.
+
+    Raises `CorpusError` where the corpus has nothing to go on from.
+    """
+    if config.messages_field and tokenizer.chat_template is None:
+        raise CorpusError(
+            f"corpus {config.source} has conversations, and the student's tokenizer has no chat template; take a chat model, "
+            "or text rows (corpus.text_field)"
+        )
+    usable = (document for document in documents(read_rows(config), config) if isinstance(document, Document))
+    trained = (document for document in usable if document.problem is None and not document.held_out)
+    drawn = heapq.nsmallest(rows, trained, key=lambda document: _draw(document, seed))
+    made = [_of(document, tokenizer, prompt_tokens) for document in drawn]
+    found = [prompt for prompt in made if prompt is not None]
+    if not found:
+        raise CorpusError(
+            f"corpus {config.source} has no document that a student could go on from within {prompt_tokens} tokens; raise "
+            "--prompt-tokens"
+        )
+    return sorted(found, key=lambda prompt: -len(prompt.ids))
+
+
+def _draw(document: Document, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed} {document.source_id}".encode(), digest_size=16).digest()
+
+
+def _of(document: Document, tokenizer: Any, prompt_tokens: int) -> Prompt | None:
+    if document.messages is None:
+        ids = tokenizer(document.text, add_special_tokens=True)["input_ids"]
+        given = ids[: min(prompt_tokens, max(1, len(ids) // 2))]
+        return Prompt(given) if given else None
+    last = max((n for n, message in enumerate(document.messages) if message["role"] == "assistant"), default=0)
+    if not last:
+        return None
+    messages = document.messages[:last]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return Prompt(list(ids), messages) if len(ids) <= prompt_tokens else None

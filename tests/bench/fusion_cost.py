@@ -1,0 +1,127 @@
+"""What a second teacher costs: the loss of a training step, inside the output layer, with one teacher and with two.
+
+    python tests/bench/fusion_cost.py [--rows 4] [--length 256] [--rounds 9] [--json]
+
+The loss is forward and backward from what enters the output layer of a student like SmolLM2-135M (hidden 576, V = 49152),
+alpha 0.9. Each teacher has a head of 10 and a sketch of rank 320. `one` is one teacher without fusion, `one, fused` the
+general path with a weight of zero for the other, `other tokens` a second teacher with a vocabulary of its own (32,000 tokens)
+that speaks at two positions of three. Contestants take turns, in one process. Medians over the rounds; ratios to `one` at the
+same temperature within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from provenance import add_output_options, provenance, publish
+from torch import Tensor
+
+from teachercache.objective.across.projected_kl import VocabularyProjection
+from teachercache.objective.operands import Weights
+from teachercache.objective.projected import projected_sums
+from teachercache.objective.teachers.fused_tail import FusedTail, Fusion
+from teachercache.objective.teachers.voice import Voice
+from teachercache.targets.softened import SketchTail, Softened
+
+V, U, HIDDEN, RANK, HEAD, ALPHA = 49152, 32000, 576, 320, 10, 0.9
+
+
+def teacher(positions: int, temperature: float, *, seed: int, tokens: int = V) -> Softened:
+    generator = torch.Generator().manual_seed(seed)
+    tail = SketchTail(
+        torch.randn(positions, RANK, generator=generator) / temperature,
+        torch.randn(tokens, RANK, generator=generator) * 0.1,
+        torch.randn(tokens, generator=generator) / temperature,
+    )
+    ids_Nk = torch.rand(positions, tokens, generator=generator).topk(HEAD).indices
+    log_p_NA = (torch.randn(positions, HEAD + 1, generator=generator) * 3 / temperature).log_softmax(-1)
+    return Softened(ids_Nk, log_p_NA[:, :HEAD].contiguous(), log_p_NA[:, HEAD].contiguous(), tail)
+
+
+def fused(voices: list[Voice], weight_NK: Tensor, fusion: Fusion) -> Softened:
+    none_N0 = torch.empty(len(weight_NK), 0)
+    return Softened(none_N0.long(), none_N0, torch.zeros(len(weight_NK)), FusedTail(voices, weight_NK, fusion, V))
+
+
+def teachers(positions: int, temperature: float) -> dict[str, Softened]:
+    one, two = (teacher(positions, temperature, seed=seed) for seed in (1, 2))
+    voices = [Voice.of(each, None, positions=positions) for each in (one, two)]
+    equal_N2 = torch.full((positions, 2), 0.5)
+    alone_N2 = torch.tensor([[1.0, 0.0]]).expand(positions, 2)
+    at_n = torch.arange(positions)[torch.arange(positions) % 3 > 0]
+    first_U = torch.randint(0, V, (U,), generator=torch.Generator().manual_seed(3))
+    projection = VocabularyProjection(first_U, torch.zeros(V, dtype=torch.bool).index_fill(0, first_U, True))
+    abroad = Voice.of(
+        teacher(len(at_n), temperature, seed=4, tokens=U), at_n, positions=positions, projection=projection
+    )
+    other_N2 = equal_N2.clone()
+    other_N2[::3] = torch.tensor([1.0, 0.0])
+    return {
+        "one": one,
+        "one, fused": fused(voices, alone_N2, "arithmetic"),
+        "arithmetic": fused(voices, equal_N2, "arithmetic"),
+        "geometric": fused(voices, equal_N2, "geometric"),
+        "other tokens": fused([voices[0], abroad], other_N2, "arithmetic"),
+    }
+
+
+def runs(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    count = options.rows * options.length
+    hidden_ND, weight_VD = torch.randn(count, HIDDEN), torch.randn(V, HIDDEN) * 0.1
+    labels_N = torch.randint(0, V, (count,))
+
+    def alone(target: Softened, temperature: float) -> Callable[[], None]:
+        def run() -> None:
+            operands = (hidden_ND.detach().requires_grad_(), weight_VD.detach().requires_grad_())
+            total, _, _ = projected_sums(
+                *operands, None, labels_N=labels_N, teacher=target, weights=Weights(ALPHA, temperature), vocabulary_size=V
+            )  # fmt: skip
+            (total / count).backward()
+
+        return run
+
+    return {
+        f"{name} T={temperature:g}": alone(target, temperature)
+        for temperature in (1.0, 2.0)
+        for name, target in teachers(count, temperature).items()
+    }
+
+
+def compare(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        first = number % len(contestants)
+        for name in [*contestants][first:] + [*contestants][:first]:  # no contestant always goes first
+            start = time.perf_counter()
+            contestants[name]()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+        print(f"round {number} of {rounds}", file=sys.stderr)
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(values, seconds[f"one T={name[-1]}"], strict=True))
+        for name, values in seconds.items()
+    }
+    return {
+        "milliseconds": {name: round(statistics.median(values) * 1e3, 1) for name, values in seconds.items()},
+        "ratio_to_one": {name: round(value, 3) for name, value in ratios.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("rows", 4), ("length", 256), ("rounds", 9), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    add_output_options(parser)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    settings = {name: getattr(options, name) for name in ("rows", "length", "rounds", "threads")}
+    publish({**provenance(), **settings, "loss": compare(runs(options), options.rounds)}, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -127,8 +127,16 @@ def test_one_adapter_may_serve_all_layers(make: Any, pupil: Path, stage: int) ->
     assert kept == {name for name, _ in load_causal_lm(str(pupil)).named_parameters()}
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(make: Any, tmp_path: Path) -> None:
-    settings = {"epochs": 3, "save_every": 3, "evaluate_every": 100}
+@pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param({}, id="whole"),
+        pytest.param({"lora": {"rank": 4}}, id="low-rank", marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16"}, id="bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(make: Any, tmp_path: Path, own: Any) -> None:
+    settings = {"epochs": 3, "save_every": 3, "evaluate_every": 100, **own}
     whole, killed = (make(output=tmp_path / name, **settings) for name in ("whole", "killed"))
     run_training(whole)
     kill_after(start_job(killed, tmp_path), killed.train.output, 6)
@@ -148,6 +156,20 @@ def test_how_a_step_is_computed_does_not_change_its_loss(make: Any, plain_pupil:
     run_training(one)
     run_training(other)
     np.testing.assert_allclose(losses_of(other.train.output), losses_of(one.train.output), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_terms_in_bf16_are_those_of_float32_but_for_rounding(make: Any, plain_pupil: Path, stage: int) -> None:
+    logs = {}
+    for precision in ("fp32", "bf16"):
+        output = Path(str(plain_pupil)) / f"{precision}-{stage}"
+        recipe = make(output=output, student_model=plain_pupil, precision=precision, zero_stage=stage, max_steps=8)
+        run_training(recipe)
+        logs[precision] = [record for record in log_of(recipe.train.output) if "loss" in record]
+    for ours, exact in zip(logs["bf16"], logs["fp32"], strict=True):
+        for name in (name.removeprefix("weight_") for name in exact if name.startswith("weight_")):
+            assert ours[name] == pytest.approx(exact[name], rel=0.05), name
+        assert ours["similarity_1"] == pytest.approx(exact["similarity_1"], abs=0.02)
 
 
 @pytest.fixture(scope="module")

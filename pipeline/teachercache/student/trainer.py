@@ -43,8 +43,8 @@ from teachercache.student.elastic import any_number_of_processes
 from teachercache.student.fit import check_joined
 from teachercache.student.following import Adaptive, StepLosses, course_record, load_state, save_state
 from teachercache.student.gradient_cosines import cosines_of
-from teachercache.student.held_out import AcrossMeasure, HeldOutMeasure, Measure, across_objective
-from teachercache.student.held_out_teachers import TaughtMeasure
+from teachercache.student.held_out import across_objective
+from teachercache.student.held_out_pass import HeldOutPass
 from teachercache.student.layers import (
     check_trainer,
     layer_objectives,
@@ -143,7 +143,7 @@ class DistillationTrainer(Trainer):
             self.model, self.objectives, self.layer_objectives, self.routing, self.cosines,
             replicated=args.n_gpu > 1, speaks=self.is_world_process_zero(),
         )  # fmt: skip
-        self._held_out_loader: DataLoader[Rows] | None = None
+        self.held_out_pass = HeldOutPass(self.reading)
         self._fetching: list[list[int]] = []  # shards of each cache
 
     def _objective(self, number: int) -> DistillationObjective | AcrossObjective:
@@ -155,16 +155,6 @@ class DistillationTrainer(Trainer):
         config, kind = self.objective_config, self.caches[number].kind
         teacher = None if self.teachers is None else self.teachers.fused(number, config)
         return DistillationObjective(config, kind=kind, extent=self.course.extent, teacher=teacher)
-
-    def _measure(self, number: int) -> Measure:
-        """Of the held-out rows of one cache."""
-        cache, tail, device = self.caches[number], self.objective_config.tail, self.args.device
-        if self.sidecars:
-            return AcrossMeasure(cache, self.sidecars[number], tail=tail, device=device)
-        if self.teachers is not None and self.teachers.shared.adapts:
-            fused = self.teachers.fused(number, self.objective_config)
-            return TaughtMeasure(cache.kind, tail=tail, device=device, teacher=fused)
-        return HeldOutMeasure(cache.kind, tail=tail, device=device)
 
     def get_train_dataloader(self) -> DataLoader[Rows]:
         """This process's micro-batches from the current step on; accelerate must not shard them again."""
@@ -257,29 +247,16 @@ class DistillationTrainer(Trainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        measures = [self._measure(number) for number in range(len(self.caches))]
-        in_layer = self.model if self.batch_loss.forms_in_layer(model) else None
-        if self._held_out_loader is None:
-            self._held_out_loader = self.reading.held_out([measure.columns for measure in measures])
-        for batch in self._held_out_loader:
-            measures[batch.pop("source")].add(model, [self._prepare_inputs(batch)], in_layer_of=in_layer)
+        metrics = self.held_out_pass.metrics(
+            model, in_layer_of=self.model if self.batch_loss.forms_in_layer(model) else None,
+            prepare=self._prepare_inputs, accelerator=self.accelerator, prefix=metric_key_prefix,
+        )  # fmt: skip
         model.train(was_training)
-        metrics = self._held_out_metrics(measures, prefix=metric_key_prefix)
         if self.teachers is not None:
             self.teachers.heed(metrics, prefix=metric_key_prefix)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _held_out_metrics(self, measures: Sequence[Measure], *, prefix: str) -> dict[str, float]:
-        """Over all held-out rows; where there are several caches, of each besides: `eval_cache0_loss`, …"""
-        sums = [self.accelerator.reduce(measure.sums, "sum") for measure in measures]
-        metrics = measures[0].metrics(sum(sums[1:], sums[0]), prefix=prefix)
-        if len(sums) > 1:
-            for number, of_cache in enumerate(sums):
-                if self.caches[number].rows_of("held-out"):
-                    metrics |= measures[0].metrics(of_cache, prefix=f"{prefix}_cache{number}")
         return metrics
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -318,7 +295,7 @@ class DistillationTrainer(Trainer):
             with any_number_of_processes(self, resume_from_checkpoint or None):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            self._held_out_loader = None  # now: a worker that is left to garbage collection takes 5 s to end
+            self.held_out_pass.close()
 
     @property
     def _run(self) -> Path:

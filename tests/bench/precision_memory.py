@@ -1,6 +1,6 @@
-"""What half precision saves in memory: training steps of a student in fp32, bf16 and fp16, through the training job's own path.
+"""What half precision saves in memory and time: steps of a student in fp32, bf16 and fp16, as the training job runs them.
 
-    python tests/bench/precision_memory.py WORK_FOLDER [--layers 8] [--rows 4] [--length 512] [--zero 1] [--steps 3] [--json]
+    python tests/bench/precision_memory.py WORK_FOLDER [--layers 8] [--rows 4] [--length 512] [--zero 1] [--steps 8] [--json]
 
 A student of SmolLM2-135M's width under DeepSpeed, distilled from a synthetic cache of kind top-k (what the numbers mean does
 not matter here); each precision in a process of its own, on the GPU if there is one. Megabytes:
@@ -10,6 +10,8 @@ not matter here); each precision in a process of its own, on the GPU if there is
     step         peak above what was held before the first step: gradients, optimizer, activations, loss
     peak         the same with weights (on a CPU: resident memory above that before the model was there)
 
+and `milliseconds`, the median of a step but for the first.
+
 On a CPU DeepSpeed offers fp16 only where the processor computes in it; where it refuses, the reason is recorded.
 """
 
@@ -17,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +77,7 @@ def run(precision: str, options: argparse.Namespace, output: Path) -> dict[str, 
         weights, optimizer = bytes_of(trainer.deepspeed)
         figures = {"weights": weights / 2**20, "optimizer": optimizer / 2**20}
         figures |= {"step": meter.memory.peak_over(), "peak": before.now_peak() - before.held}
+    figures["milliseconds"] = 1000 * statistics.median(meter.seconds[1:])
     return {name: round(value) for name, value in figures.items()}
 
 
@@ -105,7 +110,13 @@ class StepMeter:
 
     def __init__(self, on_gpu: bool) -> None:
         self.memory = Memory(on_gpu=on_gpu)
-        self._on_gpu = on_gpu
+        self.seconds: list[float] = []
+        self._on_gpu, self._began = on_gpu, 0.0
+
+    def now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def callback(self) -> Any:
         from transformers import TrainerCallback
@@ -115,6 +126,12 @@ class StepMeter:
         class Begin(TrainerCallback):
             def on_train_begin(self, *_: Any, **__: Any) -> None:
                 meter.memory = Memory(on_gpu=meter._on_gpu)
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                meter._began = meter.now()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                meter.seconds.append(meter.now() - meter._began)
 
         return Begin()
 
@@ -149,7 +166,7 @@ def in_process(precision: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    for name, value in (("layers", 8), ("rows", 4), ("length", 512), ("zero", 1), ("steps", 3)):
+    for name, value in (("layers", 8), ("rows", 4), ("length", 512), ("zero", 1), ("steps", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)
     add_output_options(parser)
@@ -161,16 +178,16 @@ def main() -> None:
     folder = options.work / f"cache-{options.length}"
     if not folder.is_dir():
         top_k_cache(folder, count=8 * options.rows, length=options.length)
-    megabytes = {precision: in_process(precision, options) for precision in PRECISIONS}
-    whole = megabytes["fp32"]
+    figures = {precision: in_process(precision, options) for precision in PRECISIONS}
+    whole = figures["fp32"]
     result = {
         **provenance(),
         **{name: getattr(options, name) for name in ("layers", "rows", "length", "zero", "steps")},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "megabytes": megabytes,
+        "figures": figures,
         "of_fp32": {
             precision: {name: round(value / whole[name], 2) for name, value in by.items()}
-            for precision, by in megabytes.items()
+            for precision, by in figures.items()
             if "refused" not in by and precision != "fp32"
         },
     }

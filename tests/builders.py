@@ -134,6 +134,19 @@ def tiny_student(folder: Path, *, layers: int = 1, dropout: float = 0.1) -> Path
     return folder
 
 
+def scaled_student(folder: Path) -> Path:
+    """A folder with a student that scales its logits: its loss is formed outside of its output layer."""
+    import torch
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = CohereConfig(**sizes, **heads, max_position_embeddings=256, pad_token_id=0, logit_scale=0.25)
+    CohereForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def write_corpus(path: Path, texts: list[str]) -> Path:
     """A JSONL file with one text a line."""
     import json

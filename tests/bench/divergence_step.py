@@ -12,9 +12,6 @@ stored dense logits in plain torch. Medians over the rounds; ratios to `ce` with
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -22,6 +19,7 @@ import torch.nn.functional as F
 from provenance import add_output_options, provenance, publish
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import Contestants, compare
 
 from teachercache.objective.divergences import Divergence, JensenShannon, forward_kl, reverse_kl, total_variation
 from teachercache.objective.fused import distillation_sums
@@ -43,15 +41,15 @@ def student(layers: int) -> LlamaForCausalLM:
     ).train()  # fmt: skip
 
 
-def teacher(positions: int, temperature: float, *, sketch: bool) -> Softened:
+def teacher(positions: int, temperature: float, *, sketch: bool, seed: int = 1, tokens: int = V) -> Softened:
     """A head and a tail that sum to one, with a sketch or without."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     tail = SketchTail(
         torch.randn(positions, RANK, generator=generator) / temperature,
-        torch.randn(V, RANK, generator=generator) * 0.1,
-        torch.randn(V, generator=generator) / temperature,
+        torch.randn(tokens, RANK, generator=generator) * 0.1,
+        torch.randn(tokens, generator=generator) / temperature,
     )
-    ids_Nk = torch.rand(positions, V, generator=generator).topk(HEAD).indices
+    ids_Nk = torch.rand(positions, tokens, generator=generator).topk(HEAD).indices
     log_p_NA = (torch.randn(positions, HEAD + 1, generator=generator) * 3 / temperature).log_softmax(-1)
     return Softened(ids_Nk, log_p_NA[:, :HEAD].contiguous(), log_p_NA[:, HEAD].contiguous(), tail if sketch else None)
 
@@ -100,14 +98,14 @@ def more_losses(positions: int) -> dict[str, Loss]:
     return losses(positions) | ours | {f"naive T={t:g}": naive(positions, t) for t in (1.0, 2.0)}
 
 
-def step_runs(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+def step_runs(options: argparse.Namespace) -> Contestants:
     model = student(options.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     ids_BS = torch.randint(0, V, (options.rows, options.length))
     labels_N = torch.randint(0, V, (options.rows * options.length,))
 
-    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
+    def step(loss: Callable[[], Tensor]) -> Callable[[int], None]:
+        def run(_: int) -> None:
             loss().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -144,31 +142,14 @@ def step_runs(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     return {name: step(loss) for name, loss in runs.items()}
 
 
-def loss_runs(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+def loss_runs(options: argparse.Namespace) -> Contestants:
     logits_BSV = torch.randn(options.rows, options.length, V) * 3
     labels_N = torch.randint(0, V, (options.rows * options.length,))
 
-    def alone(loss: Loss) -> Callable[[], None]:
-        return lambda: loss(logits_BSV.detach().requires_grad_(), labels_N).backward()
+    def alone(loss: Loss) -> Callable[[int], None]:
+        return lambda _: loss(logits_BSV.detach().requires_grad_(), labels_N).backward()
 
     return {name: alone(loss) for name, loss in more_losses(len(labels_N)).items()}
-
-
-def compare(title: str, runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        names = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]  # no contestant always goes first
-        for name in names:
-            start = time.perf_counter()
-            runs[name]()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-        print(f"{title}: round {number} of {rounds}", file=sys.stderr)
-    ratios = {n: statistics.median(a / b for a, b in zip(v, seconds["ce"], strict=True)) for n, v in seconds.items()}
-    return {
-        "milliseconds": {name: round(statistics.median(values) * 1e3, 1) for name, values in seconds.items()},
-        "ratio_to_ce": {name: round(value, 3) for name, value in ratios.items()},
-    }
 
 
 def main() -> None:
@@ -183,7 +164,7 @@ def main() -> None:
     result: dict = {**provenance(), **settings}
     for title, runs in (("step", step_runs), ("loss", loss_runs)):
         if options.only in (None, title):
-            result[title] = compare(title, runs(options), options.rounds)
+            result[title] = compare(title, runs(options), options.rounds, base="ce")
     publish(result, options)
 
 

@@ -11,8 +11,6 @@ the rounds of processor time, which other jobs on the machine change least; rati
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -20,6 +18,7 @@ import torch
 from divergence_step import ALPHA, HIDDEN, V, student, teacher
 from provenance import add_output_options, provenance, publish
 from torch import Tensor
+from turns import Contestants, compare
 
 from teachercache.config import EmphasisConfig
 from teachercache.objective.emphasis import emphasis_of
@@ -61,7 +60,7 @@ def losses(options: argparse.Namespace, labels_N: Tensor) -> dict[str, Callable[
     return {name: loss(name) for name in CONTESTANTS}
 
 
-def runs(options: argparse.Namespace) -> dict[str, dict[str, Callable[[], None]]]:
+def runs(options: argparse.Namespace) -> dict[str, Contestants]:
     model = student(options.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     ids_BS = torch.randint(0, V, (options.rows, options.length))
@@ -77,24 +76,7 @@ def runs(options: argparse.Namespace) -> dict[str, dict[str, Callable[[], None]]
         of[name](hidden_ND.detach().requires_grad_(), model.lm_head.weight).backward()
 
     made = {"step": step, "loss": alone}
-    return {title: {name: lambda f=f, n=name: f(n) for name in CONTESTANTS} for title, f in made.items()}
-
-
-def compare(title: str, contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        names = list(contestants)
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # none always goes first
-            start = time.process_time()
-            contestants[name]()
-            if number:  # the first round warms up
-                seconds[name].append(time.process_time() - start)
-        print(f"{title}: round {number} of {rounds}", file=sys.stderr)
-    ratios = {n: statistics.median(a / b for a, b in zip(v, seconds["none"], strict=True)) for n, v in seconds.items()}
-    return {
-        "milliseconds": {name: round(statistics.median(values) * 1e3, 1) for name, values in seconds.items()},
-        "ratio_to_none": {name: round(value, 3) for name, value in ratios.items()},
-    }
+    return {title: {name: lambda _, f=f, n=name: f(n) for name in CONTESTANTS} for title, f in made.items()}
 
 
 def main() -> None:
@@ -107,7 +89,7 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("layers", "rows", "length", "rounds", "threads")}
     result: dict = {**provenance(), **settings}
     for title, contestants in runs(options).items():
-        result[title] = compare(title, contestants, options.rounds)
+        result[title] = compare(title, contestants, options.rounds, base="none", clock=time.process_time)
     publish(result, options)
 
 

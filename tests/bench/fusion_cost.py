@@ -12,35 +12,22 @@ same temperature within each round.
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import torch
+from divergence_step import ALPHA, HIDDEN, V, teacher
 from provenance import add_output_options, provenance, publish
 from torch import Tensor
+from turns import Contestants, compare
 
 from teachercache.objective.across.projected_kl import VocabularyProjection
 from teachercache.objective.operands import Weights
 from teachercache.objective.projected import projected_sums
 from teachercache.objective.teachers.fused_tail import FusedTail, Fusion
 from teachercache.objective.teachers.voice import Voice
-from teachercache.targets.softened import SketchTail, Softened
+from teachercache.targets.softened import Softened
 
-V, U, HIDDEN, RANK, HEAD, ALPHA = 49152, 32000, 576, 320, 10, 0.9
-
-
-def teacher(positions: int, temperature: float, *, seed: int, tokens: int = V) -> Softened:
-    generator = torch.Generator().manual_seed(seed)
-    tail = SketchTail(
-        torch.randn(positions, RANK, generator=generator) / temperature,
-        torch.randn(tokens, RANK, generator=generator) * 0.1,
-        torch.randn(tokens, generator=generator) / temperature,
-    )
-    ids_Nk = torch.rand(positions, tokens, generator=generator).topk(HEAD).indices
-    log_p_NA = (torch.randn(positions, HEAD + 1, generator=generator) * 3 / temperature).log_softmax(-1)
-    return Softened(ids_Nk, log_p_NA[:, :HEAD].contiguous(), log_p_NA[:, HEAD].contiguous(), tail)
+U = 32000  # tokens of another vocabulary
 
 
 def fused(voices: list[Voice], weight_NK: Tensor, fusion: Fusion) -> Softened:
@@ -49,7 +36,7 @@ def fused(voices: list[Voice], weight_NK: Tensor, fusion: Fusion) -> Softened:
 
 
 def teachers(positions: int, temperature: float) -> dict[str, Softened]:
-    one, two = (teacher(positions, temperature, seed=seed) for seed in (1, 2))
+    one, two = (teacher(positions, temperature, sketch=True, seed=seed) for seed in (1, 2))
     voices = [Voice.of(each, None, positions=positions) for each in (one, two)]
     equal_N2 = torch.full((positions, 2), 0.5)
     alone_N2 = torch.tensor([[1.0, 0.0]]).expand(positions, 2)
@@ -57,7 +44,7 @@ def teachers(positions: int, temperature: float) -> dict[str, Softened]:
     first_U = torch.randint(0, V, (U,), generator=torch.Generator().manual_seed(3))
     projection = VocabularyProjection(first_U, torch.zeros(V, dtype=torch.bool).index_fill(0, first_U, True))
     abroad = Voice.of(
-        teacher(len(at_n), temperature, seed=4, tokens=U), at_n, positions=positions, projection=projection
+        teacher(len(at_n), temperature, sketch=True, seed=4, tokens=U), at_n, positions=positions, projection=projection
     )
     other_N2 = equal_N2.clone()
     other_N2[::3] = torch.tensor([1.0, 0.0])
@@ -70,13 +57,13 @@ def teachers(positions: int, temperature: float) -> dict[str, Softened]:
     }
 
 
-def runs(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+def runs(options: argparse.Namespace) -> Contestants:
     count = options.rows * options.length
     hidden_ND, weight_VD = torch.randn(count, HIDDEN), torch.randn(V, HIDDEN) * 0.1
     labels_N = torch.randint(0, V, (count,))
 
-    def alone(target: Softened, temperature: float) -> Callable[[], None]:
-        def run() -> None:
+    def alone(target: Softened, temperature: float) -> Callable[[int], None]:
+        def run(_: int) -> None:
             operands = (hidden_ND.detach().requires_grad_(), weight_VD.detach().requires_grad_())
             total, _, _ = projected_sums(
                 *operands, None, labels_N=labels_N, teacher=target, weights=Weights(ALPHA, temperature), vocabulary_size=V
@@ -92,26 +79,6 @@ def runs(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     }
 
 
-def compare(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        first = number % len(contestants)
-        for name in [*contestants][first:] + [*contestants][:first]:  # no contestant always goes first
-            start = time.perf_counter()
-            contestants[name]()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-        print(f"round {number} of {rounds}", file=sys.stderr)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(values, seconds[f"one T={name[-1]}"], strict=True))
-        for name, values in seconds.items()
-    }
-    return {
-        "milliseconds": {name: round(statistics.median(values) * 1e3, 1) for name, values in seconds.items()},
-        "ratio_to_one": {name: round(value, 3) for name, value in ratios.items()},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("rows", 4), ("length", 256), ("rounds", 9), ("threads", 2)):
@@ -120,7 +87,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = {name: getattr(options, name) for name in ("rows", "length", "rounds", "threads")}
-    publish({**provenance(), **settings, "loss": compare(runs(options), options.rounds)}, options)
+    loss = compare("loss", runs(options), options.rounds, base="one", of=lambda name: f"one {name.rpartition(' ')[2]}")
+    publish({**provenance(), **settings, "loss": loss}, options)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from provenance import provenance
+from turns import compare
 
 from teachercache.config import ObjectiveConfig
 from teachercache.models import load_causal_lm
@@ -76,24 +74,13 @@ def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], N
 def measure(cache: Cache, student: str, *, steps: int, batch: int) -> dict:
     runs = contestants(cache, student)
     plan = BatchPlan(train_order(cache, seed=0), global_batch=batch, micro_batch=batch, world_size=1)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(steps + 1):
-        rows = plan.step_rows(number).tolist()
-        names = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]  # no contestant always goes first
-        for name in names:
-            start = time.perf_counter()
-            runs[name](rows)
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-        print(f"round {number} of {steps}", file=sys.stderr)
-    ratios = {n: statistics.median(a / b for a, b in zip(v, seconds["plain"], strict=True)) for n, v in seconds.items()}
+    taking = {name: lambda number, run=run: run(plan.step_rows(number).tolist()) for name, run in runs.items()}
     return {
         **provenance(),
         "student": student,
         "rows": batch,
         "threads": torch.get_num_threads(),
-        "milliseconds": {name: round(statistics.median(values) * 1e3, 1) for name, values in seconds.items()},
-        "ratio_to_plain": {name: round(value, 3) for name, value in ratios.items()},
+        **compare("steps", taking, steps, base="plain"),
     }
 
 

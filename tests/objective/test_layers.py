@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from teachercache.objective.layers.pairs import layer_pairs
 from teachercache.objective.layers.relations import RelationTerm
 from teachercache.objective.layers.structure import StructureTerm
 from teachercache.objective.layers.term import LayerBatch
-from teachercache.targets.attention import HeadShape
+from teachercache.targets.attention import HeadShape, sees
 from teachercache.targets.attention_relations import StoredHeads
 
 B, S, STUDENT, TEACHER, E = 2, 9, 12, 16, 4
@@ -44,7 +45,9 @@ def batch(*, student_heads: int = 2, teacher_heads: int = 4, window: int | None 
     return LayerBatch(MASK_BS, SEGMENT_BS, {1: hidden}, {1: heads}, {2: numbers(B, S, TEACHER, seed=7)}, {2: taught})
 
 
-def dense_map(queries_BHSE: Any, keys_BKSE: Any, scaling: float, window: int | None = None) -> torch.Tensor:
+def dense_map(
+    queries_BHSE: Any, keys_BKSE: Any, scaling: float, window: int | None = None, first_key: bool = True
+) -> torch.Tensor:
     """[B, H, S, S], token by token."""
     result = torch.zeros(*queries_BHSE.shape[:3], S)
     groups = queries_BHSE.shape[1] // keys_BKSE.shape[1]
@@ -54,7 +57,9 @@ def dense_map(queries_BHSE: Any, keys_BKSE: Any, scaling: float, window: int | N
                 keys = [
                     j
                     for j in range(i + 1)
-                    if SEGMENT_BS[b, j] == SEGMENT_BS[b, i] >= 0 and (window is None or i - j < window)
+                    if SEGMENT_BS[b, j] == SEGMENT_BS[b, i] >= 0
+                    and (window is None or i - j < window)
+                    and (first_key or (j > 0 and SEGMENT_BS[b, j] == SEGMENT_BS[b, j - 1]))
                 ]
                 if keys:
                     scores = keys_BKSE[b, h // groups, keys] @ queries_BHSE[b, h, i] * scaling
@@ -113,21 +118,24 @@ def test_a_shared_adapter_begins_less_the_mean_of_the_layers_means() -> None:
     assert torch.equal(term.adapters[0].linear.bias.detach(), torch.full((STUDENT,), -2.0))
 
 
+@pytest.mark.parametrize("first_key", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("chunk_bytes", [None, 1])
-def test_attention_is_compared_map_by_map(window: int | None, chunk_bytes: int | None, monkeypatch: Any) -> None:
+def test_attention_is_compared_map_by_map(
+    first_key: bool, window: int | None, chunk_bytes: int | None, monkeypatch: Any
+) -> None:
     if chunk_bytes:
-        monkeypatch.setattr("teachercache.objective.layers.attention.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", chunk_bytes)
     made = batch(window=window)
     ours, theirs = made.attention[1], made.teacher_attention[2]
-    student = dense_map(ours.queries_BHSE, ours.keys_BKSE, 0.5, window)
-    taught = dense_map(theirs.queries_BHSE, theirs.keys_BKSE, 0.35, window)
+    student = dense_map(ours.queries_BHSE, ours.keys_BKSE, 0.5, window, first_key)
+    taught = dense_map(theirs.queries_BHSE, theirs.keys_BKSE, 0.35, window, first_key)
     grouped = taught.unflatten(1, (2, 2)).mean(2)
     for match, expected in (
         ("attention-kl", divergence(grouped, student)),
         ("attention-mse", ((grouped - student).square().sum(-1).mean(1) * MASK_BS).sum()),
     ):
-        term = AttentionTerm(match, ((1, 2),), heads="average", student_heads=2, teacher_heads=4)
+        term = AttentionTerm(match, ((1, 2),), heads="average", student_heads=2, teacher_heads=4, first_key=first_key)
         found = term.loss(made)
         torch.testing.assert_close(found, expected)
         leaves = (ours.queries_BHSE, ours.keys_BKSE)
@@ -135,6 +143,34 @@ def test_attention_is_compared_map_by_map(window: int | None, chunk_bytes: int |
             torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves, retain_graph=True), strict=True
         ):
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("match", ["attention-kl", "attention-mse"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_learned_mixtures_and_soft_caps_have_the_gradients_of_plain_autograd(
+    match: str, softcap: float | None, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", 600)  # a few queries at a time
+    made = batch()
+    heads = replace(made.attention[1], softcap=softcap)
+    made = replace(made, attention={1: heads})
+    term = AttentionTerm(match, ((1, 2),), heads="mix", student_heads=2, teacher_heads=4)
+    theirs = made.teacher_attention[2]
+    mixing = term.mixtures[0].logits_hH.softmax(-1)
+    taught = torch.einsum("hH,BHCS->BhCS", mixing, dense_map(theirs.queries_BHSE, theirs.keys_BKSE, 0.35))
+    sees_BSS = sees(torch, SEGMENT_BS, window=None)[:, None]
+    keys = heads.keys_BKSE.repeat_interleave(2, dim=1)
+    scores = heads.queries_BHSE @ keys.transpose(-1, -2) * 0.5
+    scores = scores if softcap is None else (scores / softcap).tanh() * softcap
+    student = scores.masked_fill(~sees_BSS, -1e9).softmax(-1) * sees_BSS
+    expected = divergence(taught, student)
+    if match == "attention-mse":
+        expected = ((taught - student).square().sum(-1).mean(1) * MASK_BS).sum()
+    found = term.loss(made)
+    torch.testing.assert_close(found, expected)
+    leaves = (heads.queries_BHSE, heads.keys_BKSE, term.mixtures[0].logits_hH)
+    for got, wanted in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_the_teachers_own_attention_has_no_divergence_from_itself() -> None:

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
-from transformers import CohereConfig, CohereForCausalLM
 
 from objective.test_projected import leaves, teacher
 from student.runs import log_of
@@ -31,7 +30,7 @@ from teachercache.student.gradient_cosines import GradientCosines
 from teachercache.student.layers import layer_objectives, watched
 from teachercache.student.train import run_training
 
-from builders import aligned, other_student, tiny_cache
+from builders import aligned, other_student, scaled_student, tiny_cache
 
 V = 40
 
@@ -267,15 +266,9 @@ def test_students_with_another_tokenizer_are_measured_too(make_recipe: Any, tmp_
 
 
 def test_a_loss_that_is_formed_outside_is_measured_at_the_logits(make_recipe: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    scaled = CohereForCausalLM(
-        CohereConfig(
-            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, logit_scale=0.25,
-        )
-    )  # fmt: skip
-    scaled.save_pretrained(tmp_path / "scaled")
-    recipe = make_recipe(student_model=tmp_path / "scaled", objective={"gradient_cosines": 1}, max_steps=1)
+    recipe = make_recipe(
+        student_model=scaled_student(tmp_path / "scaled"), objective={"gradient_cosines": 1}, max_steps=1
+    )
     run_training(recipe)
     [record] = measured_of(recipe.train.output)
     assert -1 <= record["cosine_kl_ce"] <= 1 and record["gradient_kl"] > 0

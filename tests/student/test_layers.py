@@ -247,6 +247,7 @@ def test_rows_of_a_micro_batch_that_are_too_few_are_refused(make: Any) -> None:
     [
         ({"match": "hidden-cosine", "pairs": {}}, "pairs"),
         ({"match": "hidden-cosine", "heads": "mix"}, "heads means nothing to hidden-cosine"),
+        ({"match": "hidden-mse", "first_key": False}, "first_key means nothing to hidden-mse"),
         ({"match": "attention-kl", "relation_heads": 2}, "relation_heads means nothing to attention-kl"),
         ({"match": "attention-kl", "adapter": "shared"}, "adapter means nothing to attention-kl"),
         ({"match": "attention-kl", "centred": False}, "centred means nothing to attention-kl"),

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from transformers import CohereConfig, CohereForCausalLM
 
 from student.runs import log_of, losses_of
 from teachercache.models import load_causal_lm
 from teachercache.student.train import run_training
 
-from builders import sentences, tiny_cache
+from builders import scaled_student, sentences, tiny_cache
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -98,14 +97,7 @@ def test_a_student_that_scales_its_logits_learns_in_processes_without_a_share(
     make_recipe: Any, student: Path, tmp_path: Path
 ) -> None:
     """All processes form the loss the same way, also those whose first batch is empty: else collectives would hang."""
-    scaled = CohereForCausalLM(
-        CohereConfig(
-            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, logit_scale=0.25,
-        )
-    )  # fmt: skip
-    scaled.save_pretrained(tmp_path / "scaled")
-    _compare(make_recipe, tmp_path / "scaled", tmp_path, launcher=TORCHRUN, zero_stage=3, micro_batch=8)
+    _compare(make_recipe, scaled_student(tmp_path / "scaled"), tmp_path, launcher=TORCHRUN, zero_stage=3, micro_batch=8)
 
 
 PROGRAM = """

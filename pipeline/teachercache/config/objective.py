@@ -50,6 +50,11 @@ class LayerTermConfig(Section):
     heads: Literal["average", "interpolate", "mix"] = Field(
         "average", description="attention-…: how the teacher's heads become as many as the student's"
     )
+    first_key: bool = Field(
+        True,
+        description="attention-…: compare what goes to a segment's first token too; models park most of their attention "
+        "there (attention sinks), which hides how the rest is shared",
+    )
     relation_heads: int | None = Field(
         None, ge=1, description="…-relations: into how many heads vectors are cut; default: the student's"
     )
@@ -67,6 +72,7 @@ class LayerTermConfig(Section):
         attention, relations = self.match.startswith("attention-"), self.match.endswith("-relations")
         allowed = {
             "heads": attention,
+            "first_key": attention,
             "relation_heads": relations,
             "centred": not (attention or relations),
             "adapter": self.match.startswith("hidden-"),

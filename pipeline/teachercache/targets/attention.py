@@ -67,7 +67,8 @@ class TaughtAttention(Protocol):
 
     def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
         """Of the keys of the queries `part`, float32 [B, H, C, S]: 0 where `sees_BCS` (bool) is not, and elsewhere a
-        distribution; with `sinks` what is left of one by logits that belong to no key, where the teacher has them."""
+        distribution; where that has fewer keys than the row has tokens, it is of the first ones. With `sinks` what is left of
+        a distribution by logits that belong to no key, where the teacher has them."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class StoredHeads:
         the rest."""
         log_BHCS = log_attention(
             self.queries_BHSE[:, :, part],
-            self.keys_BKSE,
+            self.keys_BKSE[:, :, : sees_BCS.shape[-1]],
             sees_BCS,
             scaling=self.shape.scaling,
             softcap=self.shape.softcap,

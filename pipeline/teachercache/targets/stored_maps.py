@@ -40,7 +40,7 @@ class Maps:
 
     def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
         """Of the keys of some queries, float32 [B, h, C, S], over those that `sees_BCS` lets them see."""
-        shares_BhCS = shares_of(self.codes_BSSh[:, part].permute(0, 3, 1, 2))
+        shares_BhCS = shares_of(self.codes_BSSh[:, part, : sees_BCS.shape[-1]].permute(0, 3, 1, 2))
         return _normalised(shares_BhCS.masked_fill(~sees_BCS[:, None], 0.0))
 
 

@@ -8,6 +8,7 @@
     hidden.py     hidden states: cosine, mean squared error
     attention.py  attention maps: KL, mean squared error
     relations.py  relations among queries, keys or values (MiniLMv2)
+    map_loss.py   both by: one map against another, a chunk of queries at a time
     structure.py  distances, angles, correlations of channels
     pulls.py      where a term pulls what it matches, and where the layers above do
 
@@ -204,7 +205,8 @@ def term_of(config: LayerTermConfig, targets: StoredTargets, student: StudentSha
         return HiddenTerm(config.match, pairs, **widths, variance=variance, means=means, shared=shared)
     if config.match in PARTS:
         return _relation_term(config, kind, student, pairs)
-    return AttentionTerm(config.match, pairs, heads=config.heads, student_heads=student.heads, teacher_heads=kind.heads)
+    counts = {"student_heads": student.heads, "teacher_heads": kind.heads}
+    return AttentionTerm(config.match, pairs, heads=config.heads, first_key=config.first_key, **counts)
 
 
 def _relation_term(config: LayerTermConfig, kind: Any, student: StudentShape, pairs: Any) -> RelationTerm:

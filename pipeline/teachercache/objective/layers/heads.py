@@ -54,6 +54,7 @@ class HeadMixture(torch.nn.Module):
         # No buffer: training casts those to half precision, and rows would no longer add up to 1.
         self._weights_hH = head_mixture(how, teacher=teacher, student=student)
         self.learned = how == "mix"
+        self.is_identity = not self.learned and torch.equal(self._weights_hH, torch.eye(*self._weights_hH.shape))
         if self.learned:
             self.logits_hH = torch.nn.Parameter((self._weights_hH + _FLOOR).log())
 

@@ -6,19 +6,19 @@ X holds the vectors of all heads of a token, cut anew into as many *relation hea
 student need not have the same heads, nor the same width (Wang et al., "MiniLMv2", 2021). Relations are causal where the
 model is: a token relates to those of its segment, up to itself.
 
-Shapes: B rows, S tokens, C tokens of a chunk, H heads, E a head's width, r relation heads.
+Shapes: B rows, S tokens, C of them, H heads, E a head's width, r relation heads.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from teachercache.errors import CacheError
-from teachercache.objective.layers.attention import CHUNK_BYTES
+from teachercache.objective.layers.map_loss import Comparison, map_loss
 from teachercache.objective.layers.term import LayerBatch
-from teachercache.targets.attention import log_attention, sees
+from teachercache.targets.attention import HeadShape, sees
+from teachercache.targets.attention_relations import StoredHeads
 
 PARTS = {"query-relations": "queries_BHSE", "key-relations": "keys_BKSE", "value-relations": "values_BKSE"}
 
@@ -49,34 +49,15 @@ class RelationTerm(torch.nn.Module):
         return vectors_BHSE.transpose(1, 2).flatten(2).unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
     def _pair(self, batch: LayerBatch, student_BrSE: Tensor, teacher_BrSE: Tensor) -> Tensor:
-        rows, heads, length, _ = teacher_BrSE.shape
-        chunk = max(1, CHUNK_BYTES // (4 * rows * heads * length))
-        total = batch.mask_BS.new_zeros((), dtype=torch.float32)
-        for start in range(0, length, chunk):
-            part = slice(start, min(start + chunk, length))
-            sees_BCS = sees(torch, batch.segment_BS, window=None, start=part.start, stop=part.stop)
-            total = total + checkpoint(
-                _divergence,
-                student_BrSE,
-                teacher_BrSE,
-                part,
-                sees_BCS,
-                batch.mask_BS[:, part],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        return total
+        def seen(part: slice) -> Tensor:
+            sees_BCS: Tensor = sees(torch, batch.segment_BS, window=None, start=part.start, stop=part.stop)
+            return sees_BCS
 
-
-def _divergence(student_BrSE: Tensor, teacher_BrSE: Tensor, part: slice, sees_BCS: Tensor, mask_BC: Tensor) -> Tensor:
-    log_student_BrCS, log_teacher_BrCS = (
-        log_attention(each[:, :, part], each, sees_BCS, scaling=each.shape[-1] ** -0.5)
-        for each in (student_BrSE, teacher_BrSE)
-    )
-    teacher_BrCS = log_teacher_BrCS.exp().masked_fill(~sees_BCS[:, None], 0.0)
-    log_student_BrCS = log_student_BrCS.masked_fill(~sees_BCS[:, None], 0.0)  # no infinities, nor their gradients
-    gap_BrCS = log_teacher_BrCS.masked_fill(~sees_BCS[:, None], 0.0) - log_student_BrCS
-    return ((teacher_BrCS * gap_BrCS).sum(-1).mean(1) * mask_BC).sum()
+        ours, theirs = student_BrSE.shape[-1], teacher_BrSE.shape[-1]
+        shape = HeadShape(self._heads, self._heads, theirs, scaling=theirs**-0.5)
+        taught = StoredHeads(teacher_BrSE, teacher_BrSE, None, shape, None)
+        what = Comparison("kl", taught, seen, batch.mask_BS, scaling=ours**-0.5)
+        return map_loss(student_BrSE, student_BrSE, None, what)
 
 
 def check_relation_heads(heads: int, **widths: int) -> None:

@@ -1,30 +1,40 @@
 """Does a student that matches layers resemble its teacher more, and at what cost in loss? Against logits alone, same steps.
 
-    python tests/bench/layer_quality.py WORK_FOLDER [--seeds 0] [--steps 54] [--learning-rate 1.2e-3] [--out FILE] [--json]
+    python tests/bench/layer_quality.py WORK_FOLDER [--steps 1600] [--rows 2] [--arms …] [--out FILE] [--json]
 
-The quickstart's pair (8 of the teacher's 30 blocks, 54 steps of 4 rows); the arms differ in `objective.layers` alone.
+The quickstart's pair (8 of the teacher's 30 blocks) on the documentation of CPython's standard library: the help topics, and
+the docstrings of its modules, 450,000 positions of which a twentieth is held out. The cache has the hidden states that enter
+and leave the teacher's blocks that the student is made of. The arms differ in `objective.layers` alone:
 
-    features   of each matched pair of hidden states: the cosine of teacher and student, after a ridge map that is fitted to the
-               student's states on rows of the training split, for each arm and pair anew; on held-out rows, first tokens left
-               out; raw, and both less the teacher's mean
-    attention  of each matched pair of blocks: the mean cosine of a query's row over keys and heads, without the first key,
-               on held-out rows
-    loss       cross-entropy of held-out rows, nats a position
+    logits     none
+    layers     hidden states and attention of all eight blocks, weights that fall from 20 to 1; attention without the first key
+    all-keys   the same with the first key
 
-`gain` is the rise of the similarity; where the base is above 0.75, the fall of 1 - cosine. Stop it at any time: run again, it
-goes on where it was.
+What is reported, on held-out rows, first tokens left out:
+
+    features   of each matched pair of hidden states: the cosine of teacher and student, after a ridge map that is fitted to
+               the student's states on rows of the training split, for each arm and pair anew; raw, and both less the
+               teacher's mean
+    attention  of each block and the teacher's that it is a copy of: the mean cosine of a query's row over keys and heads,
+               without the first key
+    loss       cross-entropy, nats a position
+
+`gain` is the rise of the similarity; where the base is above 0.75, the fall of 1 - cosine. All train in bf16. Stop it at any
+time: run again, it goes on where it was. Two processes with an arm each share two cores better than one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import re
 import statistics
+import sysconfig
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from kd_against_ce import teachercache
 from provenance import add_output_options, provenance, publish
@@ -32,41 +42,92 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from teachercache.activations import recorded
+from teachercache.config import Recipe
+from teachercache.corpus.python_docs import python_topics
 from teachercache.models import load_causal_lm, model_inputs
 from teachercache.quickstart import student_arguments, write_recipe
 from teachercache.shards import Cache
 from teachercache.shards.reader import Split
 from teachercache.targets.attention import log_attention, sees
 
-# Student's layers and the teacher's whose copies they began as: `keep:8` keeps blocks 1, 5, 9, 13, 18, 22, 26 and 30.
-HIDDEN = {3: 12, 5: 21, 7: 29, 8: 30}
-ATTENTION = {4: 13, 6: 22, 8: 30}
-TARGETS = [
-    f"targets.hidden={json.dumps({'layers': sorted(HIDDEN.values())})}",
-    f"targets.attention={json.dumps({'layers': sorted(ATTENTION.values())})}",
+# `keep:8` keeps the teacher's blocks 1, 5, 9, 13, 18, 22, 26 and 30: what enters the next of them, and they themselves.
+HIDDEN = {1: 4, 2: 8, 3: 12, 4: 17, 5: 21, 6: 25, 7: 29, 8: 30}
+ATTENTION = {1: 1, 2: 5, 3: 9, 4: 13, 5: 18, 6: 22, 7: 26, 8: 30}
+RECIPE = [
+    f"targets.hidden={json.dumps({'layers': [0, *HIDDEN.values()]})}",
+    f"targets.attention={json.dumps({'layers': [*ATTENTION.values()]})}",
+    "corpus.format=jsonl",
+    "corpus.limit=null",
+    "corpus.held_out=0.05",
+    "precompute.unit_bytes=4000000",
+    "teacher.dtype=bfloat16",
 ]
-TERMS = [
-    {"match": "hidden-cosine", "weight": 0.5, "pairs": HIDDEN},
-    {"match": "attention-kl", "weight": 0.5, "pairs": ATTENTION},
-]
-ARMS: dict[str, list[Any]] = {"logits": [], "layers": TERMS}
-FITTED_ROWS = 48
+WEIGHT = {"schedule": "linear", "start": 20, "end": 1}
+
+
+def terms(first_key: bool) -> list[Any]:
+    return [
+        {"match": "hidden-cosine", "weight": WEIGHT, "pairs": HIDDEN},
+        {"match": "attention-kl", "weight": WEIGHT, "pairs": ATTENTION, "first_key": first_key},
+    ]
+
+
+ARMS: dict[str, list[Any]] = {"logits": [], "layers": terms(False), "all-keys": terms(True)}
+COMMON = ["train.trackers=[]", "train.keep_checkpoints=1", "train.save_every=100000", "train.precision=bf16"]
+FITTED_ROWS = 96
 RIDGE = 1e-3  # of the states' mean square
+SPLITS: dict[Split, int] = {"train": FITTED_ROWS, "held-out": 10**6}
+SHORT, SHORT_ROW = 60, 400  # characters of a docstring, and of a row, below which it is left out
 
 
-def train(work: Path, arm: str, seed: int, options: argparse.Namespace) -> tuple[Cache, Path]:
-    recipe_file, recipe = write_recipe(work, TARGETS)
-    teachercache("precompute", str(recipe_file))
-    if arguments := student_arguments(work, recipe):
-        teachercache("init-student", *arguments)
-    output = work / f"{arm}-{seed}"
-    settings = {
-        "train.output": output, "train.seed": seed, "train.max_steps": options.steps, "train.evaluate_every": options.steps,
-        "train.learning_rate": options.learning_rate, "objective.layers": json.dumps(ARMS[arm]),
-    }  # fmt: skip
-    arguments = [each for key, value in settings.items() for each in ("-s", f"{key}={value}")]
-    teachercache("train", str(recipe_file), *arguments)
-    return Cache.open(recipe.cache), output
+def library_text(path: Path) -> Path:
+    """Help topics and docstrings of Python's standard library as JSON lines, a module a row, every paragraph once."""
+    seen: set[str] = set()
+
+    def fresh(text: str) -> str:
+        paragraphs = [(" ".join(part.split()), part) for part in re.split(r"\n\s*\n", text)]
+        new = [part for key, part in paragraphs if key not in seen]
+        seen.update(key for key, _ in paragraphs)
+        return "\n\n".join(new)
+
+    rows = [fresh(topic) for topic in python_topics()]
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(folder.rglob("*.py")):
+        if any(part in str(file.relative_to(folder)) for part in ("site-packages", "test", "idlelib", "pydoc_data")):
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # templates of lib2to3 and the like
+            continue
+        nodes = (each for each in ast.walk(tree) if isinstance(each, ast.Module | ast.ClassDef | ast.FunctionDef))
+        found = [text for text in map(ast.get_docstring, nodes) if text and len(text) > SHORT]
+        rows.append("\n\n".join(text for text in map(fresh, found) if text))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows if len(row) > SHORT_ROW), encoding="utf-8")
+    return path
+
+
+def prepare(work: Path) -> tuple[Path, Recipe]:
+    text = work / "text.jsonl"
+    if not text.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        library_text(text)
+    recipe_file, recipe = write_recipe(work, [*RECIPE, f"corpus.source={text}"])
+    if not (Path(recipe.cache) / "manifest.json").is_file():
+        teachercache("precompute", str(recipe_file))
+    if not (Path(recipe.student.model) / "config.json").is_file():
+        teachercache("init-student", *student_arguments(work, recipe))
+    return recipe_file, recipe
+
+
+def train(work: Path, recipe_file: Path, arm: str, seed: int, options: argparse.Namespace) -> Path:
+    output = work / "runs" / f"{arm}-{options.steps}-steps-{options.rows}-rows-lr{options.learning_rate:g}-seed{seed}"
+    settings = [
+        *COMMON, f"train.output={output}", f"train.seed={seed}", f"train.max_steps={options.steps}",
+        f"train.evaluate_every={max(1, options.steps // 4)}", f"train.learning_rate={options.learning_rate}",
+        f"train.global_batch={options.rows}", f"train.micro_batch={options.rows}", f"objective.layers={json.dumps(ARMS[arm])}",
+    ]  # fmt: skip
+    teachercache("train", str(recipe_file), *(part for setting in settings for part in ("-s", setting)))
+    return output
 
 
 class Held:
@@ -101,28 +162,60 @@ def ridge(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
     return torch.linalg.solve(gram, student_ND.T @ teacher_ND)
 
 
-def resemblance(cache: Cache, run: Path, teachers: dict[str, Held]) -> dict[str, Any]:
+class Teachers:
+    """What the teacher's layers hold at the same rows; run once, when the first arm asks."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache, self._held = cache, dict[str, Held]()
+
+    def of(self, split: Split) -> Held:
+        if not self._held:
+            model = load_causal_lm(self._cache.manifest.teacher["model"], dtype="float32").eval()
+            self._held = {split: held(model, self._cache, split, teacher=True) for split in SPLITS}
+        return self._held[split]
+
+
+def held(model: Any, cache: Cache, split: Split, *, teacher: bool) -> Held:
+    layers = [list(pairs.values() if teacher else pairs) for pairs in (HIDDEN, ATTENTION)]
+    of_maps = layers[1] if split == "held-out" else []
+    return Held(model, cache, hidden=layers[0], attention=of_maps, split=split, count=SPLITS[split])
+
+
+def resemblance(cache: Cache, run: Path, teachers: Teachers) -> dict[str, Any]:
     model = load_causal_lm(str(run / "student"), dtype="float32").eval()
-    ours = {"hidden": list(HIDDEN), "attention": list(ATTENTION)}
-    fitted = Held(model, cache, **ours, split="train", count=FITTED_ROWS)
-    held = Held(model, cache, **ours, split="held-out", count=10**6)
+    ours = {split: held(model, cache, split, teacher=False) for split in SPLITS}
     features: dict[str, dict[str, float]] = {"raw": {}, "centred": {}}
     for student, teacher in HIDDEN.items():
-        map_DD = ridge(fitted.hidden[student], teachers["train"].hidden[teacher])
-        found = held.hidden[student] @ map_DD[:-1] + map_DD[-1]
-        exact, mean = teachers["held-out"].hidden[teacher], teachers["train"].hidden[teacher].mean(0)
-        features["raw"][f"{student}:{teacher}"] = float(cosine_similarity(found, exact, dim=-1).mean())
-        features["centred"][f"{student}:{teacher}"] = float(
-            cosine_similarity(found - mean, exact - mean, dim=-1).mean()
-        )
+        fitted = teachers.of("train").hidden[teacher]
+        map_DD = ridge(ours["train"].hidden[student], fitted)
+        found = ours["held-out"].hidden[student] @ map_DD[:-1] + map_DD[-1]
+        exact, mean = teachers.of("held-out").hidden[teacher], fitted.mean(0)
+        name = f"{student}:{teacher}"
+        features["raw"][name] = float(cosine_similarity(found, exact, dim=-1).mean())
+        features["centred"][name] = float(cosine_similarity(found - mean, exact - mean, dim=-1).mean())
     attention = {}
     for student, teacher in ATTENTION.items():
-        pairs = zip(held.maps[student], teachers["held-out"].maps[teacher], strict=True)
+        pairs = zip(ours["held-out"].maps[student], teachers.of("held-out").maps[teacher], strict=True)
         cosines = [cosine_similarity(found, exact, dim=-1).flatten() for found, exact in pairs]
         attention[f"{student}:{teacher}"] = float(torch.cat(cosines).mean())
-    last = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    loss = [record["eval_loss"] for record in last if "eval_loss" in record][-1]
-    return {"features": features, "attention": attention, "loss": loss}
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    evaluated = [record for record in records if "eval_loss" in record]
+    curve = {str(record["step"]): record["eval_loss"] for record in evaluated}
+    return {"features": features, "attention": attention, "loss": evaluated[-1]["eval_loss"], "loss_by_step": curve}
+
+
+def of_arm(
+    arm: str, seed: int, recipe_file: Path, cache: Cache, teachers: Teachers, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Of one run. Finished ones are read back, and their checkpoints removed."""
+    run = train(options.work, recipe_file, arm, seed, options)
+    kept = options.work / "results" / f"{run.name}.json"
+    if not kept.is_file():
+        found = resemblance(cache, run, teachers)
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(found))
+    result: dict[str, Any] = json.loads(kept.read_text())
+    return result
 
 
 def gain(base: float, found: float) -> float:
@@ -130,43 +223,50 @@ def gain(base: float, found: float) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    runs = {arm: [train(options.work, arm, seed, options) for seed in options.seeds] for arm in ARMS}
-    cache = runs["logits"][0][0]
-    teacher = load_causal_lm(cache.manifest.teacher["model"], dtype="float32").eval()
-    theirs = {"hidden": list(HIDDEN.values()), "attention": list(ATTENTION.values())}
-    splits: dict[Split, int] = {"train": FITTED_ROWS, "held-out": 10**6}
-    teachers: Any = {split: Held(teacher, cache, **theirs, split=split, count=count) for split, count in splits.items()}
-    arms = {arm: [resemblance(cache, run, teachers) for _, run in made] for arm, made in runs.items()}
+    recipe_file, recipe = prepare(options.work)
+    cache = Cache.open(recipe.cache)
+    teachers = Teachers(cache)
+    arms = {
+        arm: [of_arm(arm, seed, recipe_file, cache, teachers, options) for seed in options.seeds]
+        for arm in options.arms
+    }
     means = {
         arm: {
             **{
-                name: statistics.mean(np.mean(list(run["features"][name].values())) for run in found)
+                name: statistics.mean(statistics.mean(run["features"][name].values()) for run in found)
                 for name in ("raw", "centred")
             },
-            "attention": statistics.mean(np.mean(list(run["attention"].values())) for run in found),
+            "attention": statistics.mean(statistics.mean(run["attention"].values()) for run in found),
             "loss": statistics.mean(run["loss"] for run in found),
         }
         for arm, found in arms.items()
     }
-    base, matched = means["logits"], means["layers"]
-    return {
+    result = {
         "seeds": options.seeds,
         "steps": options.steps,
+        "rows": options.rows,
         "learning_rate": options.learning_rate,
-        "terms": TERMS,
+        "terms": {arm: ARMS[arm] for arm in arms},
         "means": means,
-        "gain": {name: gain(base[name], matched[name]) for name in ("raw", "centred")},
-        "loss_over_base": matched["loss"] / base["loss"] - 1,
         "arms": arms,
     }
+    if "logits" in arms:
+        base = means["logits"]
+        result["gain"] = {
+            arm: {name: gain(base[name], found[name]) for name in ("raw", "centred")} for arm, found in means.items()
+        }
+        result["loss_over_base"] = {arm: found["loss"] / base["loss"] - 1 for arm, found in means.items()}
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=54)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--rows", type=int, default=2, help="in a step")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--arms", nargs="+", default=["logits", "layers"], choices=list(ARMS))
     add_output_options(parser)
     options = parser.parse_args()
     publish({**provenance(), **measure(options)}, options)

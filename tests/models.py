@@ -7,16 +7,19 @@ from typing import Any
 WIDTH, HEADS, KEY_HEADS, BLOCKS, CONTEXT = 32, 4, 2, 3, 128
 
 
-def model_of(architecture: str, *, vocabulary: int = 300, attention: str = "sdpa", seed: int = 0) -> Any:
+def model_of(
+    architecture: str, *, vocabulary: int = 300, attention: str = "sdpa", seed: int = 0, **settings: Any
+) -> Any:
     """`llama`, `qwen3` (norms of heads), `qwen2` (biases), `gemma2` (soft cap, windows, norms of another kind), `gpt_oss`
-    (sinks) or `gpt2` (one matrix for queries, keys and values; learned positions)."""
+    (sinks) or `gpt2` (one matrix for queries, keys and values; learned positions). `settings` are of the config of those
+    that rotate."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     attention = "eager" if architecture == "gpt_oss" else attention  # transformers has no other for it on CPUs
     shared = {"vocab_size": vocabulary, "attn_implementation": attention}
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS,
         "num_key_value_heads": KEY_HEADS, "max_position_embeddings": CONTEXT, "head_dim": WIDTH // HEADS,
     }  # fmt: skip
@@ -35,6 +38,7 @@ def model_of(architecture: str, *, vocabulary: int = 300, attention: str = "sdpa
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             },
         }.get(architecture, {})  # fmt: skip
+        sizes |= settings
         config = getattr(transformers, f"{names[architecture]}Config")(**shared, **sizes, **special, **own)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():

@@ -142,6 +142,14 @@ def test_queries_that_are_made_in_another_way_are_refused_with_what_works() -> N
         prepared(model, hidden=hidden(1), attention=Relations(layers=(2,), **SHARED))
 
 
+def test_rotary_tables_that_depend_on_the_length_of_a_row_are_refused_with_what_works() -> None:
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}
+    kinds: dict[str, Any] = {"hidden": hidden(1), "attention": Relations(layers=(2,), **SHARED)}
+    prepared(model_of("llama", **scaled), **kinds)  # no row is longer than what the model was trained with
+    with pytest.raises(ModelError, match=r"block 2 of LlamaForCausalLM rotates .* by a row's length.* queries-keys"):
+        prepared(model_of("llama", **scaled, max_position_embeddings=16), **kinds)
+
+
 def test_heads_other_than_the_configs_are_refused() -> None:
     kind = Relations(layers=(2,), **{**SHARED, "key_heads": HEADS})
     with pytest.raises(ModelError, match=r"block 2 has 4 heads \(2 of keys\) 8 wide, .* 4 \(4\) and 8"):

@@ -33,6 +33,7 @@ LARGE = 5.0  # times the median norm: a token that is no longer one of the sampl
 SMALLEST_SPREAD = 1e-6  # of the mean spread: a channel that never varies
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 REMEDY = "store its attention with targets.attention.kind: queries-keys"
+BRIEF = 8  # tokens of a short row
 NORMS = ("input_layernorm", "ln_1", "attention_norm", "norm1", "operator_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 
@@ -116,6 +117,8 @@ def make_layer_file(model: Any, targets: StoredTargets, sample: LayerSample, *, 
     attention = targets.attention
     if attention is not None:
         tried = _tried(model, attention.layers, longest=longest)
+        if isinstance(attention, Relations):
+            _check_rotary(tried, _tried(model, attention.layers, longest=min(longest, BRIEF)), model)
         for layer in attention.layers:
             _check_heads(attention, layer, tried.attention[layer])
             described[layer] = {"shape": shape_of(tried.attention[layer]).to_metadata()}
@@ -224,6 +227,18 @@ def _entry(model: Any, layer: int, tried: Activations, *, values: bool) -> tuple
 def _rotary_tables(cos_BSR: Tensor, sin_BSR: Tensor) -> list[dict[str, Tensor]]:
     """What a block was given, and the same for models that give it to both halves of a head alike (GPT-OSS)."""
     return [{"cos": cos_BSR[0].repeat(1, times), "sin": sin_BSR[0].repeat(1, times)} for times in (1, 2)]
+
+
+def _check_rotary(tried: Activations, brief: Activations, model: Any) -> None:
+    """Raise `ModelError` where a long row is rotated by other tables than a short one, as under some ways to scale rotary
+    embeddings: there is one table a block."""
+    for layer, tables in brief.rotary.items():
+        for short_BSR, long_BSR in zip(tables, tried.rotary[layer], strict=True):
+            if not torch.allclose(short_BSR.float(), long_BSR[:, : short_BSR.shape[1]].float(), atol=1e-4):
+                raise ModelError(
+                    f"block {layer} of {type(model).__name__} rotates queries and keys by a row's length, so that they cannot "
+                    f"be rebuilt from hidden states; {REMEDY}"
+                )
 
 
 def _add_norm(module: Any, arrays: dict[str, Tensor], *, name: str = "norm") -> tuple[str, float]:

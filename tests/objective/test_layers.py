@@ -173,6 +173,20 @@ def test_learned_mixtures_and_soft_caps_have_the_gradients_of_plain_autograd(
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_small_gradients_survive_half_precision_through_the_scale_of_the_loss() -> None:
+    made, scale = batch(), 2.0**20
+    term = AttentionTerm("attention-kl", ((1, 2),), heads="average", student_heads=2, teacher_heads=4)
+    heads = replace(made.attention[1], scaling=1 / scale)
+    gradients = []
+    for kind in (torch.float16, torch.float32):
+        leaves = [each.detach().half().to(kind).requires_grad_() for each in (heads.queries_BHSE, heads.keys_BKSE)]
+        theirs = {1: replace(heads, queries_BHSE=leaves[0], keys_BKSE=leaves[1])}
+        gradients.append(torch.autograd.grad(term.loss(replace(made, attention=theirs)) * scale, leaves))
+    for found, expected in zip(*gradients, strict=True):
+        assert found.dtype == torch.float16 and float(expected.abs().max()) > 0.1
+        torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=1e-3)
+
+
 def test_the_teachers_own_attention_has_no_divergence_from_itself() -> None:
     theirs = batch().teacher_attention[2]
     same = Heads(theirs.queries_BHSE, theirs.keys_BKSE, theirs.values_BKSE, scaling=0.35)

@@ -75,17 +75,16 @@ class _MapLoss(torch.autograd.Function):
                 to_keys[:, :, :stop] += scores_BKXT.transpose(-1, -2) @ few_BKXE
             if to_weights is not None:
                 to_weights += found.to_weights()
-        ctx.gradients = (
-            None if to_queries is None else to_queries.flatten(1, 2).to(queries_BhSE.dtype),
-            None if to_keys is None else to_keys.to(keys_BKSE.dtype),
-            to_weights,
-        )
+        ctx.gradients = (None if to_queries is None else to_queries.flatten(1, 2), to_keys, to_weights)
+        ctx.types = (queries_BhSE.dtype, keys_BKSE.dtype, torch.float32)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if each is None else each * grad_total.to(each.dtype) for each in ctx.gradients), None)
+        # Scaled before they are cast: in float16 most of them would be zero without the loss scale.
+        scaled = (None if each is None else each * grad_total for each in ctx.gradients)
+        return (*(each if each is None else each.to(kind) for each, kind in zip(scaled, ctx.types, strict=True)), None)
 
 
 def _parts(queries_BhSE: Tensor, what: Comparison) -> Iterator[slice]:

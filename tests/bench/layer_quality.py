@@ -1,6 +1,6 @@
 """Does a student that matches layers resemble its teacher more, and at what cost in loss? Against logits alone, same steps.
 
-    python tests/bench/layer_quality.py WORK_FOLDER [--steps 1600] [--rows 2] [--arms …] [--out FILE] [--json]
+    python tests/bench/layer_quality.py WORK_FOLDER [--steps 1200] [--rows 2] [--arms …] [--out FILE] [--json]
 
 The quickstart's pair (8 of the teacher's 30 blocks) on the documentation of CPython's standard library: the help topics, and
 the docstrings of its modules, 450,000 positions of which a twentieth is held out. The cache has the hidden states that enter
@@ -13,8 +13,8 @@ and leave the teacher's blocks that the student is made of. The arms differ in `
 What is reported, on held-out rows, first tokens left out:
 
     features   of each matched pair of hidden states: the cosine of teacher and student, after a ridge map that is fitted to
-               the student's states on rows of the training split, for each arm and pair anew; raw, and both less the
-               teacher's mean
+               the student's states on rows of the training split, for each arm and pair anew, every position with the
+               weight that it has in a cosine; raw, and both less the teacher's mean
     attention  of each block and the teacher's that it is a copy of: the mean cosine of a query's row over keys and heads,
                without the first key
     loss       cross-entropy, nats a position
@@ -155,11 +155,13 @@ class Held:
 
 
 def ridge(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """[Ds + 1, Dt], the constant last."""
-    student_ND = torch.cat([student_ND, torch.ones(len(student_ND), 1, dtype=student_ND.dtype)], dim=1)
+    """[Ds + 1, Dt], the constant last. Each position has the weight that it has in a cosine: a few tokens in ten thousand are
+    more than a hundred times as long as the others, and would be all that least squares see."""
+    weight_N1 = 1 / teacher_ND.norm(dim=-1, keepdim=True)
+    student_ND = torch.cat([student_ND, torch.ones(len(student_ND), 1, dtype=student_ND.dtype)], dim=1) * weight_N1
     gram = student_ND.T @ student_ND
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, student_ND.T @ teacher_ND)
+    return torch.linalg.solve(gram, student_ND.T @ (teacher_ND * weight_N1))
 
 
 class Teachers:
@@ -263,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rows", type=int, default=2, help="in a step")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--arms", nargs="+", default=["logits", "layers"], choices=list(ARMS))

@@ -4,8 +4,8 @@
 
 Heads like SmolLM2-135M's (9 of 64 channels, 3 of keys), the teacher's rebuilt from queries and keys, KL. `ours` is the term of
 `objective.layers`, `checkpointed` the same in plain torch whose maps are formed once more in the backward pass, `plain` keeps
-them. Contestants take turns in one process; medians over the rounds, ratios to `plain` within each round. `megabytes` is
-the peak of one call above what its operands take, in a process of its own for each.
+them. Contestants take turns in one process; medians over the rounds, ratios to `plain` within each round. `megabytes` is by how
+much a call raises the highest resident memory, in a process of its own for each, after a call with tiny operands.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def losses(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     queries, keys = (torch.randn(size) for size in sizes)
     theirs = [torch.randn(size) for size in sizes]
     segment_BS = torch.zeros(options.rows, options.length, dtype=torch.int64)
+    first_BS = torch.zeros_like(segment_BS, dtype=torch.bool)
     taught = StoredHeads(theirs[0], theirs[1], None, HeadShape(HEADS, KEY_HEADS, WIDTH, SCALING), None)
     term = AttentionTerm("attention-kl", ((1, 1),), heads="average", student_heads=HEADS, teacher_heads=HEADS)
 
     def ours(queries: Tensor, keys: Tensor) -> Tensor:
         heads = Heads(queries, keys, keys, scaling=SCALING)
-        return term.loss(LayerBatch(segment_BS == 0, segment_BS, {}, {1: heads}, {}, {1: taught}))
+        return term.loss(LayerBatch(segment_BS == 0, segment_BS, first_BS, {}, {1: heads}, {}, {1: taught}))
 
     def plain(queries: Tensor, keys: Tensor) -> Tensor:
         seen = sees(torch, segment_BS, window=None)
@@ -65,6 +66,7 @@ def losses(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
 def peak(options: argparse.Namespace, name: str) -> float:
     """Megabytes by which one call raises the highest resident memory."""
     torch.set_num_threads(options.threads)
+    losses(argparse.Namespace(rows=1, length=8))[name]()  # what a first call loads
     chosen = losses(options)[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     chosen()

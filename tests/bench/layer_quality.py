@@ -10,17 +10,18 @@ and leave the teacher's blocks that the student is made of. The arms differ in `
     layers     hidden states and attention of all eight blocks, weights that fall from 20 to 1; attention without the first key
     all-keys   the same with the first key
 
-What is reported, on held-out rows, first tokens left out:
+What is reported, on held-out rows:
 
     features   of each matched pair of hidden states: the cosine of teacher and student, after a ridge map that is fitted to
                the student's states on rows of the training split, for each arm and pair anew, every position with the
-               weight that it has in a cosine; raw, and both less the teacher's mean
+               weight that it has in a cosine, first tokens left out; raw, and both less the teacher's mean
     attention  of each block and the teacher's that it is a copy of: the mean cosine of a query's row over keys and heads,
                without the first key
     loss       cross-entropy, nats a position
 
 `gain` is the rise of the similarity; where the base is above 0.75, the fall of 1 - cosine. All train in bf16. Stop it at any
-time: run again, it goes on where it was. Two processes with an arm each share two cores better than one after the other.
+time: run again, it goes on where it was, with the same terms. Once there are a cache and a student, two processes with an arm
+each share two cores better than one after the other.
 """
 
 from __future__ import annotations
@@ -119,8 +120,7 @@ def prepare(work: Path) -> tuple[Path, Recipe]:
     return recipe_file, recipe
 
 
-def train(work: Path, recipe_file: Path, arm: str, seed: int, options: argparse.Namespace) -> Path:
-    output = work / "runs" / f"{arm}-{options.steps}-steps-{options.rows}-rows-lr{options.learning_rate:g}-seed{seed}"
+def train(output: Path, recipe_file: Path, arm: str, seed: int, options: argparse.Namespace) -> Path:
     settings = [
         *COMMON, f"train.output={output}", f"train.seed={seed}", f"train.max_steps={options.steps}",
         f"train.evaluate_every={max(1, options.steps // 4)}", f"train.learning_rate={options.learning_rate}",
@@ -209,10 +209,11 @@ def resemblance(cache: Cache, run: Path, teachers: Teachers) -> dict[str, Any]:
 def of_arm(
     arm: str, seed: int, recipe_file: Path, cache: Cache, teachers: Teachers, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Of one run. Finished ones are read back, and their checkpoints removed."""
-    run = train(options.work, recipe_file, arm, seed, options)
-    kept = options.work / "results" / f"{run.name}.json"
+    """Of one run. Finished ones are read back."""
+    name = f"{arm}-{options.steps}-steps-{options.rows}-rows-lr{options.learning_rate:g}-seed{seed}"
+    kept = options.work / "results" / f"{name}.json"
     if not kept.is_file():
+        run = train(options.work / "runs" / name, recipe_file, arm, seed, options)
         found = resemblance(cache, run, teachers)
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps(found))

@@ -24,6 +24,7 @@ from teachercache.targets.attention_relations import StoredHeads
 B, S, STUDENT, TEACHER, E = 2, 9, 12, 16, 4
 # The second row holds two segments and ends in padding.
 SEGMENT_BS = torch.tensor([[0] * 9, [0, 0, 0, 1, 1, 1, 1, -1, -1]])
+FIRST_BS = torch.tensor([[1, *[0] * 8], [1, 0, 0, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)
 MASK_BS = torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
 N = int(MASK_BS.sum())
 
@@ -42,7 +43,9 @@ def batch(*, student_heads: int = 2, teacher_heads: int = 4, window: int | None 
         numbers(B, teacher_heads, S, 8, seed=4), numbers(B, 2, S, 8, seed=5), numbers(B, 2, S, 8, seed=6),
         HeadShape(teacher_heads, 2, 8, 0.35, window), None,
     )  # fmt: skip
-    return LayerBatch(MASK_BS, SEGMENT_BS, {1: hidden}, {1: heads}, {2: numbers(B, S, TEACHER, seed=7)}, {2: taught})
+    return LayerBatch(
+        MASK_BS, SEGMENT_BS, FIRST_BS, {1: hidden}, {1: heads}, {2: numbers(B, S, TEACHER, seed=7)}, {2: taught}
+    )
 
 
 def dense_map(
@@ -92,7 +95,7 @@ def test_a_shared_adapter_is_one_whose_gradient_adds_up_over_pairs(match: str) -
     one = batch()
     layers = {layer: numbers(B, S, STUDENT, seed=layer).requires_grad_() for layer in (1, 3)}
     taught = {2: numbers(B, S, TEACHER, seed=7), 4: numbers(B, S, TEACHER, seed=8)}
-    made = LayerBatch(MASK_BS, SEGMENT_BS, layers, one.attention, taught, one.teacher_attention)
+    made = LayerBatch(MASK_BS, SEGMENT_BS, FIRST_BS, layers, one.attention, taught, one.teacher_attention)
     sizes: dict[str, Any] = {"student_width": STUDENT, "teacher_width": TEACHER, "variance": {2: 4.0, 4: 1.0}}
     torch.manual_seed(0)
     pairs = ((1, 2), (3, 4))
@@ -126,6 +129,7 @@ def test_attention_is_compared_map_by_map(
 ) -> None:
     if chunk_bytes:
         monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("teachercache.objective.layers.map_loss.FEWEST", 1)
     made = batch(window=window)
     ours, theirs = made.attention[1], made.teacher_attention[2]
     student = dense_map(ours.queries_BHSE, ours.keys_BKSE, 0.5, window, first_key)
@@ -150,7 +154,8 @@ def test_attention_is_compared_map_by_map(
 def test_learned_mixtures_and_soft_caps_have_the_gradients_of_plain_autograd(
     match: str, softcap: float | None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", 600)  # a few queries at a time
+    monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("teachercache.objective.layers.map_loss.FEWEST", 2)  # queries at a time
     made = batch()
     heads = replace(made.attention[1], softcap=softcap)
     made = replace(made, attention={1: heads})
@@ -190,7 +195,7 @@ def test_small_gradients_survive_half_precision_through_the_scale_of_the_loss() 
 def test_the_teachers_own_attention_has_no_divergence_from_itself() -> None:
     theirs = batch().teacher_attention[2]
     same = Heads(theirs.queries_BHSE, theirs.keys_BKSE, theirs.values_BKSE, scaling=0.35)
-    made = LayerBatch(MASK_BS, SEGMENT_BS, {}, {1: same}, {}, {2: theirs})
+    made = LayerBatch(MASK_BS, SEGMENT_BS, FIRST_BS, {}, {1: same}, {}, {2: theirs})
     for match in ("attention-kl", "attention-mse"):
         term = AttentionTerm(match, ((1, 2),), heads="average", student_heads=4, teacher_heads=4)
         assert abs(float(term.loss(made))) < 1e-5
@@ -252,7 +257,7 @@ def test_a_batch_with_too_few_positions_gives_zero_with_a_gradient(match: str) -
     made = batch()
     nothing = torch.zeros_like(MASK_BS)
     nothing[0, 0] = True
-    small = LayerBatch(nothing, SEGMENT_BS, made.hidden, {}, made.teacher_hidden, {})
+    small = LayerBatch(nothing, SEGMENT_BS, FIRST_BS, made.hidden, {}, made.teacher_hidden, {})
     loss = StructureTerm(match, ((1, 2),), student_width=STUDENT, teacher_width=TEACHER).loss(small)
     loss.backward()
     assert float(loss.detach()) == 0.0 and not made.hidden[1].grad.any()  # type: ignore[union-attr]
@@ -261,7 +266,7 @@ def test_a_batch_with_too_few_positions_gives_zero_with_a_gradient(match: str) -
 def test_no_positions_give_zero_that_reaches_every_weight() -> None:
     made = batch()
     empty = LayerBatch(
-        torch.zeros_like(MASK_BS), torch.full_like(SEGMENT_BS, -1), made.hidden, made.attention,
+        torch.zeros_like(MASK_BS), torch.full_like(SEGMENT_BS, -1), FIRST_BS, made.hidden, made.attention,
         made.teacher_hidden, made.teacher_attention,
     )  # fmt: skip
     sizes: dict[str, Any] = {"student_width": STUDENT, "teacher_width": TEACHER}
@@ -351,7 +356,7 @@ def test_what_the_student_rules_out_has_a_gradient_still(match: str) -> None:
     taught = torch.tensor([[0.0, 0.0], [0.0, 0.0], [10.0, -10.0]])[None, None]
     ours, theirs = Heads(queries, keys, keys, 1.0), StoredHeads(taught, keys, keys, HeadShape(1, 1, 2, 1.0), None)
     mask, segment = torch.tensor([[False, False, True]]), torch.zeros(1, 3, dtype=torch.int64)
-    made = LayerBatch(mask, segment, {}, {1: ours}, {}, {1: theirs})
+    made = LayerBatch(mask, segment, segment < 0, {}, {1: ours}, {}, {1: theirs})
     if match == "attention-kl":
         loss = AttentionTerm(match, ((1, 1),), heads="average", student_heads=1, teacher_heads=1).loss(made)
         assert float(loss.detach()) > 90

@@ -125,6 +125,9 @@ def test_layers_are_those_at_aligned_tokens(joined: tuple[Cache, Sidecar]) -> No
         assert layers["segment"][number, :count].tolist() == segment_T[teacher_A].tolist()
         stored = cache.targets.decoded(row.teacher.targets)
         np.testing.assert_array_equal(layers["hidden_2"][number, :count], stored["hidden_2"][teacher_A])
+        begins = {"teacher": np.flatnonzero(np.diff(segment_T, prepend=-1)), "student": [0]}
+        is_first = np.isin(teacher_A, begins["teacher"]) | np.isin(student_A, begins["student"])
+        assert layers["first"][number, :count].tolist() == is_first.tolist() and is_first.any()
         assert layers["teacher"][number, :count].tolist() == row.teacher.row.position_ids_S()[teacher_A].tolist()
 
 

@@ -165,7 +165,8 @@ def test_with_the_same_tokens_layers_at_aligned_tokens_are_layers_at_all_tokens(
     tokenizer = load_tokenizer(str(Cache.open(cache).teacher_folder))
     tokenizer.add_tokens(["<never>"])  # another fingerprint
     tokenizer.save_pretrained(student)
-    layers = [{"match": "hidden-cosine", "pairs": {1: 1, 2: 2}}, {"match": "attention-kl", "pairs": {2: 2}}]
+    attention = {"match": "attention-kl", "pairs": {2: 2}}
+    layers = [{"match": "hidden-cosine", "pairs": {1: 1, 2: 2}}, attention, {**attention, "first_key": False}]
     model = load_causal_lm(str(student))
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(student)
@@ -178,7 +179,7 @@ def test_with_the_same_tokens_layers_at_aligned_tokens_are_layers_at_all_tokens(
         [record for record in log_of(tmp_path / name) if "loss" in record] for name in ("plain", "aligned")
     )
     assert "kl" in before[0] and "projected-kl" in after[0]
-    for name in ("hidden-cosine", "attention-kl"):  # of all tokens but a text's first, which nobody predicts
+    for name in ("hidden-cosine", "attention-kl", "attention-kl.2"):  # of all tokens but a text's first, which nobody predicts
         np.testing.assert_allclose([r[name] for r in after], [r[name] for r in before], rtol=0.1)
 
 

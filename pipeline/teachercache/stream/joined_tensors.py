@@ -52,8 +52,9 @@ def _targets(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequenc
 def _layers(
     rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str], packed_with: Sequence[Sequence[int]]
 ) -> dict[str, torch.Tensor]:
-    """Of aligned tokens: `student`, the token's index in its sequence; `teacher`, its place in the teacher's segment;
-    `segment`, -1 where there is none; and what layers decode to, [B, A, …]."""
+    """Of aligned tokens: `student`, the token's index in its sequence; `teacher`, its place in the teacher's segment; `first`,
+    1 where it is the first token of either's segment; `segment`, -1 where there is none; and what layers decode to,
+    [B, A, …]."""
     sequences = [_sequence([rows[index] for index in chosen], targets, columns) for chosen in packed_with]
     sequences = sequences or [_nothing(targets, columns)]
     longest = max(1, *(len(each["segment"]) for each in sequences))
@@ -73,7 +74,8 @@ def _sequence(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequen
         student_A, teacher_A = aligned_tokens(stored)
         segment_T = stored.teacher.row.segment_S()
         part = {"student": student_A + tokens, "segment": segment_T[teacher_A] + segments}
-        part["teacher"] = stored.teacher.row.position_ids_S()[teacher_A]
+        places = stored.teacher.row.position_ids_S()[teacher_A], stored.row.position_ids_S()[student_A]
+        part["teacher"], part["first"] = places[0], (np.minimum(*places) == 0).astype(np.int64)
         decoded = targets.decoded({name: stored.teacher.targets[name] for name in columns})
         parts.append({**part, **{name: values[teacher_A] for name, values in decoded.items()}})
         tokens, segments = tokens + stored.row.length, segments + int(segment_T[-1]) + 1
@@ -83,4 +85,4 @@ def _sequence(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequen
 def _nothing(targets: StoredTargets, columns: Sequence[str]) -> dict[str, Array]:
     empty = {column.name: np.empty((0, *column.shape), column.dtype) for column in targets.columns}
     decoded = targets.decoded({name: empty[name] for name in columns})
-    return {**{name: np.empty(0, np.int64) for name in ("student", "segment", "teacher")}, **decoded}
+    return {**{name: np.empty(0, np.int64) for name in ("student", "segment", "teacher", "first")}, **decoded}

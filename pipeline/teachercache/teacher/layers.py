@@ -118,7 +118,7 @@ def make_layer_file(model: Any, targets: StoredTargets, sample: LayerSample, *, 
     if attention is not None:
         tried = _tried(model, attention.layers, longest=longest)
         if isinstance(attention, Relations):
-            _check_rotary(tried, _tried(model, attention.layers, longest=min(longest, BRIEF)), model)
+            _check_rotary(tried, _recorded(model, attention.layers, length=min(longest, BRIEF)), model)
         for layer in attention.layers:
             _check_heads(attention, layer, tried.attention[layer])
             described[layer] = {"shape": shape_of(tried.attention[layer]).to_metadata()}
@@ -172,11 +172,16 @@ def _spreads(attention: QueriesKeys, sample: LayerSample, layer: int) -> dict[st
 
 def _tried(model: Any, layers: Sequence[int], *, longest: int) -> Activations:
     """Activations of some tokens, as many as a row can have."""
+    activations = _recorded(model, layers, length=longest)
+    check_attention(activations, layers, model)
+    return activations
+
+
+def _recorded(model: Any, layers: Sequence[int], *, length: int) -> Activations:
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids_BS = torch.arange(longest, device=model.device).mul(7919).remainder(vocabulary)[None]
+    ids_BS = torch.arange(length, device=model.device).mul(7919).remainder(vocabulary)[None]
     with recorded(model, hidden=[layer - 1 for layer in layers], attention=layers) as activations:
         model.base_model(input_ids=ids_BS, use_cache=False)
-    check_attention(activations, layers, model)
     return activations
 
 

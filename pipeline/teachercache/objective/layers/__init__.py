@@ -26,7 +26,7 @@ from torch import Tensor
 
 from teachercache.config import LayerTermConfig
 from teachercache.errors import CacheError, ModelError
-from teachercache.objective.layers.aligned import PLACES, STUDENT, aligned_heads, are_aligned, at_tokens
+from teachercache.objective.layers.aligned import FIRST, PLACES, STUDENT, aligned_heads, are_aligned, at_tokens
 from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.hidden import HiddenTerm
 from teachercache.objective.layers.pairs import layer_pairs
@@ -158,7 +158,8 @@ class LayerObjective(torch.nn.Module):
             )
             for layer in self._teacher_attention
         }
-        return LayerBatch(mask_BS, segment_BS, student_hidden, student_heads, hidden, attention)
+        first_BS = layers[FIRST] > 0 if are_aligned(layers) else _positions(segment_BS) == 0
+        return LayerBatch(mask_BS, segment_BS, first_BS, student_hidden, student_heads, hidden, attention)
 
     def idle(self, like: Tensor) -> Tensor:
         """Zero, by all weights, in the order of `loss`: what a process does whose micro-batch is of another cache."""

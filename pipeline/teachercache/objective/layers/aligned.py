@@ -16,7 +16,8 @@ from torch import Tensor
 
 from teachercache.errors import ModelError
 
-STUDENT, PLACES = "student", "teacher"  # of aligned tokens: index in the student's row; place in the teacher's segment
+# Of aligned tokens: index in the student's row; place in the teacher's segment; whether it is the first of either's segment.
+STUDENT, PLACES, FIRST = "student", "teacher", "first"
 
 
 def are_aligned(layers: Mapping[str, Tensor]) -> bool:

@@ -7,7 +7,7 @@ Maps are formed from queries and keys, or from the bytes of stored maps, and nev
 keys that both models see: where one of them has a window, that of the narrower one, and with sinks each is taken over its
 keys alone. Without the first key both are taken over the others: language models park most of a query's attention on a
 segment's first token (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024), and a loss over all
-keys sees little else; how the rest is shared is then compared alike at every query.
+keys sees little else. How the rest is shared then counts as much at a query that gives the first token all but 1 % as at any.
 
 Shapes: B rows, S tokens, C queries, H heads of the teacher, h of the student.
 """
@@ -62,10 +62,10 @@ class AttentionTerm(torch.nn.Module):
     def _pair(self, batch: LayerBatch, mixture: Any, student: Any, teacher: TaughtAttention) -> Tensor:
         weights_hH = mixture(student.queries_BHSE)
         windows = [window for window in (student.window, teacher.window) if window is not None]
-        others_BS = None if self._first_key else ~_first(batch.segment_BS)
+        window = min(windows) if windows else None
+        others_BS = None if self._first_key else ~batch.first_BS
 
         def seen(part: slice) -> Tensor:
-            window = min(windows) if windows else None
             sees_BCS: Tensor = sees(torch, batch.segment_BS, window=window, start=part.start, stop=part.stop)
             return sees_BCS if others_BS is None else sees_BCS & others_BS[:, None]
 
@@ -74,9 +74,3 @@ class AttentionTerm(torch.nn.Module):
         )
         mixing = None if mixture.is_identity else weights_hH
         return map_loss(student.queries_BHSE, student.keys_BKSE, mixing, what)
-
-
-def _first(segment_BS: Tensor) -> Tensor:
-    """Where segments begin, bool [B, S]."""
-    before_BS = torch.nn.functional.pad(segment_BS, (1, 0), value=-1)[:, :-1]
-    return segment_BS != before_BS

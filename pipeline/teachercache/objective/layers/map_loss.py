@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 from teachercache.objective.layers.heads import mixed
 from teachercache.targets.attention import TaughtAttention
 
-CPU_CHUNK_BYTES = 2 * 2**20  # of one map [B, h, C, S], float32: a few of them stay in the processor's cache
+CPU_CHUNK_BYTES = 2 * 2**20  # a thread, of one map [B, h, C, S], float32: a few of them stay in the processor's cache
 DEVICE_CHUNK_BYTES = 64 * 2**20
+FEWEST = 8  # queries of a chunk, however long the row: below it, calls cost more than what they compute
 SMALLEST = 1e-30  # below it a probability counts as 0
 Distance = Literal["kl", "mse"]
 
@@ -46,7 +47,8 @@ class Comparison:
 def map_loss(queries_BhSE: Tensor, keys_BKSE: Tensor, weights_hH: Tensor | None, what: Comparison) -> Tensor:
     """A scalar, float32, differentiable once in queries, keys and the weights that mix the teacher's heads (None: they are the
     student's own, one to one)."""
-    total: Tensor = _MapLoss.apply(queries_BhSE, keys_BKSE, weights_hH, what)
+    with torch.autocast(queries_BhSE.device.type, enabled=False):
+        total: Tensor = _MapLoss.apply(queries_BhSE, keys_BKSE, weights_hH, what)
     return total
 
 
@@ -75,7 +77,7 @@ class _MapLoss(torch.autograd.Function):
                 to_keys[:, :, :stop] += scores_BKXT.transpose(-1, -2) @ few_BKXE
             if to_weights is not None:
                 to_weights += found.to_weights()
-        ctx.gradients = (None if to_queries is None else to_queries.flatten(1, 2), to_keys, to_weights)
+        ctx.save_for_backward(None if to_queries is None else to_queries.flatten(1, 2), to_keys, to_weights)
         ctx.types = (queries_BhSE.dtype, keys_BKSE.dtype, torch.float32)
         return total
 
@@ -83,14 +85,15 @@ class _MapLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         # Scaled before they are cast: in float16 most of them would be zero without the loss scale.
-        scaled = (None if each is None else each * grad_total for each in ctx.gradients)
+        scaled = (None if each is None else each * grad_total for each in ctx.saved_tensors)
         return (*(each if each is None else each.to(kind) for each, kind in zip(scaled, ctx.types, strict=True)), None)
 
 
 def _parts(queries_BhSE: Tensor, what: Comparison) -> Iterator[slice]:
     rows, heads, length, _ = queries_BhSE.shape
-    chunk_bytes = CPU_CHUNK_BYTES if queries_BhSE.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    chunk = max(1, chunk_bytes // (4 * rows * max(heads, what.teacher.heads) * length))
+    on_cpu = queries_BhSE.device.type == "cpu"
+    chunk_bytes = CPU_CHUNK_BYTES * torch.get_num_threads() if on_cpu else DEVICE_CHUNK_BYTES
+    chunk = max(FEWEST, chunk_bytes // max(1, 4 * rows * max(heads, what.teacher.heads) * length))
     for start in range(0, length, chunk):
         yield slice(start, min(start + chunk, length))
 

@@ -21,6 +21,7 @@ class LayerBatch:
 
     mask_BS: Tensor  # bool: positions
     segment_BS: Tensor  # of each token in its row, -1 for padding
+    first_BS: Tensor  # bool: first tokens of segments
     hidden: Mapping[int, Tensor]  # of the student, [B, S, Ds]
     attention: Mapping[int, Any]  # of the student, `activations.Heads`
     teacher_hidden: Mapping[int, Tensor]  # [B, S, Dt], float32, less the corpus mean where a term asks for that

@@ -134,7 +134,7 @@ class _Chunk:
         if self.what.distance == "mse":
             each_BhC = (self.teacher_BhCT - self.student_BhCT).square().sum(-1)
         else:
-            each_BhC = torch.special.xlogy(self.teacher_BhCT, self.teacher_BhCT.clamp_min(SMALLEST)).sum(-1)
+            each_BhC = torch.special.xlogy(self.teacher_BhCT, self.teacher_BhCT).sum(-1)
             each_BhC -= torch.linalg.vecdot(self.teacher_BhCT, self.log_student_BhCT)
         return (each_BhC.sum(1) * self.weight_BC).sum()
 

@@ -215,7 +215,10 @@ def test_relations_among_vectors_do_not_ask_for_equal_heads() -> None:
         ("value-relations", ours.values_BKSE, theirs.values_BKSE),
     ):
         found = RelationTerm(match, ((1, 2),), relation_heads=2).loss(made)
-        torch.testing.assert_close(found, divergence(relation(teacher, 2), relation(student, 2)))
+        expected = divergence(relation(teacher, 2), relation(student, 2))
+        torch.testing.assert_close(found, expected)
+        [got], [wanted] = torch.autograd.grad(found, [student]), torch.autograd.grad(expected, [student])
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_distances_and_angles_are_those_of_positions() -> None:

@@ -179,7 +179,11 @@ def test_with_the_same_tokens_layers_at_aligned_tokens_are_layers_at_all_tokens(
         [record for record in log_of(tmp_path / name) if "loss" in record] for name in ("plain", "aligned")
     )
     assert "kl" in before[0] and "projected-kl" in after[0]
-    for name in ("hidden-cosine", "attention-kl", "attention-kl.2"):  # of all tokens but a text's first, which nobody predicts
+    for name in (
+        "hidden-cosine",
+        "attention-kl",
+        "attention-kl.2",
+    ):  # of all tokens but a text's first, which nobody predicts
         np.testing.assert_allclose([r[name] for r in after], [r[name] for r in before], rtol=0.1)
 
 

@@ -166,9 +166,11 @@ def test_terms_in_bf16_are_those_of_float32_but_for_rounding(make: Any, plain_pu
         recipe = make(output=output, student_model=plain_pupil, precision=precision, zero_stage=stage, max_steps=8)
         run_training(recipe)
         logs[precision] = [record for record in log_of(recipe.train.output) if "loss" in record]
-    for ours, exact in zip(logs["bf16"], logs["fp32"], strict=True):
+    for step, (ours, exact) in enumerate(zip(logs["bf16"], logs["fp32"], strict=True)):
         for name in (name.removeprefix("weight_") for name in exact if name.startswith("weight_")):
-            assert ours[name] == pytest.approx(exact[name], rel=0.05), name
+            # Between the few rows of a micro-batch, what rounding did to the steps before shows most.
+            most = 0.01 if step == 0 else 0.1 if name == "sample-distances" else 0.03
+            assert ours[name] == pytest.approx(exact[name], rel=most), (name, step)
         assert ours["similarity_1"] == pytest.approx(exact["similarity_1"], abs=0.02)
 
 

@@ -1,13 +1,14 @@
 """Does a student that matches layers resemble its teacher more, and at what cost in loss? Against logits alone, same steps.
 
-    python tests/bench/layer_quality.py WORK_FOLDER [--steps 1200] [--rows 2] [--arms …] [--out FILE] [--json]
+    python tests/bench/layer_quality.py WORK_FOLDER [--steps 2000] [--rows 2] [--arms …] [--out FILE] [--json]
 
 The quickstart's pair (8 of the teacher's 30 blocks) on the documentation of CPython's standard library: the help topics, and
 the docstrings of its modules, 450,000 positions of which a twentieth is held out. The cache has the hidden states that enter
 and leave the teacher's blocks that the student is made of. The arms differ in `objective.layers` alone:
 
     logits     none
-    layers     hidden states and attention of all eight blocks, weights that fall from 20 to 1; attention without the first key
+    layers     hidden states and attention of all eight blocks, weights that fall from 200 to 50 and from 40 to 20; attention
+               without the first key
     all-keys   the same with the first key
 
 What is reported, on held-out rows:
@@ -63,13 +64,16 @@ RECIPE = [
     "precompute.unit_bytes=4000000",
     "teacher.dtype=bfloat16",
 ]
-WEIGHT = {"schedule": "linear", "start": 20, "end": 1}
+
+
+def falling(start: float, end: float) -> dict[str, Any]:
+    return {"schedule": "linear", "start": start, "end": end}
 
 
 def terms(first_key: bool) -> list[Any]:
     return [
-        {"match": "hidden-cosine", "weight": WEIGHT, "pairs": HIDDEN},
-        {"match": "attention-kl", "weight": WEIGHT, "pairs": ATTENTION, "first_key": first_key},
+        {"match": "hidden-cosine", "weight": falling(200, 50), "pairs": HIDDEN},
+        {"match": "attention-kl", "weight": falling(40, 20), "pairs": ATTENTION, "first_key": first_key},
     ]
 
 
@@ -266,7 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=2, help="in a step")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--arms", nargs="+", default=["logits", "layers"], choices=list(ARMS))

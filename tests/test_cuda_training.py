@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             {"match": "hidden-cosine", "weight": 0.5},
             {"match": "hidden-mse", "pairs": {2: 4}, "weight": 0.1},
             {"match": "attention-kl", "heads": "mix"},
-            {"match": "attention-mse"},
+            {"match": "attention-mse", "first_key": False},
             {"match": "value-relations"},
             {"match": "query-relations", "relation_heads": 2},
             {"match": "channel-correlation"},

@@ -244,7 +244,7 @@ def _error_of_kernel(heads: Heads) -> float:
     length = heads.queries_BHSE.shape[2]
     start = max(0, length - TRIED_QUERIES)
     segment_BS = torch.zeros(1, length, dtype=torch.int64, device=heads.queries_BHSE.device)
-    seen_BCS = sees(torch, segment_BS, window=heads.window, start=start)
+    seen_BCS = sees(torch, segment_BS, window=heads.window, queries=slice(start, None))
     shares_BHCS = log_attention(
         heads.queries_BHSE[:1, :, start:], heads.keys_BKSE[:1], seen_BCS, scaling=heads.scaling, softcap=heads.softcap,
         sinks_H=heads.sinks_H,

@@ -1,6 +1,6 @@
 """What a loss between attention maps costs a block, forward and backward, and how much memory it holds.
 
-    python tests/bench/attention_cost.py [--rows 4] [--length 256] [--rounds 15] [--json]
+    python tests/bench/attention_cost.py [--rows 4] [--length 256] [--window N] [--rounds 15] [--json]
 
 Heads like SmolLM2-135M's (9 of 64 channels, 3 of keys), the teacher's rebuilt from queries and keys, KL. `ours` is the term of
 `objective.layers`, `checkpointed` the same in plain torch whose maps are formed once more in the backward pass, `plain` keeps
@@ -39,7 +39,8 @@ def losses(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     theirs = [torch.randn(size) for size in sizes]
     segment_BS = torch.zeros(options.rows, options.length, dtype=torch.int64)
     first_BS = torch.zeros_like(segment_BS, dtype=torch.bool)
-    taught = StoredHeads(theirs[0], theirs[1], None, HeadShape(HEADS, KEY_HEADS, WIDTH, SCALING), None)
+    shape = HeadShape(HEADS, KEY_HEADS, WIDTH, SCALING, options.window)
+    taught = StoredHeads(theirs[0], theirs[1], None, shape, None)
     term = AttentionTerm("attention-kl", ((1, 1),), heads="average", student_heads=HEADS, teacher_heads=HEADS)
 
     def ours(queries: Tensor, keys: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def losses(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
         return term.loss(LayerBatch(segment_BS == 0, segment_BS, first_BS, {}, {1: heads}, {}, {1: taught}))
 
     def plain(queries: Tensor, keys: Tensor) -> Tensor:
-        seen = sees(torch, segment_BS, window=None)
+        seen = sees(torch, segment_BS, window=options.window)
         log_p, log_q = (
             log_attention(*each, seen, scaling=SCALING).masked_fill(~seen[:, None], 0.0)
             for each in (theirs, (queries, keys))
@@ -66,7 +67,7 @@ def losses(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
 def peak(options: argparse.Namespace, name: str) -> float:
     """Megabytes by which one call raises the highest resident memory."""
     torch.set_num_threads(options.threads)
-    losses(argparse.Namespace(rows=1, length=8))[name]()  # what a first call loads
+    losses(argparse.Namespace(rows=1, length=8, window=None))[name]()  # what a first call loads
     chosen = losses(options)[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     chosen()
@@ -77,12 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("rows", 4), ("length", 256), ("rounds", 15), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--window", type=int, help="keys that a query sees, itself included; default: all")
     add_output_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         megabytes = {name: round(pool.apply(peak, (options, name)), 1) for name in CONTESTANTS}
-    settings = {name: getattr(options, name) for name in ("rows", "length", "rounds", "threads")}
+    settings = {name: getattr(options, name) for name in ("rows", "length", "window", "rounds", "threads")}
     turns = {name: lambda _, run=run: run() for name, run in losses(options).items()}
     found = compare("attention-kl", turns, options.rounds, base="plain")
     publish({**provenance(), **settings, **found, "megabytes": megabytes}, options)

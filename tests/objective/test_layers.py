@@ -123,7 +123,7 @@ def test_a_shared_adapter_begins_less_the_mean_of_the_layers_means() -> None:
 
 @pytest.mark.parametrize("first_key", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("chunk_bytes", [None, 1])
+@pytest.mark.parametrize("chunk_bytes", [None, 1, 2000])  # all, one and a few queries at a time
 def test_attention_is_compared_map_by_map(
     first_key: bool, window: int | None, chunk_bytes: int | None, monkeypatch: Any
 ) -> None:

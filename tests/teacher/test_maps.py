@@ -140,7 +140,9 @@ def test_a_narrower_sight_leaves_a_distribution(top: int | None) -> None:
     whole = found.probabilities(slice(None), sees(torch, batch["segment"], window=None)).masked_fill(~near, 0.0)
     part = slice(7, 19)
     narrow = found.probabilities(part, near[:, part])
-    torch.testing.assert_close(narrow, (whole / whole.sum(-1, keepdim=True))[:, :, part])
+    expected = (whole / whole.sum(-1, keepdim=True))[:, :, part]
+    torch.testing.assert_close(narrow, expected)
+    torch.testing.assert_close(found.probabilities(part, near[:, part, 4:19], first=4), expected[..., 4:19])
 
 
 def test_a_key_before_its_row_is_refused() -> None:

@@ -3,8 +3,8 @@
 The softmax runs over the keys that a query sees: those of its own segment, up to itself, within the window if there is one.
 Heads of grouped-query attention share keys: head h reads key head h · K / H (Ainslie et al., "GQA", 2023).
 
-Shapes: B rows, S tokens, C queries of a chunk, D width, H heads of queries, K of keys and values, E a head's width, P
-positions of a rotary table, R its width.
+Shapes: B rows, S tokens, C queries of a chunk, T keys of it, D width, H heads of queries, K of keys and values, E a head's
+width, P positions of a rotary table, R its width.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ def log_attention(
     return (scores_BHCS - total_BHC1).masked_fill(blind_BC[:, None, :, None], 0.0)
 
 
-def sees(torch: Any, segment_BS: Any, *, window: int | None, start: int = 0, stop: int | None = None) -> Any:
-    """Which keys the queries `start` to `stop` see, bool [B, C, S]. `segment_BS` numbers the segments of each row; padding
-    is -1, sees nothing and is not seen."""
-    queries_BC = segment_BS[:, start:stop]
-    key_S = torch.arange(segment_BS.shape[1], device=segment_BS.device)
-    query_C = key_S[start:stop]
-    distance_CS = query_C[:, None] - key_S
-    near_CS = distance_CS >= 0
+ALL = slice(None)
+
+
+def sees(torch: Any, segment_BS: Any, *, window: int | None, queries: slice = ALL, keys: slice = ALL) -> Any:
+    """Which of some keys some queries see, bool [B, C, T]. `segment_BS` numbers the segments of each row; padding is -1, sees
+    nothing and is not seen."""
+    queries_BC1, keys_B1T = segment_BS[:, queries, None], segment_BS[:, None, keys]
+    place_S = torch.arange(segment_BS.shape[1], device=segment_BS.device)
+    distance_CT = place_S[queries, None] - place_S[keys]
+    near_CT = distance_CT >= 0
     if window is not None:
-        near_CS = near_CS & (distance_CS < window)
-    return near_CS & (queries_BC[:, :, None] == segment_BS[:, None, :]) & (queries_BC[:, :, None] >= 0)
+        near_CT = near_CT & (distance_CT < window)
+    return near_CT & (queries_BC1 == keys_B1T) & (queries_BC1 >= 0)
 
 
 class TaughtAttention(Protocol):
@@ -65,10 +67,10 @@ class TaughtAttention(Protocol):
     def window(self) -> int | None:
         """Keys that a query sees, itself included."""
 
-    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
-        """Of the keys of the queries `part`, float32 [B, H, C, S]: 0 where `sees_BCS` (bool) is not, and elsewhere a
-        distribution; where that has fewer keys than the row has tokens, it is of the first ones. With `sinks` what is left of
-        a distribution by logits that belong to no key, where the teacher has them."""
+    def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
+        """Of the keys of the queries `part`, float32 [B, H, C, T]: 0 where `sees_BCT` (bool) is not, and elsewhere a
+        distribution. The keys are as many as that has, from the row's token `first` on. With `sinks` what is left of a
+        distribution by logits that belong to no key, where the teacher has them."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class AttentionMaps:
         chunk = max(1, CHUNK_BYTES // (4 * self.teacher_heads * length))
         for start in range(0, length, chunk):
             part = slice(start, min(start + chunk, length))
-            sees_BCS = sees(torch, segment_BS, window=shape.window, start=part.start, stop=part.stop)
+            sees_BCS = sees(torch, segment_BS, window=shape.window, queries=part)
             log_BHCS = log_attention(
                 queries_HSE[None, :, part], keys_KSE[None], sees_BCS, scaling=shape.scaling, softcap=shape.softcap
             )
@@ -150,7 +150,7 @@ class AttentionMaps:
             # Modulo 256. A key's first query is itself: what stands before is zero, as between segments.
             differences_hCS = codes_hCS - torch.cat([before_h1S, codes_hCS[:, :-1]], dim=1)
             before_h1S = codes_hCS[:, -1:]
-            pairs_CS = sees(torch, segment_BS, window=None, start=start, stop=start + codes_hCS.shape[1])[0]
+            pairs_CS = sees(torch, segment_BS, window=None, queries=slice(start, start + codes_hCS.shape[1]))[0]
             parts.append(differences_hCS.permute(1, 2, 0)[pairs_CS].cpu().numpy())
         return (np.concatenate(parts),)
 

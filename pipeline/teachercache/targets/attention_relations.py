@@ -54,18 +54,18 @@ class StoredHeads:
         """Keys that a query sees, itself included."""
         return self.shape.window
 
-    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
-        """Of the keys of some queries, float32 [B, H, C, S], over those that `sees_BCS` lets them see; with `sinks` these have
+    def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
+        """Of the keys of some queries, float32 [B, H, C, T], over those that `sees_BCT` lets them see; with `sinks` these have
         the rest."""
-        log_BHCS = log_attention(
+        log_BHCT = log_attention(
             self.queries_BHSE[:, :, part],
-            self.keys_BKSE[:, :, : sees_BCS.shape[-1]],
-            sees_BCS,
+            self.keys_BKSE[:, :, first : first + sees_BCT.shape[-1]],
+            sees_BCT,
             scaling=self.shape.scaling,
             softcap=self.shape.softcap,
             sinks_H=self.sinks_H if sinks else None,
         )
-        return log_BHCS.exp().masked_fill(~sees_BCS[:, None], 0.0)
+        return log_BHCT.exp().masked_fill(~sees_BCT[:, None], 0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 Codes stay bytes until a chunk of queries is asked for: a micro-batch of 4 rows with 512 tokens and 9 heads holds 9 MB.
 
-Shapes: B rows, S tokens, C queries of a chunk, h heads that are stored, m keys that are kept.
+Shapes: B rows, S tokens, C queries of a chunk, T keys of it, h heads that are stored, m keys that are kept.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Maps:
         """That are stored."""
         return int(self.codes_BSSh.shape[-1])
 
-    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
-        """Of the keys of some queries, float32 [B, h, C, S], over those that `sees_BCS` lets them see."""
-        shares_BhCS = shares_of(self.codes_BSSh[:, part, : sees_BCS.shape[-1]].permute(0, 3, 1, 2))
-        return _normalised(shares_BhCS.masked_fill(~sees_BCS[:, None], 0.0))
+    def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
+        """Of the keys of some queries, float32 [B, h, C, T], over those that `sees_BCT` lets them see."""
+        codes_BCTh = self.codes_BSSh[:, part, first : first + sees_BCT.shape[-1]]
+        return _normalised(shares_of(codes_BCTh.permute(0, 3, 1, 2)).masked_fill(~sees_BCT[:, None], 0.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,25 +58,25 @@ class LargestShares:
         """That are stored."""
         return int(self.codes_BSmh.shape[-1])
 
-    def probabilities(self, part: slice, sees_BCS: Any, *, sinks: bool = False) -> Any:
-        """Of the keys of some queries, float32 [B, h, C, S], over those that `sees_BCS` lets them see."""
+    def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
+        """Of the keys of some queries, float32 [B, h, C, T], over those that `sees_BCT` lets them see."""
         codes_BhCm = self.codes_BSmh[:, part].permute(0, 3, 1, 2)
         distance_BhCm = self.distance_BSmh[:, part].permute(0, 3, 1, 2)
-        length = sees_BCS.shape[-1]
-        query_C1 = (self.position_BS.new_ones(length).cumsum(0) - 1)[part, None]
+        query_C1 = (self.position_BS.new_ones(self.position_BS.shape[1]).cumsum(0) - 1)[part, None]
         kept_BhCm = codes_BhCm[..., :-1] > 0
         shares_BhCm = shares_of(codes_BhCm)
-        key_BhCm = (query_C1 - distance_BhCm).clamp_min(0)
-        empty_BhCS = shares_BhCm.new_zeros(*codes_BhCm.shape[:-1], length)
-        largest_BhCS = empty_BhCS.scatter_add(-1, key_BhCm, shares_BhCm[..., :-1] * kept_BhCm)
+        key_BhCm = query_C1 - distance_BhCm - first
+        listed_BhCm = shares_BhCm[..., :-1] * (kept_BhCm & (key_BhCm >= 0))
+        empty_BhCT = shares_BhCm.new_zeros(*codes_BhCm.shape[:-1], sees_BCT.shape[-1])
+        largest_BhCT = empty_BhCT.scatter_add(-1, key_BhCm.clamp_min(0), listed_BhCm)
         seen_BC = self.position_BS[:, part] + 1
         if self.window is not None:
             seen_BC = seen_BC.clamp_max(self.window)
         others_BhC1 = (seen_BC[:, None] - kept_BhCm.sum(-1)).clamp_min(1)[..., None]
-        rest_BhCS = (shares_BhCm[..., -1:] / others_BhC1).expand_as(largest_BhCS)
-        shares_BhCS = largest_BhCS.where(largest_BhCS > 0, rest_BhCS)
-        return _normalised(shares_BhCS.masked_fill(~sees_BCS[:, None], 0.0))
+        rest_BhCT = (shares_BhCm[..., -1:] / others_BhC1).expand_as(largest_BhCT)
+        shares_BhCT = largest_BhCT.where(largest_BhCT > 0, rest_BhCT)
+        return _normalised(shares_BhCT.masked_fill(~sees_BCT[:, None], 0.0))
 
 
-def _normalised(shares_BhCS: Any) -> Any:
-    return shares_BhCS / shares_BhCS.sum(-1, keepdim=True).clamp_min(SMALLEST)
+def _normalised(shares_BhCT: Any) -> Any:
+    return shares_BhCT / shares_BhCT.sum(-1, keepdim=True).clamp_min(SMALLEST)

@@ -9,7 +9,7 @@ keys alone. Without the first key both are taken over the others: language model
 segment's first token (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024), and a loss over all
 keys sees little else. How the rest is shared then counts as much at a query that gives the first token all but 1 % as at any.
 
-Shapes: B rows, S tokens, C queries, H heads of the teacher, h of the student.
+Shapes: B rows, S tokens, C queries of a chunk, T keys of it, H heads of the teacher, h of the student.
 """
 
 from __future__ import annotations
@@ -65,12 +65,11 @@ class AttentionTerm(torch.nn.Module):
         window = min(windows) if windows else None
         others_BS = None if self._first_key else ~batch.first_BS
 
-        def seen(part: slice) -> Tensor:
-            sees_BCS: Tensor = sees(torch, batch.segment_BS, window=window, start=part.start, stop=part.stop)
-            return sees_BCS if others_BS is None else sees_BCS & others_BS[:, None]
+        def seen(queries: slice, keys: slice) -> Tensor:
+            sees_BCT: Tensor = sees(torch, batch.segment_BS, window=window, queries=queries, keys=keys)
+            return sees_BCT if others_BS is None else sees_BCT & others_BS[:, None, keys]
 
-        what = Comparison(
-            DISTANCES[self.match], teacher, seen, batch.mask_BS, scaling=student.scaling, softcap=student.softcap
-        )
+        distance, scores = DISTANCES[self.match], {"scaling": student.scaling, "softcap": student.softcap}
+        what = Comparison(distance, teacher, seen, batch.mask_BS, **scores, window=window)
         mixing = None if mixture.is_identity else weights_hH
         return map_loss(student.queries_BHSE, student.keys_BKSE, mixing, what)

@@ -4,10 +4,10 @@
     mse   Σ over keys of (p - q)²               and 2 q (q - p - Σ q (q - p))
 
 p are the teacher's maps as the student's heads have them, q the student's; both with means over heads, sums over positions.
-Maps are formed a chunk of queries at a time, over the keys up to the chunk's last query, and once: what is kept for the
-backward pass are the gradients of queries and keys, linear in the length of a row.
+Maps are formed a chunk of queries at a time, over the keys from the first that the window of any of them has to its last
+query, and once: what is kept for the backward pass are the gradients of queries and keys, linear in the length of a row.
 
-Shapes: B rows, S tokens, C queries of a chunk, T keys up to its last query, H heads of the teacher, h of the student, K of
+Shapes: B rows, S tokens, C queries of a chunk, T keys of it, H heads of the teacher, h of the student, K of
 its keys, G = h / K, E a head's width.
 """
 
@@ -33,15 +33,16 @@ Distance = Literal["kl", "mse"]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What is compared, beside the student's queries and keys. `sees` gives of some queries (a slice) which keys count, bool
-    [B, C, S], none of them beyond the query."""
+    """What is compared, beside the student's queries and keys. `sees` gives of some queries and some keys (slices) which keys
+    count, bool [B, C, T]: none beyond the query, with a `window` none but the query and the `window - 1` before it."""
 
     distance: Distance
     teacher: TaughtAttention
-    sees: Callable[[slice], Tensor]
+    sees: Callable[[slice, slice], Tensor]
     mask_BS: Tensor  # bool: queries that count
     scaling: float
     softcap: float | None = None
+    window: int | None = None
 
 
 def map_loss(queries_BhSE: Tensor, keys_BKSE: Tensor, weights_hH: Tensor | None, what: Comparison) -> Tensor:
@@ -65,16 +66,15 @@ class _MapLoss(torch.autograd.Function):
         to_keys = torch.zeros_like(keys_BKSE_float) if of_states else None
         to_weights = torch.zeros_like(weights_hH) if weights_hH is not None and ctx.needs_input_grad[2] else None
         total = queries_BKGSE.new_zeros(())
-        for part in _parts(queries_BhSE, what):
-            stop = part.stop
+        for part, reach in _parts(queries_BhSE, what):
             few_BKXE = queries_BKGSE[:, :, :, part].flatten(2, 3)
-            reached_BKTE = keys_BKSE_float[:, :, :stop]
-            found = _Chunk.of(few_BKXE @ reached_BKTE.transpose(-1, -2), what, part, weights_hH)
+            reached_BKTE = keys_BKSE_float[:, :, reach]
+            found = _Chunk.of(few_BKXE @ reached_BKTE.transpose(-1, -2), what, (part, reach), weights_hH)
             total += found.loss()
             if to_queries is not None and to_keys is not None:
                 scores_BKXT = found.to_scores().unflatten(1, (keys_BKSE.shape[1], -1)).flatten(2, 3)
-                to_queries[:, :, :, part] = (scores_BKXT @ reached_BKTE).unflatten(2, (-1, stop - part.start))
-                to_keys[:, :, :stop] += scores_BKXT.transpose(-1, -2) @ few_BKXE
+                to_queries[:, :, :, part] = (scores_BKXT @ reached_BKTE).unflatten(2, (-1, part.stop - part.start))
+                to_keys[:, :, reach] += scores_BKXT.transpose(-1, -2) @ few_BKXE
             if to_weights is not None:
                 to_weights += found.to_weights()
         ctx.save_for_backward(None if to_queries is None else to_queries.flatten(1, 2), to_keys, to_weights)
@@ -89,13 +89,19 @@ class _MapLoss(torch.autograd.Function):
         return (*(each if each is None else each.to(kind) for each, kind in zip(scaled, ctx.types, strict=True)), None)
 
 
-def _parts(queries_BhSE: Tensor, what: Comparison) -> Iterator[slice]:
+def _parts(queries_BhSE: Tensor, what: Comparison) -> Iterator[tuple[slice, slice]]:
+    """Queries of each chunk, and the keys that any of them may see."""
     rows, heads, length, _ = queries_BhSE.shape
     on_cpu = queries_BhSE.device.type == "cpu"
     chunk_bytes = CPU_CHUNK_BYTES * torch.get_num_threads() if on_cpu else DEVICE_CHUNK_BYTES
-    chunk = max(FEWEST, chunk_bytes // max(1, 4 * rows * max(heads, what.teacher.heads) * length))
+    pairs = chunk_bytes // max(1, 4 * rows * max(heads, what.teacher.heads))  # of a query and a key, of one chunk
+    chunk = max(FEWEST, pairs // max(1, length))
+    before = length if what.window is None else what.window - 1
+    if before < length:  # the most queries C that with their C + before keys make as many pairs
+        chunk = max(chunk, int(((before**2 + 4 * pairs) ** 0.5 - before) / 2))
     for start in range(0, length, chunk):
-        yield slice(start, min(start + chunk, length))
+        stop = min(start + chunk, length)
+        yield slice(start, stop), slice(max(0, start - before), stop)
 
 
 @dataclass(eq=False)
@@ -111,9 +117,10 @@ class _Chunk:
     weight_BC: Tensor  # of each query: 1 / h where it counts
 
     @classmethod
-    def of(cls, dots_BKXT: Tensor, what: Comparison, part: slice, weights_hH: Tensor | None) -> _Chunk:
+    def of(cls, dots_BKXT: Tensor, what: Comparison, of: tuple[slice, slice], weights_hH: Tensor | None) -> _Chunk:
         """From dot products of queries and keys; these are overwritten."""
-        seen_BCT = what.sees(part)[..., : part.stop]
+        part, reach = of
+        seen_BCT = what.sees(part, reach)
         scores_BhCT = dots_BKXT.unflatten(2, (-1, part.stop - part.start)).flatten(1, 2).mul_(what.scaling)
         slope_BhCT = None
         if what.softcap is not None:
@@ -125,7 +132,7 @@ class _Chunk:
         log_student_BhCT = scores_BhCT.masked_fill_(hidden_B1CT, torch.finfo(torch.float32).min).log_softmax(-1)
         student_BhCT = log_student_BhCT.exp().masked_fill_(hidden_B1CT, 0.0)
         log_student_BhCT.masked_fill_(hidden_B1CT, 0.0)
-        taught_BHCT = what.teacher.probabilities(part, seen_BCT)
+        taught_BHCT = what.teacher.probabilities(part, seen_BCT, first=reach.start)
         teacher_BhCT = taught_BHCT if weights_hH is None else mixed(weights_hH, taught_BHCT)
         weight_BC = what.mask_BS[:, part].float() / student_BhCT.shape[1]
         return cls(what, taught_BHCT, teacher_BhCT, student_BhCT, log_student_BhCT, slope_BhCT, weight_BC)

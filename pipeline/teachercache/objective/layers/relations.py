@@ -6,7 +6,7 @@ X holds the vectors of all heads of a token, cut anew into as many *relation hea
 student need not have the same heads, nor the same width (Wang et al., "MiniLMv2", 2021). Relations are causal where the
 model is: a token relates to those of its segment, up to itself.
 
-Shapes: B rows, S tokens, C of them, H heads, E a head's width, r relation heads.
+Shapes: B rows, S tokens, C of them with T keys, H heads, E a head's width, r relation heads.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class RelationTerm(torch.nn.Module):
         return vectors_BHSE.transpose(1, 2).flatten(2).unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
     def _pair(self, batch: LayerBatch, student_BrSE: Tensor, teacher_BrSE: Tensor) -> Tensor:
-        def seen(part: slice) -> Tensor:
-            sees_BCS: Tensor = sees(torch, batch.segment_BS, window=None, start=part.start, stop=part.stop)
-            return sees_BCS
+        def seen(queries: slice, keys: slice) -> Tensor:
+            sees_BCT: Tensor = sees(torch, batch.segment_BS, window=None, queries=queries, keys=keys)
+            return sees_BCT
 
         ours, theirs = student_BrSE.shape[-1], teacher_BrSE.shape[-1]
         shape = HeadShape(self._heads, self._heads, theirs, scaling=theirs**-0.5)

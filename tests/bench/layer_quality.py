@@ -1,9 +1,11 @@
 """Does a student that matches layers resemble its teacher more, and at what cost in loss? Against logits alone, same steps.
 
-    python tests/bench/layer_quality.py WORK_FOLDER [--steps 2000] [--rows 2] [--arms …] [--out FILE] [--json]
+    python tests/bench/layer_quality.py WORK_FOLDER [--steps 2000] [--rows 2] [--arms …] [--packages NAME …]
+        [--out FILE] [--json]
 
 The quickstart's pair (8 of the teacher's 30 blocks) on the documentation of CPython's standard library: the help topics, and
-the docstrings of its modules, 450,000 positions of which a twentieth is held out. The cache has the hidden states that enter
+the docstrings of its modules, 450,000 positions of which a twentieth is held out; with `--packages` also the docstrings of
+these (a work folder keeps the text that it was begun with). The cache has the hidden states that enter
 and leave the teacher's blocks that the student is made of. The arms differ in `objective.layers` alone:
 
     logits     none
@@ -11,7 +13,7 @@ and leave the teacher's blocks that the student is made of. The arms differ in `
                without the first key
     all-keys   the same with the first key
 
-What is reported, on held-out rows:
+What is reported, on held-out rows (the loss on all, the rest on 128 at most):
 
     features   of each matched pair of hidden states: the cosine of teacher and student, after a ridge map that is fitted to
                the student's states on rows of the training split, for each arm and pair anew, every position with the
@@ -37,6 +39,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from kd_against_ce import teachercache
 from provenance import add_output_options, provenance, publish
@@ -81,12 +84,13 @@ ARMS: dict[str, list[Any]] = {"logits": [], "layers": terms(False), "all-keys": 
 COMMON = ["train.trackers=[]", "train.keep_checkpoints=1", "train.save_every=100000", "train.precision=bf16"]
 FITTED_ROWS = 96
 RIDGE = 1e-3  # of the states' mean square
-SPLITS: dict[Split, int] = {"train": FITTED_ROWS, "held-out": 10**6}
+SPLITS: dict[Split, int] = {"train": FITTED_ROWS, "held-out": 128}
+LEFT_OUT = ("site-packages", "test", "idlelib", "pydoc_data")  # in a path
 SHORT, SHORT_ROW = 60, 400  # characters of a docstring, and of a row, below which it is left out
 
 
-def library_text(path: Path) -> Path:
-    """Help topics and docstrings of Python's standard library as JSON lines, a module a row, every paragraph once."""
+def library_text(path: Path, packages: list[str]) -> Path:
+    """Help topics, and docstrings of the standard library and of packages, as JSON lines: a module a row, a paragraph once."""
     seen: set[str] = set()
 
     def fresh(text: str) -> str:
@@ -96,10 +100,9 @@ def library_text(path: Path) -> Path:
         return "\n\n".join(new)
 
     rows = [fresh(topic) for topic in python_topics()]
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(folder.rglob("*.py")):
-        if any(part in str(file.relative_to(folder)) for part in ("site-packages", "test", "idlelib", "pydoc_data")):
-            continue
+    paths = sysconfig.get_paths()
+    folders = [Path(paths["stdlib"]), *(Path(paths["purelib"], name) for name in packages)]
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.py")) if not skipped(file, folder)):
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):  # templates of lib2to3 and the like
@@ -111,11 +114,15 @@ def library_text(path: Path) -> Path:
     return path
 
 
-def prepare(work: Path) -> tuple[Path, Recipe]:
+def skipped(file: Path, folder: Path) -> bool:
+    return any(part in str(file.relative_to(folder)) for part in LEFT_OUT)
+
+
+def prepare(work: Path, packages: list[str]) -> tuple[Path, Recipe]:
     text = work / "text.jsonl"
     if not text.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        library_text(text)
+        library_text(text, packages)
     recipe_file, recipe = write_recipe(work, [*RECIPE, f"corpus.source={text}"])
     if not (Path(recipe.cache) / "manifest.json").is_file():
         teachercache("precompute", str(recipe_file))
@@ -135,7 +142,7 @@ def train(output: Path, recipe_file: Path, arm: str, seed: int, options: argpars
 
 
 class Held:
-    """What a model's matched layers hold at some rows; all tokens of a row but the first."""
+    """What a model's matched layers hold at rows spread over a split; all tokens of a row but the first."""
 
     def __init__(
         self, model: Any, cache: Cache, *, hidden: list[int], attention: list[int], split: Split, count: int
@@ -143,8 +150,8 @@ class Held:
         self.hidden: dict[int, Tensor] = {}
         self.maps: dict[int, list[Tensor]] = defaultdict(list)
         states: dict[int, list[Tensor]] = defaultdict(list)
-        for index in range(min(count, cache.rows_of(split))):
-            row = cache.read_row(split, index, columns=()).row
+        for index in np.linspace(0, cache.rows_of(split) - 1, min(count, cache.rows_of(split)), dtype=int):
+            row = cache.read_row(split, int(index), columns=()).row
             inputs = model_inputs([row], pad_id=0, layout="documents")
             with torch.inference_mode(), recorded(model, hidden=hidden, attention=attention) as activations:
                 model.base_model(**{name: torch.from_numpy(values) for name, values in inputs.items()}, use_cache=False)
@@ -230,7 +237,7 @@ def gain(base: float, found: float) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    recipe_file, recipe = prepare(options.work)
+    recipe_file, recipe = prepare(options.work, options.packages)
     cache = Cache.open(recipe.cache)
     teachers = Teachers(cache)
     arms = {
@@ -253,6 +260,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "steps": options.steps,
         "rows": options.rows,
         "learning_rate": options.learning_rate,
+        "positions": cache.manifest.positions,
+        "packages": options.packages,
         "terms": {arm: ARMS[arm] for arm in arms},
         "means": means,
         "arms": arms,
@@ -274,6 +283,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="in a step")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--arms", nargs="+", default=["logits", "layers"], choices=list(ARMS))
+    parser.add_argument(
+        "--packages", nargs="+", default=[], help="installed ones, whose docstrings are added to the text"
+    )
     add_output_options(parser)
     options = parser.parse_args()
     publish({**provenance(), **measure(options)}, options)

@@ -5,7 +5,7 @@
 
 The quickstart's pair (8 of the teacher's 30 blocks) on the documentation of CPython's standard library: the help topics, and
 the docstrings of its modules, 450,000 positions of which a twentieth is held out; with `--packages` also the docstrings of
-these (a work folder keeps the text that it was begun with). The cache has the hidden states that enter
+these (a work folder keeps to the text that it was begun with). The cache has the hidden states that enter
 and leave the teacher's blocks that the student is made of. The arms differ in `objective.layers` alone:
 
     logits     none
@@ -23,7 +23,7 @@ What is reported, on held-out rows (the loss on all, the rest on 128 at most):
     loss       cross-entropy, nats a position
 
 `gain` is the rise of the similarity; where the base is above 0.75, the fall of 1 - cosine. All train in bf16. Stop it at any
-time: run again, it goes on where it was, with the same terms. Once there are a cache and a student, two processes with an arm
+time: run again, it goes on where it was. Once there are a cache and a student, two processes with an arm
 each share two cores better than one after the other.
 """
 
@@ -34,6 +34,7 @@ import ast
 import json
 import re
 import statistics
+import sys
 import sysconfig
 from collections import defaultdict
 from pathlib import Path
@@ -119,10 +120,15 @@ def skipped(file: Path, folder: Path) -> bool:
 
 
 def prepare(work: Path, packages: list[str]) -> tuple[Path, Recipe]:
-    text = work / "text.jsonl"
+    text, begun_with = work / "text.jsonl", work / "packages.json"
     if not text.is_file():
         work.mkdir(parents=True, exist_ok=True)
+        begun_with.write_text(json.dumps(packages))
         library_text(text, packages)
+    if json.loads(begun_with.read_text()) != packages:
+        sys.exit(
+            f"error: {work} was begun with --packages {begun_with.read_text()}: say the same or choose another folder"
+        )
     recipe_file, recipe = write_recipe(work, [*RECIPE, f"corpus.source={text}"])
     if not (Path(recipe.cache) / "manifest.json").is_file():
         teachercache("precompute", str(recipe_file))
@@ -227,8 +233,10 @@ def of_arm(
         run = train(options.work / "runs" / name, recipe_file, arm, seed, options)
         found = resemblance(cache, run, teachers)
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(found))
+        kept.write_text(json.dumps({"terms": ARMS[arm], **found}))
     result: dict[str, Any] = json.loads(kept.read_text())
+    if result.pop("terms") != json.loads(json.dumps(ARMS[arm])):  # numbers of layers are strings there
+        sys.exit(f"error: {kept} is of other terms than this arm has; move it and its run, or choose another folder")
     return result
 
 

@@ -9,9 +9,10 @@ these (a work folder keeps to the text that it was begun with). The cache has th
 and leave the teacher's blocks that the student is made of. The arms differ in `objective.layers` alone:
 
     logits     none
-    layers     hidden states and attention of all eight blocks, weights that fall from 200 to 50 and from 40 to 20; attention
-               without the first key
-    all-keys   the same with the first key
+    layers     hidden states and attention of all eight blocks, weights that fall from 100 to 5 and from 20 to 1, by half a
+               cosine; attention without the first key
+    lighter    the same from 30 to 5 and from 6 to 1, in a line
+    all-keys   as `layers`, with the first key
 
 What is reported, on held-out rows (the loss on all, the rest on 128 at most):
 
@@ -20,7 +21,7 @@ What is reported, on held-out rows (the loss on all, the rest on 128 at most):
                weight that it has in a cosine, first tokens left out; raw, and both less the teacher's mean
     attention  of each block and the teacher's that it is a copy of: the mean cosine of a query's row over keys and heads,
                without the first key
-    loss       cross-entropy, nats a position
+    loss       cross-entropy, nats a position; and the divergence KL(teacher ‖ student) that is trained
 
 `gain` is the rise of the similarity; where the base is above 0.75, the fall of 1 - cosine. All train in bf16. Stop it at any
 time: run again, it goes on where it was. Once there are a cache and a student, two processes with an arm
@@ -70,18 +71,23 @@ RECIPE = [
 ]
 
 
-def falling(start: float, end: float) -> dict[str, Any]:
-    return {"schedule": "linear", "start": start, "end": end}
-
-
-def terms(first_key: bool) -> list[Any]:
+def terms(
+    schedule: str, *, hidden: tuple[float, float], attention: tuple[float, float], first_key: bool = False
+) -> list[Any]:
+    """`hidden` and `attention` are the weights in the beginning and in the end."""
+    of_hidden, of_attention = ({"schedule": schedule, "start": start, "end": end} for start, end in (hidden, attention))
     return [
-        {"match": "hidden-cosine", "weight": falling(200, 50), "pairs": HIDDEN},
-        {"match": "attention-kl", "weight": falling(40, 20), "pairs": ATTENTION, "first_key": first_key},
+        {"match": "hidden-cosine", "weight": of_hidden, "pairs": HIDDEN},
+        {"match": "attention-kl", "weight": of_attention, "pairs": ATTENTION, "first_key": first_key},
     ]
 
 
-ARMS: dict[str, list[Any]] = {"logits": [], "layers": terms(False), "all-keys": terms(True)}
+ARMS: dict[str, list[Any]] = {
+    "logits": [],
+    "layers": terms("cosine", hidden=(100, 5), attention=(20, 1)),
+    "lighter": terms("linear", hidden=(30, 5), attention=(6, 1)),
+    "all-keys": terms("cosine", hidden=(100, 5), attention=(20, 1), first_key=True),
+}
 COMMON = ["train.trackers=[]", "train.keep_checkpoints=1", "train.save_every=100000", "train.precision=bf16"]
 FITTED_ROWS = 96
 RIDGE = 1e-3  # of the states' mean square
@@ -220,7 +226,8 @@ def resemblance(cache: Cache, run: Path, teachers: Teachers) -> dict[str, Any]:
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     evaluated = [record for record in records if "eval_loss" in record]
     curve = {str(record["step"]): record["eval_loss"] for record in evaluated}
-    return {"features": features, "attention": attention, "loss": evaluated[-1]["eval_loss"], "loss_by_step": curve}
+    last = {"loss": evaluated[-1]["eval_loss"], "kl": evaluated[-1]["eval_kl"]}
+    return {"features": features, "attention": attention, **last, "loss_by_step": curve}
 
 
 def of_arm(
@@ -259,7 +266,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for name in ("raw", "centred")
             },
             "attention": statistics.mean(statistics.mean(run["attention"].values()) for run in found),
-            "loss": statistics.mean(run["loss"] for run in found),
+            **{name: statistics.mean(run[name] for run in found) for name in ("loss", "kl")},
         }
         for arm, found in arms.items()
     }

@@ -9,8 +9,9 @@ these (a work folder keeps to the text that it was begun with). The cache has th
 and leave the teacher's blocks that the student is made of. The arms differ in `objective.layers` alone:
 
     logits     none
-    layers     hidden states and attention of all eight blocks, weights that fall from 100 to 5 and from 20 to 1, by half a
+    layers     hidden states and attention of all eight blocks, weights that fall from 100 to 5 and from 20 to 5, by half a
                cosine; attention without the first key
+    fading     the same, attention's to 1
     lighter    the same from 30 to 5 and from 6 to 1, in a line
     heavier    the same from 200 to 50 and from 40 to 20, in a line
     all-keys   as `layers`, with the first key
@@ -85,10 +86,11 @@ def terms(
 
 ARMS: dict[str, list[Any]] = {
     "logits": [],
-    "layers": terms("cosine", hidden=(100, 5), attention=(20, 1)),
+    "layers": terms("cosine", hidden=(100, 5), attention=(20, 5)),
+    "fading": terms("cosine", hidden=(100, 5), attention=(20, 1)),
     "lighter": terms("linear", hidden=(30, 5), attention=(6, 1)),
     "heavier": terms("linear", hidden=(200, 50), attention=(40, 20)),
-    "all-keys": terms("cosine", hidden=(100, 5), attention=(20, 1), first_key=True),
+    "all-keys": terms("cosine", hidden=(100, 5), attention=(20, 5), first_key=True),
 }
 COMMON = ["train.trackers=[]", "train.keep_checkpoints=1", "train.save_every=100000", "train.precision=bf16"]
 FITTED_ROWS = 96

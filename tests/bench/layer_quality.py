@@ -16,7 +16,7 @@ and leave the teacher's blocks that the student is made of. The arms differ in `
     heavier    the same from 200 to 50 and from 40 to 20, in a line
     all-keys   as `layers`, with the first key
 
-What is reported, on held-out rows (the loss on all, the rest on 128 at most):
+What is reported, on all held-out rows:
 
     features   of each matched pair of hidden states: the cosine of teacher and student, after a ridge map that is fitted to
                the student's states on rows of the training split, for each arm and pair anew, every position with the
@@ -40,6 +40,8 @@ import statistics
 import sys
 import sysconfig
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ ARMS: dict[str, list[Any]] = {
 COMMON = ["train.trackers=[]", "train.keep_checkpoints=1", "train.save_every=100000", "train.precision=bf16"]
 FITTED_ROWS = 96
 RIDGE = 1e-3  # of the states' mean square
-SPLITS: dict[Split, int] = {"train": FITTED_ROWS, "held-out": 128}
+SPLITS: tuple[Split, Split] = ("train", "held-out")
 LEFT_OUT = ("site-packages", "test", "idlelib", "pydoc_data")  # in a path
 SHORT, SHORT_ROW = 60, 400  # characters of a docstring, and of a row, below which it is left out
 
@@ -157,28 +159,51 @@ def train(output: Path, recipe_file: Path, arm: str, seed: int, options: argpars
     return output
 
 
-class Held:
-    """What a model's matched layers hold at rows spread over a split; all tokens of a row but the first."""
+def rows(cache: Cache, split: Split) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Length and inputs of rows spread over the training split, of all held-out ones."""
+    count = cache.rows_of(split)
+    for index in np.linspace(0, count - 1, min(count, FITTED_ROWS) if split == "train" else count, dtype=int):
+        row = cache.read_row(split, int(index), columns=()).row
+        inputs = model_inputs([row], pad_id=0, layout="documents")
+        yield row.length, {name: torch.from_numpy(values) for name, values in inputs.items()}
 
-    def __init__(
-        self, model: Any, cache: Cache, *, hidden: list[int], attention: list[int], split: Split, count: int
-    ) -> None:
-        self.hidden: dict[int, Tensor] = {}
-        self.maps: dict[int, list[Tensor]] = defaultdict(list)
-        states: dict[int, list[Tensor]] = defaultdict(list)
-        for index in np.linspace(0, cache.rows_of(split) - 1, min(count, cache.rows_of(split)), dtype=int):
-            row = cache.read_row(split, int(index), columns=()).row
-            inputs = model_inputs([row], pad_id=0, layout="documents")
-            with torch.inference_mode(), recorded(model, hidden=hidden, attention=attention) as activations:
-                model.base_model(**{name: torch.from_numpy(values) for name, values in inputs.items()}, use_cache=False)
-            for layer in hidden:
-                states[layer].append(activations.hidden[layer][0, 1:])
-            seen = sees(torch, torch.zeros(1, row.length, dtype=torch.int64), window=None)
-            for layer in attention:
-                heads = activations.attention[layer]
-                maps = log_attention(heads.queries_BHSE, heads.keys_BKSE, seen, scaling=heads.scaling).exp()
-                self.maps[layer].append(maps[0, :, 2:, 1:])  # the second query sees one key beside the first
-        self.hidden = {layer: torch.cat(parts).double() for layer, parts in states.items()}
+
+def states(model: Any, cache: Cache, split: Split, layers: list[int]) -> dict[int, Tensor]:
+    """[N, D] of each layer; all tokens of a row but the first."""
+    found: dict[int, list[Tensor]] = defaultdict(list)
+    for _, inputs in rows(cache, split):
+        with torch.inference_mode(), recorded(model, hidden=layers, attention=[]) as activations:
+            model.base_model(**inputs, use_cache=False)
+        for layer in layers:
+            found[layer].append(activations.hidden[layer][0, 1:])
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def maps(model: Any, length: int, inputs: dict[str, Tensor], layers: list[int]) -> dict[int, Tensor]:
+    """[H, T - 2, T - 1] of each layer, without the first key; the second query sees one key beside it, so from the third on."""
+    with torch.inference_mode(), recorded(model, hidden=[], attention=layers) as activations:
+        model.base_model(**inputs, use_cache=False)
+    seen = sees(torch, torch.zeros(1, length, dtype=torch.int64), window=None)
+    found = {}
+    for layer in layers:
+        heads = activations.attention[layer]
+        full = log_attention(heads.queries_BHSE, heads.keys_BKSE, seen, scaling=heads.scaling).exp()
+        found[layer] = full[0, :, 2:, 1:]
+    return found
+
+
+def similarity_of_maps(student: Any, teacher: Any, cache: Cache) -> dict[str, float]:
+    total, count = defaultdict[str, float](float), 0
+    for length, inputs in rows(cache, "held-out"):
+        ours, exact = (
+            maps(model, length, inputs, list(layers))
+            for model, layers in ((student, ATTENTION), (teacher, ATTENTION.values()))
+        )
+        for layer, of_teacher in ATTENTION.items():
+            cosine_HT = cosine_similarity(ours[layer], exact[of_teacher], dim=-1)
+            total[f"{layer}:{of_teacher}"] += float(cosine_HT.double().sum())
+        count += cosine_HT.numel()
+    return {pair: value / count for pair, value in total.items()}
 
 
 def ridge(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -191,42 +216,35 @@ def ridge(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
     return torch.linalg.solve(gram, student_ND.T @ (teacher_ND * weight_N1))
 
 
-class Teachers:
-    """What the teacher's layers hold at the same rows; run once, when the first arm asks."""
+class Teacher:
+    """The teacher, and its hidden states at those rows; loaded and run once, when the first arm asks."""
 
     def __init__(self, cache: Cache) -> None:
-        self._cache, self._held = cache, dict[str, Held]()
+        self._cache = cache
 
-    def of(self, split: Split) -> Held:
-        if not self._held:
-            model = load_causal_lm(self._cache.manifest.teacher["model"], dtype="float32").eval()
-            self._held = {split: held(model, self._cache, split, teacher=True) for split in SPLITS}
-        return self._held[split]
+    @cached_property
+    def model(self) -> Any:
+        return load_causal_lm(self._cache.manifest.teacher["model"], dtype="float32").eval()
 
-
-def held(model: Any, cache: Cache, split: Split, *, teacher: bool) -> Held:
-    layers = [list(pairs.values() if teacher else pairs) for pairs in (HIDDEN, ATTENTION)]
-    of_maps = layers[1] if split == "held-out" else []
-    return Held(model, cache, hidden=layers[0], attention=of_maps, split=split, count=SPLITS[split])
+    @cached_property
+    def states(self) -> dict[Split, dict[int, Tensor]]:
+        return {split: states(self.model, self._cache, split, [*HIDDEN.values()]) for split in SPLITS}
 
 
-def resemblance(cache: Cache, run: Path, teachers: Teachers) -> dict[str, Any]:
+def resemblance(cache: Cache, run: Path, teacher: Teacher) -> dict[str, Any]:
     model = load_causal_lm(str(run / "student"), dtype="float32").eval()
-    ours = {split: held(model, cache, split, teacher=False) for split in SPLITS}
+    ours = {split: states(model, cache, split, [*HIDDEN]) for split in SPLITS}
     features: dict[str, dict[str, float]] = {"raw": {}, "centred": {}}
-    for student, teacher in HIDDEN.items():
-        fitted = teachers.of("train").hidden[teacher]
-        map_DD = ridge(ours["train"].hidden[student], fitted)
-        found = ours["held-out"].hidden[student] @ map_DD[:-1] + map_DD[-1]
-        exact, mean = teachers.of("held-out").hidden[teacher], fitted.mean(0)
-        name = f"{student}:{teacher}"
+    for layer, of_teacher in HIDDEN.items():
+        fitted, exact = (teacher.states[split][of_teacher].double() for split in SPLITS)
+        fitted_to, found = (ours[split][layer].double() for split in SPLITS)
+        map_DD = ridge(fitted_to, fitted)
+        found = found @ map_DD[:-1] + map_DD[-1]
+        mean = fitted.mean(0)
+        name = f"{layer}:{of_teacher}"
         features["raw"][name] = float(cosine_similarity(found, exact, dim=-1).mean())
         features["centred"][name] = float(cosine_similarity(found - mean, exact - mean, dim=-1).mean())
-    attention = {}
-    for student, teacher in ATTENTION.items():
-        pairs = zip(ours["held-out"].maps[student], teachers.of("held-out").maps[teacher], strict=True)
-        cosines = [cosine_similarity(found, exact, dim=-1).flatten() for found, exact in pairs]
-        attention[f"{student}:{teacher}"] = float(torch.cat(cosines).mean())
+    attention = similarity_of_maps(model, teacher.model, cache)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     evaluated = [record for record in records if "eval_loss" in record]
     curve = {str(record["step"]): record["eval_loss"] for record in evaluated}
@@ -235,14 +253,14 @@ def resemblance(cache: Cache, run: Path, teachers: Teachers) -> dict[str, Any]:
 
 
 def of_arm(
-    arm: str, seed: int, recipe_file: Path, cache: Cache, teachers: Teachers, options: argparse.Namespace
+    arm: str, seed: int, recipe_file: Path, cache: Cache, teacher: Teacher, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Of one run. Finished ones are read back."""
     name = f"{arm}-{options.steps}-steps-{options.rows}-rows-lr{options.learning_rate:g}-seed{seed}"
     kept = options.work / "results" / f"{name}.json"
     if not kept.is_file():
         run = train(options.work / "runs" / name, recipe_file, arm, seed, options)
-        found = resemblance(cache, run, teachers)
+        found = resemblance(cache, run, teacher)
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps({"terms": ARMS[arm], **found}))
     result: dict[str, Any] = json.loads(kept.read_text())
@@ -258,10 +276,9 @@ def gain(base: float, found: float) -> float:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     recipe_file, recipe = prepare(options.work, options.packages)
     cache = Cache.open(recipe.cache)
-    teachers = Teachers(cache)
+    teacher = Teacher(cache)
     arms = {
-        arm: [of_arm(arm, seed, recipe_file, cache, teachers, options) for seed in options.seeds]
-        for arm in options.arms
+        arm: [of_arm(arm, seed, recipe_file, cache, teacher, options) for seed in options.seeds] for arm in options.arms
     }
     means = {
         arm: {

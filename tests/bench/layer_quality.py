@@ -40,10 +40,10 @@ import statistics
 import sys
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from provenance import add_output_options, provenance, publish
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from teachercache.activations import recorded
+from teachercache.activations import Activations, recorded
 from teachercache.config import Recipe
 from teachercache.corpus.python_docs import python_topics
 from teachercache.models import load_causal_lm, model_inputs
@@ -159,51 +159,49 @@ def train(output: Path, recipe_file: Path, arm: str, seed: int, options: argpars
     return output
 
 
-def rows(cache: Cache, split: Split) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Length and inputs of rows spread over the training split, of all held-out ones."""
+def runs(
+    model: Any, cache: Cache, split: Split, *, hidden: Collection[int] = (), attention: Collection[int] = ()
+) -> Iterator[Activations]:
+    """Of each row: rows spread over the training split, all held-out ones."""
     count = cache.rows_of(split)
     for index in np.linspace(0, count - 1, min(count, FITTED_ROWS) if split == "train" else count, dtype=int):
         row = cache.read_row(split, int(index), columns=()).row
         inputs = model_inputs([row], pad_id=0, layout="documents")
-        yield row.length, {name: torch.from_numpy(values) for name, values in inputs.items()}
+        with torch.inference_mode(), recorded(model, hidden=[*hidden], attention=[*attention]) as activations:
+            model.base_model(**{name: torch.from_numpy(values) for name, values in inputs.items()}, use_cache=False)
+        yield activations
 
 
-def states(model: Any, cache: Cache, split: Split, layers: list[int]) -> dict[int, Tensor]:
+def states(model: Any, cache: Cache, layers: Collection[int]) -> dict[Split, dict[int, Tensor]]:
     """[N, D] of each layer; all tokens of a row but the first."""
-    found: dict[int, list[Tensor]] = defaultdict(list)
-    for _, inputs in rows(cache, split):
-        with torch.inference_mode(), recorded(model, hidden=layers, attention=[]) as activations:
-            model.base_model(**inputs, use_cache=False)
-        for layer in layers:
-            found[layer].append(activations.hidden[layer][0, 1:])
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
-
-
-def maps(model: Any, length: int, inputs: dict[str, Tensor], layers: list[int]) -> dict[int, Tensor]:
-    """[H, T - 2, T - 1] of each layer, without the first key; the second query sees one key beside it, so from the third on."""
-    with torch.inference_mode(), recorded(model, hidden=[], attention=layers) as activations:
-        model.base_model(**inputs, use_cache=False)
-    seen = sees(torch, torch.zeros(1, length, dtype=torch.int64), window=None)
-    found = {}
-    for layer in layers:
-        heads = activations.attention[layer]
-        full = log_attention(heads.queries_BHSE, heads.keys_BKSE, seen, scaling=heads.scaling).exp()
-        found[layer] = full[0, :, 2:, 1:]
+    found: dict[Split, dict[int, Tensor]] = {}
+    for split in SPLITS:
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        for activations in runs(model, cache, split, hidden=layers):
+            for layer in layers:
+                parts[layer].append(activations.hidden[layer][0, 1:])
+        found[split] = {layer: torch.cat(of_rows) for layer, of_rows in parts.items()}
     return found
 
 
-def similarity_of_maps(student: Any, teacher: Any, cache: Cache) -> dict[str, float]:
-    total, count = defaultdict[str, float](float), 0
-    for length, inputs in rows(cache, "held-out"):
-        ours, exact = (
-            maps(model, length, inputs, list(layers))
-            for model, layers in ((student, ATTENTION), (teacher, ATTENTION.values()))
-        )
-        for layer, of_teacher in ATTENTION.items():
-            cosine_HT = cosine_similarity(ours[layer], exact[of_teacher], dim=-1)
-            total[f"{layer}:{of_teacher}"] += float(cosine_HT.double().sum())
-        count += cosine_HT.numel()
-    return {pair: value / count for pair, value in total.items()}
+class Scores(NamedTuple):
+    """What a row's maps are made of: linear in its length, as maps are not."""
+
+    queries_BHSE: Tensor
+    keys_BKSE: Tensor
+    scaling: float
+
+    def maps(self) -> Tensor:
+        """[H, T - 2, T - 1], without the first key; the second query sees one key beside it, and counts for nothing."""
+        seen = sees(torch, torch.zeros(1, self.queries_BHSE.shape[2], dtype=torch.int64), window=None)
+        return log_attention(self.queries_BHSE, self.keys_BKSE, seen, scaling=self.scaling).exp()[0, :, 2:, 1:]
+
+
+def scores(model: Any, cache: Cache, layers: Collection[int]) -> Iterator[dict[int, Scores]]:
+    """Of each held-out row."""
+    for activations in runs(model, cache, "held-out", attention=layers):
+        heads = activations.attention
+        yield {layer: Scores(of.queries_BHSE, of.keys_BKSE, of.scaling) for layer, of in heads.items()}
 
 
 def ridge(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -217,39 +215,59 @@ def ridge(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
 
 
 class Teacher:
-    """The teacher, and its hidden states at those rows; loaded and run once, when the first arm asks."""
+    """What the teacher's layers hold; run once, when the first arm asks."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
     @cached_property
-    def model(self) -> Any:
-        return load_causal_lm(self._cache.manifest.teacher["model"], dtype="float32").eval()
+    def states(self) -> dict[Split, dict[int, Tensor]]:
+        return states(self._model, self._cache, HIDDEN.values())
 
     @cached_property
-    def states(self) -> dict[Split, dict[int, Tensor]]:
-        return {split: states(self.model, self._cache, split, [*HIDDEN.values()]) for split in SPLITS}
+    def scores(self) -> list[dict[int, Scores]]:
+        return list(scores(self._model, self._cache, ATTENTION.values()))
+
+    @cached_property
+    def _model(self) -> Any:
+        return load_causal_lm(self._cache.manifest.teacher["model"], dtype="float32").eval()
 
 
-def resemblance(cache: Cache, run: Path, teacher: Teacher) -> dict[str, Any]:
-    model = load_causal_lm(str(run / "student"), dtype="float32").eval()
-    ours = {split: states(model, cache, split, [*HIDDEN]) for split in SPLITS}
+def similarity_of_features(model: Any, cache: Cache, teacher: Teacher) -> dict[str, dict[str, float]]:
+    ours = states(model, cache, HIDDEN)
     features: dict[str, dict[str, float]] = {"raw": {}, "centred": {}}
     for layer, of_teacher in HIDDEN.items():
         fitted, exact = (teacher.states[split][of_teacher].double() for split in SPLITS)
-        fitted_to, found = (ours[split][layer].double() for split in SPLITS)
-        map_DD = ridge(fitted_to, fitted)
+        of_fitted, found = (ours[split][layer].double() for split in SPLITS)
+        map_DD = ridge(of_fitted, fitted)
         found = found @ map_DD[:-1] + map_DD[-1]
         mean = fitted.mean(0)
         name = f"{layer}:{of_teacher}"
         features["raw"][name] = float(cosine_similarity(found, exact, dim=-1).mean())
         features["centred"][name] = float(cosine_similarity(found - mean, exact - mean, dim=-1).mean())
-    attention = similarity_of_maps(model, teacher.model, cache)
+    return features
+
+
+def similarity_of_attention(model: Any, cache: Cache, teacher: Teacher) -> dict[str, float]:
+    cosines: dict[str, list[Tensor]] = defaultdict(list)
+    for ours, exact in zip(scores(model, cache, ATTENTION), teacher.scores, strict=True):
+        for layer, of_teacher in ATTENTION.items():
+            cosine_HT = cosine_similarity(ours[layer].maps(), exact[of_teacher].maps(), dim=-1)
+            cosines[f"{layer}:{of_teacher}"].append(cosine_HT.flatten())
+    return {pair: float(torch.cat(of_rows).mean()) for pair, of_rows in cosines.items()}
+
+
+def resemblance(cache: Cache, run: Path, teacher: Teacher) -> dict[str, Any]:
+    model = load_causal_lm(str(run / "student"), dtype="float32").eval()
+    found: dict[str, Any] = {
+        "features": similarity_of_features(model, cache, teacher),
+        "attention": similarity_of_attention(model, cache, teacher),
+    }
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     evaluated = [record for record in records if "eval_loss" in record]
     curve = {str(record["step"]): record["eval_loss"] for record in evaluated}
     last = {"loss": evaluated[-1]["eval_loss"], "kl": evaluated[-1]["eval_kl"]}
-    return {"features": features, "attention": attention, **last, "loss_by_step": curve}
+    return {**found, **last, "loss_by_step": curve}
 
 
 def of_arm(

@@ -4,9 +4,9 @@
         [--out FILE] [--json]
 
 The quickstart's pair (8 of the teacher's 30 blocks) on the documentation of CPython's standard library: the help topics, and
-the docstrings of its modules, 450,000 positions of which a twentieth is held out; with `--packages` also the docstrings of
-these (a work folder keeps to the text that it was begun with). The cache has the hidden states that enter
-and leave the teacher's blocks that the student is made of. The arms differ in `objective.layers` alone:
+the docstrings of its modules, 450,000 positions; with `--packages` also the docstrings of these (a work folder keeps to the
+text that it was begun with). A twentieth of the modules is held out. The cache has the hidden states that enter and leave the
+teacher's blocks that the student is made of. The arms differ in `objective.layers` alone:
 
     logits     none
     layers     hidden states and attention of all eight blocks, weights that fall from 100 to 5 and from 20 to 5, by half a

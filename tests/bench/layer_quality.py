@@ -215,7 +215,7 @@ def ridge(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
 
 
 class Teacher:
-    """What the teacher's layers hold; run once, when the first arm asks."""
+    """What the teacher's layers hold; kept from the first arm that asks for the others."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache

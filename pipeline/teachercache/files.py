@@ -21,6 +21,15 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_synced(path: Path, text: str) -> None:
+    """As `write_whole`, and return once it has reached the disk, under its name."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
 def sync_files(folder: Path) -> None:
     """Return once the bytes of all files in a folder, and below it, have reached the disk."""
     for path in sorted(folder.rglob("*")):
@@ -32,6 +41,16 @@ def sync(path: Path) -> None:
     """Return once the bytes of a file have reached the disk."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names of a folder's files have reached the disk; some file systems cannot say."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

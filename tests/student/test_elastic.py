@@ -25,6 +25,7 @@ from teachercache.config import Recipe
 from teachercache.errors import JobFailed, RecipeError
 from teachercache.shards import Cache
 from teachercache.student import universal
+from teachercache.student.checkpoints import mark_complete
 from teachercache.student.train import run_training
 
 from builders import tiny_model
@@ -177,6 +178,7 @@ def test_the_loss_scale_goes_on(by_two: Copied, tmp_path: Path, stage: int) -> N
         saved = torch.load(path, weights_only=False)
         saved["optimizer_state_dict"]["loss_scaler"].cur_scale = 4.0
         torch.save(saved, path)
+    mark_complete(tmp_path / "run" / "checkpoint-3", world_size=2)
     run_training(recipe)
     [path] = (tmp_path / "run" / "checkpoint-6" / "global_step6").glob("*optim_states.pt")
     assert torch.load(path, weights_only=False)["optimizer_state_dict"]["loss_scaler"].cur_scale == 4.0
@@ -213,6 +215,29 @@ def test_a_whole_conversion_is_used_again(by_two: Copied, tmp_path: Path) -> Non
     assert not [*checkpoint.glob("*universal*")]
 
 
+@pytest.mark.parametrize(
+    "damage", ["flip", *(pytest.param(d, marks=pytest.mark.slow) for d in ("missing", "marker", "digests"))]
+)
+def test_a_damaged_conversion_is_made_again(by_two: Copied, tmp_path: Path, damage: str, caplog: Any) -> None:
+    by_two()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    universal.convert(checkpoint)
+    weights = sorted(checkpoint.glob("universal/zero/*/exp_avg.pt"))[0]
+    whole = torch.load(weights, weights_only=False)["param"]
+    if damage == "flip":
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (checkpoint / {"marker": universal.MARKER, "digests": universal.DIGESTS}[damage]).write_text("zniversal")
+    assert universal.damage_of(checkpoint) is not None
+    universal.convert(checkpoint)
+    assert "is damaged" in caplog.text and universal.damage_of(checkpoint) is None
+    torch.testing.assert_close(torch.load(weights, weights_only=False)["param"], whole, atol=0, rtol=0)
+
+
 def test_what_deepspeed_cannot_convert_is_said_in_a_line(by_two: Copied, tmp_path: Path) -> None:
     """As with an optimizer that keeps other things than Adam's two moments."""
     recipe = by_two()
@@ -222,6 +247,7 @@ def test_what_deepspeed_cannot_convert_is_said_in_a_line(by_two: Copied, tmp_pat
         for state in saved["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
             state["momentum"] = state.pop("exp_avg")
         torch.save(saved, path)
+    mark_complete(shards.parent, world_size=2)
     with pytest.raises(
         JobFailed, match=r"checkpoint-3 could not be converted .*exp_avg.*resume with as many as wrote it"
     ):
@@ -273,6 +299,7 @@ def test_other_weights_than_the_checkpoints_are_noticed(by_two: Copied, tmp_path
     weights = load_file(path)
     weights["model.norm.weight"][-1] += 1e-6
     save_file(weights, path, metadata={"format": "pt"})
+    mark_complete(path.parent, world_size=2)
     with pytest.raises(JobFailed, match=r"written by 2 process.*restored other weights from it \(model.norm.weight\)"):
         run_training(recipe)
 

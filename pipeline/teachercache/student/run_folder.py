@@ -134,8 +134,13 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """What the finished run said; None while it is unfinished or its student was deleted."""
         path = self.path / "summary.json"
-        finished = path.is_file() and (self.student / "config.json").is_file()
-        return json.loads(path.read_text(encoding="utf-8")) if finished else None
+        if not path.is_file() or not (self.student / "config.json").is_file():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:  # damaged: the run is exported once more, which writes it again
+            return None
+        return found if isinstance(found, dict) and "steps" in found else None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Declare the run finished."""
@@ -152,7 +157,13 @@ class RunFolder:
         path = self.path / "run.json"
         if not path.is_file():
             raise RecipeError(f"{self.path} holds checkpoints of something else (it has no run.json); {remedy}")
-        before = RunIdentity.from_json(json.loads(path.read_text(encoding="utf-8")), origin=str(path))
+        try:
+            before = RunIdentity.from_json(json.loads(path.read_bytes()), origin=str(path))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise RecipeError(
+                f"{path} is damaged: nothing says with which settings {self.path} was begun; restore it from a backup, or "
+                f"{remedy}"
+            ) from None
         differences = list(_differences(before.decisive(), identity.decisive()))
         if differences:
             shown = "; ".join(differences[:4])
@@ -172,8 +183,8 @@ class RunFolder:
         with locked(self.path / ".lock", job="training job", folder=self.path):
             yield
 
-    def resume_point(self) -> Checkpoint | None:
-        """The newest whole checkpoint."""
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint; its bytes are not checked."""
         return next(reversed(complete_checkpoints(self.path)), None)
 
 

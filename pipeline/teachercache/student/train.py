@@ -21,7 +21,14 @@ from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan, Plan
 from teachercache.stream.phases import PhasedPlan
 from teachercache.stream.sources import Mixed, check_mix, train_order, windows_bytes
-from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, remove_incomplete
+from teachercache.student.checkpoints import (
+    MARKER,
+    Checkpoint,
+    checkpoint_folder,
+    exported_damage,
+    remove_incomplete,
+    whole_checkpoint,
+)
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
 from teachercache.student.disk import full_disk_in_a_line
 from teachercache.student.fit import check_cache, check_student, initial_weights, sidecars_of, tokenizer_to_export
@@ -125,12 +132,13 @@ class _Job:
             self._say(f"{self.folder.path} is complete: its student is {self.folder.student}; nothing to do")
             return {**summary, "student": str(self.folder.student)}  # the folder may have been moved
         with full_disk_in_a_line(self.folder.path), self.folder.locked() if self.process.main else nullcontext():
-            resume = self.folder.resume_point()
-            if resume is None or resume.step < self.steps:
-                self._train(resume, identity)
+            newest = self.folder.newest_checkpoint()
+            trained = newest is not None and newest.step >= self.steps and exported_damage(newest) is None
+            resume = newest if trained else self._train(identity)
             return self._finish(resume, began)
 
-    def _train(self, resume: Checkpoint | None, identity: RunIdentity) -> None:
+    def _train(self, identity: RunIdentity) -> Checkpoint | None:
+        """Train to the end; returns the checkpoint that it went on from."""
         import torch
 
         from teachercache.models import load_causal_lm
@@ -157,10 +165,8 @@ class _Job:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         for line in self.teachers.lines() if self.teachers else ():
             self._say(line)
-        if resume is not None:
-            self._say(self._resuming(resume))
         try:
-            self._run_trainer(model, resume, identity)
+            return self._run_trainer(model, identity)
         except torch.OutOfMemoryError as error:
             raise JobFailed(
                 f"out of memory ({str(error).splitlines()[0]}); lower train.micro_batch, "
@@ -180,7 +186,7 @@ class _Job:
                 raise
             raise RecipeError(f"train.deepspeed: {self.config.deepspeed}: {' '.join(str(error).split())}") from error
 
-    def _run_trainer(self, model: Any, resume: Checkpoint | None, identity: RunIdentity) -> None:
+    def _run_trainer(self, model: Any, identity: RunIdentity) -> Checkpoint | None:
         from teachercache.student.following import CourseFile
         from teachercache.student.preemption import StopWhenAsked, sigterm_as_request
         from teachercache.student.progress import LogFile, ProgressBar
@@ -195,6 +201,9 @@ class _Job:
                 if self.process.main:
                     remove_incomplete(self.folder.path)  # first: it may have filled the disk
                     self.folder.claim(identity)
+                resume = trainer.newest_checkpoint(say=self._say)
+                if resume is not None:
+                    self._say(self._resuming(resume))
                 trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
                 trainer.accelerator.wait_for_everyone()
         finally:
@@ -204,6 +213,7 @@ class _Job:
                 f"stopped by SIGTERM after step {trainer.state.global_step} of {self.steps}; its checkpoint is whole: "
                 "run the same command again to go on"
             )
+        return resume
 
     def _trainer(self, model: Any, callbacks: list[Any]) -> DistillationTrainer:
         from teachercache.student.arguments import training_arguments
@@ -250,12 +260,24 @@ class _Job:
         if self.teachers is not None:
             summary["teachers"] = self.teachers.report(state["log_history"])
         if self.process.main:
-            chosen = self._checkpoint(best_step or self.steps)
+            chosen = self._undamaged(best_step or self.steps)
             with tokenizer_to_export(self.student, self.cache, self.sidecars) as tokenizer:
                 export_student(chosen, config=self.student, tokenizer=tokenizer, student=self.folder.student)
             self.folder.finish(summary)
             self._say(closing_line(summary))
         return summary
+
+    def _undamaged(self, step: int) -> Path:
+        """The folder of a checkpoint that is to be exported, once its bytes are checked."""
+        folder = self._checkpoint(step)
+        found = whole_checkpoint(folder)
+        damage = f"it is gone, or its {MARKER}" if found is None else exported_damage(found)
+        if damage is not None:
+            raise JobFailed(
+                f"{folder}, of which the student was to be exported, is damaged ({damage}); restore it from a backup, or "
+                f"delete it and the later ones in {self.folder.path} and run the same command again to train them once more"
+            )
+        return folder
 
     @property
     def _caches(self) -> list[Cache]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
+from teachercache.errors import JobFailed
 from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.objective.across import AcrossObjective
 from teachercache.objective.course import Course
@@ -37,7 +38,7 @@ from teachercache.stream.dataset import Rows
 from teachercache.stream.sources import Mixed, check_mix, train_order
 from teachercache.student.batch_loss import BatchLoss
 from teachercache.student.cadence import Cadence
-from teachercache.student.checkpoints import checkpoint_folder, complete_checkpoints, mark_complete, rotate
+from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, mark_complete, rotate, whole_checkpoint
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.elastic import any_number_of_processes
 from teachercache.student.fit import check_joined
@@ -54,6 +55,7 @@ from teachercache.student.learning_rate import with_factors
 from teachercache.student.meter import LossMeter
 from teachercache.student.reading import Reading
 from teachercache.student.record import training_record
+from teachercache.student.resuming import damage_of, intact_checkpoint, written_files
 from teachercache.student.routing import TURN, TURNS, routing_of
 from teachercache.student.teachers import Teachers
 
@@ -145,6 +147,7 @@ class DistillationTrainer(Trainer):
         )  # fmt: skip
         self.held_out_pass = HeldOutPass(self.reading)
         self._fetching: list[list[int]] = []  # shards of each cache
+        self._checked: Path | None = None  # the checkpoint whose bytes were found to be as they were written
 
     def _objective(self, number: int) -> DistillationObjective | AcrossObjective:
         """Of one cache."""
@@ -266,11 +269,13 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        folder = checkpoint_folder(self._run, self.state.global_step)
         if self.args.should_save:
-            folder = checkpoint_folder(self._run, self.state.global_step)
             save_state(folder, self.adaptive)
-            mark_complete(folder, world_size=self.args.world_size)
+        self.accelerator.wait_for_everyone()
+        files = written_files(folder)
+        if self.args.should_save:
+            mark_complete(folder, world_size=self.args.world_size, files=files)
             rotate(self._run, keep=self.keep_checkpoints, best_step=self.state.best_global_step)
         self.accelerator.wait_for_everyone()
 
@@ -284,18 +289,31 @@ class DistillationTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the newest whole checkpoint, if there is one. Any number of
-        processes may go on from a checkpoint of any other, see elastic.py."""
+        """Train; `resume_from_checkpoint=True` goes on from the newest undamaged checkpoint, if there is one. Any number of
+        processes may go on from a checkpoint of any other, see elastic.py. Raises `JobFailed` for a damaged one."""
         if resume_from_checkpoint is True:
-            found = complete_checkpoints(self._run)
-            resume_from_checkpoint = str(found[-1].folder) if found else None
+            found = self.newest_checkpoint()
+            resume_from_checkpoint = str(found.folder) if found else None
         if resume_from_checkpoint:
+            self._check(Path(resume_from_checkpoint))
             load_state(Path(resume_from_checkpoint), self.adaptive)
         try:
             with any_number_of_processes(self, resume_from_checkpoint or None):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.held_out_pass.close()
+
+    def newest_checkpoint(self, *, say: Callable[[str], None] = logger.warning) -> Checkpoint | None:
+        """The newest undamaged checkpoint of the run; see `resuming.intact_checkpoint`. All processes must ask."""
+        found = intact_checkpoint(self._run, say=say)
+        self._checked = found.folder if found else None
+        return found
+
+    def _check(self, folder: Path) -> None:
+        found = whole_checkpoint(folder)
+        damage = damage_of(found) if found is not None and folder != self._checked else None
+        if damage is not None:
+            raise JobFailed(f"{folder} is damaged ({damage}); go on from another checkpoint")
 
     @property
     def _run(self) -> Path:

@@ -6,15 +6,18 @@ another number of processes. Its converter, `ds_to_universal`, joins them to one
 
 checkpoint-N/global_stepN/      what DeepSpeed wrote; stays as it is
 checkpoint-N/universal/         its conversion
+checkpoint-N/universal.json     size and sha256 of each of its files
 checkpoint-N/latest_universal   written last: the conversion is whole; DeepSpeed looks for it under this name
 
 A conversion takes about the room of the checkpoint itself, and nearly twice that while it is made. It stays until the
-next whole checkpoint is there, so that a job which is killed soon again does not convert again.
+next whole checkpoint is there, so that a job which is killed soon again does not convert again. One that is used again is
+checked before, and made again where it is damaged.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -24,10 +27,13 @@ import threading
 from pathlib import Path
 
 from teachercache.errors import JobFailed
-from teachercache.files import sync_files, write_whole
+from teachercache.files import sync_files, write_synced
+from teachercache.student.digests import first_damage, read_digests, stored_files, write_digests
 from teachercache.student.disk import full_disk_in_a_line, out_of_space, space_error
 
+logger = logging.getLogger(__name__)
 UNIVERSAL = "universal"
+DIGESTS = "universal.json"
 MARKER = "latest_universal"
 TEMPORARY = ".universal.tmp"
 # Each holds the state of one of the processes that wrote the checkpoint in memory.
@@ -41,8 +47,11 @@ def convert(checkpoint: Path) -> None:
     part in collectives must not. One process at a time may call it. Raises `JobFailed` when the disk is full, or when
     DeepSpeed cannot convert what the optimizer keeps (it knows Adam's two moments).
     """
-    if (checkpoint / MARKER).is_file():
-        return
+    if (checkpoint / MARKER).exists():
+        damage = damage_of(checkpoint)
+        if damage is None:
+            return
+        logger.warning("the conversion of %s is damaged (%s): making it again", checkpoint, damage)
     discard(checkpoint)
     temporary = checkpoint / TEMPORARY
     shards = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
@@ -50,15 +59,33 @@ def convert(checkpoint: Path) -> None:
         _run_converter(shards, temporary / UNIVERSAL)
         sync_files(temporary)
         (temporary / UNIVERSAL).replace(checkpoint / UNIVERSAL)
-        write_whole(checkpoint / MARKER, UNIVERSAL)
+        write_digests(checkpoint / DIGESTS, stored_files(checkpoint, _names(checkpoint)))
+        write_synced(checkpoint / MARKER, UNIVERSAL)
         shutil.rmtree(temporary)
 
 
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint's conversion, whole or half."""
     (checkpoint / MARKER).unlink(missing_ok=True)  # first, so that a half deleted one does not count as whole
+    (checkpoint / DIGESTS).unlink(missing_ok=True)
     for name in (UNIVERSAL, TEMPORARY):
         shutil.rmtree(checkpoint / name, ignore_errors=True)
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with the bytes of a whole conversion; None where nothing is."""
+    try:
+        if (checkpoint / MARKER).read_bytes() != UNIVERSAL.encode():
+            return f"{MARKER} is not what was written"
+        _, files = read_digests(checkpoint / DIGESTS)
+    except (ValueError, OSError):
+        return f"{DIGESTS} is not what was written"
+    return first_damage(checkpoint, files)
+
+
+def _names(checkpoint: Path) -> list[str]:
+    files = [path for path in sorted((checkpoint / UNIVERSAL).rglob("*")) if path.is_file()]
+    return [path.relative_to(checkpoint).as_posix() for path in files]
 
 
 def _run_converter(shards: Path, converted: Path) -> None:

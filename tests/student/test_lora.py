@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from student.runs import kill_after, log_of, losses_of, start_job
+from teachercache.config import StudentConfig
 from teachercache.errors import ModelError, RecipeError
 from teachercache.models import load_causal_lm
+from teachercache.student.lora import with_adapters, write_merged
 from teachercache.student.train import run_training
+
+from builders import tiny_model
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -69,13 +74,60 @@ def test_adapters_are_part_of_whose_run_it_is(make_recipe: Any) -> None:
 def test_layers_that_the_student_does_not_have_are_refused(make_recipe: Any) -> None:
     with pytest.raises(ModelError, match=r"student.lora.target_modules: .*gate_of_heaven"):
         run_training(make_recipe(lora={"target_modules": ["gate_of_heaven"]}))
+    for broken, why in ((".*", "Target module LlamaModel is not supported"), ("*q_proj", "nothing to repeat")):
+        with pytest.raises(ModelError, match=f"student.lora.target_modules: {why}"):
+            run_training(make_recipe(lora={"target_modules": broken}))
 
 
 def test_adapters_of_a_tied_output_layer_are_refused(make_recipe: Any) -> None:
     """Merged, they would change the input embedding as well."""
-    for names in (["lm_head", "q_proj"], ["embed_tokens"], "lm_head"):
+    for names in (
+        ["lm_head", "q_proj"],
+        ["embed_tokens"],
+        "lm_head",
+        ".*(q_proj|lm_head)",
+        ["model.embed_tokens"],
+    ):
         with pytest.raises(ModelError, match=r"student.lora.target_modules: embed_tokens and lm_head share one weight"):
             run_training(make_recipe(lora={"target_modules": names}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "all-linear",
+        "ALL-LINEAR",
+        ("q_proj", "down_proj"),
+        ("layers.0.self_attn.v_proj",),
+        r".*\.0\..*(q|o)_proj",
+        r"model\.layers\.\d\.mlp\.(up|gate)_proj",
+        ("q_proj", "lm_head"),
+        ("embed_tokens",),
+        r".*(q_proj|lm_head)",
+        r".*(embed_tokens|v_proj)",
+    ],
+)
+def test_what_is_exported_is_what_was_trained(tmp_path: Path, names: str | tuple[str, ...], tied: bool) -> None:
+    """Or refused: whichever way layers are named."""
+    tiny_model(tied=tied).save_pretrained(tmp_path / "base")
+    settings = StudentConfig.model_validate({"model": str(tmp_path / "base"), "lora": {"target_modules": names}})
+    of_both = tied and any(part in "".join(names) for part in ("lm_head", "embed_tokens"))
+    with pytest.raises(ModelError, match="share one weight") if of_both else nullcontext():
+        trained = with_adapters(load_causal_lm(settings.model), settings.lora, seed=0)
+    if of_both:
+        return
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    trained.save_pretrained(tmp_path / "checkpoint")
+    write_merged(tmp_path / "checkpoint", settings, tmp_path / "merged")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected, plain = trained.eval()(ids).logits, load_causal_lm(settings.model)(ids).logits
+        torch.testing.assert_close(load_causal_lm(str(tmp_path / "merged"))(ids).logits, expected, atol=2e-5, rtol=1e-5)
+    assert (expected - plain).abs().max() > 0.1
 
 
 @pytest.mark.slow

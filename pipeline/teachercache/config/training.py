@@ -20,7 +20,9 @@ class LoraConfig(Section):
     alpha: float = Field(32, gt=0, description="adapters are scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = Field(
-        "all-linear", description="names of layers, or all-linear: every linear layer but the output layer"
+        "all-linear",
+        description="as peft reads it: a list of names or their last parts, a regular expression of whole names, or "
+        "all-linear: every linear layer but the output layer",
     )
 
 

@@ -7,7 +7,9 @@ same, its adapters merged into its weights; the adapters by themselves lie besid
 
 from __future__ import annotations
 
+import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +38,50 @@ def with_adapters(model: Any, config: LoraConfig, *, seed: int) -> Any:
         target_modules=config.target_modules if isinstance(config.target_modules, str) else [*config.target_modules],
         task_type="CAUSAL_LM",
     )
-    _check_not_tied(model, config)
+    places = _places_of_weights(model)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # refused below
             torch.manual_seed(seed)
-            return peft.get_peft_model(model, settings)
-    except ValueError as error:
-        raise ModelError(f"student.lora.target_modules: {' '.join(str(error).split())}") from None
+            adapted = peft.get_peft_model(model, settings)
+    except (ValueError, re.error) as error:
+        said = re.sub(r"\(.*\)(?= is not supported)", "", " ".join(str(error).split()))  # a whole model, layer by layer
+        raise ModelError(f"student.lora.target_modules: {said}") from None
+    _check_not_shared(adapted, places)
+    return adapted
 
 
-def _check_not_tied(model: Any, config: LoraConfig) -> None:
-    """Merging adapters of an output layer into a weight that is the input embedding as well would change both."""
-    output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
-    if config.target_modules == "all-linear" or output is None or output.weight is not inputs.weight:
-        return
-    named = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in (output, inputs)}
-    if tied & {name.rpartition(".")[2] for name in named}:
-        raise ModelError(
-            f"student.lora.target_modules: {' and '.join(sorted(tied))} share one weight in this student, which adapters of "
-            "one of them would change for both; leave them out"
-        )
+Places = dict[int, dict[tuple[int, str], str]]  # of each weight: its layers, by what holds them, and their names
+
+
+def _places_of_weights(model: Any) -> Places:
+    places: Places = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent, _, own = name.rpartition(".")
+        for weight in module.parameters(recurse=False):
+            places.setdefault(id(weight), {})[id(model.get_submodule(parent)), own] = name
+    return places
+
+
+def _check_not_shared(adapted: Any, places: Places) -> None:
+    """Merging adapters into a weight of several layers, as a tied output layer's is, would change all of them.
+
+    Asks which layers peft has adapted: how names, their endings and regular expressions are read is its own affair.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in adapted.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for weight in layer.get_base_layer().parameters(recurse=False):
+            names = places.get(id(weight), {}).values()
+            if len(names) > 1:
+                last = {name.rpartition(".")[2] for name in names}
+                shared = sorted(last if len(last) == len(names) else names)
+                raise ModelError(
+                    f"student.lora.target_modules: {' and '.join(shared)} share one weight in this student, which adapters "
+                    "of one of them would change for all; leave them out"
+                )
 
 
 def write_merged(checkpoint: Path, student: StudentConfig, folder: Path) -> None:

@@ -52,7 +52,8 @@ def fidelity_table(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for temperature, figures in result["temperatures"].items():
         angle, cosine = figures["gradient_angle_degrees"], figures["gradient_cosine_p05"]
-        table.add_row(temperature, f"{figures['kl']:.4f}", f"{angle:.2f}°", f"{cosine:.4f}", f"{figures['ece']:.4f}")
+        ece = f"{figures['ece']:.4f}" if "ece" in figures else "–"
+        table.add_row(temperature, f"{figures['kl']:.4f}", f"{angle:.2f}°", f"{cosine:.4f}", ece)
     table.caption = (
         f"{result['bytes_per_position']['logits']} bytes a position, {result['basis_bytes']:,} bytes of basis"
     )

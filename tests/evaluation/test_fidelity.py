@@ -23,6 +23,7 @@ from teachercache.evaluation.fidelity import (
 )
 from teachercache.models import load_causal_lm
 from teachercache.shards import Cache
+from teachercache.tables import fidelity_table
 from teachercache.targets import Softened
 from teachercache.targets.softened import UniformTail
 
@@ -54,6 +55,17 @@ def test_a_finer_sketch_is_nearer_and_a_fine_one_is_exact(tmp_path: Path, teache
         assert fine[temperature]["gradient_angle_degrees"] < 1.5
         assert fine[temperature]["gradient_cosine_p05"] > 0.99
         assert coarse[temperature]["kl"] > 3 * fine[temperature]["kl"]
+
+
+def test_the_calibration_error_is_that_of_the_distribution_which_is_a_forecast(tmp_path: Path, teacher: Path) -> None:
+    """A softened one is none: it has no such figure, in JSON or in the table."""
+    result = run_fidelity(
+        made(tmp_path, teacher, {"kind": "top-k", "k": 8, "temperatures": [1, 2]}), teacher=str(teacher)
+    )
+    assert [T for T, figures in result["temperatures"].items() if "ece" in figures] == ["1"]
+    table = fidelity_table(result)
+    ece = f"{result['temperatures']['1']['ece']:.4f}"
+    assert list(table.columns[-1].cells) == [ece] + ["–"] * (len(result["temperatures"]) - 1)
 
 
 def test_the_usual_top_k_points_elsewhere_at_higher_temperatures(tmp_path: Path, teacher: Path) -> None:

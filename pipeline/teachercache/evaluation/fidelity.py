@@ -6,7 +6,8 @@ Per temperature:
     gradient_angle_degrees   between the gradients that a student's output matrix gets from the stored and from the exact
                              teacher, summed over all positions: Σ (q - p)·sᵀ
     gradient_cosine_p05      of the same gradients position by position, the 5 % quantile
-    ece                      calibration error of the stored first choice against the real next token (Guo et al. 2017)
+    ece                      calibration error of the stored first choice against the real next token (Guo et al. 2017); at
+                             T = 1 alone: a softened distribution is no forecast of the next token
 
 The student q is the teacher without its last block: s is what enters the output layer then. A student that is nearly the
 teacher would only measure rounding, a random one hardly sees the tail.
@@ -298,16 +299,18 @@ class Comparison:
 
     def result(self) -> dict[str, dict[str, float]]:
         """The figures by temperature, as text: `{"1": {"kl": …}, …}`."""
-        return {f"{temperature:g}": self._figures(sums) for temperature, sums in self._sums.items()}
+        return {f"{temperature:g}": self._figures(temperature, sums) for temperature, sums in self._sums.items()}
 
-    def _figures(self, sums: _Sums) -> dict[str, float]:
+    def _figures(self, temperature: float, sums: _Sums) -> dict[str, float]:
         assert sums.exact is not None and sums.stored is not None
-        return {
+        figures = {
             "kl": sums.kl / self.positions,
             "gradient_angle_degrees": angle_degrees(sums.exact, sums.stored),
             "gradient_cosine_p05": float(torch.cat(sums.cosines).quantile(0.05)),
-            "ece": calibration_error(torch.cat(sums.confidence), torch.cat(sums.correct)),
         }
+        if temperature == 1:
+            figures["ece"] = calibration_error(torch.cat(sums.confidence), torch.cat(sums.correct))
+        return figures
 
 
 def angle_degrees(left: Tensor, right: Tensor) -> float:

@@ -8,6 +8,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from teachercache.errors import JobFailed
 
@@ -57,16 +58,39 @@ def sync_folder(folder: Path) -> None:
 def locked(path: Path, *, job: str, folder: Path) -> Iterator[None]:
     """Hold the lock file `path`, so that a second job stays out, also one whose launcher was killed and which still runs.
 
-    The lock belongs to this process alone and ends with it, however it ends. Raises `JobFailed` where it is taken, naming
-    the kind of `job` that holds it and the `folder` that it writes to.
+    The lock belongs to this process alone and ends with it, however it ends; the file goes when the block ends, and one that a
+    killed process left is taken over. Raises `JobFailed` where it is taken, naming the kind of `job` that holds it and the
+    `folder` that it writes to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
+    stream = path.open("w")
+    try:
+        while (is_held := _lock(stream, job=job, folder=folder)) and not _is_at(path, stream.fileno()):
+            stream.close()  # its last holder removed it after we had opened it: that was a lock on nothing
+            stream = path.open("w")
         try:
-            # POSIX locks, unlike flock, are not inherited by child processes, which may outlive a killed job.
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JobFailed(f"another {job} is writing to {folder}; wait for it or stop it") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
+            yield
+        finally:
+            if is_held:  # and still is: whoever locks the removed file sees that it is gone, and begins anew
+                path.unlink(missing_ok=True)
+    finally:
+        stream.close()
+
+
+def _lock(stream: IO[str], *, job: str, folder: Path) -> bool:
+    """Whether the file system has locks."""
+    try:
+        # POSIX locks, unlike flock, are not inherited by child processes, which may outlive a killed job.
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JobFailed(f"another {job} is writing to {folder}; wait for it or stop it") from None
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,62 @@
+"""One job at a time writes to a folder, and nothing of the lock stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path, PosixPath
+from typing import Any
+
+import pytest
+
+from teachercache.errors import JobFailed
+from teachercache.files import locked
+
+HOLDER = """
+import sys
+from pathlib import Path
+from teachercache.files import locked
+with locked(Path(sys.argv[1]) / ".lock", job="", folder=Path()):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """Another job, which holds the lock until its stdin ends."""
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_lock_on_a_file_that_its_last_holder_has_removed_is_none(tmp_path: Path) -> None:
+    """One job ends, and another begins, between a third one's opening of the file and its locking."""
+    jobs = [holder(tmp_path)]
+
+    class OvertakenPath(PosixPath):
+        def open(self, *args: Any, **options: Any) -> Any:
+            stream = super().open(*args, **options)
+            if len(jobs) == 1:
+                jobs[0].communicate("")
+                jobs.append(holder(tmp_path))
+            return stream
+
+    with pytest.raises(JobFailed), locked(OvertakenPath(tmp_path / ".lock"), job="test", folder=tmp_path):
+        pass
+    assert (tmp_path / ".lock").is_file()
+    jobs[1].communicate("")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_killed_job_is_taken_over(tmp_path: Path) -> None:
+    job = holder(tmp_path)
+    lock = locked(tmp_path / ".lock", job="test", folder=tmp_path)
+    with pytest.raises(JobFailed, match="another test is writing to"), lock:
+        pass
+    job.kill()
+    job.communicate()
+    assert (tmp_path / ".lock").is_file()
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / ".lock", job="test", folder=tmp_path):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())

@@ -59,9 +59,8 @@ def test_a_finer_sketch_is_nearer_and_a_fine_one_is_exact(tmp_path: Path, teache
 
 def test_the_calibration_error_is_that_of_the_distribution_which_is_a_forecast(tmp_path: Path, teacher: Path) -> None:
     """A softened one is none: it has no such figure, in JSON or in the table."""
-    result = run_fidelity(
-        made(tmp_path, teacher, {"kind": "top-k", "k": 8, "temperatures": [1, 2]}), teacher=str(teacher)
-    )
+    cache = made(tmp_path, teacher, {"kind": "top-k", "k": 8, "temperatures": [1, 2]})
+    result = run_fidelity(cache, teacher=str(teacher), rows=6, temperatures=(1.0, 2.0))
     assert [T for T, figures in result["temperatures"].items() if "ece" in figures] == ["1"]
     table = fidelity_table(result)
     ece = f"{result['temperatures']['1']['ece']:.4f}"

@@ -59,6 +59,18 @@ def tiny_tokenizer(*, vocabulary: int = 300, chat_template: str | None = None) -
     return tokenizer
 
 
+def beginning_with(tokenizer: Any, *tokens: str) -> Any:
+    """The tokenizer, which from now on puts these special tokens before every text; the first one is its BOS."""
+    from tokenizers import processors
+
+    tokenizer.add_special_tokens({"bos_token": tokens[0], "additional_special_tokens": list(tokens[1:])})
+    marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in tokens]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join([*tokens, "$A"]), special_tokens=marks
+    )
+    return tokenizer
+
+
 def tiny_model(
     *, vocabulary: int = 300, layers: int = 2, hidden: int = 32, seed: int = 0, context: int = 256, tied: bool = True
 ) -> Any:
@@ -79,9 +91,11 @@ def tiny_model(
     return model
 
 
-def tiny_teacher(folder: Path, *, chat_template: str | None = None, padded_vocabulary: int = 0, **model: Any) -> Path:
+def tiny_teacher(
+    folder: Path, *, tokenizer: Any = None, chat_template: str | None = None, padded_vocabulary: int = 0, **model: Any
+) -> Path:
     """A folder with a tiny model and its tokenizer; `padded_vocabulary` adds rows that no token uses."""
-    tokenizer = tiny_tokenizer(chat_template=chat_template)
+    tokenizer = tokenizer or tiny_tokenizer(chat_template=chat_template)
     made = tiny_model(vocabulary=len(tokenizer) + padded_vocabulary, **model)
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from teachercache.config.emphasis import EmphasisConfig
 from teachercache.config.objective import AcrossTermConfig, LayerTermConfig, ObjectiveConfig
 from teachercache.config.phases import PhaseConfig
-from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, SequenceConfig, TeacherConfig
+from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, RowPrefix, SequenceConfig, TeacherConfig
 from teachercache.config.recipe import Recipe, load_recipe, parse_recipe
 from teachercache.config.routing import RoutingConfig
 from teachercache.config.section import CacheLocation, Section, is_url
@@ -64,6 +64,7 @@ __all__ = [
     "PrecomputeConfig",
     "Recipe",
     "RoutingConfig",
+    "RowPrefix",
     "Section",
     "SequenceConfig",
     "StreamConfig",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from teachercache.config.section import Section
+
+RowPrefix = Literal["auto", "bos", "eos", "none"]
 
 
 class TeacherConfig(Section):
@@ -52,6 +54,27 @@ class SequenceConfig(Section):
     layout: Literal["documents", "packed"] = "documents"
     length: int = Field(512, ge=2, description="most tokens in a sequence; longer documents are windowed, never cut")
     add_eos: bool = Field(True, description="end every text document with the tokenizer's end-of-sequence token")
+    prefix: RowPrefix = Field(
+        "auto",
+        description="what every row, and every packed segment, begins with: auto = what the tokenizer puts before a text, or "
+        "the chat template before a conversation; the beginning- or end-of-sequence token; none. Context, never a target; "
+        "counts in `length`",
+    )
+    context: int = Field(
+        0,
+        ge=0,
+        description="tokens that a window of a long document reads again from the one before it, beyond the one that its "
+        "first label needs; no targets. Costs context / (length - context) more work of teacher and students, and as many more "
+        "stored tokens: 14 % for 64 of 512",
+    )
+
+    @model_validator(mode="after")
+    def _room_for_targets(self) -> SequenceConfig:
+        if self.context + 2 > self.length:
+            raise ValueError(
+                f"context is {self.context}, which leaves no token to predict in windows of length {self.length}; lower it"
+            )
+        return self
 
 
 class PrecomputeConfig(Section):

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from teachercache.corpus.chat import ChatRenderer, Span, Unrenderable
 from teachercache.corpus.contents import contents_of
 from teachercache.corpus.documents import Document
+from teachercache.tokens.prefix import begins_with, own_prefix
 from teachercache.tokens.rows import Content
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A document in tokens. Tokens that stand for no text (BOS, an appended EOS) have empty character spans."""
+    """A document in tokens, the `prefix` of all rows first. Tokens that stand for no text (BOS, an appended EOS) have empty
+    character spans."""
 
     document: Document
     text: str  # of a conversation: as rendered
@@ -25,6 +27,7 @@ class Encoded:
     char_spans_S2: NDArray[np.int64]
     target_mask_S: NDArray[np.bool_]  # True at i: token i + 1 is to be learned; False for the last
     contents: Sequence[Content] = ()  # of a conversation, by characters of the text
+    prefix: tuple[int, ...] = ()
 
 
 class Source(NamedTuple):
@@ -53,21 +56,35 @@ def source_of(document: Document, renderer: ChatRenderer | None, *, contents: bo
     return Source(document, text, spans, found)
 
 
-def encode(sources: Sequence[Source], *, tokenizer: Any, add_eos: bool) -> Iterator[Encoded]:
+def encode(
+    sources: Sequence[Source], *, tokenizer: Any, add_eos: bool, prefix: tuple[int, ...] = ()
+) -> Iterator[Encoded]:
     """Encode each source whole, in order, with two batched calls of the tokenizer.
 
-    Text takes the tokenizer's own special tokens, and EOS with `add_eos`; rendered conversations take neither, because
-    the chat template has written them.
+    All begin with `prefix`, in place of what the tokenizer would put before a text. Text takes the special tokens that it
+    puts at the end, and EOS with `add_eos`; rendered conversations take neither, because the chat template has written
+    them, the prefix too where it does.
     """
+    own = own_prefix(tokenizer)
     eos = tokenizer.eos_token_id if add_eos else None
     for source, (ids_S, chars_S2) in zip(sources, _call(sources, tokenizer), strict=True):
-        if source.assistant_spans is not None:
-            targets_S = assistant_targets(chars_S2, source.assistant_spans, characters=len(source.text))
-        else:
+        is_chat = source.assistant_spans is not None
+        if not is_chat:
+            ids_S, chars_S2 = ids_S[len(own) :], chars_S2[len(own) :]
             if eos is not None and (len(ids_S) == 0 or ids_S[-1] != eos):  # some tokenizers append it themselves
                 ids_S, chars_S2 = np.append(ids_S, np.int32(eos)), np.append(chars_S2, [[0, 0]], axis=0)
-            targets_S = np.arange(len(ids_S)) < len(ids_S) - 1
-        yield Encoded(source.document, source.text, ids_S, chars_S2, targets_S, source.contents)
+        if not (is_chat and begins_with(ids_S, prefix)):
+            ids_S = np.concatenate([np.array(prefix, np.int32), ids_S])
+            chars_S2 = np.concatenate([np.zeros((len(prefix), 2), np.int64), chars_S2])
+        targets_S = _targets(source, chars_S2)
+        targets_S[: max(len(prefix) - 1, 0)] = False
+        yield Encoded(source.document, source.text, ids_S, chars_S2, targets_S, source.contents, prefix)
+
+
+def _targets(source: Source, chars_S2: NDArray[np.int64]) -> NDArray[np.bool_]:
+    if source.assistant_spans is not None:
+        return assistant_targets(chars_S2, source.assistant_spans, characters=len(source.text))
+    return np.arange(len(chars_S2)) < len(chars_S2) - 1
 
 
 def _call(sources: Sequence[Source], tokenizer: Any) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:

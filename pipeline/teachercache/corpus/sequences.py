@@ -20,8 +20,9 @@ from teachercache.corpus.chat import ChatRenderer, Unrenderable
 from teachercache.corpus.documents import Document, canonical_json
 from teachercache.corpus.encoding import Encoded, Source, encode, source_of
 from teachercache.corpus.packing import best_fit_decreasing
-from teachercache.corpus.windows import Window, cut
+from teachercache.corpus.windows import Window, check_room, cut
 from teachercache.tokens.fingerprint import require_fast
+from teachercache.tokens.prefix import row_prefix
 from teachercache.tokens.rows import Segment, TokenRow, row_id
 
 EXCERPT_CHARACTERS = 200
@@ -52,21 +53,32 @@ class Tokenised:
     windows_without_targets: int = 0  # windows of stored documents with nothing to learn, not stored (long prompts)
 
 
-def tokenise(documents: Sequence[Document], *, tokenizer: Any, sequence: SequenceConfig, store_text: bool) -> Tokenised:
+def tokenise(
+    documents: Sequence[Document],
+    *,
+    tokenizer: Any,
+    sequence: SequenceConfig,
+    store_text: bool,
+    prefix: Sequence[int] | None = None,
+) -> Tokenised:
     """Token rows of `documents`, and those that cannot be used, each with its reason.
 
-    Text gets the tokenizer's own special tokens (BOS, where it adds one) and EOS when `sequence.add_eos`; conversations
-    get what the chat template writes, and only assistant tokens are targets. Raises `ModelError` for a tokenizer
-    without character offsets, or without a chat template when there are conversations.
+    Every window begins with `prefix` (default: what `sequence.prefix` means for this tokenizer). Text gets the special
+    tokens that the tokenizer puts at its end and EOS when `sequence.add_eos`; conversations get what the chat template
+    writes, and only assistant tokens are targets. Raises `ModelError` for a tokenizer without character offsets, or without a
+    chat template when there are conversations; `RecipeError` for a length that leaves nothing to predict.
     """
     require_fast(tokenizer)
     renderer = ChatRenderer(tokenizer) if any(document.messages is not None for document in documents) else None
+    if prefix is None:
+        prefix = row_prefix(tokenizer, sequence.prefix, chats=renderer is not None)
+    check_room(length=sequence.length, prefix=len(prefix), context=sequence.context)
     result = Tokenised()
     windows: list[Window] = []
     for first in range(0, len(documents), _BATCH):
         sources = _sources(documents[first : first + _BATCH], renderer, result, contents=store_text)
-        for encoded in encode(sources, tokenizer=tokenizer, add_eos=sequence.add_eos):
-            windows += _kept(encoded, result, length=sequence.length, store_text=store_text)
+        for encoded in encode(sources, tokenizer=tokenizer, add_eos=sequence.add_eos, prefix=tuple(prefix)):
+            windows += _kept(encoded, result, sequence=sequence, store_text=store_text)
     bins = [[window] for window in windows] if sequence.layout == "documents" else _pack(windows, sequence.length)
     result.rows += _rows(bins)
     return result
@@ -84,11 +96,12 @@ def _sources(
     return sources
 
 
-def _kept(encoded: Encoded, result: Tokenised, *, length: int, store_text: bool) -> list[Window]:
-    windows = cut(encoded, length=length, store_text=store_text)
+def _kept(encoded: Encoded, result: Tokenised, *, sequence: SequenceConfig, store_text: bool) -> list[Window]:
+    windows = cut(encoded, length=sequence.length, context=sequence.context, store_text=store_text)
     kept = [window for window in windows if window.target_mask_S.any()]
     if not kept:
-        reason = "fewer than 2 tokens" if len(encoded.input_ids_S) < 2 else "no assistant tokens"
+        of_text = encoded.document.messages is None or len(encoded.input_ids_S) < 2
+        reason = "fewer than 2 tokens" if of_text else "no assistant tokens"
         result.quarantined.append(_quarantined(encoded.document, reason))
         return []
     result.windowed_documents += len(windows) > 1

@@ -1,7 +1,9 @@
 """Windows: the pieces of at most `length` tokens that a document is read in.
 
-Neighbouring windows share one token. It is the last label of one window and the first context of the next, so that
-every token of a document but its first is predicted exactly once.
+Each begins with the prefix (`tokens.prefix`: BOS, most often) and, but for the first, with tokens of the window before it:
+one, because a label needs a token of its own text before it, and `context` more. These are read and no targets. So
+every token of a document that is not its prefix is predicted exactly once; where there is no prefix its first token,
+before which nothing stands, is not.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.corpus.encoding import Encoded
+from teachercache.errors import RecipeError
 from teachercache.tokens.rows import Content, Segment
 
 
@@ -26,19 +29,34 @@ class Window:
     segment: Segment
 
 
-def window_bounds(tokens: int, *, length: int) -> list[tuple[int, int]]:
-    """[start, stop) of each window of `tokens` tokens; none is shorter than two unless the document is."""
-    return [(start, min(start + length, tokens)) for start in range(0, max(tokens - 1, 1), length - 1)]
+def check_room(*, length: int, prefix: int, context: int) -> None:
+    """Raise `RecipeError` where windows of a long document would have no token to predict."""
+    if prefix + context + 2 > length:
+        raise RecipeError(
+            f"sequence.length is {length}, windows begin with {prefix} tokens of sequence.prefix and {context + 1} that are "
+            f"read again, which leaves none to predict; set it to {prefix + context + 2} or more"
+        )
 
 
-def cut(encoded: Encoded, *, length: int, store_text: bool) -> list[Window]:
+def window_bounds(tokens: int, *, length: int, prefix: int = 0, context: int = 0) -> list[tuple[int, int]]:
+    """[start, stop) of each window in a document of `tokens` tokens, of which the first `prefix` stand before the others too.
+    What a window predicts begins where the one before it stops; none but a whole document is shorter than two."""
+    bounds = [(0, min(length, tokens))]
+    while (stop := bounds[-1][1]) < tokens:
+        start = max(prefix, stop - 1 - context)
+        bounds.append((start, min(start + length - prefix, tokens)))
+    return bounds
+
+
+def cut(encoded: Encoded, *, length: int, store_text: bool, context: int = 0) -> list[Window]:
     """All windows of a document, those without targets included."""
     byte_of_char = byte_offsets(encoded.text)
     contents = [
         Content(role, int(byte_of_char[start]), int(byte_of_char[end])) for role, start, end in encoded.contents
     ]
-    windows, end = [], 0
-    for first, stop in window_bounds(len(encoded.input_ids_S), length=length):
+    prefix = len(encoded.prefix)
+    windows, end, predicted = [], 0, 0
+    for first, stop in window_bounds(len(encoded.input_ids_S), length=length, prefix=prefix, context=context):
         start, end = _char_span(encoded.char_spans_S2[first:stop], otherwise=end)
         segment = Segment(
             source_id=encoded.document.source_id,
@@ -49,9 +67,13 @@ def cut(encoded: Encoded, *, length: int, store_text: bool) -> list[Window]:
             text=encoded.text[start:end] if store_text else None,
             contents=within(contents, int(byte_of_char[start]), int(byte_of_char[end])) if store_text else (),
         )
-        targets_S = encoded.target_mask_S[first:stop].copy()
+        before = encoded.prefix if first else ()
+        targets_S = np.append(np.zeros(len(before), dtype=np.bool_), encoded.target_mask_S[first:stop])
+        targets_S[: len(before) + max(predicted - 1 - first, 0)] = False  # their labels lie in the window before
         targets_S[-1:] = False  # its label lies in the next window, which holds this token again
-        windows.append(Window(encoded.document.held_out, encoded.input_ids_S[first:stop], targets_S, segment))
+        ids_S = np.append(np.array(before, np.int32), encoded.input_ids_S[first:stop])
+        windows.append(Window(encoded.document.held_out, ids_S, targets_S, segment))
+        predicted = stop
     return windows
 
 

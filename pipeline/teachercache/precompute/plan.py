@@ -15,6 +15,7 @@ from typing import Any
 
 from teachercache.config import PrecomputeConfig, Recipe
 from teachercache.corpus.chat import ChatRenderer
+from teachercache.corpus.windows import check_room
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.files import write_whole
 from teachercache.models import (
@@ -31,10 +32,12 @@ from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, finger
 from teachercache.shards.schema import READ_BY
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
+from teachercache.tokens.prefix import own_prefix, row_prefix
 from teachercache.tokens.pretokens import begins_pretoken
 
 PLAN = "plan.json"
 LOGIT_BYTES = 64  # about what a token's logits take, which the defaults of `unit_rows` and `unit_bytes` are chosen for
+ALWAYS = {"layout", "length", "add_eos"}  # settings of `sequence` that every manifest has
 OURS = {WORK_FOLDER, "teacher", "shards", "quarantine"}  # what an unfinished job may leave in the cache's folder
 
 
@@ -54,6 +57,11 @@ class Plan:
     def work(self) -> Path:
         """Folder of everything that is gone once the manifest is committed."""
         return self.folder / WORK_FOLDER
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens that every row and every packed segment begins with."""
+        return tuple(self.identity["tokenizer"].get("prefix_ids", ()))
 
     def unit_file(self, unit: int) -> Path:
         """The staged documents of a unit."""
@@ -123,6 +131,7 @@ def make_plan(recipe: Recipe) -> Plan:
     if corpus.messages_field is not None:
         ChatRenderer(tokenizer)  # raises for a tokenizer without a template
         tokens["chat_template"] = template_fingerprint(tokenizer)
+    tokens |= _begins(recipe, tokenizer)
     kind = _target_kind(recipe, config, vocabulary_size=tokens["vocabulary_size"])
     layers = layer_kinds(recipe.targets, config, longest=recipe.sequence.length)
     boundary = BoundaryMass.of(begins_pretoken(tokenizer)) if recipe.targets.boundary_mass else None
@@ -136,7 +145,8 @@ def make_plan(recipe: Recipe) -> Plan:
             **weights_identity(teacher.model, revision=teacher.revision, commit=getattr(config, "_commit_hash", None)),
         },
         "tokenizer": tokens,
-        "sequence": recipe.sequence.model_dump(),
+        # Defaults of later settings are left out: what an earlier version made with them is the same job.
+        "sequence": recipe.sequence.model_dump(exclude_defaults=True) | recipe.sequence.model_dump(include=ALWAYS),
         "targets": targets.settings(),
         "units": recipe.precompute.model_dump(include={"unit_rows", "unit_bytes"}),
     }
@@ -151,6 +161,16 @@ def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
         "pad_id": pad if pad is not None else 0,
         "eos_id": tokenizer.eos_token_id,
     }
+
+
+def _begins(recipe: Recipe, tokenizer: Any) -> dict[str, list[int]]:
+    """How rows begin; nothing where neither tokenizer nor recipe puts anything before a text. Raises `RecipeError`."""
+    sequence = recipe.sequence
+    chats = recipe.corpus is not None and recipe.corpus.messages_field is not None
+    prefix = row_prefix(tokenizer, sequence.prefix, chats=chats)
+    check_room(length=sequence.length, prefix=len(prefix), context=sequence.context)
+    said = prefix or row_prefix(tokenizer, chats=chats) or own_prefix(tokenizer)
+    return {"prefix_ids": list(prefix)} if said else {}
 
 
 def _check_context(recipe: Recipe, config: Any) -> None:

@@ -34,7 +34,8 @@ def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text
     """Staged documents to token rows, and how many documents there were."""
     staged = read_unit(plan.unit_file(unit))
     tokenizer = _tokenizer(str(plan.folder / "teacher"))
-    return tokenise(staged, tokenizer=tokenizer, sequence=sequence, store_text=store_text), len(staged)
+    tokenised = tokenise(staged, tokenizer=tokenizer, sequence=sequence, store_text=store_text, prefix=plan.prefix_ids)
+    return tokenised, len(staged)
 
 
 def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positions_per_batch: int) -> None:
@@ -63,7 +64,11 @@ def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positio
 def _calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
     documents = read_unit(sample_file(plan.unit_file(0).parent))
     tokenised = tokenise(
-        documents, tokenizer=_tokenizer(str(plan.folder / "teacher")), sequence=sequence, store_text=False
+        documents,
+        tokenizer=_tokenizer(str(plan.folder / "teacher")),
+        sequence=sequence,
+        store_text=False,
+        prefix=plan.prefix_ids,
     )
     rows = sorted((row for row in tokenised.rows if row.positions), key=lambda row: salted_hash(row.row_id))
     wanted = min(plan.targets.calibration_positions, sum(row.positions for row in rows) // 2)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2**24  # of a vocabulary
 MOST_LENGTH = 2**24  # tokens of a row
+MOST_PREFIX = 64  # tokens that every row begins with
 MOST_COUNT = 2**53  # of anything
 MOST_BATCH_BYTES = 2**29  # decompressed; see `writer.BATCH_BYTES`, a single row may be larger
 
@@ -60,6 +61,7 @@ class _Tokenizer(_Claim):
     fingerprint: str
     vocabulary_size: int = Field(ge=1, le=MOST_TOKENS)
     pad_id: int = Field(ge=0, lt=MOST_TOKENS)
+    prefix_ids: list[Annotated[int, Field(ge=0, lt=MOST_TOKENS)]] = Field([], max_length=MOST_PREFIX)
 
 
 class _BoundaryMass(_Claim):
@@ -165,6 +167,8 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
         raise ValueError(f"sequence.length is {manifest.sequence_length}, at most {MOST_LENGTH} is possible")
     if manifest.pad_id >= manifest.vocabulary_size:
         raise ValueError(f"tokenizer.pad_id is {manifest.pad_id}, of {manifest.vocabulary_size} tokens")
+    if max(manifest.prefix_ids, default=0) >= manifest.vocabulary_size:
+        raise ValueError(f"tokenizer.prefix_ids are {manifest.prefix_ids}, of {manifest.vocabulary_size} tokens")
     missing = set(row_columns) - set(manifest.column_bytes)
     if missing:
         raise ValueError(f"column_bytes has no {min(missing)}")

@@ -112,6 +112,12 @@ class Manifest:
         return self.tokenizer["pad_id"]
 
     @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Tokens that every row and every packed segment begins with, never targets; caches of earlier versions do not
+        say, and only the beginnings of documents may have them there."""
+        return tuple(self.tokenizer.get("prefix_ids", ()))
+
+    @property
     def layout(self) -> str:
         """`documents` or `packed`."""
         return self.sequence["layout"]

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from teachercache.errors import CacheDamaged, CacheError
-from teachercache.shards.claims import MOST_LENGTH, MOST_TOKENS, Count, check_files, validated
+from teachercache.shards.claims import MOST_LENGTH, MOST_PREFIX, MOST_TOKENS, Count, check_files, validated
 from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo, check_inside, fingerprint_of
 
 ALIGNMENTS = "alignments"
@@ -101,6 +101,7 @@ class _Tokenizer(BaseModel):
     chat_template: str | None
     vocabulary_size: int = Field(ge=1, le=MOST_TOKENS)
     pad_id: int = Field(ge=0, lt=MOST_TOKENS)
+    prefix_ids: list[Annotated[int, Field(ge=0, lt=MOST_TOKENS)]] = Field([], max_length=MOST_PREFIX)
 
 
 class _Begins(BaseModel):

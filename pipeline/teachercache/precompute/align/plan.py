@@ -27,6 +27,7 @@ from teachercache.tokens.fingerprint import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
+from teachercache.tokens.prefix import row_prefix
 from teachercache.tokens.pretokens import begins_pretoken
 from teachercache.tokens.vocabulary_map import VocabularyMap, vocabulary_map
 
@@ -106,6 +107,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
         "pad_id": _first_of(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
         "eos_id": tokenizer.eos_token_id,
         "chat_template": template_fingerprint(tokenizer) if chats else None,
+        "prefix_ids": list(row_prefix(tokenizer, chats=chats)),
     }
     if chats and not _has_contents(cache):
         raise CacheError(

@@ -1,7 +1,8 @@
 """A row of a cache in a student's tokens, aligned with the teacher's: a pure function of the row and the two tokenizers.
 
-The student reads the text that the teacher read, segment by segment, with special tokens of its own: BOS where a document
-begins, EOS where the teacher's segment ends in one. Of a conversation it reads what was said, as its own chat template writes
+The student reads the text that the teacher read, segment by segment, with special tokens of its own: what its tokenizer puts
+before a text (`tokens.prefix`) before every segment, which is never aligned and never a target, and EOS where the teacher's
+segment ends in one. Of a conversation it reads what was said, as its own chat template writes
 it: what is said is aligned, the markup is not, but for the token that ends a turn on both sides. It learns the tokens that
 stand for what the teacher was to predict.
 
@@ -21,6 +22,7 @@ from teachercache.corpus.chat import ChatRenderer
 from teachercache.precompute.align.reading import NO_CONTENTS, NO_TEXT, Read, Reader
 from teachercache.shards import StoredRow
 from teachercache.tokens.alignment import LARGEST_COUNT, Alignment, Region, align
+from teachercache.tokens.prefix import begins_with, row_prefix
 from teachercache.tokens.rows import Segment, TokenRow
 from teachercache.tokens.spans import SpanFinder, TokenSpans
 
@@ -62,14 +64,15 @@ class AlignedRow:
 
 
 class Aligner:
-    """Two tokenizers, and what is known of each; built once in a process."""
+    """Two tokenizers, and what is known of each; built once in a process. `teacher_prefix` is what the cache's rows begin
+    with."""
 
-    def __init__(self, teacher: Any, student: Any, *, chats: bool = False) -> None:
+    def __init__(self, teacher: Any, student: Any, *, chats: bool = False, teacher_prefix: Sequence[int] = ()) -> None:
         self.student, self._chats = student, chats
         self._reader = Reader(ChatRenderer(student) if chats else None)
         self._finders = {"teacher": SpanFinder.of(teacher), "student": SpanFinder.of(student)}
         self._eos = {"teacher": teacher.eos_token_id, "student": student.eos_token_id}
-        self._before = _special_prefix(student)
+        self._before = {"teacher": tuple(teacher_prefix), "student": row_prefix(student, chats=chats)}
         pad = student.pad_token_id if student.pad_token_id is not None else student.eos_token_id
         self.pad_id = int(pad) if pad is not None else 0
 
@@ -126,9 +129,11 @@ class Aligner:
         ids_S, chars_S2 = tokens
         if not self._chats:  # a chat template has written what there is of these
             ends = len(teacher_ids_S) > 0 and teacher.mark_S[-1] and teacher_ids_S[-1] == self._eos["teacher"]
-            ids_S, chars_S2 = self._with_specials(ids_S, chars_S2, begins=segment.byte_start == 0, ends=bool(ends))
+            ids_S, chars_S2 = self._with_specials(ids_S, chars_S2, ends=bool(ends))
         elif not len(ids_S):
             return NO_CONTENTS
+        else:
+            ids_S, chars_S2 = self._begun(ids_S, chars_S2)
         student = self._finders["student"].spans(read.text, ids_S, chars_S2)
         if student is None:
             return NO_ROUND_TRIP.format("student's")
@@ -140,25 +145,34 @@ class Aligner:
             self._finders[name].token_bytes.special_V[ids]
             for name, ids in (("teacher", sides.teacher_ids), ("student", sides.student_ids))
         )
+        stops_T[: self._begin("teacher", sides.teacher_ids)] = False
+        begin = self._begin("student", sides.student_ids)
+        stops_S[:begin] = False
         alignment = align(
             sides.teacher, sides.student, regions=sides.regions, teacher_stops_S=stops_T, student_stops_S=stops_S
         )
         teacher_predicted_T = np.append(False, mask_S[:-1])[: len(mask_S)]
         predicted_S = _overlaps(sides, teacher_predicted_T) | _stops(alignment, teacher_predicted_T, stops_S)
-        predicted_S[:1] = False  # nothing stands before it
+        predicted_S[: max(begin, 1)] = False  # nothing of the text stands before it
         bytes_S = np.diff(sides.student.ends_S, prepend=0)
         return Piece(sides.student_ids, predicted_S, bytes_S, alignment, sides.teacher.exact and sides.student.exact)
 
-    def _with_specials(
-        self, ids_S: NDArray[np.int32], chars_S2: NDArray[np.int64], *, begins: bool, ends: bool
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        before = self._before if begins else []
+    def _with_specials(self, ids_S: NDArray[np.int32], chars_S2: NDArray[np.int64], *, ends: bool) -> Tokens:
+        if not len(ids_S) and not self._before["student"]:
+            ids_S, chars_S2 = _joint(
+                [self.pad_id], ids_S, chars_S2
+            )  # the tokenizer makes nothing of it: rows have tokens
         after = [self._eos["student"]] if ends and self._eos["student"] is not None else []
-        if not len(ids_S) and not before:
-            before = [self.pad_id]  # a text of which the tokenizer makes nothing: rows have tokens
-        ids_S = np.concatenate([np.array(before, np.int32), ids_S, np.array(after, np.int32)])
-        nothing = np.zeros((1, 2), dtype=np.int64)
-        return ids_S, np.concatenate([nothing.repeat(len(before), 0), chars_S2, nothing.repeat(len(after), 0)])
+        return _joint(self._before["student"], ids_S, chars_S2, after)
+
+    def _begun(self, ids_S: NDArray[np.int32], chars_S2: NDArray[np.int64]) -> Tokens:
+        """A conversation, which begins with the prefix where its template wrote it: a window after the first need not."""
+        before = self._before["student"]
+        return (ids_S, chars_S2) if begins_with(ids_S, before) else _joint(before, ids_S, chars_S2)
+
+    def _begin(self, side: str, ids_S: NDArray[np.int32]) -> int:
+        """Tokens of the prefix that a segment begins with."""
+        return len(self._before[side]) if begins_with(ids_S, self._before[side]) else 0
 
     def _nothing(self, teacher_tokens: int) -> Piece:
         """A segment of one token with nothing to learn: segments keep their places."""
@@ -170,12 +184,13 @@ class Aligner:
         return Piece(np.array([self.pad_id], dtype=np.int32), nothing_S > 0, nothing_S, alignment, exact=True)
 
 
-def _special_prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: BOS, CLS."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    found = next((start for start in range(len(whole)) if whole[start : start + len(plain)] == plain), 0)
-    return list(whole[:found])
+def _joint(
+    before: Sequence[int], ids_S: NDArray[np.int32], chars_S2: NDArray[np.int64], after: Sequence[int] = ()
+) -> Tokens:
+    """Tokens between others that stand for no text."""
+    nothing = np.zeros((1, 2), dtype=np.int64)
+    ids_S = np.concatenate([np.array(before, np.int32), ids_S, np.array(after, np.int32)])
+    return ids_S, np.concatenate([nothing.repeat(len(before), 0), chars_S2, nothing.repeat(len(after), 0)])
 
 
 def _overlaps(sides: Sides, teacher_predicted_T: NDArray[np.bool_]) -> NDArray[np.bool_]:

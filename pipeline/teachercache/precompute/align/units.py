@@ -68,4 +68,9 @@ def _opened(folder: str) -> Cache:
 def _aligner(cache: str, student: str) -> Aligner:
     opened = _opened(cache)
     chats = bool(opened.manifest.corpus.get("messages_field"))
-    return Aligner(load_tokenizer(str(opened.teacher_folder)), load_tokenizer(student), chats=chats)
+    return Aligner(
+        load_tokenizer(str(opened.teacher_folder)),
+        load_tokenizer(student),
+        chats=chats,
+        teacher_prefix=opened.manifest.prefix_ids,
+    )

@@ -1,0 +1,150 @@
+"""How rows begin, from the corpus to both sides of an alignment: caches made by the real stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from teachercache.models import load_causal_lm, load_tokenizer
+from teachercache.precompute.plan import make_plan
+from teachercache.shards import SPLITS, Cache, verify
+from teachercache.stream.alignment import alignment_for
+from teachercache.tokens.prefix import own_prefix
+
+from builders import (
+    aligned,
+    beginning_with,
+    build_cache,
+    other_student,
+    other_tokenizer,
+    sentences,
+    tiny_cache,
+    tiny_recipe,
+    tiny_teacher,
+    tiny_tokenizer,
+)
+
+TEXTS = [*sentences(4), *(" ".join(sentences(4, seed=seed)) for seed in range(4)), "naïve café — 日本語 🙂 ok"]
+FLOAT = {"logits": {"kind": "top-k", "k": 16, "dtype": "float32"}}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose tokenizer puts BOS before a text."""
+    return tiny_teacher(tmp_path_factory.mktemp("t") / "teacher", tokenizer=beginning_with(tiny_tokenizer(), "<bos>"))
+
+
+def segments_of(row: Any) -> list[slice]:
+    starts = [segment.start for segment in row.segments]
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], row.length], strict=True)]
+
+
+@pytest.mark.parametrize("layout", ["documents", "packed"])
+def test_every_window_of_a_cache_begins_with_bos_and_holds_what_the_teacher_says_then(
+    tmp_path: Path, teacher: Path, layout: str
+) -> None:
+    folder = tiny_cache(
+        tmp_path, teacher=teacher, texts=TEXTS, targets=FLOAT, sequence={"length": 24, "layout": layout}
+    )
+    cache, model = Cache.open(folder), load_causal_lm(str(teacher))
+    bos = load_tokenizer(str(teacher)).bos_token_id
+    assert cache.manifest.prefix_ids == (bos,) and verify(folder) == []
+    later = 0
+    for split in SPLITS:
+        for index in range(cache.rows_of(split)):
+            stored = cache.read_row(split, index)
+            row, said = stored.row, iter(stored.targets["actual_log_prob"].tolist())
+            for part, segment in zip(segments_of(row), row.segments, strict=True):
+                ids, mask = torch.from_numpy(row.input_ids_S[part].astype(np.int64)), row.target_mask_S[part]
+                with torch.no_grad():
+                    own = model(ids[None]).logits[0].log_softmax(-1)
+                assert ids[0] == bos and bos not in ids[1:]
+                for place in np.flatnonzero(mask).tolist():
+                    assert next(said) == pytest.approx(float(own[place, ids[place + 1]]), abs=1e-4)
+                later += segment.byte_start > 0
+            assert bos not in row.labels_N()
+    assert later > 10
+
+
+def test_how_rows_begin_is_part_of_what_a_cache_is(tmp_path: Path, teacher: Path) -> None:
+    """And absent where neither tokenizer nor recipe puts anything before a text: such caches are what they were."""
+    plain = tiny_teacher(tmp_path / "plain")
+    plans = {
+        choice: make_plan(tiny_recipe(tmp_path / f"{choice}", teacher=teacher, sequence={"prefix": choice}))
+        for choice in ("auto", "bos", "eos", "none")
+    }
+    bos, eos = (getattr(load_tokenizer(str(teacher)), f"{name}_token_id") for name in ("bos", "eos"))
+    assert {choice: plan.prefix_ids for choice, plan in plans.items()} == {
+        "auto": (bos,), "bos": (bos,), "eos": (eos,), "none": ()
+    }  # fmt: skip
+    assert plans["none"].identity["tokenizer"]["prefix_ids"] == []
+    assert len({plan.fingerprint for plan in plans.values()}) == 4
+    without = make_plan(tiny_recipe(tmp_path / "without", teacher=plain))
+    assert "prefix_ids" not in without.identity["tokenizer"]
+    assert set(without.identity["sequence"]) == {"layout", "length", "add_eos"}
+    context = make_plan(tiny_recipe(tmp_path / "context", teacher=plain, sequence={"context": 8}))
+    assert context.identity["sequence"]["context"] == 8
+
+
+def test_context_is_read_and_no_target(tmp_path: Path) -> None:
+    """The same labels, each once, with more of their own text before them; the teacher reads so much more."""
+    plain = tiny_teacher(tmp_path / "plain")
+    rows: dict[int, list[Any]] = {}
+    for context in (0, 8):
+        recipe = tiny_recipe(
+            tmp_path / str(context), teacher=plain, texts=TEXTS, sequence={"length": 24, "context": context}
+        )
+        cache = Cache.open(build_cache(recipe))
+        rows[context] = [cache.read_row(split, n).row for split in SPLITS for n in range(cache.rows_of(split))]
+    counted = {context: sum(row.positions for row in found) for context, found in rows.items()}
+    tokens = {context: sum(row.length for row in found) for context, found in rows.items()}
+    assert counted[0] == counted[8] and tokens[0] < tokens[8] < tokens[0] * 24 / (24 - 8 - 1)
+    later = [row for row in rows[8] if row.segments[0].byte_start]
+    assert later and all(int(np.flatnonzero(row.target_mask_S)[0]) == 8 for row in later)
+
+
+@pytest.mark.parametrize("layout", ["documents", "packed"])
+@pytest.mark.parametrize(
+    ("theirs", "own"),
+    [((), ("<s>",)), (("<bos>",), ("<s>", "<lang>")), (("<bos>",), ())],
+    ids=["none-1", "1-2", "1-none"],
+)
+def test_a_students_rows_begin_as_its_own_tokenizer_has_it(
+    tmp_path: Path, layout: str, theirs: tuple[str, ...], own: tuple[str, ...]
+) -> None:
+    """In every window and segment; never aligned, never a target."""
+    tokenizer = other_tokenizer()
+    tokenizer = beginning_with(tokenizer, *own) if own else tokenizer
+    teacher = tiny_teacher(
+        tmp_path / "teacher", tokenizer=beginning_with(tiny_tokenizer(), *theirs) if theirs else None
+    )
+    cache = tiny_cache(tmp_path, teacher=teacher, texts=TEXTS, sequence={"length": 24, "layout": layout, "context": 3})
+    student = other_student(tmp_path / "student", tokenizer=tokenizer)
+    aligned(cache, student)
+    found = Cache.open(cache)
+    sidecar = alignment_for(found, load_tokenizer(str(student)), student="student")
+    prefix = list(own_prefix(tokenizer))
+    assert sidecar is not None and len(prefix) == len(own) and sidecar.manifest.tokenizer["prefix_ids"] == prefix
+    later = 0
+    for split in SPLITS:
+        for index in range(found.rows_of(split)):
+            stored = found.read_row(split, index)
+            row = sidecar.joined(split, index, stored)
+            counts = [row.targets[name] for name in ("teacher_counts", "student_counts", "aligned")]
+            aligned_S = np.repeat(counts[2] > 0, counts[1])
+            aligned_T = np.repeat(counts[2] > 0, counts[0])
+            for part, segment in zip(segments_of(row.row), stored.row.segments, strict=True):
+                ids, mask = row.row.input_ids_S[part].tolist(), row.row.target_mask_S[part]
+                begin = len(prefix)
+                assert ids[:begin] == prefix and not aligned_S[part][:begin].any()
+                assert not mask[: max(begin - 1, 0)].any() and not set(prefix) & set(ids[begin:])
+                text = [token for token in ids[begin:] if token != tokenizer.eos_token_id]
+                assert text == tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+                later += segment.byte_start > 0
+            for part in segments_of(stored.row):
+                assert not aligned_T[part][: len(theirs)].any()
+    assert later > 10 and verify(cache) == []

@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import ModelError
+from teachercache.gguf_files import plain_folder
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 from teachercache.tokens.rows import TokenRow
 
@@ -131,7 +129,7 @@ def load_causal_lm(
     """A causal language model on the CPU in evaluation mode, plain and saveable also when it comes from GGUF.
 
     `dtype` is float32, bfloat16, float16, or auto (the checkpoint's own; float32 for GGUF). A GGUF file is converted once
-    and kept in the user's cache folder (`~/.cache/teachercache/gguf`).
+    and kept in the user's cache folder (gguf_files.py).
     """
     from transformers import AutoModelForCausalLM
 
@@ -145,43 +143,11 @@ def load_causal_lm(
 
 
 def _plain_copy(source: ModelSource) -> ModelSource:
-    """A GGUF file as a plain Hugging Face folder, made once per file in the user's cache folder.
-
-    transformers parses GGUF in 10-20 s each time, and marks the model so that it refuses `save_pretrained`; the plain
-    float32 copy loads in a tenth of a second, in every actor and every later command.
-    """
+    """A GGUF file as the plain folder that it was converted to."""
     if source.gguf_file is None:
         return source
-    with (Path(source.location) / source.gguf_file).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = _user_cache() / "gguf" / digest[:32]
-    if not folder.is_dir():
-        _convert_gguf(source, folder)
+    folder = plain_folder(Path(source.location) / source.gguf_file)
     return ModelSource(str(folder), None, source.portable_id, is_local=True)
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teachercache"
-
-
-def _convert_gguf(source: ModelSource, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    marked = AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf_file, dtype=torch.float32)
-    config = type(marked.config).from_dict(marked.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(marked)(config)
-    plain.load_state_dict(marked.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    plain.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file).save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(temporary)
 
 
 def weights_identity(model: str, *, revision: str | None, commit: str | None) -> dict[str, str | None]:

@@ -218,9 +218,12 @@ def fidelity(
     def work(console: Console) -> dict[str, Any]:
         from teachercache.evaluation.fidelity import parse_options, run_fidelity
         from teachercache.shards import Cache
+        from teachercache.stream.beginnings import warnings_of
 
         options = parse_options(temperatures, tail)
         opened = Cache.open(cache)
+        for line in warnings_of([opened]):
+            console.print(line, markup=False, soft_wrap=True)
         console.print(f"running the teacher again on up to {rows} rows of {cache} …", markup=False, soft_wrap=True)
         options.update(trust_remote_code=trust_remote_code, other_weights=other_weights)
         return run_fidelity(opened, teacher=teacher, rows=rows, **options)

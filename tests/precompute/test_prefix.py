@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from shards.forgery import sign
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.precompute.plan import make_plan
 from teachercache.shards import SPLITS, Cache, verify
 from teachercache.stream.alignment import alignment_for
+from teachercache.stream.beginnings import warnings_of
 from teachercache.tokens.prefix import own_prefix
 
 from builders import (
@@ -148,3 +150,19 @@ def test_a_students_rows_begin_as_its_own_tokenizer_has_it(
             for part in segments_of(stored.row):
                 assert not aligned_T[part][: len(theirs)].any()
     assert later > 10 and verify(cache) == []
+
+
+def test_a_cache_that_does_not_say_how_its_rows_begin_is_warned_of_once(tmp_path: Path, teacher: Path) -> None:
+    """As earlier versions left it; not where nothing stands before a text, and not where the recipe took it away."""
+    texts = sentences(6)
+    said, taken = (
+        tiny_cache(tmp_path / choice, teacher=teacher, texts=texts, sequence={"prefix": choice})
+        for choice in ("auto", "none")
+    )
+    plain = tiny_cache(tmp_path / "plain", texts=texts)
+    assert warnings_of([Cache.open(each) for each in (said, taken, plain)]) == []
+    sign(said, lambda data: data["tokenizer"].pop("prefix_ids"))
+    (line,) = warnings_of([Cache.open(said), Cache.open(plain)])
+    assert (
+        str(said) in line and "puts <bos> before a text" in line and "precompute it again" in line and "\n" not in line
+    )

@@ -18,9 +18,10 @@ from teachercache.corpus.readers import read_rows
 from teachercache.errors import CorpusError, RecipeError
 from teachercache.models import load_tokenizer
 from teachercache.sampling import run_sampling
+from teachercache.sampling.prompts import prompts
 from teachercache.shards import Cache
 
-from builders import build_cache, sentences, tiny_recipe, tiny_teacher
+from builders import beginning_with, build_cache, sentences, tiny_recipe, tiny_teacher, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -54,6 +55,17 @@ def test_samples_begin_as_documents_do_and_go_on_otherwise(recipe: Recipe, stude
     assert all(any(sample.startswith(beginning) for beginning in given) for sample in texts)
     assert not set(texts) & set(trained)
     assert len(texts) == found["rows"] == 12 and 12 <= found["tokens"] <= 120
+
+
+def test_prompts_begin_as_the_rows_of_a_cache_do(recipe: Recipe) -> None:
+    tokenizer = beginning_with(tiny_tokenizer(), "<bos>")
+    begun, bare = (
+        prompts(recipe.corpus, tokenizer, rows=5, prompt_tokens=6, seed=0, prefix=choice) for choice in ("auto", "none")
+    )
+    assert {prompt.ids[0] for prompt in begun} == {tokenizer.bos_token_id} and all(len(p.ids) == 6 for p in begun)
+    assert not any(tokenizer.bos_token_id in prompt.ids for prompt in bare)
+    text = [tokenizer.decode(prompt.ids, skip_special_tokens=True) for prompt in bare]
+    assert all(any(t.startswith(tokenizer.decode(b.ids, skip_special_tokens=True)) for t in text) for b in begun)
 
 
 def test_held_out_documents_are_never_drawn(recipe: Recipe, student: str, tmp_path: Path) -> None:

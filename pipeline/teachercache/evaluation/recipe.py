@@ -11,6 +11,7 @@ from teachercache.config import Recipe, load_recipe, parse_recipe
 from teachercache.errors import CacheError, RecipeError
 from teachercache.evaluation.table import ModelSpec, Table, evaluate
 from teachercache.shards import Cache, Manifest
+from teachercache.stream.beginnings import warnings_of
 
 RUN_FILE = "run.json"
 
@@ -38,6 +39,9 @@ def run_evaluation(
         raise RecipeError(f"there is no trained student at {after}; run `teachercache train` with this recipe first")
     cache = Cache.open(recipe.cache, local=recipe.stream.local, local_bytes=recipe.stream.local_bytes)
     _check_cache(recipe.train.output, cache)
+    if progress:
+        for line in warnings_of([cache]):
+            progress(line)
     return evaluate(
         cache=recipe.cache,
         teacher=_teacher(teacher, recipe, cache.manifest),

@@ -65,7 +65,14 @@ def run_sampling(
             f"--prompt-tokens and --new-tokens add up to {prompt_tokens + new_tokens}, and {student} takes at most {longest} "
             "tokens; lower one of them"
         )
-    chosen = prompts(recipe.corpus, tokenizer, rows=rows, prompt_tokens=prompt_tokens, seed=seed)
+    chosen = prompts(
+        recipe.corpus,
+        tokenizer,
+        rows=rows,
+        prompt_tokens=prompt_tokens,
+        seed=seed,
+        prefix=recipe.sequence.prefix,
+    )
     shown.print(
         f"{student} goes on from {len(chosen):,} beginnings of {recipe.corpus.source} …", markup=False, soft_wrap=True
     )

@@ -7,10 +7,11 @@ import heapq
 from dataclasses import dataclass
 from typing import Any
 
-from teachercache.config import CorpusConfig
+from teachercache.config import CorpusConfig, RowPrefix
 from teachercache.corpus.documents import Document, documents
 from teachercache.corpus.readers import read_rows
 from teachercache.errors import CorpusError
+from teachercache.tokens.prefix import begins_with, row_prefix
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,12 @@ class Prompt:
     messages: list[dict[str, Any]] | None = None
 
 
-def prompts(config: CorpusConfig, tokenizer: Any, *, rows: int, prompt_tokens: int, seed: int) -> list[Prompt]:
+def prompts(
+    config: CorpusConfig, tokenizer: Any, *, rows: int, prompt_tokens: int, seed: int, prefix: RowPrefix = "auto"
+) -> list[Prompt]:
     """At most `rows` of them, longest first. A text is given up to its first `prompt_tokens` tokens, at most half of it; a
-    conversation up to its last assistant turn, if that takes no more tokens.
+    conversation up to its last assistant turn, if that takes no more tokens. They begin as the rows of a cache do
+    (`sequence.prefix`).
 
     Raises `CorpusError` where the corpus has nothing to go on from.
     """
@@ -35,7 +39,8 @@ def prompts(config: CorpusConfig, tokenizer: Any, *, rows: int, prompt_tokens: i
     usable = (document for document in documents(read_rows(config), config) if isinstance(document, Document))
     trained = (document for document in usable if document.problem is None and not document.held_out)
     drawn = heapq.nsmallest(rows, trained, key=lambda document: _draw(document, seed))
-    made = [_of(document, tokenizer, prompt_tokens) for document in drawn]
+    before = list(row_prefix(tokenizer, prefix, chats=bool(config.messages_field)))
+    made = [_of(document, tokenizer, prompt_tokens, before) for document in drawn]
     found = [prompt for prompt in made if prompt is not None]
     if not found:
         raise CorpusError(
@@ -49,9 +54,9 @@ def _draw(document: Document, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed} {document.source_id}".encode(), digest_size=16).digest()
 
 
-def _of(document: Document, tokenizer: Any, prompt_tokens: int) -> Prompt | None:
+def _of(document: Document, tokenizer: Any, prompt_tokens: int, before: list[int]) -> Prompt | None:
     if document.messages is None:
-        ids = tokenizer(document.text, add_special_tokens=True)["input_ids"]
+        ids = [*before, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
         given = ids[: min(prompt_tokens, max(1, len(ids) // 2))]
         return Prompt(given) if given else None
     last = max((n for n, message in enumerate(document.messages) if message["role"] == "assistant"), default=0)
@@ -59,4 +64,5 @@ def _of(document: Document, tokenizer: Any, prompt_tokens: int) -> Prompt | None
         return None
     messages = document.messages[:last]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return Prompt(list(ids), messages) if len(ids) <= prompt_tokens else None
+    ids = list(ids) if begins_with(ids, before) else [*before, *ids]
+    return Prompt(ids, messages) if len(ids) <= prompt_tokens else None

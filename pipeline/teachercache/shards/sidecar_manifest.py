@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ class SidecarManifest:
     @property
     def fingerprint(self) -> str:
         """What its shards carry: equal for equal caches and tokenizers."""
-        return sidecar_fingerprint(self.cache, self.reader)
+        return sidecar_fingerprint(self.cache, self.reader, prefix_ids=self.tokenizer.get("prefix_ids", ()))
 
     @property
     def reader(self) -> str:
@@ -89,9 +90,11 @@ class SidecarManifest:
         return json.dumps({"format": FORMAT, **data, "digest": fingerprint_of(data)}, indent=1, sort_keys=True) + "\n"
 
 
-def sidecar_fingerprint(cache: str, reader: str) -> str:
-    """Of an alignment, from those of its cache and of how the student reads it."""
-    return fingerprint_of({"cache": cache, "reader": reader, "format_version": FORMAT_VERSION})
+def sidecar_fingerprint(cache: str, reader: str, *, prefix_ids: Sequence[int] = ()) -> str:
+    """Of an alignment, from those of its cache, of how the student reads it and what its segments begin with (nothing, or only
+    where documents begin: earlier versions)."""
+    begins = {"prefix_ids": list(prefix_ids)} if prefix_ids else {}
+    return fingerprint_of({"cache": cache, "reader": reader, "format_version": FORMAT_VERSION, **begins})
 
 
 class _Tokenizer(BaseModel):

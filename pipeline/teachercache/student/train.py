@@ -19,6 +19,7 @@ from teachercache.config.section import folder_name
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan, Plan
+from teachercache.stream.beginnings import warnings_of
 from teachercache.stream.phases import PhasedPlan
 from teachercache.stream.sources import Mixed, check_mix, train_order, windows_bytes
 from teachercache.student.checkpoints import (
@@ -163,7 +164,7 @@ class _Job:
             )
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
-        for line in self.teachers.lines() if self.teachers else ():
+        for line in (*warnings_of([*self._caches, *further], self.sidecars), *self._teacher_lines):
             self._say(line)
         try:
             return self._run_trainer(model, identity)
@@ -282,6 +283,10 @@ class _Job:
     @property
     def _caches(self) -> list[Cache]:
         return [self.cache, *(mixed.cache for mixed in self.mix)]
+
+    @property
+    def _teacher_lines(self) -> list[str]:
+        return self.teachers.lines() if self.teachers else []
 
     @property
     def _evaluates(self) -> bool:

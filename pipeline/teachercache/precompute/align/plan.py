@@ -57,7 +57,8 @@ class AlignPlan:
     @property
     def fingerprint(self) -> str:
         """What its shards carry."""
-        return sidecar_fingerprint(Cache.open(self.cache).manifest.fingerprint, self._reader)
+        cache = Cache.open(self.cache).manifest.fingerprint
+        return sidecar_fingerprint(cache, self._reader, prefix_ids=self.tokenizer["prefix_ids"])
 
     @property
     def _reader(self) -> str:

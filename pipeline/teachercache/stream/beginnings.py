@@ -1,0 +1,42 @@
+"""Caches of earlier versions, whose rows do not all begin as their tokenizer has it: a line for whoever reads one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from teachercache.models import load_tokenizer
+from teachercache.shards import Cache
+from teachercache.shards.sidecar import Sidecar
+from teachercache.tokens.prefix import row_prefix
+
+
+def warnings_of(caches: Sequence[Cache], sidecars: Sequence[Sidecar] = ()) -> list[str]:
+    """One line for each cache, and each alignment, that an earlier version made and whose tokenizer puts something before a
+    text: only the beginnings of documents have it there."""
+    lines = []
+    for cache in caches:
+        found = _unsaid(cache.manifest.tokenizer, cache, cache.teacher_folder)
+        if found:
+            lines.append(
+                f"warning: {cache.name} was made by an earlier version: its tokenizer puts {found} before a text, and only the "
+                "first rows of documents begin with it, so that what the teacher says in the others may be far from what it "
+                "can; precompute it again"
+            )
+    for cache, sidecar in zip(caches, sidecars, strict=False):
+        found = _unsaid(sidecar.manifest.tokenizer, cache, sidecar.tokenizer_folder)
+        if found:
+            lines.append(
+                f"warning: the alignment of {cache.name} with {sidecar.manifest.tokenizer['name']} was made by an earlier "
+                f"version: {found} stands only where documents begin; delete {sidecar.manifest.folder} and align again"
+            )
+    return lines
+
+
+def _unsaid(described: dict[str, Any], cache: Cache, folder: Any) -> str:
+    """What a tokenizer puts before a text where the manifest says nothing of it; "" if nothing."""
+    if "prefix_ids" in described:
+        return ""
+    tokenizer = load_tokenizer(str(folder))
+    prefix = row_prefix(tokenizer, chats=bool(cache.manifest.corpus.get("messages_field")))
+    return " ".join(map(str, tokenizer.convert_ids_to_tokens(list(prefix))))

@@ -1,15 +1,14 @@
-"""The recipes of two articles: their numbers, what their smoke size changes, and that it runs; and README's YAML."""
+"""The recipes of two articles: their numbers, what their smoke size changes, and that it runs."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from teachercache.config import Recipe, load_recipe, parse_recipe
+from teachercache.config import load_recipe
 from teachercache.student.train import run_training
 
 from builders import aligned, build_cache, other_student, sentences, tiny_teacher, write_corpus
@@ -88,12 +87,3 @@ def test_the_second_article_runs(small: list[str], tmp_path: Path) -> None:
     build_cache(recipe)
     summary = run_training(recipe)
     assert summary["steps"] == 4 and [each["missing"] for each in summary["teachers"]] == [0, 0, 0]
-
-
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL))
-def test_the_readmes_yaml_is_a_recipes(block: str) -> None:
-    written = yaml.safe_load(block)
-    assert isinstance(parse_recipe({"cache": "c", **written}, origin="README"), Recipe)

@@ -86,7 +86,7 @@ class HiddenStates:
 
     @property
     def token_bytes(self) -> float:
-        """Entropy of a normal channel in such steps, or what was measured of projected ones (README)."""
+        """Entropy of a normal channel in such steps, or what was measured of projected ones (docs/results/layers.md)."""
         bits = {"bf16": 16.0, "projected": 2.4}.get(self.codec) or max(1.0, np.log2(4.13 / self.step))
         return len(self.layers) * self.width * float(bits) / 8
 

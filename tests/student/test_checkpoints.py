@@ -19,6 +19,7 @@ from teachercache.student.checkpoints import (
     rotate,
 )
 from teachercache.student.export import export_student
+from teachercache.student.stopping import Ends
 
 
 def _make(run: Path, step: int, *, whole: bool = True) -> None:
@@ -69,7 +70,8 @@ def test_the_export_takes_weights_from_one_and_the_tokenizer_from_the_other(tmp_
             (folder / name).write_text(json.dumps({"of": folder.name, "weight_map": {}}))
     weights = {"weight": torch.arange(3.0), "distillation.0.adapter": torch.zeros(2)}
     save_file(weights, checkpoint / "model-00001-of-00002.safetensors")
-    export_student(checkpoint, config=StudentConfig(model="any"), tokenizer=tokenizer, student=student)
+    ends = Ends(rows=(7,), special=frozenset({3}), begin=None, padding=None)
+    export_student(checkpoint, config=StudentConfig(model="any"), tokenizer=tokenizer, ends=ends, student=student)
     [exported] = student.glob("*.safetensors")
     assert load_file(exported).keys() == {"weight"}  # without what maps the student to the teacher's width
     exported.unlink()

@@ -43,10 +43,13 @@ def test_more_special_tokens_are_no_other_tokenizer(make_recipe: Any, student: P
     shutil.copytree(student, tmp_path / "more")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
+    tokenizer.eos_token = "<new>"  # as a base model's
     tokenizer.save_pretrained(tmp_path / "more")
     result = run_training(make_recipe(student_model=tmp_path / "more", max_steps=1))
     assert result["steps"] == 1
-    assert load_tokenizer(result["student"]).convert_tokens_to_ids("<new>") == tokenizer.convert_tokens_to_ids("<new>")
+    exported = load_tokenizer(result["student"])
+    assert exported.convert_tokens_to_ids("<new>") == tokenizer.convert_tokens_to_ids("<new>")
+    assert exported.eos_token == "<eos>"  # what rows end with
 
 
 def test_rows_longer_than_the_student_takes(make_recipe: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint to the student that leaves the run: a plain Hugging Face folder, weights and tokenizer."""
+"""A checkpoint to the student that leaves the run: a plain Hugging Face folder, weights and tokenizer, whose files agree."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from teachercache.config import StudentConfig
 from teachercache.student.layers import without_adapters
 from teachercache.student.lora import copy_adapters, write_merged
+from teachercache.student.stopping import Ends
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = (
@@ -23,8 +24,8 @@ TOKENIZER_FILES = (
 )
 
 
-def export_student(checkpoint: Path, *, config: StudentConfig, tokenizer: Path, student: Path) -> None:
-    """Make the folder `student` from a checkpoint's weights and the tokenizer's files.
+def export_student(checkpoint: Path, *, config: StudentConfig, tokenizer: Path, ends: Ends, student: Path) -> None:
+    """Make the folder `student` from a checkpoint's weights and the tokenizer's files; `ends` are what its rows ended with.
 
     It appears under its name only when it is whole; an earlier one is replaced. Where adapters were trained, they are
     merged, and lie by themselves in the folder `adapters` beside it.
@@ -39,6 +40,7 @@ def export_student(checkpoint: Path, *, config: StudentConfig, tokenizer: Path, 
         write_merged(checkpoint, config, temporary)
         copy_adapters(checkpoint, student.with_name("adapters"))
     _copy(_matching(tokenizer, TOKENIZER_FILES), temporary)
+    ends.write(temporary)
     shutil.rmtree(student, ignore_errors=True)
     temporary.replace(student)
 

@@ -15,7 +15,7 @@ from teachercache.shards import Cache, Manifest
 from teachercache.shards.sidecar import Sidecar
 from teachercache.shards.sidecar_manifest import SidecarManifest
 from teachercache.stream.alignment import alignment_for
-from teachercache.tokens.fingerprint import tokenizer_fingerprint
+from teachercache.tokens.fingerprint import vocabulary_size
 
 REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
 
@@ -112,13 +112,21 @@ def sidecars_of(student: StudentConfig, caches: Sequence[Cache]) -> list[Sidecar
 
 @contextmanager
 def tokenizer_to_export(student: StudentConfig, cache: Cache, sidecars: Sequence[Sidecar]) -> Iterator[Path]:
-    """A folder with the tokenizer files of the student that leaves a run: its own, where that is another than the teacher's."""
+    """A folder with the tokenizer files of the student that leaves a run: those that made its rows.
+
+    They are the teacher's, with its chat template and end token, also where the student has the same tokens and ends
+    otherwise, as base models do. One that has further tokens keeps its own, with the teacher's template and end; one that
+    learned through an alignment keeps its own, whose template its rows were rendered with.
+    """
     own = None if sidecars else _tokenizer_of(student)
     if sidecars:
         yield sidecars[0].tokenizer_folder
-    elif own is None or tokenizer_fingerprint(own) == cache.manifest.tokenizer_fingerprint:
+    elif own is None or vocabulary_size(own) <= cache.manifest.vocabulary_size:
         yield cache.teacher_folder
-    else:  # the same bytes at the same ids, and further tokens
+    else:
+        teacher: Any = load_tokenizer(str(cache.teacher_folder))
+        own.eos_token = teacher.eos_token or own.eos_token
+        own.chat_template = teacher.chat_template or own.chat_template
         with tempfile.TemporaryDirectory() as folder:
             own.save_pretrained(folder)
             yield Path(folder)

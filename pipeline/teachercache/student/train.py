@@ -245,6 +245,7 @@ class _Job:
     def _finish(self, resume: Checkpoint | None, began: float) -> dict[str, Any]:
         """Export from the checkpoints on disk: also where a job was killed between its last step and its export."""
         from teachercache.student.export import export_student
+        from teachercache.student.stopping import Ends
 
         state = json.loads(self._checkpoint(self.steps).joinpath("trainer_state.json").read_text(encoding="utf-8"))
         best_step = state["best_global_step"]
@@ -263,7 +264,8 @@ class _Job:
         if self.process.main:
             chosen = self._undamaged(best_step or self.steps)
             with tokenizer_to_export(self.student, self.cache, self.sidecars) as tokenizer:
-                export_student(chosen, config=self.student, tokenizer=tokenizer, student=self.folder.student)
+                ends = Ends.of(self._caches, self.sidecars, tokenizer_folder=tokenizer)
+                export_student(chosen, config=self.student, tokenizer=tokenizer, ends=ends, student=self.folder.student)
             self.folder.finish(summary)
             self._say(closing_line(summary))
         return summary

@@ -50,6 +50,7 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
         files=[*teacher_files, *quarantine],
         column_bytes=dict(column_bytes),
         calibration=plan.calibration() or {},
+        input_form=plan.input_form(),
         fidelity=_fidelity(records, drifts=plan.targets.logits.needs_calibration),
         created_by=f"teachercache {__version__}",
     )

@@ -17,6 +17,7 @@ from teachercache.errors import RecipeError
 from teachercache.files import locked
 from teachercache.models import load_tokenizer
 from teachercache.precompute.commit import DRIFT_AT, commit
+from teachercache.precompute.input_form import input_warning
 from teachercache.precompute.plan import Plan, make_plan
 from teachercache.shards import Manifest
 from teachercache.shards.manifest import MANIFEST, read_manifest
@@ -126,8 +127,10 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
                 + _describe_choice(record.get("chosen"))
             )
             began = time.time()
+        told = _tell_input(plan, console)
         bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
         for done in run_units(Job.of(recipe, plan), pending):
+            told = told or _tell_input(plan, console)
             first = min(first, done.started)
             timing.positions += done.positions
             timing.teacher_seconds += done.teacher_seconds
@@ -137,6 +140,15 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
             progress.update(bar, advance=1, rate=rate)
     timing.start_up_seconds = first - began
     return timing
+
+
+def _tell_input(plan: Plan, console: Console) -> bool:
+    """Whether it was measured by now how the teacher takes the rows' beginnings; warns where another form is better."""
+    found = plan.input_form()
+    line = input_warning(found)
+    if line is not None:
+        console.print(line, markup=False, soft_wrap=True)
+    return bool(found)
 
 
 def _describe_choice(chosen: dict[str, Any] | None) -> str:
@@ -170,6 +182,7 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
         "teacher_seconds": round(timing.teacher_seconds, 2),
         "start_up_seconds": round(timing.start_up_seconds, 2),
         "batches_halved": timing.batches_halved,
+        "input_form": manifest.input_form,
         "seconds": round(seconds, 2),
         "fingerprint": manifest.fingerprint,
     }

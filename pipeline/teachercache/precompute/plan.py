@@ -97,6 +97,19 @@ class Plan:
             return None
         return record if all((self.folder / record[role]).is_file() for role in READ_BY if role in record) else None
 
+    @property
+    def input_file(self) -> Path:
+        """Written once it is measured how the teacher takes the rows' beginnings."""
+        return self.work / "input.json"
+
+    def input_form(self) -> dict[str, Any]:
+        """What was measured (input_form.py); {} where nothing was, so far."""
+        try:
+            found: dict[str, Any] = json.loads(self.input_file.read_text(encoding="utf-8"))
+            return found
+        except (OSError, ValueError):
+            return {}
+
     def read_by(self) -> dict[str, str]:
         """Files that targets are read by, as far as they are made, by role."""
         record = self.calibration() or {}

@@ -20,6 +20,7 @@ from teachercache.config import PrecomputeConfig, SequenceConfig
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
 from teachercache.files import write_whole
 from teachercache.models import load_tokenizer
+from teachercache.precompute.input_form import check_input
 from teachercache.precompute.plan import Plan
 from teachercache.precompute.staging import read_unit, salted_hash, sample_file
 from teachercache.shards import write_shard
@@ -44,6 +45,7 @@ def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positio
 
     At most half of what the drawn documents hold is used, so that rows remain on which fidelity can be measured.
     """
+    check_input(teacher, plan, positions_per_batch=positions_per_batch)
     rows = _calibration_rows(plan, sequence=sequence)
     layers = teacher.prepare(rows, positions_per_batch=positions_per_batch, longest=sequence.length)
     basis = teacher.kind.basis if calibrates(teacher.kind) else None
@@ -94,6 +96,7 @@ def compute_unit(
 
     Both happen where the teacher is: payloads of hundreds of MB stay in one process.
     """
+    check_input(teacher, plan, positions_per_batch=positions_per_batch)
     started, start, halved = time.time(), time.perf_counter(), teacher.batches_halved
     teacher.drift.reset()
     captured = teacher.capture(tokenised.rows, positions_per_batch=positions_per_batch)

@@ -141,6 +141,13 @@ class _Fidelity(_Claim):
     drifting_units: list[_Unit] = []
 
 
+class _InputForm(_Claim):
+    positions: Count = 0
+    chosen: str = ""
+    nats: dict[str, float] = {}
+    better: str | None = None
+
+
 class _Described(_Claim):
     teacher: _Teacher
     model: _Model
@@ -151,6 +158,7 @@ class _Described(_Claim):
     column_bytes: dict[str, Count]
     calibration: _Calibration
     fidelity: _Fidelity
+    input_form: _InputForm
     created_by: str
 
 

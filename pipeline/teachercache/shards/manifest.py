@@ -84,6 +84,7 @@ class Manifest:
     created_by: str
     calibration: dict[str, Any] = field(default_factory=dict)  # what the sketch was fitted to
     fidelity: dict[str, Any] = field(default_factory=dict)  # KL(teacher ‖ stored), measured while capturing
+    input_form: dict[str, Any] = field(default_factory=dict)  # the teacher's loss by what rows begin with, on a sample
     format_version: int = field(default=FORMAT_VERSION)
 
     @property

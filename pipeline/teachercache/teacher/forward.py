@@ -104,6 +104,24 @@ class Teacher:
                 captured[index] = result or _too_long(rows[index])
         return [result for result in captured if result is not None]
 
+    def label_nats(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[NDArray[np.float64] | None]:
+        """-log p of each row's labels at T = 1, [positions], in the order of rows; None for a row that is too long."""
+        found: list[NDArray[np.float64] | None] = [None] * len(rows)
+        for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
+            for index, nats_N in zip(batch, self._halving(self._nats, [rows[i] for i in batch]), strict=True):
+                found[index] = nats_N
+        return found
+
+    @torch.inference_mode()
+    def _nats(self, rows: list[TokenRow]) -> list[NDArray[np.float64]]:
+        inputs, index_N, labels_N = self._inputs(rows)
+        parts = []
+        for start, logits_nV, _ in self._logit_blocks(inputs, index_N):
+            log_probs_nV = logits_nV[:, : self.kind.vocabulary_size].log_softmax(-1)
+            labels_n1 = labels_N[start : start + len(logits_nV), None]
+            parts.append(-log_probs_nV.gather(1, labels_n1)[:, 0].double().cpu().numpy())
+        return np.split(np.concatenate(parts), np.cumsum([row.positions for row in rows])[:-1])
+
     def prepare(self, rows: Sequence[TokenRow], *, positions_per_batch: int, longest: int) -> LayerFile | None:
         """Make what the targets are read by, from a sample of rows: the basis of logits, which `targets.logits` has then,
         and the layer file, which is returned as well. From here on this teacher captures with them.

@@ -48,3 +48,48 @@ def model_of(
             elif "norm" in name or name.endswith(("bias", "sinks")):  # what a norm or a bias does must show
                 weights.add_(torch.randn_like(weights) * 0.2)
     return model
+
+
+def composite_model(name: str, *, vocabulary: int = 300) -> Any:
+    """`gemma3`, `llava`, `mistral3` or `qwen2_5_vl`: a decoder of text beside an encoder of images, each with its own config
+    inside the model's."""
+    import torch
+    import transformers as t
+
+    from teachercache.models import auto_class
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    text = {**sizes, "vocab_size": vocabulary, "num_key_value_heads": KEY_HEADS, "max_position_embeddings": CONTEXT}
+    vision = {**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    image = vocabulary - 1
+    if name == "gemma3":
+        text |= {"head_dim": 8, "sliding_window": 16}
+        config: Any = t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    elif name == "llava":
+        parts = {"text_config": t.LlamaConfig(**text), "vision_config": t.CLIPVisionConfig(**vision)}
+        config = t.LlavaConfig(**parts, image_token_id=image)
+    elif name == "mistral3":
+        eyes = t.PixtralVisionConfig(**vision, head_dim=8)
+        config = t.Mistral3Config(
+            text_config=t.MistralConfig(**text, head_dim=8), vision_config=eyes, image_token_index=image
+        )
+    else:
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+        eyes = {
+            "depth": 1,
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_heads": HEADS,
+            "out_hidden_size": WIDTH,
+        }
+        config = t.Qwen2_5_VLConfig(
+            text_config={**text, "rope_parameters": rope}, vision_config={**eyes, "fullatt_block_indexes": [0]},
+            image_token_id=image, video_token_id=image - 1, vision_start_token_id=image - 2,
+        )  # fmt: skip
+    model = auto_class(config).from_config(config).eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() == 2:
+                weights.mul_(6)
+    return model

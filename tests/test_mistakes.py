@@ -18,7 +18,7 @@ from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
 from teachercache.stream.mixture import Mixture
 from teachercache.stream.windows import RowOrder
-from teachercache.student.fit import check_student, sidecars_of
+from teachercache.student.fit import check_shapes, sidecars_of
 from teachercache.student.trainer import DistillationTrainer
 from teachercache.targets import TopK
 from teachercache.targets.temperature import softened
@@ -134,7 +134,7 @@ def test_mistake_05_a_cache_and_a_student_that_do_not_fit_are_not_paired(cache, 
     small = tiny_model(vocabulary=200)
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(ModelError, match=r"200 tokens, the cache's tokenizer has 300"):
-        check_student(small, StudentConfig(model=str(tmp_path / "small")), cache.manifest)
+        check_shapes(small, cache.manifest)
     other = tiny_teacher(tmp_path / "other")
     tokenizer = (other / "tokenizer.json").read_text(encoding="utf-8")
     swapped = (

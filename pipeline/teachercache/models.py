@@ -131,15 +131,25 @@ def load_causal_lm(
     `dtype` is float32, bfloat16, float16, or auto (the checkpoint's own; float32 for GGUF). A GGUF file is converted once
     and kept in the user's cache folder (gguf_files.py).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     extra = {"attn_implementation": attention} if attention else {}
     with _readable_errors(model, "model"):
         source = _plain_copy(find_model(model))
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.location, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **extra
-        )
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        made_by = auto_class(AutoConfig.from_pretrained(source.location, **options))
+        loaded = made_by.from_pretrained(source.location, dtype=dtype, **options, **extra)
     return loaded.eval()
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a language model of this config. Models of text and images, whose decoder is one of
+    their parts, are not all listed as causal language models; given text alone, all of them are."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = type(config) in AutoModelForCausalLM._model_mapping or bool(getattr(config, "auto_map", None))
+    composite = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if composite and not known else AutoModelForCausalLM
 
 
 def _plain_copy(source: ModelSource) -> ModelSource:
@@ -214,15 +224,3 @@ def model_inputs(rows: Sequence[TokenRow], *, pad_id: int, layout: str) -> dict[
             position_ids_BS[index, : row.length] = row.position_ids_S()
             position_ids_BS[index, row.length :] = np.arange(longest - row.length)
     return {"input_ids": input_ids_BS} | ({"position_ids": position_ids_BS} if layout == "packed" else {})
-
-
-def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
-    """Whether a model keeps segments of a packed row apart: compares a short row with its segments run alone."""
-    import torch
-
-    ids = torch.arange(12).remainder(vocabulary_size)[None].to(model.device)
-    restarted = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]], device=model.device)
-    with torch.no_grad():
-        packed = model(input_ids=ids, position_ids=restarted, use_cache=False).logits[:, 6:].float()
-        alone = model(input_ids=ids[:, 6:], use_cache=False).logits.float()
-    return bool((packed - alone).abs().max() <= 1e-2 * alone.std().clamp_min(1e-6))

@@ -10,11 +10,13 @@ from transformers import TrainingArguments
 
 from student.runs import CLOCKED, losses_of
 from teachercache.config import ObjectiveConfig
-from teachercache.errors import CacheError
+from teachercache.errors import CacheError, ModelError
 from teachercache.models import load_causal_lm
 from teachercache.shards import Cache
 from teachercache.student.train import run_training
 from teachercache.student.trainer import DistillationTrainer
+
+from builders import tiny_cache, tiny_model
 
 
 def _trainer(cache: Path, student: Path, output: Path, **settings: Any) -> DistillationTrainer:
@@ -66,3 +68,28 @@ def test_a_temperature_off_the_grid_is_refused(cache: Path, student: Path, tmp_p
             args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
             objective=ObjectiveConfig(temperature=3.0),
         )
+
+
+def _built(cache: Path, model: Any, output: Path, **settings: Any) -> DistillationTrainer:
+    args = TrainingArguments(output_dir=str(output), use_cpu=True, report_to="none", max_steps=1)
+    return DistillationTrainer(model=model, cache=Cache.open(cache), args=args, objective=ObjectiveConfig(), **settings)
+
+
+def test_python_refuses_what_the_command_refuses(cache: Path, tmp_path: Path) -> None:
+    """Packed rows, rows packed on the way, positions, vocabulary, and students that see later tokens."""
+    from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, ffn_dim=64, max_position_embeddings=128))
+    packed = tiny_cache(tmp_path / "packed", sequence={"layout": "packed"})
+    with pytest.raises(ModelError, match="OPTForCausalLM lets the documents of a packed row see each other"):
+        _built(packed, opt, tmp_path)
+    with pytest.raises(ModelError, match="train.pack: false"):
+        _built(cache, opt, tmp_path, pack=True)
+    with pytest.raises(ModelError, match="takes at most 32 tokens, rows of the cache have up to 48"):
+        _built(cache, tiny_model(context=32), tmp_path)
+    with pytest.raises(ModelError, match="has 200 tokens"):
+        _built(cache, tiny_model(vocabulary=200), tmp_path)
+    with pytest.raises(ModelError, match="student BertForMaskedLM .* sees later tokens"):
+        _built(cache, BertForMaskedLM(BertConfig(**sizes, intermediate_size=64)), tmp_path)
+    assert _built(cache, opt, tmp_path).fit is not None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from teachercache.errors import ModelError
-from teachercache.models import isolates_packed_segments
+from teachercache.probes import isolates_packed_segments
 from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.teacher import Teacher, length_sorted_batches
 from teachercache.tokens.rows import Segment, TokenRow

@@ -87,13 +87,12 @@ def _sidecar(model: str, cache: Cache, source: dict[str, Any]) -> Sidecar | None
 def _import_code_of(model: str, source: dict[str, Any]) -> None:
     """Import the modelling code before memory is metered: it takes megabytes, a tiny student fewer."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from teachercache.models import load_config
+    from teachercache.models import auto_class, load_config
 
     config = load_config(model, **source)
     with contextlib.suppress(ValueError), torch.device("meta"):  # load_causal_lm says what is wrong, in one line
-        AutoModelForCausalLM.from_config(config, trust_remote_code=source["trust_remote_code"])
+        auto_class(config).from_config(config, trust_remote_code=source["trust_remote_code"])
 
 
 def _load(model: str, device: torch.device, **options: Any) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from teachercache.errors import CacheError, JobFailed, ModelError
 from teachercache.models import load_tokenizer, model_inputs
+from teachercache.probes import check_causal
 from teachercache.shards import Cache, StoredRow
 from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.joined import JoinedRow, chunk_arrays
@@ -94,10 +95,11 @@ def quality(
     `top1_agreement` (the model's first choice is the teacher's; across tokenizers, where both have read the same bytes),
     `accuracy` (it is the token that follows) and `positions`.
 
-    Raises `ModelError` when the model predicts fewer tokens than the cache's vocabulary has, `JobFailed` when its loss
-    is not a finite number.
+    Raises `ModelError` when the model predicts fewer tokens than the cache's vocabulary has, or sees later tokens; `JobFailed`
+    when its loss is not a finite number.
     """
     sums, read = Sums(), cache.manifest if sidecar is None else sidecar.manifest
+    check_causal(model, name="the model to evaluate", vocabulary_size=read.vocabulary_size)
     layer = layer_after_body(model, vocabulary_size=read.vocabulary_size) if model.dtype in HALF else None
     sums.bytes = label_bytes(rows, cache)
     with torch.inference_mode():

@@ -59,7 +59,7 @@ def run_sampling(
         raise RecipeError(f"--temperature {temperature:g} is not positive; use 1 to sample what the student would say")
     shown, began = console or Console(stderr=True), time.perf_counter()
     tokenizer, model = load_tokenizer(student), load_causal_lm(student, dtype="auto")
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and prompt_tokens + new_tokens > longest:
         raise RecipeError(
             f"--prompt-tokens and --new-tokens add up to {prompt_tokens + new_tokens}, and {student} takes at most {longest} "

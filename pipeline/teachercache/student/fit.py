@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teachercache.config import StudentConfig
 from teachercache.errors import CacheError, ModelError
-from teachercache.models import find_model, isolates_packed_segments, load_config, load_tokenizer, weights_identity
+from teachercache.models import find_model, load_config, load_tokenizer, weights_identity
+from teachercache.probes import check_causal, isolates_packed_segments
 from teachercache.shards import Cache, Manifest
 from teachercache.shards.sidecar import Sidecar
 from teachercache.shards.sidecar_manifest import SidecarManifest
@@ -30,19 +32,54 @@ def check_cache(cache: Cache) -> None:
         )
 
 
-def check_student(
-    model: Any, student: StudentConfig, manifest: Manifest, *, sidecar: Sidecar | None = None, pack: bool = False
-) -> None:
-    """Raise `ModelError` when the student cannot learn from the cache: vocabulary, row length or packing."""
-    read = manifest if sidecar is None else sidecar.manifest
+@dataclass(eq=False)
+class Fit:
+    """Whether a student can learn from all caches of a run; the command and `DistillationTrainer` from Python alike.
+
+    A student of which each process holds a part (ZeRO 3) cannot run before training wraps it: what only a forward pass shows is
+    then checked at the first batch, by all processes at once.
+    """
+
+    caches: Sequence[Cache]
+    sidecars: Sequence[Sidecar]
+    pack: bool
+    _ran: bool = False
+
+    def check(self, model: Any) -> None:
+        """Raise `ModelError` for a vocabulary or positions that are too few, nothing that is aligned, and, where the model can
+        run, for what `check_wrapped` refuses."""
+        for number, cache in enumerate(self.caches):
+            check_shapes(model, cache.manifest, sidecar=self.sidecars[number] if self.sidecars else None)
+        if not any(hasattr(weights, "ds_id") for weights in model.parameters()):
+            self.check_wrapped(model, model)
+
+    def check_wrapped(self, model: Any, student: Any) -> None:
+        """Raise `ModelError` for a student that sees later tokens, or other documents of a packed row. It runs on a few tokens,
+        once; `model` is `student` as training wraps it."""
+        if self._ran:
+            return
+        name, manifests = _name_of(student), [cache.manifest for cache in self.caches]
+        read = self.sidecars[0].manifest if self.sidecars else manifests[0]
+        check_causal(model, name=f"student {name}", vocabulary_size=read.vocabulary_size)
+        packed = [manifest for manifest in manifests if manifest.layout == "packed"]
+        check_packing(model, name, [*packed, *manifests][0], pack=self.pack)
+        self._ran = True
+
+
+def check_shapes(model: Any, manifest: Manifest, *, sidecar: Sidecar | None = None) -> None:
+    """Raise `ModelError` when the student cannot learn from a cache, as far as its shapes tell."""
+    name, read = _name_of(model), manifest if sidecar is None else sidecar.manifest
     if sidecar is not None and not sum(each.positions - each.held_out_positions for each in sidecar.infos):
         raise ModelError(
-            f"student {student.model} has nothing to learn from the cache: no row to train on could be aligned with its "
+            f"student {name} has nothing to learn from the cache: no row to train on could be aligned with its "
             "tokenizer (`teachercache inspect` says why)"
         )
-    check_vocabulary(model, student.model, read)
-    check_length(model, student.model, read)
-    check_packing(model, student.model, manifest, pack=pack)
+    check_vocabulary(model, name, read)
+    check_length(model, name, read)
+
+
+def _name_of(model: Any) -> str:
+    return getattr(model.config, "name_or_path", None) or type(model).__name__
 
 
 def initial_weights(student: StudentConfig) -> dict[str, str | None]:
@@ -60,9 +97,12 @@ def check_vocabulary(model: Any, name: str, manifest: Manifest | SidecarManifest
     """The student's embeddings must hold every token that it reads; more rows than that are padding and allowed."""
     parts = {"input embedding": model.get_input_embeddings(), "output embedding": model.get_output_embeddings()}
     for part, module in parts.items():
-        if module is not None and module.weight.shape[0] < manifest.vocabulary_size:
+        if module is None:
+            continue
+        tokens = getattr(module.weight, "ds_shape", module.weight.shape)[0]
+        if tokens < manifest.vocabulary_size:
             raise ModelError(
-                f"student {name}: its {part} has {module.weight.shape[0]} tokens, {_whose(manifest)} tokenizer has "
+                f"student {name}: its {part} has {tokens} tokens, {_whose(manifest)} tokenizer has "
                 f"{manifest.vocabulary_size}; {REMEDY}"
             )
 
@@ -73,7 +113,7 @@ def _whose(manifest: Manifest | SidecarManifest) -> str:
 
 def check_length(model: Any, name: str, manifest: Manifest | SidecarManifest) -> None:
     """The student must have positions for the longest row."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and longest < manifest.sequence_length:
         own = " in its own tokens" if isinstance(manifest, SidecarManifest) else ""
         shorter = "a shorter sequence.length" if own else f"sequence.length={longest}"

@@ -17,8 +17,10 @@ from typing import Any
 from teachercache.activations import path_of_blocks
 from teachercache.errors import ModelError, UserError
 from teachercache.models import find_model, load_causal_lm, load_tokenizer
+from teachercache.probes import check_causal
 from teachercache.student.layer_choice import chosen_layers
 from teachercache.student.transplant import check_tokenizers, transplant_embeddings
+from teachercache.tokens.fingerprint import vocabulary_size
 
 # Lists of any config that are not one entry a layer, whatever their length.
 NOT_PER_LAYER = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -42,7 +44,7 @@ def init_student(
     tokens were `copied`, `averaged` and made from the `mean`). The folder appears when it is whole; `overwrite` replaces a
     model that is there already.
 
-    Raises `ModelError` for a model or a choice of layers that cannot be used, or a tokenizer
+    Raises `ModelError` for a model or a choice of layers that cannot be used, a model that sees later tokens, or a tokenizer
     without defined bytes, `UserError` for an output that is taken.
     """
     output = Path(output)
@@ -52,6 +54,7 @@ def init_student(
     if tokenizer is not None:
         check_tokenizers({model: own, tokenizer: chosen})
     source: Any = load_causal_lm(model, revision=revision, dtype="auto")
+    check_causal(source, name=model, vocabulary_size=vocabulary_size(own))
     path = _path_of_layers(source, model)
     kept = chosen_layers(layers, count=len(source.get_submodule(path)))
     student = _keep_layers(source, model, path, kept)

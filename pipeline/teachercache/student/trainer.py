@@ -41,7 +41,7 @@ from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, mark_complete, rotate, whole_checkpoint
 from teachercache.student.divergence import DivergenceGuard
 from teachercache.student.elastic import any_number_of_processes
-from teachercache.student.fit import check_joined
+from teachercache.student.fit import Fit, check_joined
 from teachercache.student.following import Adaptive, StepLosses, course_record, load_state, save_state
 from teachercache.student.gradient_cosines import cosines_of
 from teachercache.student.held_out import across_objective
@@ -69,7 +69,7 @@ class DistillationTrainer(Trainer):
     `per_device_train_batch_size` rows, `gradient_accumulation_steps` of them on each process, order by `seed`.
     `args.max_steps`, else `args.num_train_epochs`, ends the run. The latest `keep_checkpoints` checkpoints are kept and
     the best one besides: leave `args.save_total_limit` alone. `pack` puts short rows of a micro-batch into one sequence
-    (isolated, by students for which `fit.check_packing` finds nothing), which changes the time of a step, not its loss.
+    (isolated, by students that keep them apart), which changes the time of a step, not its loss.
     `mix` adds further caches of the same tokenizer, whatever their kinds of targets; a micro-batch is of one cache.
     `course` says what the objective is at each step, by default what `objective` says; what `adaptive` holds is saved with
     checkpoints.
@@ -77,8 +77,8 @@ class DistillationTrainer(Trainer):
     `teachers` are further ones of the same rows (`student.teachers`), learned from together with those of the caches.
     Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
-    Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `JobFailed` when training
-    diverges.
+    Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `ModelError` for a student that
+    cannot learn from them (`fit.Fit`), `JobFailed` when training diverges.
     """
 
     def __init__(
@@ -101,6 +101,8 @@ class DistillationTrainer(Trainer):
         self.caches = (cache, *(mixed.cache for mixed in mix))
         self.objective_config = objective
         self.sidecars = tuple(sidecars)
+        self.fit = Fit(self.caches, self.sidecars, pack=pack)
+        self.fit.check(model)
         self.teachers = teachers
         self.reading = Reading(self.caches, self.sidecars, teachers, objective, args)
         self.plan = plan or _plan_of(args, cache, mix)
@@ -122,7 +124,7 @@ class DistillationTrainer(Trainer):
             for each, names in zip(self.caches, columns, strict=True):
                 check_joined(each, names)
         held_out = sum(each.rows_of("held-out") for each in self.caches)
-        use_cache = model.config.use_cache
+        use_cache = vars(model.config).get("use_cache")
         super().__init__(
             model=model,
             args=args,
@@ -131,7 +133,7 @@ class DistillationTrainer(Trainer):
             eval_dataset=self.reading.dataset("held-out", columns) if held_out else None,
             callbacks=[self.step_losses, Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
         )
-        model.config.use_cache = use_cache  # Trainer turns it off, and would export a student that generates slowly
+        _restore_use_cache(model.config, use_cache)
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
         self.step_losses.accelerator = self.accelerator
@@ -219,6 +221,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the global batch's mean loss. Calls the wrapped model, never `model.module`."""
+        self.fit.check_wrapped(model, self.model)
         inputs = dict(inputs)
         if self.routing is not None:
             self.routing.turn = inputs.pop(TURN)
@@ -328,6 +331,14 @@ def _plan_of(args: TrainingArguments, cache: Cache, mix: Sequence[Mixed]) -> Bat
         micro_batch=micro_batch,
         world_size=args.world_size,
     )
+
+
+def _restore_use_cache(config: Any, before: bool | None) -> None:
+    """Trainer turns it off, and would export a student that generates slowly; a composite config has it in its text config."""
+    if before is None:
+        vars(config).pop("use_cache", None)
+    else:
+        config.use_cache = before
 
 
 def _run_as_one_pass(args: TrainingArguments, plan: Plan) -> None:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from teachercache.activations import Activations, check_recorded, recorded
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
-from teachercache.models import isolates_packed_segments, load_causal_lm, model_inputs
+from teachercache.models import load_causal_lm, model_inputs
+from teachercache.probes import check_causal, isolates_packed_segments
 from teachercache.targets import CalibratedKind, StoredTargets, TargetKind, calibrates
 from teachercache.targets.draws import position_seeds
 from teachercache.targets.layer_file import LayerFile
@@ -61,6 +62,7 @@ class Teacher:
         kind = targets.logits
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
+        check_causal(self.model, name="the teacher", vocabulary_size=kind.vocabulary_size)
         if layout == "packed" and not isolates_packed_segments(self.model, vocabulary_size=kind.vocabulary_size):
             raise ModelError(
                 f"{type(model).__name__} does not keep the segments of a packed row apart; set `sequence.layout: documents`"

@@ -1,0 +1,112 @@
+"""What a loaded model is asked before its numbers are trusted: a few tokens tell what no config says for sure.
+
+Teacher and student alike. Each probe costs two to five forward passes of at most 32 tokens, and draws nothing at random.
+
+Shapes: S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachercache.errors import ModelError
+from teachercache.models import model_inputs
+from teachercache.tokens.rows import Segment, TokenRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Root mean square of a difference, in standard deviations of the logits. A causal model gives the same bits; one without a
+# mask moves by 2e-3 even when its weights are random and small. Other shapes, or other expert loads, round differently.
+TOLERANCE = {"float32": 5e-4, "float64": 5e-4}
+HALF_TOLERANCE = 2e-2
+RESHAPED_TOLERANCE = 0.1  # half precision and another shape of batch: routing of experts may flip
+
+HALF_LENGTH = 8
+PACKED = ((5, 9, 2), (7, 3))  # lengths of the segments of two rows, of which one is padded
+
+
+def check_causal(model: Any, *, name: str, vocabulary_size: int) -> None:
+    """Raise `ModelError` for a model whose predictions change with later tokens: its targets would have seen their labels."""
+    if sees_later_tokens(model, vocabulary_size=vocabulary_size):
+        raise ModelError(
+            f"{name} ({type(model).__name__}) sees later tokens: its predictions change with tokens that follow, as those of "
+            "masked and bidirectional language models do, so it would be shown every label; use a causal language model"
+        )
+
+
+def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
+    """Whether logits of the first tokens move when later ones change, or are not there."""
+    ids_S = _tokens(2 * HALF_LENGTH, vocabulary_size)
+    half = slice(0, HALF_LENGTH)
+    changed_S = ids_S.copy()
+    changed_S[HALF_LENGTH:] = (ids_S[HALF_LENGTH:] + vocabulary_size // 2 + 1) % vocabulary_size
+    with _evaluated(model):
+        whole_SV, changed_SV, alone_SV = (_logits(model, [_row(each)])[0] for each in (ids_S, changed_S, ids_S[half]))
+    return _differ(whole_SV[half], changed_SV[half], reshaped=False) or _differ(whole_SV[half], alone_SV, reshaped=True)
+
+
+def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
+    """Whether a model keeps segments of packed rows apart, in a batch of rows of unequal length: each must give what it gives
+    alone."""
+    rows = [_row(_tokens(sum(lengths), vocabulary_size, first=index), lengths) for index, lengths in enumerate(PACKED)]
+    with _evaluated(model):
+        try:
+            packed = _logits(model, rows, layout="packed")
+        except TypeError:  # takes no positions
+            return False
+        for row, logits_SV in zip(rows, packed, strict=True):
+            for start, end in pairwise([*(segment.start for segment in row.segments), row.length]):
+                [alone_SV] = _logits(model, [_row(row.input_ids_S[start:end])])
+                if _differ(alone_SV, logits_SV[start:end], reshaped=True):
+                    return False
+    return True
+
+
+def _logits(model: Any, rows: Sequence[TokenRow], *, layout: str = "documents") -> list[Tensor]:
+    """Of each row, [S, V]."""
+    import torch
+
+    arrays = model_inputs(rows, pad_id=0, layout=layout)
+    inputs = {name: torch.from_numpy(values).to(model.device) for name, values in arrays.items()}
+    logits_BSV = model(**inputs, use_cache=False).logits
+    return [logits_SV[: row.length] for logits_SV, row in zip(logits_BSV, rows, strict=True)]
+
+
+def _differ(one_SV: Tensor, other_SV: Tensor, *, reshaped: bool) -> bool:
+    """By more than rounding. Logits that are no numbers say nothing: capture quarantines them."""
+    name = str(one_SV.dtype).removeprefix("torch.")
+    tolerance = TOLERANCE.get(name, RESHAPED_TOLERANCE if reshaped else HALF_TOLERANCE)
+    one_SV, other_SV = one_SV.float(), other_SV.float()
+    return bool((one_SV - other_SV).square().mean().sqrt() > tolerance * one_SV.std().clamp_min(1e-9))
+
+
+def _row(ids_S: NDArray[np.int32], lengths: Sequence[int] = ()) -> TokenRow:
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    segments = tuple(Segment("", 0, 0, 0, start) for start in starts)
+    return TokenRow("", False, ids_S, np.zeros(len(ids_S), dtype=np.bool_), segments)
+
+
+def _tokens(count: int, vocabulary_size: int, *, first: int = 0) -> NDArray[np.int32]:
+    """From the middle of the vocabulary, where no special tokens are."""
+    ids_S = vocabulary_size // 3 + 7 * np.arange(first, first + count)
+    return (ids_S % vocabulary_size).astype(np.int32)
+
+
+@contextmanager
+def _evaluated(model: Any) -> Iterator[None]:
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

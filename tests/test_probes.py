@@ -1,0 +1,91 @@
+"""What a few tokens tell of a loaded model, over architectures that differ in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from models import model_of
+from teachercache.errors import ModelError
+from teachercache.evaluation.quality import held_out_rows, quality
+from teachercache.probes import check_causal, isolates_packed_segments, sees_later_tokens
+from teachercache.shards import Cache
+from teachercache.student.init_student import init_student
+
+from builders import build_cache, tiny_cache, tiny_model, tiny_recipe, tiny_tokenizer
+
+VOCABULARY = 160
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def made(config: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SIZES, **settings})).eval()
+
+
+BIDIRECTIONAL: dict[str, Any] = {
+    "BertConfig": {}, "RobertaConfig": {}, "ElectraConfig": {}, "BigBirdConfig": {}, "RoFormerConfig": {},
+    "XLMConfig": {"n_words": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4},
+    "Gemma3TextConfig": {"use_bidirectional_attention": True, "head_dim": 8},
+    "CpmAntConfig": {},  # what stands before the text is seen from both sides
+    "LlamaConfig": {"is_causal": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", BIDIRECTIONAL)
+def test_a_model_that_sees_later_tokens_is_found_out(config: str) -> None:
+    """With random weights as small as transformers draws them: what leaks is then least."""
+    model = made(config, **BIDIRECTIONAL[config])
+    with pytest.raises(ModelError, match="sees later tokens") as refusal:
+        check_causal(model, name="the teacher", vocabulary_size=VOCABULARY)
+    assert type(model).__name__ in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("config", ["BertConfig", "RobertaConfig", "MixtralConfig", "MambaConfig", "GPT2Config"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_causal_model_passes(config: str, dtype: torch.dtype) -> None:
+    decoder = {"is_decoder": True} if config in ("BertConfig", "RobertaConfig") else {}
+    experts = {"num_local_experts": 4, "num_key_value_heads": 2} if config == "MixtralConfig" else {}
+    model = made(config, **decoder, **experts).to(dtype)
+    assert not sees_later_tokens(model, vocabulary_size=VOCABULARY)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "qwen3", "gpt2"])
+def test_windows_sinks_and_soft_caps_are_causal(architecture: str) -> None:
+    assert not sees_later_tokens(model_of(architecture), vocabulary_size=300)
+
+
+def test_a_probe_leaves_the_model_as_it_was() -> None:
+    model = tiny_model().train()
+    model.config.attention_dropout = 0.5
+    state = torch.get_rng_state()
+    assert not sees_later_tokens(model, vocabulary_size=300) and isolates_packed_segments(model, vocabulary_size=300)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(weights.grad is None for weights in model.parameters())
+
+
+def _bert(folder: Path) -> Path:
+    made("BertConfig", vocab_size=300).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_masked_language_model_is_no_teacher(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the teacher .* sees later tokens.*every label; use a causal language model"):
+        build_cache(tiny_recipe(tmp_path / "c", teacher=_bert(tmp_path / "bert")))
+
+
+def test_nor_is_a_student_made_of_it_or_measured(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="sees later tokens"):
+        init_student(str(_bert(tmp_path / "bert")), layers="first:1", output=tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+    cache = Cache.open(tiny_cache(tmp_path / "c"))
+    with pytest.raises(ModelError, match="the model to evaluate .* sees later tokens"):
+        quality(made("BertConfig", vocab_size=300), held_out_rows(cache, limit=2), cache, batch_rows=2)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
+from typer.testing import CliRunner
 
 from teachercache import cli, config, errors
 from teachercache.config import load_recipe
 from teachercache.console import run_command
 from teachercache.errors import RecipeError
 
-from builders import tiny_cache, tiny_recipe, tiny_teacher
+from builders import sentences, tiny_cache, tiny_recipe, tiny_teacher
 
 ROOT = Path(__file__).parents[1]
 
@@ -263,3 +265,43 @@ def test_overrides_that_make_no_sense(tmp_path, override):
 def test_public_modules_stay_importable():
     assert {"main", "app"} <= set(vars(cli)) and issubclass(errors.UserError, errors.TeachercacheError)
     assert config.Recipe.model_config["frozen"]
+
+
+def test_windows_without_targets_are_told(tmp_path: Path) -> None:
+    """One window of one document, whose other windows are stored: what is lost is in no count of documents."""
+    import torch
+    from transformers import LlamaModel
+
+    from teachercache.precompute.commit import commit
+    from teachercache.precompute.job import Timing, _print_closing, summary
+    from teachercache.precompute.plan import make_plan
+    from teachercache.precompute.units import compute_unit, tokenise_unit
+    from teachercache.teacher import Teacher
+
+    class NoRoom(LlamaModel):
+        def forward(self, input_ids=None, **inputs):
+            if lost is not None and bool((input_ids == lost[: input_ids.shape[1]]).all(-1).any()):
+                raise torch.OutOfMemoryError("out of memory")
+            return super().forward(input_ids=input_ids, **inputs)
+
+    recipe = tiny_recipe(tmp_path, texts=sentences(12, words=120), sequence={"length": 24})
+    plan, lost = make_plan(recipe), None
+    teacher = Teacher.load(recipe.teacher, targets=plan.loaded_targets(), layout="documents", pad_id=0)
+    body = NoRoom(teacher.model.config).eval()
+    body.load_state_dict(teacher.model.model.state_dict())
+    teacher.model.model = body
+    for unit in plan.pending():
+        tokenised, documents = tokenise_unit(plan, unit, sequence=recipe.sequence, store_text=True)
+        if lost is None:
+            lost = torch.from_numpy(max(tokenised.rows, key=lambda row: row.length).input_ids_S).long()
+        compute_unit(teacher, plan, unit, tokenised, documents=documents, positions_per_batch=256)
+    manifest = commit(plan)
+    result = summary(plan, manifest, Timing(), seconds=1.0)
+    assert (result["quarantined"], result["windows_quarantined"]) == (0, 1)
+    with (tmp_path / "said").open("w") as stream:
+        _print_closing(Console(file=stream, width=1000), result, manifest)
+    assert ", 1 windows of other rows quarantined," in (tmp_path / "said").read_text()
+    told = CliRunner().invoke(cli.app, ["verify", str(plan.folder), "--json"])
+    assert json.loads(told.stdout)["windows_quarantined"] == 1 and told.exit_code == 0
+    shown = CliRunner().invoke(cli.app, ["verify", str(plan.folder)])
+    assert "1 windows of stored rows have no targets: quarantine/" in " ".join(shown.output.split())

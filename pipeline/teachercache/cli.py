@@ -260,13 +260,20 @@ def verify(
 
     def work(console: Console) -> dict[str, Any]:
         from teachercache.shards import verify as check
+        from teachercache.shards.source import manifest_of
 
         problems = check(cache, quick=quick)
-        return {"ok": not problems, "cache": cache, "errors": [vars(problem) for problem in problems]}
+        result = {"ok": not problems, "cache": cache, "errors": [vars(problem) for problem in problems]}
+        if not problems:
+            audit = manifest_of(cache).audit
+            result |= {"quarantined": audit.quarantined, "windows_quarantined": audit.windows_quarantined}
+        return result
 
     def show(result: dict[str, Any]) -> Any:
         if result["ok"]:
-            return Text.assemble(("whole", "green"), f" {cache}")
+            lost = result["windows_quarantined"]
+            said = f"; {lost:,} windows of stored rows have no targets: quarantine/ says which, and why" if lost else ""
+            return Text.assemble(("whole", "green"), f" {cache}{said}")
         lines = [Text.assemble((e["file"], "red"), f": {e['reason']}; {e['remedy']}") for e in result["errors"]]
         return Text("\n").join(lines)
 

@@ -197,6 +197,64 @@ def test_a_row_that_never_fits_gets_a_problem_and_the_others_their_targets():
     assert short.columns is not None
 
 
+class BusyDevice(LlamaModel):
+    """A real model on a device that others use too: each of its first `failures` passes finds no memory, and says so as
+    `error`."""
+
+    failures, error = 0, RuntimeError("")
+
+    def forward(self, input_ids=None, **inputs):
+        if self.failures > 0:
+            self.failures -= 1
+            raise self.error
+        return super().forward(input_ids=input_ids, **inputs)
+
+
+def busy_teacher(*, failures: int, error: Exception) -> Teacher:
+    model = tiny_model(vocabulary=VOCABULARY)
+    body = BusyDevice(LlamaConfig(**model.config.to_dict())).eval()
+    body.load_state_dict(model.model.state_dict())
+    model.model = body
+    teacher = make_teacher(model)
+    body.failures, body.error = failures, error
+    return teacher
+
+
+ALLOCATIONS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried"),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ALLOCATIONS, ids=lambda error: type(error).__name__)
+def test_a_passing_want_of_memory_loses_no_row(error):
+    """10 rows, then 5, 2 and 1: the fourth attempt is a lone row's, and so is the fifth."""
+    rows = [make_row(16, seed=seed) for seed in range(10)]
+    teacher = busy_teacher(failures=5, error=error)
+    results = teacher.capture(rows, positions_per_batch=160)
+    assert [captured.problem for captured in results] == [None] * 10
+    for row, captured in zip(rows, results, strict=True):
+        assert captured.row is row
+        assert_same(captured.columns, alone(teacher.model, row))
+
+
+def test_a_lone_row_is_tried_three_times():
+    row = make_row(16, seed=1)
+    for failures, problem in ((2, None), (3, "out of memory with this row of 16 tokens alone")):
+        [captured] = busy_teacher(failures=failures, error=ALLOCATIONS[0]).capture([row], positions_per_batch=160)
+        assert captured.problem == problem
+
+
+def test_another_error_is_no_want_of_memory():
+    teacher = busy_teacher(failures=1, error=RuntimeError("CUDA error: device-side assert triggered"))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        teacher.capture([make_row(16, seed=1)], positions_per_batch=160)
+
+
 def test_calibration_halves_its_batches_too_and_goes_without_a_row_that_never_fits():
     kind = HeadSketch(6, 8, 0.1, VOCABULARY, 64)
     rows = [make_row(80, seed=99), *(make_row(16, seed=seed) for seed in range(10))]

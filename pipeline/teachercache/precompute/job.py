@@ -174,6 +174,7 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
         "rows": manifest.rows,
         "positions": manifest.positions,
         "quarantined": manifest.audit.quarantined,
+        "windows_quarantined": manifest.audit.windows_quarantined,
         "audit": vars(manifest.audit),
         "bytes": manifest.shard_bytes,
         "bytes_per_position": manifest.bytes_per_position(),
@@ -191,7 +192,11 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
 def _print_closing(console: Console, result: dict[str, Any], manifest: Manifest) -> None:
     size = result["bytes_per_position"]
     held_out = sum(shard.held_out_rows for shard in manifest.shards)
-    lost = f", {result['quarantined']:,} rows of the corpus quarantined" if result["quarantined"] else ""
+    lost = "".join(
+        f", {result[name]:,} {what} quarantined"
+        for name, what in (("quarantined", "rows of the corpus"), ("windows_quarantined", "windows of other rows"))
+        if result[name]
+    )
     console.print(
         f"cached {result['rows'] - held_out:,} rows to train on and {held_out:,} held-out ones, {result['positions']:,} "
         f"positions{lost}, {size['logits']:.0f} bytes per position for logits ({size['total']:.0f} in all), "

@@ -137,6 +137,11 @@ class RemoteFiles:
         return {**vars(self), "_prefetcher": None}
 
 
+def manifest_of(location: str | Path) -> Manifest:
+    """The manifest alone, in a folder or at a URL; no local copies are made. Raises as `Source.manifest`."""
+    return remote_manifest(ObjectStore(str(location))) if is_url(location) else read_manifest(Path(location))
+
+
 def remote_manifest(store: ObjectStore) -> Manifest:
     """The manifest at a URL. Raises `CacheError` when there is none, `CacheDamaged` when it was changed."""
     try:

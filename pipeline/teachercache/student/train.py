@@ -17,6 +17,7 @@ from teachercache.config import Recipe, StudentConfig, TrainConfig
 from teachercache.config.phases import steps_of
 from teachercache.config.section import folder_name
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
+from teachercache.memory import is_out_of_memory
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan, Plan
 from teachercache.stream.beginnings import warnings_of
@@ -140,7 +141,6 @@ class _Job:
 
     def _train(self, identity: RunIdentity) -> Checkpoint | None:
         """Train to the end; returns the checkpoint that it went on from."""
-        import torch
 
         from teachercache.models import load_causal_lm
 
@@ -165,14 +165,14 @@ class _Job:
             self._say(line)
         try:
             return self._run_trainer(model, identity)
-        except torch.OutOfMemoryError as error:
-            raise JobFailed(
-                f"out of memory ({str(error).splitlines()[0]}); lower train.micro_batch, "
-                "set train.gradient_checkpointing, or raise train.zero_stage"
-            ) from error
         except TeachercacheError as error:
             raise type(error)(_own_message(error)) from error
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise JobFailed(
+                    f"out of memory ({str(error).splitlines()[0]}); lower train.micro_batch, "
+                    "set train.gradient_checkpointing, or raise train.zero_stage"
+                ) from error
             if self.process.world_size == 1 or not lost_another_process(error):
                 raise
             raise JobFailed(

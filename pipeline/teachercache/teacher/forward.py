@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from teachercache.activations import Activations, check_recorded, recorded
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
+from teachercache.memory import free_memory, is_out_of_memory
 from teachercache.models import load_causal_lm, model_inputs
 from teachercache.probes import check_causal, isolates_packed_segments
 from teachercache.targets import CalibratedKind, StoredTargets, TargetKind, calibrates
@@ -42,6 +43,7 @@ T = TypeVar("T")
 
 # A matmul wants many rows. What reduces its result wants few: as many as stay in a core's own cache.
 PROJECTED_BYTES = {"cpu": 48 * 2**20, "cuda": 400 * 2**20}
+MORE_ATTEMPTS = 2  # of a row that ran out of memory alone
 REDUCED_BYTES = {"cpu": 3 * 2**19, "cuda": 400 * 2**20}
 
 
@@ -100,11 +102,8 @@ class Teacher:
 
     def capture(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[Captured]:
         """Targets of all rows, in their order. Rows whose logits are not numbers come back with a problem."""
-        captured: list[Captured | None] = [None] * len(rows)
-        for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
-            for index, result in zip(batch, self._halving(self._forward, [rows[i] for i in batch]), strict=True):
-                captured[index] = result or _too_long(rows[index])
-        return [result for result in captured if result is not None]
+        captured = self._of_each(self._forward, rows, positions_per_batch=positions_per_batch)
+        return [result or _too_long(row) for row, result in zip(rows, captured, strict=True)]
 
     def label_nats(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[NDArray[np.float64] | None]:
         """-log p of each row's labels at T = 1, [positions], in the order of rows; None for a row that is too long."""
@@ -136,11 +135,7 @@ class Teacher:
         if layer is None and calibrates(kind):
             layer = OutputLayer.of(self.model, vocabulary_size=kind.vocabulary_size)
         sample = LayerSample(self.targets) if self.targets.needs_layer_file else None
-        hidden: list[Any] = [None] * len(rows)
-        for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
-            run = partial(self._hidden, sample=sample)
-            for index, values_ND in zip(batch, self._halving(run, [rows[i] for i in batch]), strict=True):
-                hidden[index] = values_ND
+        hidden = self._of_each(partial(self._hidden, sample=sample), rows, positions_per_batch=positions_per_batch)
         if calibrates(kind):
             assert layer is not None
             self.targets = self.targets.with_logits(self._calibrated(layer, hidden))
@@ -166,10 +161,10 @@ class Teacher:
         assert calibrates(self.kind)
         try:
             return calibrate(self.kind, layer, rows_hidden_ND)
-        except torch.OutOfMemoryError:
-            if self.device.type == "cpu":
+        except RuntimeError as error:
+            if self.device.type == "cpu" or not is_out_of_memory(error):
                 raise
-        torch.cuda.empty_cache()
+        free_memory()
         logger.warning("no room to fit the sketch beside the model: fitted on the CPU, which takes minutes")
         return calibrate(self.kind, layer.on("cpu"), [hidden_ND.cpu() for hidden_ND in rows_hidden_ND])
 
@@ -192,16 +187,34 @@ class Teacher:
             sample.add(activations, rows)
         return hidden_ND.split([row.positions for row in rows])
 
+    def _of_each(
+        self, run: Callable[[list[TokenRow]], Sequence[T]], rows: Sequence[TokenRow], *, positions_per_batch: int
+    ) -> list[T | None]:
+        """What `run` makes of each row; None for one that does not fit into memory alone.
+
+        Memory may have been short for a moment, by another process on the same device: such a row is tried again after all
+        others, and once more at the very end.
+        """
+        made: list[T | None] = [None] * len(rows)
+        batches = length_sorted_batches(rows, positions_per_batch=positions_per_batch)
+        for _ in range(1 + MORE_ATTEMPTS):
+            for batch in batches:
+                for index, result in zip(batch, self._halving(run, [rows[i] for i in batch]), strict=True):
+                    made[index] = result
+            batches = [[index] for index, result in enumerate(made) if result is None]
+        return made
+
     def _halving(self, run: Callable[[list[TokenRow]], Sequence[T]], rows: list[TokenRow]) -> list[T | None]:
         """What `run` makes of each row. A batch that runs out of memory is halved; None for a row too long alone."""
         try:
             return list(run(rows))
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                return [None]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
         # Outside the handler: the exception's frames hold the tensors that did not fit.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
+        if len(rows) == 1:
+            return [None]
         self.batches_halved += 1
         logger.warning("a batch of %d rows ran out of memory: halved; lower precompute.positions_per_batch", len(rows))
         middle = len(rows) // 2

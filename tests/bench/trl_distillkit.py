@@ -38,13 +38,14 @@ import torch
 from kd_against_ce import teachercache
 from numpy.typing import NDArray
 from provenance import add_output_options, provenance, publish
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 from teachercache.models import load_causal_lm
 from teachercache.quickstart import write_recipe
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan
 from teachercache.stream.sources import train_order
+from teachercache.stream.tokenizers import teacher_tokenizer
 
 LENGTH, LAYERS, RATE = 256, "keep:4", 1e-4
 COMPRESSORS: dict[str, dict[str, Any]] = {
@@ -160,7 +161,7 @@ def run_trl(setting: Setting, arguments: dict[str, Any], meter: Meter) -> Any:
         args=GKDConfig(**arguments, lmbda=0.0, beta=0.0, max_length=LENGTH),
         data_collator=collate,
         train_dataset=Dataset.from_dict({"input_ids": setting.ids_RS.tolist()}),
-        processing_class=AutoTokenizer.from_pretrained(setting.cache.teacher_folder),
+        processing_class=teacher_tokenizer(setting.cache),
         callbacks=[meter],
     )
 
@@ -198,7 +199,7 @@ def run_distillkit(setting: Setting, arguments: dict[str, Any], meter: Meter, ar
         args=SFTConfig(**arguments, **settings),
         train_dataset=load_from_disk(folder),
         data_collator=collate_packed_batch,
-        processing_class=AutoTokenizer.from_pretrained(setting.cache.teacher_folder),
+        processing_class=teacher_tokenizer(setting.cache),
         callbacks=[meter],
     )
 

@@ -20,6 +20,7 @@ from teachercache.precompute.job import run_precompute
 from teachercache.shards import SPLITS, Cache, verify
 from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.alignment import alignment_for
+from teachercache.stream.tokenizers import teacher_tokenizer
 
 from builders import (
     aligned,
@@ -77,7 +78,7 @@ def pieces(tokenizer: Any, ids: Any) -> list[bytes]:
 
 def test_chunks_hold_every_token_once_and_their_bytes_are_the_text(made: tuple[Path, Path]) -> None:
     cache, student = made
-    tokenizers = load_tokenizer(str(Cache.open(cache).teacher_folder)), load_tokenizer(str(student))
+    tokenizers = teacher_tokenizer(Cache.open(cache)), load_tokenizer(str(student))
     for stored, joined in rows_of(cache, student):
         sides = [pieces(tokenizer, row.input_ids_S) for tokenizer, row in
                  zip(tokenizers, (stored.row, joined.row), strict=True)]  # fmt: skip
@@ -97,7 +98,7 @@ def test_chunks_hold_every_token_once_and_their_bytes_are_the_text(made: tuple[P
 
 def test_the_student_learns_what_the_teacher_was_to_predict(made: tuple[Path, Path]) -> None:
     cache, student = made
-    tokenizer, teacher = load_tokenizer(str(student)), load_tokenizer(str(Cache.open(cache).teacher_folder))
+    tokenizer, teacher = load_tokenizer(str(student)), teacher_tokenizer(Cache.open(cache))
     teachers = pieces(teacher, range(len(teacher)))
     for stored, joined in rows_of(cache, student):
         assert joined.row.held_out == stored.row.held_out
@@ -327,7 +328,7 @@ def test_windows_of_conversations_keep_what_was_said(tmp_path: Path, template: s
     assert 0.2 < totals["aligned_bytes"] / totals["bytes"] < 0.9
     taught = sum(int(stored.row.positions) for stored, _ in pairs)
     learned = sum(int(joined.targets["token_bytes"][1:][joined.row.target_mask_S[:-1]].sum()) for _, joined in pairs)
-    tokenizer = load_tokenizer(str(Cache.open(cache).teacher_folder))
+    tokenizer = teacher_tokenizer(Cache.open(cache))
     spelled = [pieces(tokenizer, stored.row.labels_N()) for stored, _ in pairs]
     assert taught and learned >= 0.9 * sum(len(part) for row in spelled for part in row)
 
@@ -371,7 +372,7 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes(tmp_path: Path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     student = other_student(tmp_path / "student", tokenizer=tokenizer)
     aligned(cache, student)
-    teacher = load_tokenizer(str(Cache.open(cache).teacher_folder))
+    teacher = teacher_tokenizer(Cache.open(cache))
     end = tokenizer.convert_tokens_to_ids("<end>")
     found = Cache.open(cache)
     sidecar = alignment_for(found, tokenizer, student="student")

@@ -24,7 +24,6 @@ from teachercache.shards import Cache
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST
 from teachercache.shards.schema import SEGMENT
-from teachercache.shards.token_texts import token_texts
 from teachercache.targets.basis import METADATA_KEY
 from teachercache.targets.layer_file import METADATA_KEY as LAYERS_KEY
 from teachercache.tokens.rows import Content
@@ -575,8 +574,9 @@ def test_a_manifest_nested_beyond_reason_is_refused(copy: Any) -> None:
 def test_a_tokenizer_that_is_none_is_refused(copy: Any, text: str) -> None:
     folder = copy()
     (folder / "teacher" / "tokenizer.json").write_text(text)
+    sign(folder)
     with pytest.raises(CacheDamaged, match=r"tokenizer\.json is no tokenizer .*fetch the cache again"):
-        token_texts(Cache.open(folder).teacher_folder)
+        Cache.open(folder).token_texts()
 
 
 # --------------------------------------------------------------------------- anything

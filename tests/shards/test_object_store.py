@@ -106,14 +106,17 @@ def test_rows_are_those_of_the_folder_and_every_file_is_fetched_once(
         _ = cache.folder
 
 
-def test_the_teachers_files_have_their_names_and_are_mended(made: Path, uploaded: str, s3: Server, local: Path) -> None:
-    folder = Cache.open(uploaded, local=local).teacher_folder
-    for path in (made / "teacher").iterdir():
-        assert (folder / path.name).read_bytes() == path.read_bytes()
-    (folder / "tokenizer.json").write_text("{}")
-    assert (Cache.open(uploaded, local=local).teacher_folder / "tokenizer.json").read_bytes() == (
-        made / "teacher" / "tokenizer.json"
-    ).read_bytes()
+def test_the_teachers_files_have_their_names_and_nobody_elses_hands(
+    made: Path, uploaded: str, s3: Server, local: Path
+) -> None:
+    for _ in range(2):
+        with Cache.open(uploaded, local=local).teacher_folder() as folder:
+            assert folder.stat().st_mode & 0o777 == 0o700
+            listed = {path.name for path in (made / "teacher").iterdir()}
+            assert {path.name for path in folder.iterdir()} == listed
+            for name in listed:
+                assert (folder / name).read_bytes() == (made / "teacher" / name).read_bytes()
+        assert not folder.exists()
     assert s3.downloads("teacher/tokenizer.json") == 1
 
 

@@ -16,7 +16,9 @@ from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache, verify
 from teachercache.shards.inspection import describe, describe_row
 from teachercache.shards.manifest import MANIFEST, fingerprint_of
+from teachercache.shards.regular_files import NO_FILE
 from teachercache.shards.token_texts import token_texts
+from teachercache.stream.tokenizers import teacher_tokenizer
 
 from builders import sentences, tiny_cache, tiny_recipe
 
@@ -151,11 +153,13 @@ def test_a_shard_of_another_cache_is_refused(cache_folder, tmp_path):
         Cache.open(cache_folder).read_row("train", 0)
 
 
-def test_a_link_to_outside_is_no_part_of_a_cache(cache_folder, tmp_path):
+def test_a_link_is_no_part_of_a_cache(cache_folder, tmp_path):
     shard = cache_folder / "shards" / "part-00000.arrow"
     shard.rename(tmp_path / "elsewhere.arrow")
     shard.symlink_to(tmp_path / "elsewhere.arrow")
-    assert [problem.reason for problem in verify(cache_folder)] == ["it is a link to outside the cache"]
+    assert [problem.reason for problem in verify(cache_folder)] == [NO_FILE]
+    with pytest.raises(CacheDamaged, match="is refused: it is no regular file"):
+        Cache.open(cache_folder).read_row("train", 0)
 
 
 # --------------------------------------------------------------------------- the manifest
@@ -222,10 +226,9 @@ def test_no_cache_at_all(tmp_path):
 
 
 def test_inspection_shows_the_teachers_own_words(made):
-    from teachercache.models import load_tokenizer
 
     cache = Cache.open(made)
-    tokenizer = load_tokenizer(str(cache.teacher_folder))
+    tokenizer = teacher_tokenizer(cache)
     shown = describe_row(cache, "train:2", top=3)
     stored = cache.read_row("train", 2)
     assert [token["id"] for token in shown["tokens"]] == stored.row.input_ids_S.tolist()
@@ -267,10 +270,9 @@ BYTE_LEVEL = {"type": "ByteLevel"}
     ],
     ids=["byte-level", "in-a-sequence", "sentencepiece", "unigram"],
 )
-def test_token_texts_follow_the_tokenizers_decoder(cache_folder, parts, vocabulary, texts):
-    cache = Cache.open(cache_folder)
-    (cache.teacher_folder / "tokenizer.json").write_text(json.dumps({**parts, "model": {"vocab": vocabulary}}))
-    assert token_texts(cache.teacher_folder) == dict(enumerate(texts))
+def test_token_texts_follow_the_tokenizers_decoder(parts, vocabulary, texts):
+    data = json.dumps({**parts, "model": {"vocab": vocabulary}}).encode()
+    assert token_texts(data, name="tokenizer.json") == dict(enumerate(texts))
 
 
 def test_description_adds_up(made):

@@ -17,6 +17,7 @@ from teachercache.shards.row_keys import row_keys
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.teachers import MISSING, FurtherCache, FurtherTargets, TaughtRow, join, looked_up
+from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.kind import ACTUAL
 
 from builders import aligned, other_tokenizer, sentences, tiny_cache, tiny_model, tiny_teacher, tiny_tokenizer
@@ -121,11 +122,10 @@ def test_a_batch_holds_what_further_teachers_have_of_its_rows(
     caches: tuple[Cache, Cache], foreign: Cache, pack: bool
 ) -> None:
     """Packing reorders rows; arrays follow."""
-    from teachercache.models import load_tokenizer
     from teachercache.stream.alignment import alignment_for
 
     first, second = caches
-    sidecar = alignment_for(foreign, load_tokenizer(str(first.teacher_folder)), student="reader")
+    sidecar = alignment_for(foreign, teacher_tokenizer(first), student="reader")
     assert sidecar is not None
     further = [
         FurtherCache.joined_to([first], second),

@@ -27,6 +27,7 @@ from teachercache.shards import Cache, verify
 from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
+from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.student.train import run_training
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 
@@ -162,7 +163,7 @@ def test_with_the_same_tokens_layers_at_aligned_tokens_are_layers_at_all_tokens(
     """A student whose vocabulary is the teacher's, under another fingerprint: everything aligned is everything."""
     cache = tiny_cache(tmp_path, texts=sentences(30), targets=TARGETS)
     student = tiny_student(tmp_path / "student", layers=2, dropout=0.0)
-    tokenizer = load_tokenizer(str(Cache.open(cache).teacher_folder))
+    tokenizer = teacher_tokenizer(Cache.open(cache))
     tokenizer.add_tokens(["<never>"])  # another fingerprint
     tokenizer.save_pretrained(student)
     attention = {"match": "attention-kl", "pairs": {2: 2}}
@@ -191,7 +192,7 @@ def test_equal_vocabularies_make_projected_kl_the_kl(tmp_path: Path) -> None:
     """The same batch through the same student, by the loss of one vocabulary and by that of two."""
     cache = tiny_cache(tmp_path, texts=sentences(30), targets={"logits": TARGETS["logits"]})
     student = tiny_student(tmp_path / "student", layers=1, dropout=0.0)
-    tokenizer = load_tokenizer(str(Cache.open(cache).teacher_folder))
+    tokenizer = teacher_tokenizer(Cache.open(cache))
     tokenizer.add_tokens(["<never>"])
     tokenizer.save_pretrained(student)
     aligned(cache, student)

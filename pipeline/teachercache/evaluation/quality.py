@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.errors import CacheError, JobFailed, ModelError
-from teachercache.models import load_tokenizer, model_inputs
+from teachercache.models import model_inputs
 from teachercache.probes import check_causal
 from teachercache.shards import Cache, StoredRow
 from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.joined import JoinedRow, chunk_arrays
+from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.kind import first_choice_tail, first_choices
 from teachercache.teacher.output_layer import HALF, OutputLayer, layer_after_body
 from teachercache.tokens.rows import TokenRow
@@ -113,7 +114,7 @@ def quality(
 def label_bytes(rows: Sequence[Row], cache: Cache) -> int | None:
     """Bytes of the text that all labels of some rows stand for; None where the cache keeps no text."""
     plain = [stored for stored in rows if isinstance(stored, StoredRow)]
-    finder = SpanFinder.of(load_tokenizer(str(cache.teacher_folder))) if plain else None
+    finder = SpanFinder.of(teacher_tokenizer(cache)) if plain else None
     total = 0
     for stored in rows:
         if isinstance(stored, JoinedRow):

@@ -12,7 +12,6 @@ import numpy as np
 from teachercache.errors import CacheError
 from teachercache.shards.reader import SPLITS, Cache, Split, StoredRow
 from teachercache.shards.sidecar import Sidecar
-from teachercache.shards.token_texts import token_texts
 
 ROW_ID_DIGITS = 32
 
@@ -67,7 +66,7 @@ def describe_row(cache: Cache, row_id: str, *, top: int = 5, student: str | None
     """
     place = _find(cache, row_id)
     stored = cache.read_row(*place, columns=cache.logit_columns)
-    texts = token_texts(cache.teacher_folder)
+    texts = cache.token_texts()
     row = stored.row
     ordinal = np.cumsum(row.target_mask_S) - 1
     tokens = []
@@ -108,7 +107,7 @@ def _chosen(sidecars: list[Sidecar], student: str | None) -> Sidecar | None:
 
 def _describe_joined(sidecar: Sidecar, joined: StoredRow) -> dict[str, Any]:
     """The student's tokens, and the chunks: `teacher` and `student` are how many of either side's tokens each holds."""
-    texts = token_texts(sidecar.tokenizer_folder)
+    texts = sidecar.token_texts()
     names = ("teacher_counts", "student_counts", "aligned")
     counts = zip(*(joined.targets[name].tolist() for name in names), strict=True)
     return {

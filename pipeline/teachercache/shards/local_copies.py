@@ -2,7 +2,6 @@
 
     FOLDER/SHA256          a whole copy, named by its content: caches share what they have in common and never clash
     FOLDER/SHA256.part     one that is being fetched, locked by the process that fetches it
-    FOLDER/teachers/ID/    the teacher's small files under their own names, one folder a cache; not counted
     FOLDER/.lock           held for moments, while room is made
 
 One process fetches a file, and others that want it wait for its lock. Locks are the kernel's (flock): they end with a
@@ -20,14 +19,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
 from teachercache.files import DISK_FULL
-from teachercache.shards.manifest import FileInfo, fingerprint_of, hash_file
+from teachercache.shards.manifest import FileInfo, hash_file
 from teachercache.shards.object_store import AGAIN, ObjectStore
 
 TRANSFERS = 2  # of an object whose bytes arrive damaged, which a bad connection can do; twice means the object is
@@ -68,20 +67,6 @@ class LocalCopies:
         """As `path_of`, without looking at the bytes of a copy that is there already."""
         if not (self.folder / _digest(info)).exists():
             self.path_of(store, info)
-
-    def folder_of(self, store: ObjectStore, infos: Sequence[FileInfo]) -> Path:
-        """A folder with these files under their own names, checked; kept until somebody deletes it."""
-        folder = self.folder / "teachers" / fingerprint_of([[info.file, info.sha256] for info in infos])[:32]
-        for info in infos:
-            path = folder / info.file
-            if not _is_whole(path, info):
-                copy = self.path_of(store, info)
-                with self._readable_errors(), self._lock():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = path.with_name(f".{path.name}.tmp")
-                    shutil.copyfile(copy, temporary)
-                    temporary.replace(path)
-        return folder
 
     def _ensure(self, store: ObjectStore, info: FileInfo, path: Path) -> None:
         if not _is_whole(path, info):

@@ -18,6 +18,7 @@ from typing import Any
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
 from teachercache.shards.claims import check_manifest
+from teachercache.shards.regular_files import MOST_MANIFEST_BYTES, read_regular
 from teachercache.shards.schema import ROW_COLUMNS
 from teachercache.targets.stored import section_of
 
@@ -176,7 +177,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise CacheError(_explain_missing(folder))
-    return parse_manifest(path.read_bytes, name=str(path))
+    return parse_manifest(lambda: read_regular(folder, MANIFEST, most=MOST_MANIFEST_BYTES), name=str(path))
 
 
 def parse_manifest(read: Callable[[], bytes], *, name: str) -> Manifest:

@@ -54,15 +54,15 @@ class ObjectStore:
         """What messages call a file."""
         return f"{self.name}/{file}".rstrip("/")
 
-    def read(self, file: str) -> bytes:
-        """The whole content of a small file. Raises as `pieces` does."""
-        return b"".join(self.pieces(file))
+    def read(self, file: str, *, most: int) -> bytes:
+        """The whole content of a file of at most so many bytes. Raises as `pieces` does."""
+        return b"".join(self.pieces(file, most=most))
 
-    def pieces(self, file: str, *, expected_bytes: int | None = None) -> Iterator[bytes]:
+    def pieces(self, file: str, *, expected_bytes: int | None = None, most: int | None = None) -> Iterator[bytes]:
         """The content of a file, `PIECE` bytes at a time; each piece is retried by itself.
 
         Raises `FileNotFoundError` where there is none, `CacheDamaged` before the first byte when its size is not
-        `expected_bytes`, `CacheError` when access is denied, and `JobFailed` when retrying was in vain.
+        `expected_bytes` or above `most`, `CacheError` when access is denied, and `JobFailed` when retrying was in vain.
         """
         filesystem, root = self._connected()
         source = self._retried(file, lambda: filesystem.open_input_file(f"{root}/{file}"))
@@ -72,6 +72,8 @@ class ObjectStore:
                 raise CacheDamaged(
                     f"{self.name_of(file)} holds {size} bytes, the manifest says {expected_bytes}; {AGAIN}"
                 )
+            if most is not None and size > most:
+                raise CacheDamaged(f"{self.name_of(file)} holds {size} bytes, at most {most} are possible; {AGAIN}")
             for start in range(0, size, PIECE):
                 yield self._retried(file, functools.partial(_read, source, min(PIECE, size - start), start))
 

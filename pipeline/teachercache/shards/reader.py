@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pyarrow as pa
 
 from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import CacheDamaged, CacheError
-from teachercache.shards.manifest import Manifest, ShardInfo
+from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo
 from teachercache.shards.schema import READ_BY
 from teachercache.shards.shard import Shard, StoredRow
 from teachercache.shards.shard_set import SPLITS, ShardSet, Split
-from teachercache.shards.source import TEACHER, LocalFiles, Source, source_of
+from teachercache.shards.source import TEACHER, LocalFiles, Source, loadable, private_folder, source_of
+from teachercache.shards.token_texts import listed_token_texts
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
 
 __all__ = ["SPLITS", "Cache", "Split", "StoredRow"]
@@ -68,16 +70,16 @@ class Cache(ShardSet):
         """How everything that is stored of the teacher is read, with the files that this needs; loaded once."""
         if self._targets is None:
             manifest = self.manifest
-            basis, layers = (self._checked_file(role, manifest.calibration.get(role)) for role in READ_BY)
-            kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size, basis=basis)
+            with self._read_by("basis", manifest.calibration.get("basis")) as basis:
+                kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size, basis=basis)
             targets = StoredTargets.of(manifest.targets, kind)
-            if targets.needs_layer_file and layers is None:
-                raise CacheDamaged(f"{self.name}: the manifest names no layer file; fetch the cache again")
-            self._targets = (
-                targets.with_layer_file(LayerFile.load(layers), longest=manifest.sequence_length, name=layers)
-                if layers
-                else targets
-            )
+            with self._read_by("layers", manifest.calibration.get("layers")) as layers:
+                if targets.needs_layer_file and layers is None:
+                    raise CacheDamaged(f"{self.name}: the manifest names no layer file; fetch the cache again")
+                if layers is not None:
+                    loaded = LayerFile.load(layers)
+                    targets = targets.with_layer_file(loaded, longest=manifest.sequence_length, name=layers)
+            self._targets = targets
         return self._targets
 
     @property
@@ -87,28 +89,38 @@ class Cache(ShardSet):
         boundary = self.targets.boundary
         if boundary is None or boundary.begins_V is not None:
             return boundary
-        path = self._checked_file("boundary tokens", f"{TEACHER}/{boundary.file}")
-        assert path is not None
-        self._targets = replace(self.targets, boundary=boundary.with_set(path))
+        with self._read_by("boundary tokens", f"{TEACHER}/{boundary.file}") as path:
+            assert path is not None
+            self._targets = replace(self.targets, boundary=boundary.with_set(path))
         return self._targets.boundary
 
-    def _checked_file(self, role: str, name: str | None) -> Path | None:
+    @contextmanager
+    def _read_by(self, role: str, name: str | None) -> Iterator[Path | None]:
         """The file that the manifest names to read targets by, its bytes checked as those of shards are."""
         if name is None:
-            return None
+            yield None
+            return
         info = next((info for info in self.manifest.files if info.file == name), None)
         if info is None:
             raise CacheDamaged(
                 f"{self.name}: the manifest names the {role} {name}, but no such file; fetch the cache again"
             )
-        return self.source.path_of(info)
+        with loadable(self.source, info) as path:
+            yield path
+
+    def teacher_folder(self) -> AbstractContextManager[Path]:
+        """Tokenizer files and the teacher's config.json, which training needs instead of the teacher: a folder of this process
+        with checked copies of them, and of nothing that the manifest does not list, which is gone when it is closed."""
+        return private_folder(self.source, self._teacher_files, within=TEACHER)
+
+    def token_texts(self) -> dict[int, str]:
+        """Readable texts of the teacher's tokens by id; see `token_texts.token_texts`."""
+        return listed_token_texts(self.source, self._teacher_files, within=TEACHER)
 
     @property
-    def teacher_folder(self) -> Path:
-        """Tokenizer files and the teacher's config.json: what training needs instead of the teacher."""
-        large = {self.manifest.calibration.get(role) for role in READ_BY}  # as large as shards, and read by `path_of`
-        infos = [info for info in self.manifest.files if info.file.startswith(f"{TEACHER}/") and info.file not in large]
-        return self.source.folder_of(TEACHER, infos)
+    def _teacher_files(self) -> list[FileInfo]:
+        large = {self.manifest.calibration.get(role) for role in READ_BY}  # as large as shards, and read by themselves
+        return [info for info in self.manifest.files if info.file.startswith(f"{TEACHER}/") and info.file not in large]
 
     def positions_of(self, split: Split) -> int:
         """Number of stored targets of a split."""

@@ -17,6 +17,7 @@ from teachercache.shards.claims import MOST_BATCH_BYTES
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import ShardInfo
 from teachercache.shards.reader import Cache
+from teachercache.shards.regular_files import path_of_open
 from teachercache.shards.row_batch import offsets
 from teachercache.shards.shard import DAMAGE, damaged
 from teachercache.shards.shard_set import SPLITS, Split
@@ -41,7 +42,7 @@ def row_keys(cache: Cache) -> dict[Split, Keys]:
 
 def _of_shard(cache: Cache, info: ShardInfo) -> Keys:
     try:
-        with pa.memory_map(str(cache.source.unchecked_path_of(info))) as file:
+        with cache.source.unchecked(info) as stream, pa.memory_map(str(path_of_open(stream))) as file:
             blocks = Blocks(file.read_buffer())
             file.seek(0)
             options = pa.ipc.IpcReadOptions(included_fields=[0], use_threads=False)

@@ -7,7 +7,6 @@ the asked-for columns of one record batch; the batches that were used last stay 
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from teachercache.errors import JobFailed
 from teachercache.shards.decompressed import Decompressed
 from teachercache.shards.manifest import ShardInfo
+from teachercache.shards.regular_files import path_of_open
 from teachercache.shards.row_batch import RowBatch
 from teachercache.shards.shard import Shard, StoredRow
 from teachercache.shards.source import Source
@@ -29,7 +28,6 @@ OPEN_SHARDS = 256  # a group of blocks may lie in as many as it has blocks
 # Of decompressed record batches, in each process. In a random order a cache that fits is decompressed once, and each row of a
 # larger one costs the batch around it (tests/bench/reader_peers.py measures both).
 KEPT_BYTES = 256 * 2**20
-EVICTIONS = 10  # of a local copy between its check and its opening, by other processes
 
 
 class ShardSet(ABC):
@@ -82,13 +80,8 @@ class ShardSet(ABC):
         return shard
 
     def _mapped(self, info: ShardInfo) -> pa.MemoryMappedFile:
-        for _ in range(EVICTIONS):
-            with contextlib.suppress(FileNotFoundError):
-                return pa.memory_map(str(self.source.path_of(info)))
-        raise JobFailed(
-            f"the local copy of {info.file} was evicted {EVICTIONS} times before it could be read: too many shards are "
-            "in use for stream.local_bytes; raise it"
-        )
+        with self.source.opened(info) as stream:
+            return pa.memory_map(str(path_of_open(stream)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_shards": OrderedDict(), "recent": Decompressed(KEPT_BYTES)}

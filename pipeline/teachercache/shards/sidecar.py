@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged, CacheError
-from teachercache.shards.manifest import ShardInfo
+from teachercache.shards.manifest import FileInfo, ShardInfo
 from teachercache.shards.reader import Cache
 from teachercache.shards.shard import Shard, StoredRow
 from teachercache.shards.shard_set import ShardSet, Split
@@ -21,6 +22,8 @@ from teachercache.shards.sidecar_manifest import (
     reader_of,
     sidecar_folder,
 )
+from teachercache.shards.source import loadable, private_folder
+from teachercache.shards.token_texts import listed_token_texts
 from teachercache.targets.boundary import BoundaryMass
 from teachercache.targets.chunks import ChunkColumns
 from teachercache.tokens.vocabulary_map import VocabularyMap
@@ -74,7 +77,8 @@ class Sidecar(ShardSet):
     def vocabulary(self) -> VocabularyMap:
         """Which of the student's tokens stand for which of the teacher's; loaded once."""
         if self._vocabulary is None:
-            found = VocabularyMap.load(self._path("file"))
+            with loadable(self.source, self._info("file")) as path:
+                found = VocabularyMap.load(path)
             if (len(found.first_Vt), len(found.emitted_Vs)) != (self._teacher_tokens, self.manifest.vocabulary_size):
                 raise CacheDamaged(f"{self._cache_name}: its vocabulary map is of other vocabularies; align again")
             self._vocabulary = found
@@ -86,23 +90,33 @@ class Sidecar(ShardSet):
         if self._begins_V is None:
             described = self.manifest.vocabulary["begins"]
             mass = BoundaryMass.from_settings(described, vocabulary_size=self.manifest.vocabulary_size)
-            self._begins_V = mass.with_set(self._path("begins_file")).begins_V
+            with loadable(self.source, self._info("begins_file")) as path:
+                self._begins_V = mass.with_set(path).begins_V
         assert self._begins_V is not None
         return self._begins_V
 
-    def _path(self, role: str) -> Path:
+    def _info(self, role: str) -> FileInfo:
         name = self.manifest.vocabulary[role]
         info = next((info for info in self.manifest.files if info.file == name), None)
         if info is None:
             raise CacheDamaged(f"{self._cache_name}: its alignment lists no {name}; align again")
-        return self.source.path_of(info)
+        return info
+
+    def tokenizer_folder(self) -> AbstractContextManager[Path]:
+        """The student's tokenizer files, as `Cache.teacher_folder` gives the teacher's."""
+        return private_folder(self.source, self._tokenizer_files, within=self._tokenizer_within)
+
+    def token_texts(self) -> dict[int, str]:
+        """Readable texts of the student's tokens by id."""
+        return listed_token_texts(self.source, self._tokenizer_files, within=self._tokenizer_within)
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """The student's tokenizer files."""
-        folder = f"{self.manifest.folder}/{TOKENIZER}"
-        infos = [info for info in self.manifest.files if info.file.startswith(f"{folder}/")]
-        return self.source.folder_of(folder, infos)
+    def _tokenizer_within(self) -> str:
+        return f"{self.manifest.folder}/{TOKENIZER}"
+
+    @property
+    def _tokenizer_files(self) -> list[FileInfo]:
+        return [info for info in self.manifest.files if info.file.startswith(f"{self._tokenizer_within}/")]
 
     def opened(self, file: pa.MemoryMappedFile, info: ShardInfo) -> Shard:
         """See `ShardSet`."""

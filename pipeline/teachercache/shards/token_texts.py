@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from teachercache.errors import CacheDamaged
+from teachercache.shards.manifest import FileInfo
+from teachercache.shards.source import MOST_TOKENIZER_BYTES, Source, read_checked
 from teachercache.tokens.token_bytes import BYTE_OF
 
 _BYTE_TOKEN = re.compile(r"<0x([0-7][0-9A-F])>")  # SentencePiece's, as far as the byte is a character by itself
 
 
-def token_texts(folder: Path) -> dict[int, str]:
+def listed_token_texts(source: Source, infos: Sequence[FileInfo], *, within: str) -> dict[int, str]:
+    """`token_texts` of the tokenizer.json among the files of a cache's folder; nothing where there is none."""
+    for info in infos:
+        if info.file == f"{within}/tokenizer.json":
+            return token_texts(read_checked(source, info, most=MOST_TOKENIZER_BYTES), name=source.name_of(info))
+    return {}
+
+
+def token_texts(data: bytes, *, name: str) -> dict[int, str]:
     """Token id to readable text; spellings, byte-level (`Ġthe`) or SentencePiece's (`▁the`), are turned back into text.
 
-    Raises `CacheDamaged` for a tokenizer.json that is none.
+    `data` is a tokenizer.json, which messages call `name`. Raises `CacheDamaged` for one that is none.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return {}
     try:
-        return _texts(json.loads(path.read_bytes()))
+        return _texts(json.loads(data))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CacheDamaged(f"{path} is no tokenizer ({error}); fetch the cache again") from None
+        raise CacheDamaged(f"{name} is no tokenizer ({error}); fetch the cache again") from None
 
 
 def _texts(data: dict[str, Any]) -> dict[int, str]:

@@ -20,6 +20,13 @@ from teachercache.shards.claims import MOST_BATCH_BYTES
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST, FileInfo, Manifest, ShardInfo, hash_file, read_manifest
 from teachercache.shards.object_store import AGAIN, ObjectStore
+from teachercache.shards.regular_files import (
+    MOST_MANIFEST_BYTES,
+    NoRegularFile,
+    open_regular,
+    path_of_open,
+    read_regular,
+)
 from teachercache.shards.schema import check_schema, shard_metadata
 from teachercache.shards.sidecar_manifest import ALIGNMENTS, SIDECAR, SidecarManifest, parse_sidecar
 from teachercache.shards.source import remote_manifest
@@ -82,8 +89,8 @@ def _wrong_alignment(
     remedy = "delete its folder and run `teachercache align` again"
     listed.add(name)
     try:
-        sidecar = parse_sidecar((folder / name).read_bytes(), cache=manifest, name=name)
-    except (CacheDamaged, CacheError) as error:
+        sidecar = parse_sidecar(read_regular(folder, name, most=MOST_MANIFEST_BYTES), cache=manifest, name=name)
+    except (CacheDamaged, CacheError, ValueError, OSError) as error:
         yield Problem(name, str(error), remedy)
         return
     for info in [*sidecar.shards, *sidecar.files]:
@@ -122,7 +129,7 @@ def _wrong_objects_of_alignment(
     store: ObjectStore, name: str, manifest: Manifest, sizes: dict[str, int], listed: set[str], *, quick: bool
 ) -> Iterator[Problem]:
     try:
-        sidecar = parse_sidecar(store.read(name), cache=manifest, name=name)
+        sidecar = parse_sidecar(store.read(name, most=MOST_MANIFEST_BYTES), cache=manifest, name=name)
     except (CacheDamaged, CacheError) as error:
         yield Problem(name, str(error), AGAIN)
         return
@@ -145,10 +152,13 @@ def _why_wrong_object(store: ObjectStore, info: FileInfo, manifest: AnyManifest)
 
 
 def _why_wrong(folder: Path, info: FileInfo, manifest: AnyManifest, *, quick: bool) -> str | None:
-    path = folder / info.file
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return "it is a link to outside the cache"
-    return _why_wrong_file(path, info, manifest, quick=quick) if path.is_file() else "it is missing"
+    try:
+        with open_regular(folder, info.file) as stream:
+            return _why_wrong_file(path_of_open(stream), info, manifest, quick=quick)
+    except FileNotFoundError:
+        return "it is missing"
+    except NoRegularFile as error:
+        return str(error)
 
 
 def _why_wrong_file(path: Path, info: FileInfo, manifest: AnyManifest, *, quick: bool) -> str | None:

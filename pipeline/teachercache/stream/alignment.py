@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from teachercache.errors import CacheError
-from teachercache.models import load_tokenizer
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
+from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint
 from teachercache.tokens.vocabulary_map import vocabulary_map
 
@@ -25,6 +25,6 @@ def alignment_for(cache: Cache, tokenizer: Any, *, student: str) -> Sidecar | No
         template = template_fingerprint(tokenizer) if cache.manifest.corpus.get("messages_field") else None
         return Sidecar.open(cache, fingerprint, student=student, chat_template=template)
     except CacheError:
-        if vocabulary_map(load_tokenizer(str(cache.teacher_folder)), tokenizer).identical:
+        if vocabulary_map(teacher_tokenizer(cache), tokenizer).identical:
             return None
         raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from teachercache.models import load_tokenizer
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
+from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
 from teachercache.tokens.prefix import row_prefix
 
 
@@ -16,7 +17,7 @@ def warnings_of(caches: Sequence[Cache], sidecars: Sequence[Sidecar] = ()) -> li
     text: only the beginnings of documents have it there."""
     lines = []
     for cache in caches:
-        found = _unsaid(cache.manifest.tokenizer, cache, cache.teacher_folder)
+        found = _unsaid(cache.manifest.tokenizer, cache, partial(teacher_tokenizer, cache))
         if found:
             lines.append(
                 f"warning: {cache.name} was made by an earlier version: its tokenizer puts {found} before a text, and only the "
@@ -24,7 +25,7 @@ def warnings_of(caches: Sequence[Cache], sidecars: Sequence[Sidecar] = ()) -> li
                 "can; precompute it again"
             )
     for cache, sidecar in zip(caches, sidecars, strict=False):
-        found = _unsaid(sidecar.manifest.tokenizer, cache, sidecar.tokenizer_folder)
+        found = _unsaid(sidecar.manifest.tokenizer, cache, partial(student_tokenizer, sidecar))
         if found:
             lines.append(
                 f"warning: the alignment of {cache.name} with {sidecar.manifest.tokenizer['name']} was made by an earlier "
@@ -33,10 +34,10 @@ def warnings_of(caches: Sequence[Cache], sidecars: Sequence[Sidecar] = ()) -> li
     return lines
 
 
-def _unsaid(described: dict[str, Any], cache: Cache, folder: Any) -> str:
+def _unsaid(described: dict[str, Any], cache: Cache, load: Callable[[], Any]) -> str:
     """What a tokenizer puts before a text where the manifest says nothing of it; "" if nothing."""
     if "prefix_ids" in described:
         return ""
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load()
     prefix = row_prefix(tokenizer, chats=bool(cache.manifest.corpus.get("messages_field")))
     return " ".join(map(str, tokenizer.convert_ids_to_tokens(list(prefix))))

@@ -17,6 +17,7 @@ from teachercache.shards import Cache, Manifest
 from teachercache.shards.sidecar import Sidecar
 from teachercache.shards.sidecar_manifest import SidecarManifest
 from teachercache.stream.alignment import alignment_for
+from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
 from teachercache.tokens.fingerprint import vocabulary_size
 
 REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
@@ -30,6 +31,15 @@ def check_cache(cache: Cache) -> None:
         raise CacheError(
             f"{cache.name} has no rows to train on: {why}; precompute it with more rows or a smaller corpus.held_out"
         )
+
+
+def check_tokenizers(caches: Sequence[Cache], sidecars: Sequence[Sidecar]) -> None:
+    """Raise `CacheDamaged` where a tokenizer that lies in the caches is not the one that they were made with, before anything
+    is learned: one of them is exported in the end."""
+    for cache in caches:
+        teacher_tokenizer(cache)
+    for sidecar in sidecars:
+        student_tokenizer(sidecar)
 
 
 @dataclass(eq=False)
@@ -160,11 +170,13 @@ def tokenizer_to_export(student: StudentConfig, cache: Cache, sidecars: Sequence
     """
     own = None if sidecars else _tokenizer_of(student)
     if sidecars:
-        yield sidecars[0].tokenizer_folder
+        with sidecars[0].tokenizer_folder() as files:
+            yield files
     elif own is None or vocabulary_size(own) <= cache.manifest.vocabulary_size:
-        yield cache.teacher_folder
+        with cache.teacher_folder() as files:
+            yield files
     else:
-        teacher: Any = load_tokenizer(str(cache.teacher_folder))
+        teacher = teacher_tokenizer(cache)
         own.eos_token = teacher.eos_token or own.eos_token
         own.chat_template = teacher.chat_template or own.chat_template
         with tempfile.TemporaryDirectory() as folder:

@@ -9,11 +9,12 @@ import numpy as np
 
 from teachercache.config import TeachersConfig
 from teachercache.errors import CacheError, RecipeError
-from teachercache.models import load_tokenizer
 from teachercache.shards import Cache
 from teachercache.shards.reader import SPLITS
+from teachercache.shards.source import TEACHER
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.teachers import FurtherCache
+from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.student.teacher_losses import held_out_of_all
 
 TRIED_ROWS = 8  # of each further cache, read before training
@@ -48,8 +49,8 @@ def joined(own: Sequence[Cache], cache: Cache) -> FurtherCache:
     """
     sidecar = None
     if cache.manifest.tokenizer_fingerprint != own[0].manifest.tokenizer_fingerprint:
-        tokenizer = load_tokenizer(str(own[0].teacher_folder))
-        sidecar = alignment_for(cache, tokenizer, student=str(own[0].teacher_folder))
+        name = own[0].manifest.teacher["model"] if own[0].is_remote else str(own[0].folder / TEACHER)
+        sidecar = alignment_for(cache, teacher_tokenizer(own[0]), student=name)
     found = FurtherCache.joined_to(own, cache, sidecar=sidecar)
     _check_tokens(own, found)
     return found

@@ -33,7 +33,13 @@ from teachercache.student.checkpoints import (
 )
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings
 from teachercache.student.disk import full_disk_in_a_line
-from teachercache.student.fit import check_cache, initial_weights, sidecars_of, tokenizer_to_export
+from teachercache.student.fit import (
+    check_cache,
+    check_tokenizers,
+    initial_weights,
+    sidecars_of,
+    tokenizer_to_export,
+)
 from teachercache.student.launch import Process, lost_another_process, training_process
 from teachercache.student.run_folder import RunFolder, RunIdentity
 from teachercache.student.summary import closing_line, speed_and_losses
@@ -144,6 +150,7 @@ class _Job:
 
         from teachercache.models import load_causal_lm
 
+        check_tokenizers(self._caches, self.sidecars)
         model = load_causal_lm(self.student.model, revision=self.student.revision, dtype="float32")
         if self.student.lora is not None:
             from teachercache.student.lora import with_adapters

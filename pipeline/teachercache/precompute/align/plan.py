@@ -20,6 +20,7 @@ from teachercache.shards.manifest import WORK_FOLDER
 from teachercache.shards.shard_set import Split
 from teachercache.shards.sidecar import TOKENIZER
 from teachercache.shards.sidecar_manifest import SIDECAR, reader_of, sidecar_fingerprint, sidecar_folder
+from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.boundary import BoundaryMass
 from teachercache.tokens.fingerprint import (
     require_fast,
@@ -149,7 +150,7 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
         shutil.rmtree(plan.folder, ignore_errors=True)
         plan.work.mkdir(parents=True)
         save_tokenizer(plan.folder / TOKENIZER, tokenizer, fingerprint=plan.tokenizer["fingerprint"])
-        teacher = load_tokenizer(str(cache.teacher_folder))
+        teacher = teacher_tokenizer(cache)
         mapped = vocabulary_map(teacher, tokenizer)
         if plan.tokenizer["chat_template"] is not None:
             mapped = with_turn_ends(mapped, teacher, tokenizer)

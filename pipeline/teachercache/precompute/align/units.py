@@ -14,6 +14,7 @@ from teachercache.precompute.align.plan import AlignPlan
 from teachercache.precompute.align.rows import AlignedRow, Aligner
 from teachercache.shards import Cache, write_shard
 from teachercache.shards.sidecar import TOKENIZER
+from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.chunks import ChunkColumns
 
 BATCH = 256  # rows that are tokenised in one call: bounds memory, changes no result
@@ -69,7 +70,7 @@ def _aligner(cache: str, student: str) -> Aligner:
     opened = _opened(cache)
     chats = bool(opened.manifest.corpus.get("messages_field"))
     return Aligner(
-        load_tokenizer(str(opened.teacher_folder)),
+        teacher_tokenizer(opened),
         load_tokenizer(student),
         chats=chats,
         teacher_prefix=opened.manifest.prefix_ids,

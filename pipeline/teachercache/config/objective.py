@@ -35,7 +35,7 @@ class LayerTermConfig(Section):
         "angles",
         "sample-distances",
         "channel-correlation",
-    ]
+    ] = Field(description="which loss")
     weight: Scheduled = Field(
         1.0,
         description="of the term, beside the weights alpha and 1 - alpha of the logits' terms; a number or a schedule",
@@ -86,7 +86,7 @@ class LayerTermConfig(Section):
 class AcrossTermConfig(Section):
     """A loss of a student whose tokenizer is another than the teacher's; the cache needs an alignment with it."""
 
-    match: Literal["projected-kl", "chunk-likelihood", "sorted-probabilities"]
+    match: Literal["projected-kl", "chunk-likelihood", "sorted-probabilities"] = Field(description="which loss")
     weight: Scheduled = Field(
         1.0, description="beside other terms, a number or a schedule; all of them together are weighted by alpha"
     )

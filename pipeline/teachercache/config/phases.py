@@ -34,8 +34,8 @@ class PhaseConfig(Section):
     share: float | None = Field(None, gt=0, le=1, description="of the run's steps; shares add up to 1")
     global_batch: int | None = Field(None, ge=1, description="rows in an optimizer step")
     learning_rate_factor: float = Field(1.0, gt=0, description="multiplies what train.schedule gives")
-    temperature: Temperature | None = None
-    alpha: Alpha | None = None
+    temperature: Temperature | None = Field(None, description="in the place of objective.temperature")
+    alpha: Alpha | None = Field(None, description="in the place of objective.alpha; not a balance")
     weights: dict[str, Scheduled] = Field(
         {}, description="of terms of objective.layers or .across, by their names in logs"
     )

@@ -18,7 +18,9 @@ class TeacherConfig(Section):
         description="Hugging Face id, local folder, .gguf file, or package://NAME/FILE in an installed package"
     )
     revision: str | None = Field(None, description="hub commit, tag or branch")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of the teacher's weights; auto: the checkpoint's own"
+    )
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the model; for the teacher alone"
     )
@@ -31,12 +33,17 @@ class CorpusConfig(Section):
     """Where rows come from. A row is one document or one conversation."""
 
     source: str = Field(description="dataset name, file, folder or glob; `python-docs` is CPython's own documentation")
-    format: Literal["auto", "datasets", "parquet", "jsonl", "text", "python-docs"] = "auto"
+    format: Literal["auto", "datasets", "parquet", "jsonl", "text", "python-docs"] = Field(
+        "auto", description="what kind of source it is; auto: by its name or by the suffix of its files"
+    )
     name: str | None = Field(None, description="configuration of a Hugging Face dataset")
-    revision: str | None = None
+    revision: str | None = Field(None, description="hub commit, tag or branch of a Hugging Face dataset")
     split: str = Field("train", description="split of a Hugging Face dataset, slices as in train[:10%]")
-    streaming: bool = False
-    text_field: str = "text"
+    streaming: bool = Field(
+        False,
+        description="read a Hugging Face dataset without downloading all of it first; use `limit` instead of a slice",
+    )
+    text_field: str = Field("text", description="column or key that holds the text of a row")
     messages_field: str | None = Field(
         None, description="chat rows: a list of {role, content}; loss on assistant tokens"
     )
@@ -51,7 +58,10 @@ class CorpusConfig(Section):
 class SequenceConfig(Section):
     """How documents become token sequences."""
 
-    layout: Literal["documents", "packed"] = "documents"
+    layout: Literal["documents", "packed"] = Field(
+        "documents",
+        description="documents: a row is one document, or a window of it; packed: several, isolated from each other",
+    )
     length: int = Field(512, ge=2, description="most tokens in a sequence; longer documents are windowed, never cut")
     add_eos: bool = Field(True, description="end every text document with the tokenizer's end-of-sequence token")
     prefix: RowPrefix = Field(
@@ -84,7 +94,9 @@ class PrecomputeConfig(Section):
     of actors gives identical shards."""
 
     actors: int = Field(1, ge=1, description="teacher actors, one model each")
-    gpus_per_actor: float = Field(0, ge=0)
+    gpus_per_actor: float = Field(
+        0, ge=0, description="GPUs that Ray reserves for each actor; 0 runs the teacher on CPUs"
+    )
     threads_per_actor: int | None = Field(
         None,
         ge=1,

@@ -27,22 +27,30 @@ class Recipe(Section):
     cache: CacheLocation = Field(
         description="a folder; for training and evaluation also a URL, e.g. s3://BUCKET/PREFIX"
     )
-    teacher: TeacherConfig | None = None
-    corpus: CorpusConfig | None = None
-    sequence: SequenceConfig = SequenceConfig()
-    targets: TargetsConfig = TargetsConfig()
-    precompute: PrecomputeConfig = PrecomputeConfig()
+    teacher: TeacherConfig | None = Field(
+        None, description="the model that teaches; read by `precompute`, `evaluate` and `fidelity`"
+    )
+    corpus: CorpusConfig | None = Field(None, description="the text that it reads; read by `precompute` and `sample`")
+    sequence: SequenceConfig = Field(
+        SequenceConfig(), description="how text becomes rows of tokens; read by `precompute`"
+    )
+    targets: TargetsConfig = Field(TargetsConfig(), description="what is stored of the teacher; read by `precompute`")
+    precompute: PrecomputeConfig = Field(PrecomputeConfig(), description="how the Ray Data job runs")
     align: tuple[str, ...] = Field(
         (),
         description="models whose tokenizers students have: precompute aligns the cache with each, as `teachercache align`",
     )
-    student: StudentConfig | None = None
-    objective: ObjectiveConfig = ObjectiveConfig()
+    student: StudentConfig | None = Field(
+        None, description="the model that learns; read by `train`, `evaluate` and `sample`"
+    )
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what the student minimises; read by `train`")
     teachers: TeachersConfig | None = Field(
         None, description="further teachers of the text of `cache`, learned from together"
     )
-    stream: StreamConfig = StreamConfig()
-    train: TrainConfig | None = None
+    stream: StreamConfig = Field(StreamConfig(), description="how rows come out of caches; read by `train`")
+    train: TrainConfig | None = Field(
+        None, description="how the training job runs; read by `train`, `evaluate` and `sample`"
+    )
     phases: tuple[PhaseConfig, ...] = Field(
         (), description="parts of the run's steps, in order, each with what it changes of objective, stream and train"
     )

@@ -16,11 +16,11 @@ from teachercache.config.section import Section
 class LinearSchedule(Section):
     """`start · (1 - rate · t / t_max)`, or a line from `start` to `end`; never below `floor`."""
 
-    schedule: Literal["linear"]
-    start: float
+    schedule: Literal["linear"] = Field(description="a line")
+    start: float = Field(description="the value at the first step")
     rate: float | None = Field(None, ge=0, le=1, description="share of start that is gone in the end")
     end: float | None = Field(None, description="in the place of rate: the value in the end")
-    floor: float | None = None
+    floor: float | None = Field(None, description="never below this")
 
     @model_validator(mode="after")
     def _one_end(self) -> LinearSchedule:
@@ -43,9 +43,9 @@ class LinearSchedule(Section):
 class CosineSchedule(Section):
     """`end + (start - end) · (1 + cos(π t / t_max)) / 2`: flat at both ends."""
 
-    schedule: Literal["cosine"]
-    start: float
-    end: float
+    schedule: Literal["cosine"] = Field(description="half a cosine")
+    start: float = Field(description="the value at the first step")
+    end: float = Field(description="the value at the last step")
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -56,8 +56,8 @@ class CosineSchedule(Section):
 class StepwiseSchedule(Section):
     """`values[0]`, from the fraction `at[0]` of the steps on `values[1]`, and so on."""
 
-    schedule: Literal["phases"]
-    values: tuple[float, ...] = Field(min_length=2)
+    schedule: Literal["phases"] = Field(description="steps")
+    values: tuple[float, ...] = Field(min_length=2, description="one after the other")
     at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(description="fractions of the steps, rising")
 
     @model_validator(mode="after")
@@ -82,13 +82,13 @@ class StudentLossSchedule(Section):
     step's positions in the place of one sample.
     """
 
-    schedule: Literal["student-loss"]
-    base: float = Field(gt=0)
-    strength: float = Field(40.0, gt=0)
-    focus: float = Field(1.0, gt=0)
-    window: int = Field(100, ge=1)
-    least: float = Field(1.0, gt=0)
-    most: float = Field(gt=0)
+    schedule: Literal["student-loss"] = Field(description="follows the student's loss")
+    base: float = Field(gt=0, description="the temperature where the loss is as usual")
+    strength: float = Field(40.0, gt=0, description="how far the temperature follows ω")
+    focus: float = Field(1.0, gt=0, description="exponent of the focal weight ω")
+    window: int = Field(100, ge=1, description="steps over which the mean of ω is taken")
+    least: float = Field(1.0, gt=0, description="never below this")
+    most: float = Field(gt=0, description="never above this")
 
     @model_validator(mode="after")
     def _in_order(self) -> StudentLossSchedule:
@@ -106,10 +106,10 @@ class Balance(Section):
     """What rules for alpha have in common: it begins at `start`, stays within `least` and `most`, and follows the losses of
     the last `window` steps."""
 
-    start: float = Field(0.5, ge=0, le=1)
-    window: int = Field(100, ge=1)
-    least: float = Field(0.05, gt=0, lt=1)
-    most: float = Field(0.95, gt=0, le=1)
+    start: float = Field(0.5, ge=0, le=1, description="alpha at the first step")
+    window: int = Field(100, ge=1, description="steps whose losses are looked at")
+    least: float = Field(0.05, gt=0, lt=1, description="alpha is never below this")
+    most: float = Field(0.95, gt=0, le=1, description="alpha is never above this")
 
     @model_validator(mode="after")
     def _in_order(self) -> Balance:
@@ -128,14 +128,14 @@ class RatioBalance(Balance):
     task loss, alpha = max(least, down · alpha); where it is below `low` times the task loss, alpha = min(most, up · alpha).
     The defaults are those of the article that calls it a gradient balancer."""
 
-    balance: Literal["ratio"]
-    start: float = Field(0.7, ge=0, le=1)
-    high: float = Field(1.5, gt=0)
-    low: float = Field(0.7, gt=0)
-    down: float = Field(0.95, gt=0, le=1)
-    up: float = Field(1.05, ge=1)
-    least: float = Field(0.5, gt=0, lt=1)
-    most: float = Field(0.9, gt=0, le=1)
+    balance: Literal["ratio"] = Field(description="by the ratio of the losses")
+    start: float = Field(0.7, ge=0, le=1, description="alpha at the first step")
+    high: float = Field(1.5, gt=0, description="alpha shrinks where the ratio is above this")
+    low: float = Field(0.7, gt=0, description="alpha grows where the ratio is below this")
+    down: float = Field(0.95, gt=0, le=1, description="factor by which alpha shrinks")
+    up: float = Field(1.05, ge=1, description="factor by which alpha grows")
+    least: float = Field(0.5, gt=0, lt=1, description="alpha is never below this")
+    most: float = Field(0.9, gt=0, le=1, description="alpha is never above this")
 
     @model_validator(mode="after")
     def _low_below_high(self) -> RatioBalance:
@@ -150,7 +150,7 @@ class UncertaintyBalance(Balance):
     optimum for these losses (Kirchdorfer et al., "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning",
     2024)."""
 
-    balance: Literal["uncertainty"]
+    balance: Literal["uncertainty"] = Field(description="by 1 / loss")
 
 
 def _tag(value: Any) -> str:

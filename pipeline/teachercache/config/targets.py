@@ -12,8 +12,10 @@ from teachercache.config.section import Section
 class GridConfig(Section):
     """Base of kinds that hold the tail log-partition on a temperature grid."""
 
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0, 4.0, 8.0)
-    dtype: Literal["float16", "float32"] = "float16"
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 2.0, 4.0, 8.0), description="where the mass outside the head is stored; students train at these"
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored logits and masses")
 
     @model_validator(mode="after")
     def _ordered_grid(self) -> GridConfig:
@@ -27,14 +29,14 @@ class GridConfig(Section):
 class TopKConfig(GridConfig):
     """Top-k logits with the exact tail log-partition on a temperature grid."""
 
-    kind: Literal["top-k"] = "top-k"
-    k: int = Field(64, ge=1)
+    kind: Literal["top-k"] = Field("top-k", description="the k largest logits")
+    k: int = Field(64, ge=1, description="largest logits kept exactly")
 
 
 class TopPConfig(GridConfig):
     """As many of the largest logits as hold a share p of the mass, and the exact tail log-partition outside them."""
 
-    kind: Literal["top-p"] = "top-p"
+    kind: Literal["top-p"] = Field("top-p", description="as many of the largest logits as hold a share p")
     p: float = Field(0.95, gt=0, le=1, description="mass of a head at T = 1")
     k: int = Field(64, ge=1, description="most tokens of a head, whatever its mass")
 
@@ -42,7 +44,7 @@ class TopPConfig(GridConfig):
 class RandomSamplingConfig(Section):
     """Tokens drawn from the teacher with replacement, and how often each came up."""
 
-    kind: Literal["random-sampling"] = "random-sampling"
+    kind: Literal["random-sampling"] = Field("random-sampling", description="tokens drawn from the teacher")
     draws: int = Field(
         50, ge=1, le=2**16 - 1, description="draws at each position; about 12 to 16 different tokens of 50"
     )
@@ -52,14 +54,14 @@ class RandomSamplingConfig(Section):
 class FullConfig(Section):
     """Every log-probability, for vocabularies of at most 4096 tokens or classes."""
 
-    kind: Literal["full"] = "full"
-    dtype: Literal["float16", "float32"] = "float16"
+    kind: Literal["full"] = Field("full", description="every log-probability")
+    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored log-probabilities")
 
 
 class HiddenConfig(Section):
     """The final hidden state, quantised, and the teacher's output matrix once a cache."""
 
-    kind: Literal["hidden"] = "hidden"
+    kind: Literal["hidden"] = Field("hidden", description="the final hidden state")
     width: int | None = Field(None, ge=1, description="inputs of the teacher's output layer; default: its hidden_size")
     step: float = Field(
         1 / 32, gt=0, le=1000, description="quantisation step in units of a channel's spread; smaller = larger"
@@ -79,7 +81,9 @@ SKETCH_PRESETS: dict[str, dict[str, Any]] = {
 class HeadSketchConfig(Section):
     """The largest logits exactly, the tail's mass at every temperature, and a low-rank sketch of the tail's shape."""
 
-    kind: Literal["head+sketch"] = "head+sketch"
+    kind: Literal["head+sketch"] = Field(
+        "head+sketch", description="an exact head and a sketch of the tail: the default"
+    )
     preset: Literal["compact", "fine"] = Field("compact", description="sets k, rank and step where they are not given")
     k: int = Field(0, ge=1, validate_default=False, description="largest logits kept exactly")
     rank: int | None = Field(
@@ -158,7 +162,10 @@ class HiddenStatesConfig(Section):
     """Hidden states of chosen layers."""
 
     layers: Layers = Field(description="numbers, or a rule: {every: 4}, {first: 8}, {last: 2}, {uniform: 6}")
-    codec: Literal["int8", "projected", "bf16"] = "int8"
+    codec: Literal["int8", "projected", "bf16"] = Field(
+        "int8",
+        description="how channels are stored: int8 (quantised, 0.72 bytes a channel), projected (0.28), bf16 (1.42)",
+    )
     step: float | None = Field(None, gt=0, le=1000, description="quantisation step; smaller = larger")
     calibration_positions: int = Field(
         4096, ge=64, description="tokens that give means, spreads and directions, drawn from the whole corpus"
@@ -207,9 +214,12 @@ class AttentionConfig(Section):
 class TargetsConfig(Section):
     """What is stored of the teacher."""
 
-    logits: LogitsConfig = Field(default_factory=lambda: HeadSketchConfig.model_validate({}))
-    hidden: HiddenStatesConfig | None = None
-    attention: AttentionConfig | None = None
+    logits: LogitsConfig = Field(
+        default_factory=lambda: HeadSketchConfig.model_validate({}),
+        description="next-token distributions: one of the kinds below",
+    )
+    hidden: HiddenStatesConfig | None = Field(None, description="hidden states of chosen layers; default: none")
+    attention: AttentionConfig | None = Field(None, description="attention of chosen blocks; default: none")
     boundary_mass: bool = Field(
         True,
         description="keep how probable it is that a new pre-token begins (about 1.1 bytes a position): students with other "

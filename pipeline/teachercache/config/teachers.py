@@ -16,14 +16,16 @@ Weight = Annotated[float, Field(ge=0, le=1)]
 class FurtherTeacherConfig(Section):
     """What another teacher said of the rows of `cache`: rows are joined by source_id and byte span."""
 
-    cache: CacheLocation
+    cache: CacheLocation = Field(description="a folder, or a URL")
     weight: Weight | None = Field(None, description="default: an equal part of what other weights leave of 1")
 
 
 class TeachersConfig(Section):
     """Several teachers as one, at the current temperature; terms between layers stay with `cache`."""
 
-    caches: tuple[FurtherTeacherConfig, ...] = Field(min_length=1)
+    caches: tuple[FurtherTeacherConfig, ...] = Field(
+        min_length=1, description="of the further teachers, beside `cache`"
+    )
     weight: Weight | None = Field(None, description="of `cache` itself; default: as theirs")
     domains: dict[str, tuple[Weight, ...]] = Field(
         {},

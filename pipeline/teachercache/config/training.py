@@ -16,9 +16,9 @@ LOCAL_COPIES_BYTES = 50 * 10**9
 class LoraConfig(Section):
     """Low-rank adapters instead of all weights, through peft (Hu et al. 2022)."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="rank of the adapters")
     alpha: float = Field(32, gt=0, description="adapters are scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the inputs of the adapters, while training")
     target_modules: str | tuple[str, ...] = Field(
         "all-linear",
         description="as peft reads it: a list of names or their last parts, a regular expression of whole names, or "
@@ -30,7 +30,7 @@ class StudentConfig(Section):
     """The model that learns."""
 
     model: str = Field(description="Hugging Face id or local folder, e.g. one that `teachercache init-student` made")
-    revision: str | None = None
+    revision: str | None = Field(None, description="hub commit, tag or branch")
     lora: LoraConfig | None = Field(
         None, description="train low-rank adapters; the exported student has them merged into its weights"
     )
@@ -39,7 +39,7 @@ class StudentConfig(Section):
 class MixConfig(Section):
     """A further cache that the student learns from beside the recipe's `cache`; its tokenizer must be the same."""
 
-    cache: CacheLocation
+    cache: CacheLocation = Field(description="a folder, or a URL")
     share: float | None = Field(
         None, gt=0, lt=1, description="of the rows in training; default: a row of it comes as often as one of `cache`"
     )
@@ -67,7 +67,7 @@ class TrainConfig(Section):
     """The training job: `transformers.Trainer` under DeepSpeed ZeRO."""
 
     output: Path = Field(description="run folder: checkpoints, logs, and the exported student in OUTPUT/student")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows of `cache`")
     max_steps: int | None = Field(None, ge=1, description="overrides epochs")
     global_batch: int = Field(16, ge=1, description="rows in one optimizer step, over all processes")
     micro_batch: int = Field(4, ge=1, description="rows in one forward pass of one process")
@@ -75,22 +75,36 @@ class TrainConfig(Section):
         False,
         description="put short rows of a micro-batch into one sequence, isolated from each other, instead of padding",
     )
-    learning_rate: float = Field(3e-4, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_fraction: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    learning_rate: float = Field(3e-4, gt=0, description="the highest one, after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine",
+        description="how the learning rate falls after the warm-up: not at all, in a line to 0, along a cosine to 0",
+    )
+    warmup_fraction: float = Field(
+        0.05, ge=0, le=1, description="share of the steps in which the learning rate rises from 0"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="gradients longer than this are scaled down to it; all terms of the loss share it"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the forward and backward pass; the optimizer stays in fp32"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what processes divide among them: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too",
+    )
     deepspeed: Path | None = Field(
         None, description="a DeepSpeed JSON file of your own; wins over zero_stage and precision"
     )
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    seed: int = Field(0, description="of the order of rows, of dropout and of new adapters")
     evaluate_every: int | None = Field(None, ge=1, description="steps; default: once an epoch")
     save_every: int | None = Field(None, ge=1, description="steps; default: as evaluate_every")
     keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints to keep; the best one is kept besides")
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, description="steps between two lines of the log")
     loader_workers: int = Field(1, ge=0, description="background processes that decode batches")
     trackers: tuple[str, ...] = Field(("tensorboard",), description="experiment trackers of transformers, or none")
 

@@ -129,7 +129,8 @@ def load_causal_lm(
     """A causal language model on the CPU in evaluation mode, plain and saveable also when it comes from GGUF.
 
     `dtype` is float32, bfloat16, float16, or auto (the checkpoint's own; float32 for GGUF). A GGUF file is converted once
-    and kept in the user's cache folder (gguf_files.py).
+    and kept in the user's cache folder (gguf_files.py). Attention is transformers' default, but never one that leaves out a
+    part of the model; raises `ModelError` where such a one is asked for.
     """
     from transformers import AutoConfig
 
@@ -139,7 +140,20 @@ def load_causal_lm(
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         made_by = auto_class(AutoConfig.from_pretrained(source.location, **options))
         loaded = made_by.from_pretrained(source.location, dtype=dtype, **options, **extra)
+    _keep_soft_cap(loaded, model, attention)
     return loaded.eval()
+
+
+def _keep_soft_cap(loaded: Any, model: str, attention: str | None) -> None:
+    """sdpa knows no soft cap on attention's scores (Gemma 2) and leaves it out without a word: `eager` has it."""
+    text = loaded.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is None or text._attn_implementation != "sdpa":
+        return
+    if attention is not None:
+        raise ModelError(
+            f"{model} caps the scores of its attention, which sdpa leaves out; set attention to eager or flash_attention_2"
+        )
+    loaded.set_attn_implementation("eager")
 
 
 def auto_class(config: PretrainedConfig) -> Any:

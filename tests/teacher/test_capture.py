@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from teachercache.errors import ModelError
+from teachercache.models import load_causal_lm
 from teachercache.probes import isolates_packed_segments
 from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.teacher import Teacher, length_sorted_batches
@@ -298,3 +299,23 @@ def test_batches_do_not_depend_on_the_order_of_rows():
     assert names == [
         [turned[i].row_id for i in batch] for batch in length_sorted_batches(turned, positions_per_batch=20)
     ]
+
+
+def test_a_soft_cap_on_scores_is_never_left_out(tmp_path):
+    """sdpa would: its logits differ, and no figure of a cache would show it."""
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, attn_logit_softcapping=0.5, query_pre_attn_scalar=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        sdpa, eager = (
+            Gemma2ForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(ids).logits
+            for name in ("sdpa", "eager")
+        )
+        assert not torch.allclose(sdpa, eager, atol=1e-5)  # else this test could not fail
+        assert torch.equal(load_causal_lm(str(tmp_path))(ids).logits, eager)
+    with pytest.raises(ModelError, match="which sdpa leaves out; set attention to eager"):
+        load_causal_lm(str(tmp_path), attention="sdpa")

@@ -50,7 +50,7 @@ def _attention(config: AttentionConfig, text: Any, *, longest: int) -> Relations
         "layers": numbered("targets.attention.layers", config.layers, count=_blocks(text), first=1),
         "heads": heads,
         "key_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_width": getattr(text, "head_dim", None) or width // heads,
+        "head_width": _head_width(text, width // heads),
         "width": width,
         "blocks": _blocks(text),
     }
@@ -105,6 +105,12 @@ def numbered(key: str, layers: tuple[int, ...] | LayerChoice, *, count: int, fir
 def _nearest(numerator: int, denominator: int) -> int:
     """Rounded half up."""
     return (2 * numerator + denominator) // (2 * denominator)
+
+
+def _head_width(text: Any, share: int) -> int:
+    """Of queries and keys: those that have two parts, with and without positions (DeepSeek), are as wide as both."""
+    parts = [getattr(text, name, 0) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    return sum(parts) if all(parts) else getattr(text, "head_dim", None) or share
 
 
 def _blocks(text: Any) -> int:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from teachercache.errors import TeachercacheError, UserError
 
@@ -32,7 +34,7 @@ def run_command(
     Names of tokens, models and files may look like rich's markup: show them as `Text`.
     """
     _quiet_libraries()
-    console = Console(stderr=True, emoji=False)
+    console = PlainTextConsole(stderr=True, emoji=False)
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -63,9 +65,27 @@ def run_command(
     elif "error" not in result:
         shown = show(result)
         if shown is not None:
-            Console(emoji=False).print(shown)
+            PlainTextConsole(emoji=False).print(shown)
     sys.stdout.flush()
     return status
+
+
+class PlainTextConsole(Console):
+    """Rich's console, on which text cannot command the terminal: names and texts of a cache are somebody else's."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """As rich does, with control characters of text shown as what they are."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(without_controls(segment.text), segment.style)
+
+
+def without_controls(text: str) -> str:
+    """Text whose control characters, and those that turn the direction of writing, are spelled out: `\\x1b`. New lines and
+    tabs stay."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def _failed(console: Console, message: str, *, status: int) -> tuple[dict[str, Any], int]:

@@ -203,6 +203,15 @@ def _readable_errors(model: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries below raise a dozen types for a folder that is no model
         raise ModelError(_explain(model, what, error, gated=GatedRepoError)) from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ModelError(f"{what} of {model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is what a library in Rust raises where it gave up; that is no `Exception`."""
+    return type(error).__module__ == "pyo3_runtime"
 
 
 def _explain(model: str, what: str, error: Exception, *, gated: type[Exception]) -> str:

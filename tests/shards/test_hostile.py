@@ -190,6 +190,23 @@ VALUES = {
     "a key before the row": ("top-maps", "map_keys_1", 48),
     "less mass than any": ("top-k", "boundary_log_mass", 9160),
 }
+HEADS = {
+    "a token twice": ("top-k", "head_ids", lambda ids: ids[:, [0, *range(ids.shape[1] - 1)]]),
+    "one token alone": ("top-k", "head_ids", lambda ids: np.repeat(ids[:, :1], ids.shape[1], axis=1)),
+    "rising logits": ("top-k", "head_logits", lambda logits: logits[:, ::-1]),
+    "one logit that rises": ("top-k", "head_logits", lambda logits: logits[:, [0, 2, 1, *range(3, logits.shape[1])]]),
+    "a rank twice": ("head+sketch", "head_ranks", lambda ranks: ranks[:, [0, 0, *range(2, ranks.shape[1])]]),
+    "a ragged token twice": ("top-p", "head_ids", lambda ids: np.full_like(ids, ids[0])),
+    "ragged logits that rise": ("top-p", "head_logits", lambda logits: logits[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_that_no_teacher_has_are_refused(copy: Any, name: str) -> None:
+    kind, column, edit = HEADS[name]
+    folder = copy(kind)
+    payload(folder, column, lambda array: np.ascontiguousarray(edit(array)))
+    refused(folder, "a position has a token twice|the logits of a position rise")
 
 
 @pytest.mark.parametrize("name", VALUES)

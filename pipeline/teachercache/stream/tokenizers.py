@@ -6,6 +6,7 @@ files are held against their digests, and what was loaded from them against the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,34 +15,32 @@ from teachercache.errors import CacheDamaged, ModelError
 from teachercache.models import load_tokenizer
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
+from teachercache.tokens.claims import check_tokenizer_files
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 
 
 def teacher_tokenizer(cache: Cache) -> Any:
     """The teacher's. Raises `CacheDamaged` where its files are none, or give another tokenizer than the manifest's."""
-    return _loaded(
-        cache.teacher_folder(), name=f"{cache.name}: the teacher's", expected=cache.manifest.tokenizer_fingerprint
-    )
+    return _loaded(cache.teacher_folder(), cache.manifest.tokenizer, name=f"{cache.name}: the teacher's")
 
 
 def student_tokenizer(sidecar: Sidecar) -> Any:
     """The student's, of an alignment; raises as `teacher_tokenizer` does."""
-    manifest = sidecar.manifest
-    return _loaded(
-        sidecar.tokenizer_folder(), name=f"{manifest.folder}: the", expected=manifest.tokenizer["fingerprint"]
-    )
+    return _loaded(sidecar.tokenizer_folder(), sidecar.manifest.tokenizer, name=f"{sidecar.manifest.folder}: the")
 
 
-def _loaded(folder: AbstractContextManager[Path], *, name: str, expected: str) -> Any:
+def _loaded(folder: AbstractContextManager[Path], described: Mapping[str, Any], *, name: str) -> Any:
     try:
         with folder as path:
+            check_tokenizer_files(path, vocabulary_size=described["vocabulary_size"])
             tokenizer = load_tokenizer(str(path))
         found = tokenizer_fingerprint(tokenizer)
-    except ModelError as error:
-        raise CacheDamaged(f"{name} tokenizer files are none ({error}); fetch the cache again") from None
-    if found != expected:
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CacheDamaged(f"{name} tokenizer files cannot be trusted: {reason}; fetch the cache again") from None
+    if found != described["fingerprint"]:
         raise CacheDamaged(
             f"{name} tokenizer files give another tokenizer than the manifest says (fingerprint {found[:12]}, not "
-            f"{expected[:12]}); fetch the cache again"
+            f"{described['fingerprint'][:12]}); fetch the cache again"
         )
     return tokenizer

@@ -16,6 +16,7 @@ from rich.console import Console
 from teachercache.config import Recipe, StudentConfig, TrainConfig
 from teachercache.config.phases import steps_of
 from teachercache.config.section import folder_name
+from teachercache.console import PlainTextConsole
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.memory import is_out_of_memory
 from teachercache.shards import Cache
@@ -71,7 +72,7 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     check_mix(cache, mix)
     try:
         with training_process() as process:
-            shown = console or Console(stderr=True)
+            shown = console or PlainTextConsole(stderr=True)
             return _Job(recipe, cache, mix, process, shown if process.main else Console(quiet=True)).run()
     except RuntimeError as error:  # out here: torch raises it in whatever runs just then, once more in cleaning up
         if not str(error).startswith("DataLoader worker"):

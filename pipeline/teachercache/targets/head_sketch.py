@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.columns import Column
+from teachercache.targets.head_checks import check_distinct
 from teachercache.targets.largest import largest
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
@@ -206,7 +207,9 @@ class HeadSketch:
         return (*head, "sketch_codes", "sketch_means") if tail == "sketch" else head
 
     def check_stored(self, stored: Mapping[str, Array]) -> None:
-        """Columns of fixed shapes cannot contradict each other."""
+        """Raise `CacheDamaged` for a head that names a token twice; what is stored of its logits cannot rise."""
+        if "head_ranks" in stored:
+            check_distinct(stored["head_ranks"], name="head_ranks")
 
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
         """One row's columns, those that are there, as arrays ready for a batch, [N, …]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import LOG_SHARE, Column
 from teachercache.targets.half import float32_of
+from teachercache.targets.head_checks import check_distinct, check_falling
 from teachercache.targets.largest import largest
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.temperature import grid_index, softened
@@ -115,7 +116,11 @@ class TopK:
         return "head_ids", "head_logits", "tail_log_partition"
 
     def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
-        """Columns of fixed shapes cannot contradict each other."""
+        """Raise `CacheDamaged` for a head that names a token twice, or rises."""
+        if "head_ids" in stored:
+            check_distinct(stored["head_ids"], name="head_ids")
+        if "head_logits" in stored:
+            check_falling(stored["head_logits"], name="head_logits")
 
     def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Columns as arrays ready for a batch: ids int32, other numbers float32."""

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.targets.columns import Column
+from teachercache.targets.head_checks import check_ragged
 from teachercache.targets.largest import largest
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.ragged import check_sizes, places, spread, spread_ids
@@ -99,8 +100,10 @@ class TopP(TopK):
         return "head_sizes", *super().objective_columns(tail)
 
     def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
-        """Raise `CacheDamaged` unless heads are as many tokens as their sizes add up to."""
+        """Raise `CacheDamaged` unless heads are as many tokens as their sizes add up to, each once, and do not rise."""
         check_sizes(stored, "head_sizes", ("head_ids", "head_logits"))
+        if "head_sizes" in stored:
+            check_ragged(stored["head_sizes"], ids_E=stored.get("head_ids"), logits_E=stored.get("head_logits"))
 
     def decoded(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Columns as arrays ready for a batch: those of `TopK`, heads padded to k."""

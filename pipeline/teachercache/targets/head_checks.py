@@ -1,0 +1,59 @@
+"""What the head of a position can be: every token once, and logits that do not rise.
+
+A loss adds up a head's probabilities and takes its first token for the teacher's choice: a token that stands there twice
+counts twice, and heads that rise give another first choice. Both are checked in every row that is read, which
+costs one sort of its ids.
+
+Shapes: N positions, k places, E tokens of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachercache.errors import CacheDamaged
+
+Array = NDArray[Any]
+
+
+def check_distinct(ids_Nk: Array, *, name: str) -> None:
+    """Raise `CacheDamaged` where a position has a token twice."""
+    sorted_Nk = np.sort(ids_Nk, axis=-1)
+    if (sorted_Nk[:, 1:] == sorted_Nk[:, :-1]).any():
+        raise CacheDamaged(f"column {name}: a position has a token twice")
+
+
+def check_falling(logits_Nk: Array, *, name: str) -> None:
+    """Raise `CacheDamaged` where logits, which are at most 0, rise from one place of a position to the next."""
+    bits_Nk = _magnitudes(logits_Nk)
+    if (bits_Nk[:, 1:] < bits_Nk[:, :-1]).any():
+        raise CacheDamaged(f"column {name}: the logits of a position rise")
+
+
+def check_ragged(sizes_N: Array, *, ids_E: Array | None, logits_E: Array | None) -> None:
+    """The same of positions with different numbers of tokens, for the columns that are there. `sizes_N` add up to E, and were
+    found to be possible."""
+    held_Nk = np.arange(int(sizes_N.max(initial=0))) < sizes_N[:, None]
+    entries = np.count_nonzero(held_Nk)
+    if logits_E is not None and len(logits_E) == entries:
+        lowest = np.array(-np.inf, logits_E.dtype)
+        check_falling(_padded(logits_E, held_Nk, np.broadcast_to(lowest, held_Nk.shape)), name="head_logits")
+    if ids_E is not None and len(ids_E) == entries:
+        others_k = np.arange(held_Nk.shape[1], dtype=np.int64) - 2**40  # no token's, and each once
+        check_distinct(
+            _padded(ids_E.astype(np.int64), held_Nk, np.broadcast_to(others_k, held_Nk.shape)), name="head_ids"
+        )
+
+
+def _padded(flat_E: Array, held_Nk: Array, others_Nk: Array) -> Array:
+    values_Nk = others_Nk.copy()
+    values_Nk[held_Nk] = flat_E
+    return values_Nk
+
+
+def _magnitudes(logits: Array) -> Array:
+    """The bits of floats up to 0, which rise as they fall: numpy compares 16-bit floats one by one."""
+    return np.ascontiguousarray(logits).view(f"<u{logits.dtype.itemsize}")

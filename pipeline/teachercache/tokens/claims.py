@@ -1,0 +1,63 @@
+"""What a tokenizer's files say of themselves, looked at before a library reads them.
+
+Libraries make room for the highest id that a file names, or end the process where they cannot: an id of 2^31 takes
+gigabytes, and a tokenizer that somebody else wrote can name any. So its ids are held against how many tokens there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = "tokenizer.json"
+# Files with tokens and their ids: a dict of tokens, or of ids as text under this key.
+_FURTHER = {"vocab.json": None, "added_tokens.json": None, "tokenizer_config.json": "added_tokens_decoder"}
+
+
+def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
+    """Raise `ValueError`, in one line, where files of a tokenizer name an id that `vocabulary_size` tokens do not have, or
+    are none. Their size is bounded by whoever put them there."""
+    if not (folder / DESCRIPTION).is_file():
+        raise ValueError(f"there is no {DESCRIPTION}")
+    description = _json(folder / DESCRIPTION)
+    _check(DESCRIPTION, _described_ids(description), vocabulary_size)
+    for name, key in _FURTHER.items():
+        if (folder / name).is_file():
+            found = _json(folder / name)
+            ids = found.values() if key is None else map(_number, found.get(key, {}))
+            _check(name, iter(ids), vocabulary_size)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON ({' '.join(str(error).split())[:100]})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no description of a tokenizer")
+    return found
+
+
+def _described_ids(description: dict[str, Any]) -> Iterator[Any]:
+    try:
+        vocabulary = description["model"].get("vocab", {})
+        if isinstance(vocabulary, dict):
+            yield from vocabulary.values()
+        else:
+            yield len(vocabulary) - 1 if len(vocabulary) else 0
+        yield from (token["id"] for token in description.get("added_tokens") or ())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{DESCRIPTION} describes no tokenizer ({error})") from None
+
+
+def _number(text: str) -> Any:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text
+
+
+def _check(name: str, ids: Iterator[Any], vocabulary_size: int) -> None:
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocabulary_size:
+            shown = str(token)[:20] if type(token) is int and abs(token) < 2**64 else "something else"
+            raise ValueError(f"{name} gives a token the id {shown}, of {vocabulary_size} tokens")

@@ -163,7 +163,7 @@ def test_with_equal_vocabularies_chunk_likelihood_is_the_binarised_kl_of_the_act
     log_p = teacher_NU.log_softmax(-1).gather(1, labels_N[:, None])[:, 0]
     chunks = chunks_of([1] * POSITIONS, log_p.tolist())
     batch = Batch(labels_N, chunks, [], [], [ChunkLikelihood(tau=1.0, boundaries=False)], None, 1.0)
-    found = across_sums_of_logits(logits_NV, batch, vocabulary_size=TEACHER)
+    found = across_sums_of_logits(logits_NV, batch)
     p, q = log_p.exp(), logits_NV.log_softmax(-1).gather(1, labels_N[:, None])[:, 0].exp()
     wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum()
     assert float(found.named["chunk-likelihood"]) == pytest.approx(float(wanted), rel=1e-9)
@@ -176,7 +176,7 @@ def test_a_chunk_is_as_likely_as_its_tokens_and_what_may_follow(generator: torch
     counts, log_prob = [2, 1, 3], [-4.0, -1.5, -7.0]
     chunks = chunks_of(counts, log_prob, first=1)
     batch = Batch(labels_N, chunks, [], [], [ChunkLikelihood(tau=3.0)], begins_V, 1.0)
-    found = across_sums_of_logits(logits_NV, batch, vocabulary_size=STUDENT)
+    found = across_sums_of_logits(logits_NV, batch)
     log_q = logits_NV.log_softmax(-1)
     wanted, place = 0.0, 1
     for count, log_p in zip(counts, log_prob, strict=True):
@@ -197,12 +197,49 @@ def test_binary_kl_is_zero_where_both_agree_and_finite_where_one_is_certain() ->
     assert torch.isfinite(log_q.grad).all() and (values >= 0).all()
 
 
-def whole_batch(generator: torch.Generator, *, tail: bool) -> Batch:
-    projection = some_map(generator)
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("ruled_out", [False, True])
+def test_columns_beyond_the_vocabulary_are_compared_with_a_teacher_that_gives_them_nothing(
+    generator: torch.Generator, tail: bool, ruled_out: bool
+) -> None:
+    """Not so tokens that only several of the teacher's spell."""
+    projection = some_map(generator).padded(STUDENT + 3)
+    teacher = teacher_of(torch.randn(4, TEACHER, generator=generator).double(), k=5, tail=tail)
+    logits_NV = torch.randn(4, STUDENT + 3, generator=generator).double()
+    if ruled_out:
+        logits_NV[:, STUDENT:] = torch.finfo(torch.float32).min  # by the student itself
+    logits_NV.requires_grad_()
+    values_N, measured = ProjectedKL(projection).values(logits_NV, teacher)
+    compared = projection.emitted_V | (torch.arange(STUDENT + 3) >= STUDENT)
+    q_NV = logits_NV.masked_fill(~compared, -torch.inf).softmax(-1)
+    wanted_N = []
+    for n in range(4):
+        p_U = teacher.dense()[n].exp() if tail else torch.zeros(TEACHER).double()
+        if not tail:
+            p_U[teacher.head_ids_Nk[n]] = teacher.head_log_prob_Nk[n].exp()
+        mapped = projection.first_U >= 0
+        p_V = torch.zeros(STUDENT + 3).double().index_add(0, projection.first_U[mapped], p_U[mapped])
+        rest = 0.0 if tail else teacher.tail_log_prob_N[n].exp()
+        p_V, rest = p_V / (p_V.sum() + rest), rest / (p_V.sum() + rest)
+        value = (p_V[p_V > 0] * (p_V[p_V > 0] / q_NV[n, p_V > 0]).log()).sum()
+        if not tail:
+            others = compared & (p_V == 0) & (torch.arange(STUDENT + 3) < STUDENT)
+            value = value + rest * (rest / q_NV[n, others].sum()).log()
+        wanted_N.append(value)
+    torch.testing.assert_close(values_N, torch.stack(wanted_N), rtol=1e-9, atol=1e-12)
+    mine, theirs = (torch.autograd.grad(each.sum(), logits_NV)[0] for each in (values_N, torch.stack(wanted_N)))
+    torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-12)
+    assert ruled_out or mine[:, STUDENT:].gt(0).all()
+    unreachable_N = logits_NV.softmax(-1)[:, ~compared].sum(-1)
+    torch.testing.assert_close(measured["unreachable"], unreachable_N.detach())
+
+
+def whole_batch(generator: torch.Generator, *, tail: bool, columns: int = STUDENT) -> Batch:
+    projection = some_map(generator).padded(columns)
     labels_N = torch.randint(0, STUDENT, (POSITIONS,), generator=generator)
     chunks = chunks_of([2, 1, 3, 1], [-4.0, -1.5, -7.0, -2.0], first=2)
     teacher = teacher_of(torch.randn(4, TEACHER, generator=generator).double(), k=4, tail=tail)
-    begins_V = torch.rand(STUDENT, generator=generator) < 0.5
+    begins_V = torch.nn.functional.pad(torch.rand(STUDENT, generator=generator) < 0.5, (0, columns - STUDENT))
     pair_terms = [ProjectedKL(projection, weight=0.7), SortedProbabilities(0.4)]
     chunk_terms = [ChunkLikelihood(weight=1.3, tau=5.0)]
     return Batch(labels_N, chunks, pair_terms, [teacher, teacher], chunk_terms, begins_V, 0.6)
@@ -214,17 +251,17 @@ def whole_batch(generator: torch.Generator, *, tail: bool) -> Batch:
 def test_blocks_of_positions_give_what_autograd_gives_of_all_logits(
     generator: torch.Generator, tail: bool, softcap: float | None, rows: int
 ) -> None:
-    batch = whole_batch(generator, tail=tail)
+    batch = whole_batch(generator, tail=tail, columns=STUDENT + 2)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator).double().requires_grad_()
         for shape in ((POSITIONS, WIDTH), (STUDENT + 2, WIDTH), (STUDENT + 2,))
     )
     logits = hidden @ weight.T + bias
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    wanted = across_sums_of_logits(logits, batch, vocabulary_size=STUDENT)
+    wanted = across_sums_of_logits(logits, batch)
     gradients = torch.autograd.grad(wanted.total, (hidden, weight, bias))
     size = rows * 4 * (STUDENT + 2)
-    found = across_sums(hidden, weight, bias, batch, vocabulary_size=STUDENT, softcap=softcap, chunk_bytes=size)
+    found = across_sums(hidden, weight, bias, batch, softcap=softcap, chunk_bytes=size)
     assert float(found.total) == pytest.approx(float(wanted.total), rel=1e-9)
     assert {name: float(value) for name, value in found.named.items()} == pytest.approx(
         {name: float(value) for name, value in wanted.named.items()}, rel=1e-9
@@ -232,7 +269,7 @@ def test_blocks_of_positions_give_what_autograd_gives_of_all_logits(
     for ours, theirs in zip(torch.autograd.grad(2 * found.total, (hidden, weight, bias)), gradients, strict=True):
         torch.testing.assert_close(ours, 2 * theirs, rtol=1e-9, atol=1e-12)
     with torch.no_grad():
-        again = across_sums(hidden, weight, bias, batch, vocabulary_size=STUDENT, softcap=softcap, chunk_bytes=size)
+        again = across_sums(hidden, weight, bias, batch, softcap=softcap, chunk_bytes=size)
     assert float(again.total) == pytest.approx(float(wanted.total), rel=1e-9)
 
 
@@ -243,7 +280,7 @@ def test_no_positions_give_zero_that_reaches_every_weight(generator: torch.Gener
     begins_V = torch.ones(STUDENT, dtype=torch.bool)
     batch = Batch(torch.zeros(0, dtype=torch.long), nothing, terms, [teacher], [ChunkLikelihood()], begins_V, 0.6)
     hidden, weight = torch.zeros(0, WIDTH, requires_grad=True), torch.ones(STUDENT, WIDTH, requires_grad=True)
-    found = across_sums(hidden, weight, None, batch, vocabulary_size=STUDENT)
+    found = across_sums(hidden, weight, None, batch)
     found.total.backward()
     assert float(found.total.detach()) == 0.0 and weight.grad is not None and not weight.grad.any()
 

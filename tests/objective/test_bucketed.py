@@ -125,14 +125,26 @@ def test_gradient_is_exactly_zero_without_a_target() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_padded_vocabulary_takes_no_part(dtype: torch.dtype) -> None:
+def test_padding_that_a_model_rules_out_itself_takes_no_part(dtype: torch.dtype) -> None:
+    """Some models write -inf there, or the least number; their gradient is 0, not nan."""
     student, head = _logits(0, B, S, V).to(dtype), _head(_logits(1, N, V), 4, 2.0)
-    padded = torch.cat([student, torch.full((B, S, 9), 1e4, dtype=dtype)], dim=-1)
     values, gradient = _gradient(_ours, student, head, 0.5, 2.0)
-    padded_values, padded_gradient = _gradient(_ours, padded, head, 0.5, 2.0)
-    assert padded_values == values
-    assert torch.equal(padded_gradient[..., :V], gradient)
-    assert padded_gradient[..., V:].eq(0).all()
+    for nothing in (-math.inf, torch.finfo(dtype).min):
+        padded = torch.cat([student, torch.full((B, S, 9), nothing, dtype=dtype)], dim=-1)
+        padded_values, padded_gradient = _gradient(_ours, padded, head, 0.5, 2.0)
+        torch.testing.assert_close(padded_values, values)
+        torch.testing.assert_close(padded_gradient[..., :V], gradient)
+        assert padded_gradient[..., V:].eq(0).all()
+
+
+def test_without_a_teacher_padding_is_pushed_down_by_cross_entropy_alone() -> None:
+    student = _logits(0, B, S, V + 9)
+    values, gradient = _gradient(_ours, student, no_teacher(_labels(), torch.float64), 0.0, 1.0)
+    leaf = student.clone().requires_grad_()
+    expected = F.cross_entropy(leaf.reshape(-1, V + 9)[POSITIONS], _labels(), reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(values, [expected.detach(), torch.zeros_like(expected), expected.detach()])
+    torch.testing.assert_close(gradient, leaf.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

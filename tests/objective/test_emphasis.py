@@ -90,16 +90,14 @@ def test_segments_begin_where_positions_do() -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_students_entropy_is_that_of_its_softmax(softcap: float | None, dtype: torch.dtype) -> None:
-    """The last three rows of the matrix are padding: no tokens."""
+    """Over all columns: those that no token has are sampled like others."""
     hidden, weight, bias = leaves(dtype)
     logits = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double())
     logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
-    expected = naive_entropy(logits[:, :V].log_softmax(-1)).detach()
-    chunked = entropy_projected(
-        hidden, weight, bias, vocabulary_size=V, softcap=softcap, chunk_bytes=4 * len(weight) * 6
-    )
+    expected = naive_entropy(logits.log_softmax(-1)).detach()
+    chunked = entropy_projected(hidden, weight, bias, softcap=softcap, chunk_bytes=4 * len(weight) * 6)
     positions = torch.tensor([0, 1, 2, 5, 9])
-    whole = entropy_of_logits(logits.to(dtype).detach(), positions_N=positions, vocabulary_size=V)
+    whole = entropy_of_logits(logits.to(dtype).detach(), positions_N=positions)
     exact = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(chunked.double(), expected, **exact)
     torch.testing.assert_close(whole.double(), expected[positions], **exact)
@@ -109,8 +107,8 @@ def test_the_students_entropy_is_that_of_its_softmax(softcap: float | None, dtyp
 def test_autocast_decides_the_type_of_the_matmul() -> None:
     hidden, weight, _ = leaves(torch.float32, bias=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = entropy_projected(hidden, weight, None, vocabulary_size=V)
-    expected = entropy_projected(hidden.bfloat16(), weight.bfloat16(), None, vocabulary_size=V)
+        found = entropy_projected(hidden, weight, None)
+    expected = entropy_projected(hidden.bfloat16(), weight.bfloat16(), None)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
@@ -118,11 +116,11 @@ def test_entropy_is_exact_where_the_student_is_almost_certain() -> None:
     logits = torch.zeros(1, V)
     logits[0, 3] = 15.0
     expected = naive_entropy(logits.double().log_softmax(-1))
-    found = entropy_of_logits(logits, positions_N=torch.arange(1), vocabulary_size=V)
+    found = entropy_of_logits(logits, positions_N=torch.arange(1))
     torch.testing.assert_close(found.double(), expected, rtol=0.0, atol=3e-7)
     certain = torch.full((1, V), -math.inf)
     certain[0, 3] = 1.0
-    assert float(entropy_of_logits(certain, positions_N=torch.arange(1), vocabulary_size=V)) == 0.0
+    assert float(entropy_of_logits(certain, positions_N=torch.arange(1))) == 0.0
 
 
 @pytest.mark.parametrize("tail", ["uniform", "sketch"])
@@ -168,6 +166,6 @@ def test_no_entropy_makes_anything_as_large_as_the_logits() -> None:
     tail = SketchTail(torch.randn(positions, 2), torch.randn(vocabulary, 2), torch.randn(vocabulary))
     softened = Softened(ids, log_p[:, :1], log_p[:, 1:].logsumexp(-1), tail)
     with Largest() as largest:
-        entropy_projected(hidden, weight, None, vocabulary_size=vocabulary, chunk_bytes=4 * vocabulary * 50)
+        entropy_projected(hidden, weight, None, chunk_bytes=4 * vocabulary * 50)
         entropy_of_teacher(softened, vocabulary_size=vocabulary)
     assert largest.elements <= 128 * vocabulary

@@ -70,7 +70,7 @@ def test_the_export_takes_weights_from_one_and_the_tokenizer_from_the_other(tmp_
             (folder / name).write_text(json.dumps({"of": folder.name, "weight_map": {}}))
     weights = {"weight": torch.arange(3.0), "distillation.0.adapter": torch.zeros(2)}
     save_file(weights, checkpoint / "model-00001-of-00002.safetensors")
-    ends = Ends(rows=(7,), special=frozenset({3}), begin=None, padding=None)
+    ends = Ends(rows=(7,), special=frozenset({3}), tokens=9, begin=None, padding=None)
     export_student(checkpoint, config=StudentConfig(model="any"), tokenizer=tokenizer, ends=ends, student=student)
     [exported] = student.glob("*.safetensors")
     assert load_file(exported).keys() == {"weight"}  # without what maps the student to the teacher's width

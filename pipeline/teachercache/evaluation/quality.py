@@ -1,13 +1,15 @@
 """What a model knows: next-token loss, accuracy and agreement with the teacher on the held-out positions of a cache.
 
 Every model is scored on the same positions: those whose target is stored. Padding, prompts of a chat and the last token
-of a segment are no positions and are never scored. Distributions run over the cache's vocabulary, in float32.
+of a segment are no positions and are never scored. Distributions run over all columns of a model's logits, as it would be
+sampled: those beyond the vocabulary, which no token has, count as mistakes. In float32.
 
 A half-precision model prints logits that are rounded to 8 or 11 bits: ties and swaps among its first choices are the
 rounding's, not the model's. So they are taken from what enters its output layer and summed in float32, as a cache's are; a
 model whose logits are more than its output layer's is scored by those it prints.
 
-Shapes: B rows, S tokens, N positions of a batch, C positions of a chunk, V vocabulary, D width of the output layer's input.
+Shapes: B rows, S tokens, N positions of a batch, C positions of a chunk, L columns of the logits, A of what a model
+returns: these, or the width of its output layer's input.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ def quality(
     """
     sums, read = Sums(), cache.manifest if sidecar is None else sidecar.manifest
     check_causal(model, name="the model to evaluate", vocabulary_size=read.vocabulary_size)
-    layer = layer_after_body(model, vocabulary_size=read.vocabulary_size) if model.dtype in HALF else None
+    layer = layer_after_body(model) if model.dtype in HALF else None
+    if layer is not None and len(layer.matrix_VD) < read.vocabulary_size:
+        layer = None  # refused with what it prints
     sums.bytes = label_bytes(rows, cache)
     with torch.inference_mode():
         for batch in _batches(rows, batch_rows=batch_rows):
@@ -176,8 +180,7 @@ def _score(
     ]
     for positions_C, labels_C, teacher_C in zip(*(tensor.split(CHUNK_POSITIONS) for tensor in tensors), strict=True):
         outputs_CA = outputs_RA[positions_C]
-        logits_CV = layer.logits(outputs_CA) if layer else outputs_CA[:, : manifest.vocabulary_size].float()
-        _add(sums, logits_CV, labels_C, teacher_C)
+        _add(sums, layer.logits(outputs_CA) if layer else outputs_CA.float(), labels_C, teacher_C)
 
 
 def _teachers_choices(stored: Row, cache: Cache, sidecar: Sidecar | None) -> NDArray[Any]:
@@ -191,9 +194,9 @@ def _teachers_choices(stored: Row, cache: Cache, sidecar: Sidecar | None) -> NDA
     return choices_N
 
 
-def _add(sums: Sums, logits_CV: Tensor, labels_C: Tensor, teacher_C: Tensor) -> None:
-    choice_C = logits_CV.argmax(-1)
-    sums.loss += float(F.cross_entropy(logits_CV, labels_C, reduction="sum"))
+def _add(sums: Sums, logits_CL: Tensor, labels_C: Tensor, teacher_C: Tensor) -> None:
+    choice_C = logits_CL.argmax(-1)
+    sums.loss += float(F.cross_entropy(logits_CL, labels_C, reduction="sum"))
     sums.correct += int((choice_C == labels_C).sum())
     sums.agreeing += int((choice_C == teacher_C).sum())
     sums.compared += int((teacher_C >= 0).sum())

@@ -12,12 +12,14 @@ A position without any mass, no head and an empty tail, has no teacher there: it
 
 What a training step costs with it, beside one of plain cross-entropy, tests/bench/divergence_step.py measures.
 
-Shapes: C positions of a block, V vocabulary, k tokens of the head.
+Shapes: C positions of a block, L columns, the first V of which are the vocabulary and the other P padding; k tokens of the
+head.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,15 +27,19 @@ from torch import Tensor
 from teachercache.objective.blocks import Block, squarings_of
 from teachercache.objective.divergences import forward_kl
 from teachercache.objective.operands import Batch, Tokens
+from teachercache.objective.padding import padding_terms
 from teachercache.objective.tail_logits import TailLogits
 from teachercache.targets.softened import put_head
 
 # Stands for -inf among the tail's logits: the same zero share, but 0 · it is 0, and an empty tail is no nan.
 NOTHING = -1e30
 
+# Divergence [C], Σ pull [C, 1], and the pulls of the vocabulary [C, V] and, unless they are 0, of padding [C, P].
+Diverged = tuple[Tensor, Tensor, Sequence[Tensor]]
+
 
 class DenseLoss:
-    """Divergence and CE of a block, [C] each, unweighted; leaves the gradient in `block.values_CV`."""
+    """Divergence and CE of a block, [C] each, unweighted; leaves the gradient in `block.values_CL`."""
 
     def __init__(self, tokens: Tokens, batch: Batch, *, needs_gradient: bool) -> None:
         assert batch.teacher.tail is not None
@@ -45,17 +51,17 @@ class DenseLoss:
         """A softmax each of student and teacher, and a few passes."""
         temperature = self.batch.weights.temperature
         largest_C1, softened_C1 = _soften(block, temperature)
-        tail_CV = self._tail.of(block.part, block.values_CV)
+        tail_CV = self._tail.of(block.part, block.values_CL)
         diverge = self._forward_kl if self.batch.divergence is forward_kl else self._diverge
-        divergence_C, mass_C1, pull_CV = diverge(block, tail_CV, softened_C1)
+        divergence_C, mass_C1, pulls = diverge(block, tail_CV, softened_C1)
         log_sum_C1, hard_sum_C1 = softened_C1, torch.ones_like(softened_C1)
         if temperature != 1:
             log_sum_C1, hard_sum_C1 = _harden(block, temperature, largest_C1, softened_C1)
         if self.needs_gradient:
-            self._combine(block, mass_C1, pull_CV, hard_sum_C1)
+            self._combine(block, mass_C1, pulls, hard_sum_C1)
         return divergence_C, log_sum_C1[:, 0] - self.tokens.label_N[block.part]
 
-    def _forward_kl(self, block: Block, tail_CV: Tensor, softened_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward_kl(self, block: Block, tail_CV: Tensor, softened_C1: Tensor) -> Diverged:
         """KL [C], Σ p [C, 1] and p [C, V]; overwrites the tail's logits."""
         tokens, part, temperature = self.tokens, block.part, self.batch.weights.temperature
         p_Ck, p_tail_C1, log_tail_C1 = tokens.teacher_Nk[part], tokens.bucket_N1[part], tokens.log_bucket_N1[part]
@@ -68,21 +74,27 @@ class DenseLoss:
         head_Ck, _ = forward_kl(p_Ck, tokens.log_teacher_Nk[part], log_q_Ck.exp(), log_q_Ck)
         kl_C = head_Ck.sum(-1) + torch.where(p_tail_C1 > 0, p_tail_C1 * gap_C1, 0.0)[:, 0]
         p_CV = share_CV.mul_(p_tail_C1).scatter_add_(1, self.batch.teacher.head_ids_Nk[part], p_Ck)
-        return kl_C, p_Ck.sum(-1, keepdim=True) + p_tail_C1, p_CV
+        return kl_C, p_Ck.sum(-1, keepdim=True) + p_tail_C1, (p_CV,)
 
-    def _diverge(self, block: Block, tail_CV: Tensor, softened_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Any divergence [C], Σ pull [C, 1] and the pull [C, V]; overwrites the tail's logits."""
+    def _diverge(self, block: Block, tail_CV: Tensor, softened_C1: Tensor) -> Diverged:
+        """Any divergence [C], Σ pull [C, 1] and the pulls; overwrites the tail's logits."""
         part = block.part
         share_CV, log_tail_sum_C1 = self._tail_share(block, tail_CV)
         log_p_CV = tail_CV.add_(self.tokens.log_bucket_N1[part] - log_tail_sum_C1)
         put_head(log_p_CV, self.batch.teacher.head_ids_Nk[part], self.tokens.log_teacher_Nk[part])
         p_CV = torch.exp(log_p_CV, out=share_CV)
         log_q_CV = block.logits_CV.to(p_CV.dtype) / self.batch.weights.temperature - softened_C1
-        value_CV, pull_CV = self.batch.divergence(p_CV, log_p_CV, block.values_CV, log_q_CV)
+        of_tokens = self.batch.divergence(p_CV, log_p_CV, block.values_CV, log_q_CV)
+        of_padding = padding_terms(
+            self.batch.divergence, block.logits_CP / self.batch.weights.temperature - softened_C1
+        )
+        parts = [of_tokens] if of_padding is None else [of_tokens, of_padding]
         if not self.batch.teacher.head_ids_Nk.shape[1]:  # else some token of the head has mass
             untaught_C1 = self.tokens.log_bucket_N1[part] == -math.inf
-            value_CV, pull_CV = (each_CV.masked_fill(untaught_C1, 0.0) for each_CV in (value_CV, pull_CV))
-        return value_CV.sum(-1), pull_CV.sum(-1, keepdim=True), pull_CV
+            parts = [(value.masked_fill(untaught_C1, 0.0), pull.masked_fill(untaught_C1, 0.0)) for value, pull in parts]
+        divergence_C = torch.stack([value_CA.sum(-1) for value_CA, _ in parts]).sum(0)
+        mass_C1 = torch.stack([pull_CA.sum(-1, keepdim=True) for _, pull_CA in parts]).sum(0)
+        return divergence_C, mass_C1, [pull_CA for _, pull_CA in parts]
 
     def _tail_share(self, block: Block, tail_CV: Tensor) -> tuple[Tensor, Tensor]:
         """softmax(t) over the tokens outside the head, 0 inside, and log Σ exp(t), [C, 1]."""
@@ -91,7 +103,7 @@ class DenseLoss:
         torch.softmax(tail_CV, -1, out=share_CV)
         return share_CV, _largest(tail_CV) - _largest(share_CV).log()
 
-    def _combine(self, block: Block, mass_C1: Tensor, pull_CV: Tensor, hard_sum_C1: Tensor) -> None:
+    def _combine(self, block: Block, mass_C1: Tensor, pulls: Sequence[Tensor], hard_sum_C1: Tensor) -> None:
         """∂/∂z = αT (q · Σ pull - pull) + (1-α) (softmax(z) - 1 at the label)."""
         alpha, temperature = self.batch.weights.alpha, self.batch.weights.temperature
         ce_scale_C1 = (1 - alpha) / hard_sum_C1
@@ -99,32 +111,33 @@ class DenseLoss:
             block.scale(alpha * mass_C1 + ce_scale_C1, None)
         else:
             block.scale(alpha * temperature * mass_C1, ce_scale_C1 if alpha < 1 else None)
-        block.values_CV.sub_(pull_CV, alpha=alpha * temperature)
+        for values_CA, pull_CA in zip((block.values_CV, block.values_CP), pulls, strict=False):
+            values_CA.sub_(pull_CA, alpha=alpha * temperature)
         block.add_at(self.batch.labels_N[block.part, None], torch.full_like(mass_C1, alpha - 1))
 
 
 def _soften(block: Block, temperature: float) -> tuple[Tensor, Tensor]:
-    """values = softmax(z / T); returns the largest z / T and log Σ exp(z / T), each [C, 1]."""
-    scaled_CV = block.logits_CV
-    if scaled_CV.dtype != block.values_CV.dtype:
-        scaled_CV = block.spare_CV.copy_(scaled_CV).mul_(1 / temperature)
+    """values = softmax(z / T) over all columns; returns the largest z / T and log Σ exp(z / T), each [C, 1]."""
+    scaled_CL = block.logits_CL
+    if scaled_CL.dtype != block.values_CL.dtype:
+        scaled_CL = block.spare_CL.copy_(scaled_CL).mul_(1 / temperature)
     elif temperature != 1:
-        scaled_CV = torch.mul(scaled_CV, 1 / temperature, out=block.spare_CV)
-    torch.softmax(scaled_CV, -1, out=block.values_CV)
-    largest_C1 = _largest(scaled_CV)
-    return largest_C1, largest_C1 - _largest(block.values_CV).log()
+        scaled_CL = torch.mul(scaled_CL, 1 / temperature, out=block.spare_CL)
+    torch.softmax(scaled_CL, -1, out=block.values_CL)
+    largest_C1 = _largest(scaled_CL)
+    return largest_C1, largest_C1 - _largest(block.values_CL).log()
 
 
 def _harden(block: Block, temperature: float, largest_C1: Tensor, softened_C1: Tensor) -> tuple[Tensor, Tensor]:
     """spare = exp(z) up to a factor; returns log Σ exp(z) and the sum of spare, each [C, 1]."""
-    squarings, spare_CV = squarings_of(temperature), block.spare_CV
+    squarings, spare_CL = squarings_of(temperature), block.spare_CL
     if not squarings:
-        torch.softmax(block.logits_CV, -1, dtype=spare_CV.dtype, out=spare_CV)
-        return largest_C1 * temperature - _largest(spare_CV).log(), torch.ones_like(largest_C1)
-    torch.mul(block.values_CV, (softened_C1 - largest_C1).exp(), out=spare_CV)  # the largest is 1: no underflow there
+        torch.softmax(block.logits_CL, -1, dtype=spare_CL.dtype, out=spare_CL)
+        return largest_C1 * temperature - _largest(spare_CL).log(), torch.ones_like(largest_C1)
+    torch.mul(block.values_CL, (softened_C1 - largest_C1).exp(), out=spare_CL)  # the largest is 1: no underflow there
     for _ in range(squarings):
-        spare_CV.mul_(spare_CV)
-    sum_C1 = spare_CV.sum(-1, keepdim=True)
+        spare_CL.mul_(spare_CL)
+    sum_C1 = spare_CL.sum(-1, keepdim=True)
     return largest_C1 * temperature + sum_C1.log(), sum_C1
 
 

@@ -94,7 +94,7 @@ class DistillationObjective:
         logits_RL, dtype = logits_BSL.reshape(-1, logits_BSL.shape[-1]), logits_BSL.dtype
         counted = self._counted(
             _Positions.of(shift_labels_BS, targets or {}, position_weight_N),
-            lambda index_N: entropy_of_logits(logits_RL, positions_N=index_N, vocabulary_size=self.vocabulary_size),
+            lambda index_N: entropy_of_logits(logits_RL, positions_N=index_N),
             lambda: segments_of(shift_labels_BS, position_ids_BS),
             dtype,
         )
@@ -133,9 +133,7 @@ class DistillationObjective:
         hidden_RD, size = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), self.vocabulary_size
         counted = self._counted(
             _Positions.of(shift_labels_BS, targets or {}, position_weight_N),
-            lambda index_N: entropy_projected(
-                hidden_RD[index_N], weight_LD, bias_L, vocabulary_size=size, softcap=softcap
-            ),
+            lambda index_N: entropy_projected(hidden_RD[index_N], weight_LD, bias_L, softcap=softcap),
             lambda: segments_of(shift_labels_BS, position_ids_BS),
             weight_LD.dtype,
         )

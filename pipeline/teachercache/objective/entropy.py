@@ -6,7 +6,8 @@ Softmax and a dot product, a block of positions at a time: nothing as large as a
 
 whose terms are small where p is certain: float32 then errs by 1e-7, not by that of a logit.
 
-Shapes: N positions, C of a chunk, D width, R rows of flat logits, L columns of them, the first V of which are the vocabulary.
+Shapes: N positions, C of a chunk, D width, R rows of flat logits, L columns of them, V vocabulary.
+The student's entropy is over all columns, padding included: so it would be sampled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from teachercache.objective.tail_logits import CHUNK_POSITIONS, TailLogits
 from teachercache.targets.softened import Softened
 
 
-def entropy_of_logits(logits_RL: Tensor, *, positions_N: Tensor, vocabulary_size: int) -> Tensor:
+def entropy_of_logits(logits_RL: Tensor, *, positions_N: Tensor) -> Tensor:
     """[N], float32 (float64 of float64 logits), without a gradient. `positions_N` are rising indices into R."""
     dtype = torch.float64 if logits_RL.dtype == torch.float64 else torch.float32
     entropy_N = torch.empty(len(positions_N), dtype=dtype, device=logits_RL.device)
@@ -30,12 +31,12 @@ def entropy_of_logits(logits_RL: Tensor, *, positions_N: Tensor, vocabulary_size
             logits_RL,
             None,
             positions_N=positions_N,
-            vocabulary_size=vocabulary_size,
+            vocabulary_size=logits_RL.shape[1],
             dtype=dtype,
             block_bytes=None,
         ):
-            shifted_CV = block.spare_CV.copy_(block.logits_CV)
-            entropy_N[block.part] = _entropy(shifted_CV, block.values_CV)
+            shifted_CL = block.spare_CL.copy_(block.logits_CL)
+            entropy_N[block.part] = _entropy(shifted_CL, block.values_CL)
     return entropy_N
 
 
@@ -44,7 +45,6 @@ def entropy_projected(
     weight_LD: Tensor,
     bias_L: Tensor | None,
     *,
-    vocabulary_size: int,
     softcap: float | None = None,
     chunk_bytes: int | None = None,
 ) -> Tensor:
@@ -58,7 +58,7 @@ def entropy_projected(
         for start in range(0, len(hidden_ND), chunk):
             logits_CL = chunk_logits(hidden_ND[start : start + chunk], weight_LD, bias_L, softcap)
             all_C = torch.arange(len(logits_CL), device=logits_CL.device)
-            found.append(entropy_of_logits(logits_CL, positions_N=all_C, vocabulary_size=vocabulary_size))
+            found.append(entropy_of_logits(logits_CL, positions_N=all_C))
     return torch.cat(found) if found else hidden_ND.new_zeros(0, dtype=torch.float32)
 
 

@@ -5,6 +5,10 @@
 for any divergence D of `divergences.py`, after Hinton, Vinyals & Dean, 2015. A teacher whose tail is one bucket goes
 through `bucketed.py`, one that gives every token a share through `dense.py`.
 
+Columns beyond the vocabulary, to which output layers are often padded, belong to the student's softmax like any other, as
+in plain cross-entropy: whoever samples from it samples from them too. No token stands for them, so that the teacher gives each
+of them nothing (`padding.py`), and training takes away what mass they have.
+
 One buffer of the logits' size holds the gradient, formed in the forward pass; there is no dense teacher and no other
 [N, V] tensor: the work runs over blocks of positions that stay in a processor's cache.
 
@@ -42,9 +46,9 @@ def distillation_sums(
     """Sums over positions, in nats: (total, divergence, ce); gradients flow from `total` alone, into `logits_BSL`.
 
     `positions_N` are indices into [B · S], rising; `labels_N` the tokens that follow; `position_weight_N` (default: 1)
-    multiplies a position in all three sums, so that total = α · T² · divergence + (1 - α) · ce. Columns from
-    `vocabulary_size` on (a padded vocabulary) take no part and get a gradient of zero. Computes in float32, or float64
-    for float64 logits. Costs one buffer of the logits' size and type where a gradient is needed, else none.
+    multiplies a position in all three sums, so that total = α · T² · divergence + (1 - α) · ce. `vocabulary_size` is the
+    teacher's: columns from there on are padding, of which it has p = 0. Computes in float32, or float64 for float64 logits.
+    Costs one buffer of the logits' size and type where a gradient is needed, else none.
     `block_bytes` (default: 2 MiB a thread on a CPU, 128 MiB elsewhere) trades cache misses against calls; results differ
     by rounding at most.
     """
@@ -109,7 +113,7 @@ def run(
     ):
         divergence_N[block.part], ce_N[block.part] = loss(block)
         if gradient_RL is not None and batch.position_weight_N is not None:
-            block.values_CV.mul_(batch.position_weight_N[block.part, None])
+            block.values_CL.mul_(batch.position_weight_N[block.part, None])
         block.write_back()
     return divergence_N, ce_N
 
@@ -119,4 +123,3 @@ def _clear_unused(gradient_RL: Tensor, batch: Batch) -> None:
     unused_R = torch.ones(len(gradient_RL), dtype=torch.bool, device=gradient_RL.device)
     unused_R[batch.positions_N] = False
     gradient_RL.index_fill_(0, unused_R.nonzero()[:, 0], 0.0)
-    gradient_RL[:, batch.vocabulary_size :] = 0.0

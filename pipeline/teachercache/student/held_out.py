@@ -1,6 +1,7 @@
 """Evaluation on the held-out split of a cache.
 
-All metrics are over positions, and at temperature 1 whatever the training temperature is, so that runs compare.
+All metrics are over positions, and at temperature 1 whatever the training temperature is, so that runs compare. The student
+is measured as it would be sampled: over all columns of its logits, also those that no token has.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class HeldOutMeasure(Measure):
 
     def __init__(self, kind: TargetKind, *, tail: str, device: torch.device) -> None:
         config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail})
-        self._kind, self._vocabulary_size = kind, kind.vocabulary_size
+        self._kind = kind
         self._objective = DistillationObjective(config, kind=kind)
         self.columns = self._objective.columns
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
@@ -105,7 +106,7 @@ class HeldOutMeasure(Measure):
         """See `Measure`."""
         terms = self._objective(logits_BSL, labels_BS, targets)
         is_position_BS = labels_BS != NO_TARGET
-        choice_N = logits_BSL[..., : self._vocabulary_size].argmax(-1)[is_position_BS]
+        choice_N = logits_BSL.argmax(-1)[is_position_BS]
         correct = (choice_N == labels_BS[is_position_BS]).sum()
         agreeing = (choice_N == first_choices(self._kind, targets, xp=torch).to(choice_N)).sum()
         positions = torch.tensor(terms.positions, device=self.sums.device)
@@ -142,8 +143,7 @@ class AcrossMeasure(Measure):
 
     def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
         """See `Measure`."""
-        size = self._objective.vocabulary_size
-        choices = [logits_CL[:, :size].argmax(-1) for _, logits_CL in _blocks(hidden_ND, layer)]
+        choices = [logits_CL.argmax(-1) for _, logits_CL in _blocks(hidden_ND, layer)]
         terms = self._objective.projected(
             hidden_ND[None], layer[0], layer[1], labels_N[None], targets, softcap=layer[2]
         )
@@ -152,7 +152,7 @@ class AcrossMeasure(Measure):
     def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
         """See `Measure`."""
         is_position_BS = labels_BS != NO_TARGET
-        choice_N = logits_BSL[..., : self._objective.vocabulary_size].argmax(-1)[is_position_BS]
+        choice_N = logits_BSL.argmax(-1)[is_position_BS]
         self._add(self._objective(logits_BSL, labels_BS, targets), choice_N, labels_BS[is_position_BS], targets)
 
     def _add(self, terms: LossTerms, choice_N: Tensor, labels_N: Tensor, targets: dict[str, Tensor]) -> None:

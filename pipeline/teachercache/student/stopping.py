@@ -3,6 +3,9 @@
 A base model's own end token is seldom that of the rows which an instruct teacher made: <|end_of_text|> and <|eot_id|> of
 Llama 3, <|endoftext|> and <|im_end|> of Qwen 2.5, <eos> and <end_of_turn> of Gemma 3. A student that learned the one and is
 told to stop at the other never stops.
+
+Rows of an output layer beyond the vocabulary, which no token has, lose their mass in training (`objective.padding`); the
+export's generation_config.json forbids what is left of it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from teachercache.files import write_whole
 from teachercache.models import load_tokenizer
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
+from teachercache.tokens.fingerprint import vocabulary_size
 
 ROWS = 256  # of a cache of conversations, to see what ends their turns
 RARE = 0.02  # a window may end anywhere, also at a special token that ends no turn
@@ -31,6 +35,7 @@ class Ends:
 
     rows: tuple[int, ...]  # that ended texts, or turns of the assistant
     special: frozenset[int]  # all special tokens: an end token of a config must be one
+    tokens: int  # of the tokenizer's vocabulary
     begin: int | None
     padding: int | None
 
@@ -47,8 +52,9 @@ class Ends:
         pad = tokenizer.pad_token_id
         if not rows and tokenizer.eos_token_id is not None:
             rows = [tokenizer.eos_token_id]
+        pad = read.pad_id if pad is None else pad
         return cls(
-            tuple(dict.fromkeys(rows)), frozenset(special), tokenizer.bos_token_id, read.pad_id if pad is None else pad
+            tuple(dict.fromkeys(rows)), frozenset(special), vocabulary_size(tokenizer), tokenizer.bos_token_id, pad
         )
 
     def write(self, folder: Path) -> None:
@@ -60,6 +66,11 @@ class Ends:
         configs = {name: _read(folder / name) for name in ("config.json", "generation_config.json")}
         own = [index for values in configs.values() for index in _listed(values.get("eos_token_id"))]
         ends = list(dict.fromkeys([*(index for index in own if index in self.special), *self.rows]))
+        config, generation = configs.values()
+        columns = (config if "vocab_size" in config else config.get("text_config", {})).get("vocab_size", 0)
+        if columns > self.tokens:
+            no_tokens = {*_listed(generation.get("suppress_tokens")), *range(self.tokens, columns)}
+            generation["suppress_tokens"] = sorted(no_tokens)
         for name, values in configs.items():
             for each in (values, values.get("text_config")):  # that of a composite model
                 if isinstance(each, dict):

@@ -101,8 +101,10 @@ class OutputLayer:
         return error <= (1e-5 if self.matrix_VD.dtype in (torch.float32, torch.float64) else 1e-2)
 
 
-def layer_after_body(model: Any, *, vocabulary_size: int) -> OutputLayer | None:
-    """The output layer, if the model's logits are what it makes of the body's output."""
+def layer_after_body(model: Any, *, vocabulary_size: int | None = None) -> OutputLayer | None:
+    """The output layer, or as many of its rows, if the model's logits are what it makes of the body's output."""
+    if vocabulary_size is None:
+        vocabulary_size = len(getattr(model.get_output_embeddings(), "weight", ()))
     try:
         layer = OutputLayer.of(model, vocabulary_size=vocabulary_size)
     except ModelError:
@@ -126,7 +128,8 @@ def recorded_input(model: Any) -> Iterator[list[Tensor]]:
 
 
 def _probe(model: Any, vocabulary_size: int) -> Tensor:
-    return torch.linspace(0, vocabulary_size - 1, steps=min(16, vocabulary_size), device=model.device).long()[None]
+    known = min(vocabulary_size, len(getattr(model.get_input_embeddings(), "weight", range(vocabulary_size))))
+    return torch.linspace(0, known - 1, steps=min(16, known), device=model.device).long()[None]
 
 
 def _try(model: Any, vocabulary_size: int) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ class AcrossObjective:
                 "objective.across: chunk-likelihood weighs chunks by the teacher's mass on what may follow them, which this "
                 "cache does not keep; set boundaries: false, or precompute it with targets.boundary_mass: true"
             )
-        self._begins_V = torch.as_tensor(begins_V) if with_boundaries else None
+        self._begins_V = torch.as_tensor(begins_V, dtype=torch.bool) if with_boundaries else None
         self.columns = self._columns(with_boundaries)
 
     def _columns(self, with_boundaries: bool) -> tuple[str, ...]:
@@ -107,11 +107,11 @@ class AcrossObjective:
     ) -> LossTerms:
         """Loss sums of one batch; `targets` are what the collator made of the aligned rows, `weights` those of this
         step (default: of the first step)."""
-        self._check_width(logits_BSL.shape[-1])
+        self._fit(logits_BSL.shape[-1])
         positions_N, labels_N = labelled_positions(shift_labels_BS)
         logits_NL = logits_BSL.reshape(-1, logits_BSL.shape[-1])[positions_N]
         batch = self._batch(targets or {}, labels_N, weights or self._first)
-        return self._terms(across_sums_of_logits(logits_NL, batch, vocabulary_size=self.vocabulary_size), batch)
+        return self._terms(across_sums_of_logits(logits_NL, batch), batch)
 
     def projected(
         self,
@@ -125,14 +125,13 @@ class AcrossObjective:
         weights: Weights | None = None,
     ) -> LossTerms:
         """The same from what enters the student's output layer, and its weights: no logits of a whole batch are formed."""
-        self._check_width(len(weight_LD))
+        self._fit(len(weight_LD))
         positions_N, labels_N = labelled_positions(shift_labels_BS)
         sums = across_sums(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[positions_N],
             weight_LD,
             bias_L,
             batch := self._batch(targets or {}, labels_N, weights or self._first),
-            vocabulary_size=self.vocabulary_size,
             softcap=softcap,
         )
         return self._terms(sums, batch)
@@ -147,12 +146,16 @@ class AcrossObjective:
             sums.total, nothing, sums.ce, len(batch.labels_N), weighed=weighed, named=sums.named, counts=counts
         )
 
-    def _check_width(self, predicted: int) -> None:
+    def _fit(self, predicted: int) -> None:
+        """Take columns beyond the student's vocabulary into account, if it has such: no token of anybody's stands for them."""
         if predicted < self.vocabulary_size:
             raise ModelError(
                 f"the student predicts {predicted} tokens, but its tokenizer has {self.vocabulary_size}; make one whose "
                 "embeddings hold them (see `teachercache init-student --tokenizer`)"
             )
+        self._projection = self._projection.padded(predicted)
+        if self._begins_V is not None and len(self._begins_V) < predicted:
+            self._begins_V = torch.nn.functional.pad(self._begins_V, (0, predicted - len(self._begins_V)))
 
     def _batch(self, arrays: Mapping[str, Tensor], labels_N: Tensor, weights: Weights) -> Batch:
         chunks = Chunks.of(arrays, labels_N)

@@ -11,11 +11,12 @@ is measured:
 
 So both sides are conditioned on what both can emit in one step:  KL(P' / Σ P' ‖ Q / Σ_reachable Q).
 Where a cache gives the tail as one bucket, outcomes are the tokens that the head maps to, and one for all others that the
-teacher can emit. With equal vocabularies this is the KL of `objective.divergences`.
+teacher can emit. Columns beyond the student's vocabulary are nobody's tokens: they are compared, with a teacher that gives them
+nothing, and so pushed to zero. With equal vocabularies this is the KL of `objective.divergences`.
 
 A map between vocabularies: Minixhofer et al., "Zero-Shot Tokenizer Transfer", 2024, and NeMo-RL's cross-tokenizer projection.
 
-Shapes: P chunks of a block, V student's tokens, U teacher's tokens, k tokens of the head.
+Shapes: P chunks of a block, V student's tokens and columns of padding, U teacher's tokens, k tokens of the head.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ from teachercache.targets.softened import Softened
 
 
 class VocabularyProjection:
-    """`first_U`: the student's token for each of the teacher's, -1 for none; `emitted_V`: whether one maps to it."""
+    """`first_U`: the student's token for each of the teacher's, -1 for none; `emitted_V`: whether one maps to it. Columns from
+    `tokens` on (default: none) are padding."""
 
-    def __init__(self, first_U: Tensor, emitted_V: Tensor) -> None:
+    def __init__(self, first_U: Tensor, emitted_V: Tensor, *, tokens: int | None = None) -> None:
         self.first_U, self.emitted_V = first_U.long(), emitted_V
+        self.tokens = len(emitted_V) if tokens is None else tokens
+        self.compared_V = emitted_V.clone()  # and padding, of which the teacher emits nothing
+        self.compared_V[self.tokens :] = True
         # Most of the student's tokens have one token of the teacher's: those are gathered, only the others are added.
         vocabulary = len(emitted_V)
         mapped_U = self.first_U >= 0
@@ -46,7 +51,14 @@ class VocabularyProjection:
 
     def to(self, device: torch.device) -> VocabularyProjection:
         """On a device."""
-        return VocabularyProjection(self.first_U.to(device), self.emitted_V.to(device))
+        return VocabularyProjection(self.first_U.to(device), self.emitted_V.to(device), tokens=self.tokens)
+
+    def padded(self, columns: int) -> VocabularyProjection:
+        """With so many columns in all, itself where it has them."""
+        if columns == len(self.emitted_V):
+            return self
+        emitted_V = torch.nn.functional.pad(self.emitted_V[: self.tokens], (0, columns - self.tokens))
+        return VocabularyProjection(self.first_U, emitted_V, tokens=self.tokens)
 
     def __call__(self, probability_PU: Tensor) -> Tensor:
         """The mass of the teacher's tokens on the student's, [P, V]; unmapped mass is missing."""
@@ -75,7 +87,7 @@ class ProjectedKL:
             target_PV = projection(teacher.dense().to(scaled_PV).exp_())
             mapped_P1 = target_PV.sum(-1, keepdim=True)
             target_PV /= mapped_P1.clamp_min(torch.finfo(target_PV.dtype).tiny)
-        values_P, unreachable_P = conditioned_kl(scaled_PV, target_PV, projection.emitted_V)
+        values_P, unreachable_P = conditioned_kl(scaled_PV, target_PV, projection.compared_V)
         return values_P, {"unmapped": (1 - mapped_P1)[:, 0].clamp_min(0), "unreachable": unreachable_P}
 
     def _on(self, device: torch.device) -> VocabularyProjection:
@@ -87,7 +99,7 @@ class ProjectedKL:
         those nothing."""
         projection = self._projection
         log_sum_P1 = scaled_PV.logsumexp(-1, keepdim=True)
-        of_emitted_P1 = scaled_PV.masked_fill(~projection.emitted_V, -torch.inf).logsumexp(-1, keepdim=True)
+        of_compared_P1 = scaled_PV.masked_fill(~projection.compared_V, -torch.inf).logsumexp(-1, keepdim=True)
         with torch.no_grad():
             ids_Pk, joined_Pk = _joined(
                 projection.first_U[teacher.head_ids_Nk], teacher.head_log_prob_Nk.to(scaled_PV).exp()
@@ -96,11 +108,12 @@ class ProjectedKL:
             mapped_P1 = (1 - unmapped_P)[:, None].clamp_min(torch.finfo(joined_Pk.dtype).tiny)
             target_Pk = joined_Pk * (ids_Pk >= 0) / mapped_P1
             bucket_P = teacher.tail_log_prob_N.to(scaled_PV).exp() / mapped_P1[:, 0]
-            unreachable_P = (1 - (of_emitted_P1 - log_sum_P1).exp())[:, 0].clamp_min(0)
-        log_student_Pk = scaled_PV.gather(1, ids_Pk.clamp_min(0)) - of_emitted_P1
+            unreachable_P = (1 - (of_compared_P1 - log_sum_P1).exp())[:, 0].clamp_min(0)
+        log_student_Pk = scaled_PV.gather(1, ids_Pk.clamp_min(0)) - of_compared_P1
         values_P = torch.xlogy(target_Pk, target_Pk).sum(-1) - (target_Pk * log_student_Pk).sum(-1)
-        of_head_P = log_student_Pk.masked_fill((ids_Pk < 0) | _repeated(ids_Pk), -torch.inf).logsumexp(-1)
-        rest_P = torch.log1p(-of_head_P.exp().clamp(max=1 - 1e-7))
+        of_head_Pk = log_student_Pk.masked_fill((ids_Pk < 0) | _repeated(ids_Pk), -torch.inf)
+        outside_bucket = [of_head_Pk, scaled_PV[:, projection.tokens :] - of_compared_P1]
+        rest_P = torch.log1p(-torch.cat(outside_bucket, -1).logsumexp(-1).exp().clamp(max=1 - 1e-7))
         values_P = values_P + torch.xlogy(bucket_P, bucket_P) - bucket_P * rest_P
         return values_P, {"unmapped": unmapped_P, "unreachable": unreachable_P}
 

@@ -4,8 +4,8 @@ As `objective.projected` does, gradients are formed in the forward pass, a block
 made of several positions, which may lie in several blocks: where a term needs them, log-likelihoods are formed first, the
 term's slope in each of them follows, and then the gradients, so that the output projection runs once more.
 
-Shapes: N positions, C of them in a block, P chunks that begin in a block, M chunks, D width, L rows of the output matrix, the
-first V of which are the vocabulary.
+Shapes: N positions, C of them in a block, P chunks that begin in a block, M chunks, D width, V rows of the output matrix: the
+student's vocabulary, and padding beyond it, which is a part of its softmax.
 """
 
 from __future__ import annotations
@@ -60,11 +60,10 @@ class Sums:
 
 def across_sums(
     hidden_ND: Tensor,
-    weight_LD: Tensor,
-    bias_L: Tensor | None,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
     batch: Batch,
     *,
-    vocabulary_size: int,
     softcap: float | None = None,
     chunk_bytes: int | None = None,
 ) -> Sums:
@@ -73,10 +72,10 @@ def across_sums(
     Gradients flow from `total` alone, into hidden states, weight and bias. Under autocast the matmuls run in its type.
     """
     device = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_LD.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     with torch.autocast(device, enabled=False):
-        operands = (hidden_ND.to(dtype), weight_LD.to(dtype), None if bias_L is None else bias_L.to(dtype))
-        layer = _Layer(vocabulary_size, softcap, chunk_rows(weight_LD, chunk_bytes))
+        operands = (hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
+        layer = _Layer(softcap, chunk_rows(weight_VD, chunk_bytes))
         if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
             total, ce, *named = _Across.apply(*operands, batch, layer)  # type: ignore[no-untyped-call]
             return Sums(total, ce, dict(zip(batch.names, named, strict=True)))
@@ -84,10 +83,12 @@ def across_sums(
             return _joined([layer.block(operands, part, batch) for part in layer.parts(operands)], batch)
 
 
-def across_sums_of_logits(logits_NL: Tensor, batch: Batch, *, vocabulary_size: int) -> Sums:
+def across_sums_of_logits(logits_NV: Tensor, batch: Batch) -> Sums:
     """The same from the logits of all positions, for students whose output layer does more than project."""
-    with torch.autocast(logits_NL.device.type, enabled=False):
-        block = _block(_float(logits_NL)[:, :vocabulary_size], slice(0, len(logits_NL)), batch)
+    with torch.autocast(logits_NV.device.type, enabled=False):
+        # Some models write -inf where there is no token, which the teacher gives 0, and 0 · inf is no number.
+        finite_NV = _float(logits_NV).clamp_min(torch.finfo(torch.float32).min)
+        block = _block(finite_NV, slice(0, len(logits_NV)), batch)
         return _joined([block], batch)
 
 
@@ -150,15 +151,14 @@ def _of_chunks(ce_N: Tensor, boundary_N: Tensor | None, batch: Batch) -> list[Te
     return [term.values(log_prob_M, boundary_M, chunks).sum() for term in batch.chunk_terms]
 
 
-def _float(logits_CL: Tensor) -> Tensor:
-    return logits_CL if logits_CL.dtype == torch.float64 else logits_CL.float()
+def _float(logits_CV: Tensor) -> Tensor:
+    return logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
 
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """The output layer, but for its weights."""
 
-    vocabulary_size: int
     softcap: float | None
     rows: int  # positions of a block
 
@@ -168,13 +168,13 @@ class _Layer:
         return (slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows))
 
     def projected(self, operands: Operands, part: slice) -> Tensor:
-        """Logits before the soft cap, [C, L]."""
-        hidden_ND, weight_LD, bias_L = operands
-        return chunk_logits(hidden_ND[part], weight_LD, bias_L, None)
+        """Logits before the soft cap, [C, V]."""
+        hidden_ND, weight_VD, bias_V = operands
+        return chunk_logits(hidden_ND[part], weight_VD, bias_V, None)
 
-    def capped(self, projected_CL: Tensor) -> Tensor:
-        """Logits of the vocabulary, [C, V], float32."""
-        logits_CV = _float(projected_CL)[:, : self.vocabulary_size]
+    def capped(self, projected_CV: Tensor) -> Tensor:
+        """Logits, [C, V], float32."""
+        logits_CV = _float(projected_CV)
         return logits_CV if self.softcap is None else self.softcap * torch.tanh(logits_CV / self.softcap)
 
     def block(self, operands: Operands, part: slice, batch: Batch, *, pair_terms: bool = True) -> _Block:
@@ -185,22 +185,22 @@ class _Layer:
 class _Across(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_LD: Tensor, bias_L: Tensor | None, batch: Batch, layer: _Layer
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, layer: _Layer
     ) -> tuple[Tensor, ...]:
-        operands = (hidden_ND, weight_LD, bias_L)
+        operands = (hidden_ND, weight_VD, bias_V)
         wanted = ctx.needs_input_grad
         gradients = (
             torch.empty_like(hidden_ND) if wanted[0] else None,
-            torch.zeros(weight_LD.shape, dtype=summed(weight_LD), device=weight_LD.device) if wanted[1] else None,
-            torch.zeros(len(weight_LD), dtype=summed(weight_LD), device=weight_LD.device) if wanted[2] else None,
+            torch.zeros(weight_VD.shape, dtype=summed(weight_VD), device=weight_VD.device) if wanted[1] else None,
+            torch.zeros(len(weight_VD), dtype=summed(weight_VD), device=weight_VD.device) if wanted[2] else None,
         )
         slopes = _chunk_slopes(operands, batch, layer)
         blocks = []
         for part in layer.parts(operands):
-            block, gradient_CL = _with_gradient(operands, part, batch, layer, slopes)
-            carry_on(gradient_CL, hidden_ND[part], weight_LD, part, gradients)
+            block, gradient_CV = _with_gradient(operands, part, batch, layer, slopes)
+            carry_on(gradient_CV, hidden_ND[part], weight_VD, part, gradients)
             blocks.append(block)
-        ctx.gradients, ctx.dtype = gradients, weight_LD.dtype
+        ctx.gradients, ctx.dtype = gradients, weight_VD.dtype
         sums = _joined(blocks, batch)
         values = (sums.total, sums.ce, *(sums.named[name] for name in batch.names))
         ctx.mark_non_differentiable(*values[1:])
@@ -239,10 +239,10 @@ def _chunk_slopes(operands: Operands, batch: Batch, layer: _Layer) -> tuple[Tens
 def _with_gradient(
     operands: Operands, part: slice, batch: Batch, layer: _Layer, slopes: tuple[Tensor, Tensor | None] | None
 ) -> tuple[_Block, Tensor]:
-    """A block, and the gradient of its logits before the soft cap, [C, L]."""
-    projected_CL = layer.projected(operands, part).requires_grad_()
+    """A block, and the gradient of its logits before the soft cap, [C, V]."""
+    projected_CV = layer.projected(operands, part).requires_grad_()
     with torch.enable_grad():
-        block = _block(layer.capped(projected_CL), part, batch)
+        block = _block(layer.capped(projected_CV), part, batch)
         loss = (1 - batch.alpha) * block.ce_C.sum()
         for term, (values_P, _) in zip(batch.pair_terms, block.pairs, strict=True):
             loss = loss + batch.alpha * term.weight * values_P.sum()
@@ -251,5 +251,5 @@ def _with_gradient(
             loss = loss + (slope_ce_N[part] * block.ce_C).sum()
             if block.boundary_C is not None and slope_boundary_N is not None:
                 loss = loss + (slope_boundary_N[part] * block.boundary_C).sum()
-    (gradient_CL,) = torch.autograd.grad(loss, projected_CL)
-    return block.detached(), gradient_CL
+    (gradient_CV,) = torch.autograd.grad(loss, projected_CV)
+    return block.detached(), gradient_CV

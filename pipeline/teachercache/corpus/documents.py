@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from teachercache.config import CorpusConfig
+from teachercache.tokens.rows import is_held_out
 
 EXCERPT_CHARACTERS = 500
 
@@ -65,15 +66,6 @@ def documents(rows: Iterable[dict[str, Any]], config: CorpusConfig) -> Iterator[
         else:
             repeats[key] = repeats.get(key, 0) + 1
             yield dataclasses.replace(document, occurrence=repeats[key])
-
-
-def is_held_out(source_id: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a pure function of its content hash.
-
-    It is decided for whole documents, so all windows of a document and all its repetitions land on one side, in every
-    cache that anybody makes of it, and a larger fraction holds out a superset of a smaller one.
-    """
-    return int(source_id[-16:], 16) < fraction * 2**64
 
 
 def content_id(content: str) -> str:

@@ -49,6 +49,7 @@ class _Teacher(_Claim):
 
 class _Corpus(_Claim):
     source: str
+    held_out: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class _Model(_Claim):

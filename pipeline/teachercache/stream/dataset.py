@@ -13,6 +13,7 @@ from teachercache.shards.reader import Split
 from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.joined import JoinedRow
 from teachercache.stream.teachers import FurtherCache, TaughtRow
+from teachercache.stream.withheld import Trained
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class CacheDataset(Dataset[Rows]):
 
     With `sidecars`, one a cache, rows are joined to a student's tokens. With `further` teachers rows are `TaughtRow`s, which
     hold what each of them has of the row, by `further_columns`. Rows of several caches are numbered one cache after the
-    other. Picklable: a loading process opens shards, and checks
+    other; of the train split, `trained` ones among themselves. Picklable: a loading process opens shards, and checks
     their bytes, for itself.
     """
 
@@ -41,13 +42,18 @@ class CacheDataset(Dataset[Rows]):
         sidecars: Sequence[Sidecar] = (),
         further: Sequence[FurtherCache] = (),
         further_columns: Sequence[tuple[str, ...]] = (),
+        trained: Trained | None = None,
     ) -> None:
         self.caches = tuple(caches)
         self.sidecars = tuple(sidecars)
         self.split = split
         self.columns = tuple(columns)
         self.further = tuple(zip(further, further_columns, strict=True))
-        self._ends = np.cumsum([cache.rows_of(split) for cache in caches])
+        rows = trained.rows if trained is not None and split == "train" else (None,) * len(self.caches)
+        self._rows = rows  # of each cache, those that there are; None: all
+        self._ends = np.cumsum(
+            [cache.rows_of(split) if kept is None else len(kept) for cache, kept in zip(caches, rows, strict=True)]
+        )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -59,15 +65,16 @@ class CacheDataset(Dataset[Rows]):
         """A micro-batch; torch's loaders call this. Its rows are of one cache; none at all count as the first one's."""
         source = int(np.searchsorted(self._ends, indices[0], side="right")) if len(indices) else 0
         cache, columns = self.caches[source], self.columns[source]
-        start = int(self._ends[source]) - cache.rows_of(self.split)
+        start, kept = int(self._ends[source - 1]) if source else 0, self._rows[source]
         # In the order of the file, so that a record batch is decompressed once for all of its rows.
         packed = cache.manifest.layout == "packed"  # else nobody asks for segments, and for the text in them
         read: dict[int, StoredRow | JoinedRow] = {}
         for index in sorted(indices):
-            stored = cache.read_row(self.split, index - start, columns=columns, segments=packed)
-            read[index] = self._joined(source, index - start, stored, packed) if self.sidecars else stored
+            number = index - start if kept is None else int(kept[index - start])
+            stored = cache.read_row(self.split, number, columns=columns, segments=packed)
+            read[index] = self._joined(source, number, stored, packed) if self.sidecars else stored
             if self.further:
-                read[index] = self._taught(source, index - start, stored)
+                read[index] = self._taught(source, number, stored)
         return Rows(source, [read[index] for index in indices])
 
     def _joined(self, source: int, index: int, stored: StoredRow, packed: bool) -> JoinedRow:

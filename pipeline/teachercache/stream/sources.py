@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teachercache.errors import CacheError
 from teachercache.shards import Cache
 from teachercache.shards.writer import BATCH_BYTES
 from teachercache.stream.mixture import Mixture
 from teachercache.stream.windows import WINDOW, RowOrder
+from teachercache.stream.withheld import Trained
 
 MOST_BLOCKS = 2**18  # of a window
 TOKEN_BYTES = 10  # of a token's id, mask and text, decompressed
@@ -27,9 +29,14 @@ class Mixed:
     share: float | None = None
 
 
-def train_order(cache: Cache, mix: Sequence[Mixed] = (), *, seed: int, window: int = WINDOW) -> Mixture:
-    """The order of the train rows of a run. Raises `RecipeError` for impossible shares."""
-    orders = [_row_order(each, seed=seed, window=window) for each in (cache, *(mixed.cache for mixed in mix))]
+def train_order(
+    cache: Cache, mix: Sequence[Mixed] = (), *, seed: int, window: int = WINDOW, trained: Trained | None = None
+) -> Mixture:
+    """The order of the train rows of a run, by default of all that its caches have, else of `trained` ones (numbered among
+    themselves, as a `CacheDataset` numbers them). Raises `RecipeError` for impossible shares."""
+    caches = [cache, *(mixed.cache for mixed in mix)]
+    counts = [(trained or Trained(())).of_shards(number, each) for number, each in enumerate(caches)]
+    orders = [_row_order(each, rows, seed=seed, window=window) for each, rows in zip(caches, counts, strict=True)]
     return Mixture.of(orders, shares=[mixed.share for mixed in mix])
 
 
@@ -56,7 +63,7 @@ def windows_bytes(caches: Sequence[Cache], *, window: int) -> int:
     return sum(sum(sorted(shard.bytes for shard in cache.manifest.shards)[-2 * window :]) for cache in remote)
 
 
-def _row_order(cache: Cache, *, seed: int, window: int) -> RowOrder:
+def _row_order(cache: Cache, rows_S: NDArray[np.int64], *, seed: int, window: int) -> RowOrder:
     shards = cache.manifest.shards
     # What a record batch has of targets, or of ids and text where few tokens have targets (`shards.writer`). The number of
     # blocks stays bounded whatever a manifest says.
@@ -64,7 +71,7 @@ def _row_order(cache: Cache, *, seed: int, window: int) -> RowOrder:
     blocks = [min(max(1, load), max(1, MOST_BLOCKS // window)) for load in loads]
     held = [shard.bytes + TRAINED_TOKEN_BYTES * shard.tokens for shard in shards]
     return RowOrder(
-        np.array([shard.rows - shard.held_out_rows for shard in shards], dtype=np.int64),
+        rows_S,
         block_rows=[math.ceil(max(1, shard.rows) / count) for shard, count in zip(shards, blocks, strict=True)],
         block_bytes=[math.ceil(max(1, size) / count) for size, count in zip(held, blocks, strict=True)],
         fingerprint=cache.manifest.fingerprint,

@@ -17,6 +17,7 @@ from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.batches import spread
 from teachercache.stream.collate import Collator, MixedCollator
 from teachercache.stream.dataset import CacheDataset, Rows
+from teachercache.stream.withheld import Trained
 from teachercache.student.preemption import heed_parent_alone
 from teachercache.student.teachers import Teachers
 
@@ -32,11 +33,14 @@ class Reading:
     teachers: Teachers | None
     objective: ObjectiveConfig
     args: TrainingArguments
+    trained: Trained | None = None
 
     def dataset(self, split: Split, columns: Columns) -> CacheDataset:
         """The rows of a split."""
         further = {} if self.teachers is None else self.teachers.read(split, self.objective)
-        return CacheDataset(self.caches, split, columns=columns, sidecars=self.sidecars, **further)
+        return CacheDataset(
+            self.caches, split, columns=columns, sidecars=self.sidecars, trained=self.trained, **further
+        )
 
     def collator(self, split: Split, columns: Columns, *, pack: bool = False) -> MixedCollator:
         """Rows of it to tensors."""

@@ -57,6 +57,7 @@ class RunIdentity:
     alignments: tuple[str, ...] = ()  # fingerprints of those that the rows are joined by
     teachers: dict[str, Any] | None = None  # as `Teachers.identity` says
     order: int = ORDER
+    held_out: float | None = None  # the largest share that any cache holds out, where rows of others are left out by it
 
     def decisive(self) -> dict[str, Any]:
         """What decides what is learned: two runs that are equal in it are one run."""
@@ -78,6 +79,8 @@ class RunIdentity:
         if self.recipe.teachers is not None and self.recipe.teachers.weights == "validation-student":
             # Its weights follow evaluations.
             decisive["train"] = {**train, "evaluate_every": recipe["train"]["evaluate_every"]}
+        if self.held_out is not None:
+            decisive["held_out"] = self.held_out
         if self.alignments:
             decisive["alignments"] = list(self.alignments)
         return {**decisive, "cache": self.cache_fingerprint, "deepspeed": self.deepspeed}
@@ -99,6 +102,7 @@ class RunIdentity:
             "alignments": list(self.alignments),
             "teachers": self.teachers,
             "order": self.order,
+            "held_out": self.held_out,
             "student_weights": self.student_weights,
             "deepspeed": self.deepspeed,
             "recipe": recipe,
@@ -117,6 +121,7 @@ class RunIdentity:
             alignments=tuple(data.get("alignments", ())),
             teachers=data.get("teachers"),
             order=data.get("order", 1),
+            held_out=data.get("held_out"),
         )
 
 

@@ -24,6 +24,7 @@ from teachercache.stream.batches import BatchPlan, Plan
 from teachercache.stream.beginnings import warnings_of
 from teachercache.stream.phases import PhasedPlan
 from teachercache.stream.sources import Mixed, check_mix, train_order, windows_bytes
+from teachercache.stream.withheld import trained_rows
 from teachercache.student.checkpoints import (
     MARKER,
     Checkpoint,
@@ -90,6 +91,12 @@ def _opened(recipe: Recipe) -> list[Cache]:
     return [Cache.open(each, local=stream.local, local_bytes=stream.local_bytes) for each in locations]
 
 
+def _opened_teachers(recipe: Recipe) -> list[Cache]:
+    stream, teachers = recipe.stream, recipe.teachers
+    further = teachers.caches if teachers is not None else ()
+    return [Cache.open(each.cache, local=stream.local, local_bytes=stream.local_bytes) for each in further]
+
+
 class _Job:
     """One call of `run_training` in one process."""
 
@@ -106,8 +113,9 @@ class _Job:
         self.folder = RunFolder(self.config.output)
         self.mix = mix
         self.sidecars = sidecars_of(self.student, self._caches)
+        self.trained = trained_rows(self._caches, _opened_teachers(recipe))
         base = BatchPlan(
-            order=train_order(cache, mix, seed=self.config.seed, window=recipe.stream.window),
+            order=train_order(cache, mix, seed=self.config.seed, window=recipe.stream.window, trained=self.trained),
             global_batch=self.config.global_batch,
             micro_batch=self.config.micro_batch,
             world_size=process.world_size,
@@ -134,6 +142,7 @@ class _Job:
             teachers=self.teachers.identity() if self.teachers else None,
             student_weights=initial_weights(self.student),
             deepspeed=own_deepspeed_settings(self.config),
+            held_out=self.trained.share,
         )
         self.folder.check_identity(identity)
         summary = self.folder.summary()
@@ -169,7 +178,7 @@ class _Job:
             )
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
-        for line in (*warnings_of([*self._caches, *further], self.sidecars), *self._teacher_lines):
+        for line in (*warnings_of([*self._caches, *further], self.sidecars), *self.trained.lines, *self._teacher_lines):
             self._say(line)
         try:
             return self._run_trainer(model, identity)
@@ -239,6 +248,7 @@ class _Job:
             objective=self.recipe.objective,
             mix=self.mix,
             plan=self.plan,
+            trained=self.trained,
             course=self.course,
             sidecars=self.sidecars,
             teachers=self.teachers,

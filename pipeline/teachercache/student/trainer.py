@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
-from teachercache.errors import JobFailed
+from teachercache.errors import JobFailed, RecipeError
 from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.objective.across import AcrossObjective
 from teachercache.objective.course import Course
@@ -36,6 +36,7 @@ from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.batches import BatchPlan, Plan, PlanSampler
 from teachercache.stream.dataset import Rows
 from teachercache.stream.sources import Mixed, check_mix, train_order
+from teachercache.stream.withheld import Trained, trained_rows
 from teachercache.student.batch_loss import BatchLoss
 from teachercache.student.cadence import Cadence
 from teachercache.student.checkpoints import Checkpoint, checkpoint_folder, mark_complete, rotate, whole_checkpoint
@@ -70,6 +71,8 @@ class DistillationTrainer(Trainer):
     `args.max_steps`, else `args.num_train_epochs`, ends the run. The latest `keep_checkpoints` checkpoints are kept and
     the best one besides: leave `args.save_total_limit` alone. `pack` puts short rows of a micro-batch into one sequence
     (isolated, by students that keep them apart), which changes the time of a step, not its loss.
+    Documents that any of the caches holds out train in none: `trained` says which rows are left (default: as
+    `stream.withheld.trained_rows` finds them), and a `plan` of one's own is made of these (`train_order(…, trained=…)`).
     `mix` adds further caches of the same tokenizer, whatever their kinds of targets; a micro-batch is of one cache.
     `course` says what the objective is at each step, by default what `objective` says; what `adaptive` holds is saved with
     checkpoints.
@@ -90,6 +93,7 @@ class DistillationTrainer(Trainer):
         objective: ObjectiveConfig,
         mix: Sequence[Mixed] = (),
         plan: Plan | None = None,
+        trained: Trained | None = None,
         course: Course | None = None,
         sidecars: Sequence[Sidecar] = (),
         teachers: Teachers | None = None,
@@ -104,8 +108,9 @@ class DistillationTrainer(Trainer):
         self.fit = Fit(self.caches, self.sidecars, pack=pack)
         self.fit.check(model)
         self.teachers = teachers
-        self.reading = Reading(self.caches, self.sidecars, teachers, objective, args)
-        self.plan = plan or _plan_of(args, cache, mix)
+        self.trained = trained or _trained(self.caches, teachers, plan)
+        self.reading = Reading(self.caches, self.sidecars, teachers, objective, args, self.trained)
+        self.plan = plan or _plan_of(args, cache, mix, self.trained)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
         self.routing = routing_of(model, objective.routing, args)
@@ -323,10 +328,22 @@ class DistillationTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
 
-def _plan_of(args: TrainingArguments, cache: Cache, mix: Sequence[Mixed]) -> BatchPlan:
+def _trained(caches: Sequence[Cache], teachers: Teachers | None, plan: Plan | None) -> Trained:
+    found = trained_rows(caches, [each.cache for each in teachers.further] if teachers else [])
+    if plan is not None and found.lines:
+        raise RecipeError(
+            f"{found.lines[0]}; the plan was made of all rows: make it with train_order(…, trained=trained_rows(…)), and give "
+            "`trained` too"
+        )
+    for line in found.lines:
+        logger.warning("%s", line)
+    return found
+
+
+def _plan_of(args: TrainingArguments, cache: Cache, mix: Sequence[Mixed], trained: Trained) -> BatchPlan:
     micro_batch = args.per_device_train_batch_size
     return BatchPlan(
-        order=train_order(cache, mix, seed=args.seed),
+        order=train_order(cache, mix, seed=args.seed, trained=trained),
         global_batch=micro_batch * args.gradient_accumulation_steps * args.world_size,
         micro_batch=micro_batch,
         world_size=args.world_size,

@@ -80,6 +80,15 @@ class TokenRow:
         return np.cumsum(starts)
 
 
+def is_held_out(source_id: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out split: a pure function of its content hash.
+
+    It is decided for whole documents, so all windows of a document and all its repetitions land on one side, in every
+    cache that anybody makes of it, and a larger fraction holds out a superset of a smaller one.
+    """
+    return int(source_id[-16:], 16) < fraction * 2**64
+
+
 def row_id(segments: Sequence[Segment], *, repeat: int = 0) -> str:
     """The content hash that names a row: blake2b-128 over (source_id, byte span, occurrence) of its segments, in order.
 

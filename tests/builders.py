@@ -215,6 +215,12 @@ def build_cache(recipe: Recipe, *, units: int | None = None) -> Path:
     return recipe.cache
 
 
+def part(cache: Path, number: int, *, group: str = "shards") -> Path:
+    """The file of a shard in a cache's folder, by its number and column group."""
+    [found] = (cache / group).glob(f"part-{number:05d}-*.arrow")
+    return found
+
+
 def tiny_cache(folder: Path, *, teacher: Path | None = None, texts: list[str] | None = None, **sections: Any) -> Path:
     """A finished cache at `folder/cache`; see `tiny_recipe` for the arguments."""
     return build_cache(tiny_recipe(folder, teacher=teacher, texts=texts, **sections))

@@ -17,7 +17,7 @@ from teachercache.config import load_recipe
 from teachercache.console import run_command
 from teachercache.errors import RecipeError
 
-from builders import sentences, tiny_cache, tiny_recipe, tiny_teacher
+from builders import part, sentences, tiny_cache, tiny_recipe, tiny_teacher
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,8 +48,8 @@ def assert_one_readable_line(done: subprocess.CompletedProcess, *parts: str, sta
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    for part in parts:
-        assert part in line
+    for each in parts:
+        assert each in line
 
 
 def test_help_answers_at_once():
@@ -101,7 +101,7 @@ def test_verify_exits_with_1_when_a_cache_is_not_whole(cache, tmp_path):
     import shutil
 
     broken = Path(shutil.copytree(cache, tmp_path / "broken"))
-    (broken / "shards" / "part-00000.arrow").unlink()
+    part(broken, 0).unlink()
     done = run("verify", broken, "--json")
     assert done.returncode == 1
     [problem] = json.loads(done.stdout)["errors"]

@@ -189,7 +189,13 @@ def weights_identity(model: str, *, revision: str | None, commit: str | None) ->
     for file in [*files, *([folder / "config.json"] if not source.gguf_file else [])]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"revision": None, "weights_sha256": digest.hexdigest()}
+    return {"revision": None, "weights_sha256": digest.hexdigest(), **_code_identity(folder)}
+
+
+def _code_identity(folder: Path) -> dict[str, str]:
+    """The sha256 over a local model's own Python files, in the order of their names, where there are any."""
+    files = sorted(folder.glob("*.py"))
+    return {"code_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()} if files else {}
 
 
 @contextmanager

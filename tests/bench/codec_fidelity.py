@@ -36,7 +36,9 @@ from teachercache.evaluation.fidelity import TEMPERATURES, Comparison, dense_pol
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.precompute.staging import salted_hash
 from teachercache.shards.decompressed import Decompressed
-from teachercache.shards.manifest import hash_file
+from teachercache.shards.digests import hash_file
+from teachercache.shards.entries import ROWS_GROUP
+from teachercache.shards.groups import Group
 from teachercache.shards.schema import ROW_COLUMNS
 from teachercache.shards.shard import Shard
 from teachercache.shards.shard_set import KEPT_BYTES
@@ -124,9 +126,7 @@ class Bench:
     def _stored(self, kind: TargetKind, captured: list[Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            info, column_bytes = write_shard(
-                folder, "part.arrow", rows=self.rows, payload=captured, columns=kind.columns, fingerprint="bench"
-            )
+            info, column_bytes = write_shard(folder, 0, rows=self.rows, payload=captured, groups=_groups(kind))
             columns = {name: size for name, size in column_bytes.items() if name not in ROW_COLUMNS}
             each = {name: round(size / info.positions, 2) for name, size in columns.items()}
             rate = self._decode_rate(kind, captured, folder)
@@ -135,17 +135,19 @@ class Bench:
     def _decode_rate(self, kind: TargetKind, captured: list[Any], folder: Path) -> float:
         """Of a shard as large as shards are: the rows `COPIES` times."""
         rows, payload = self.rows * COPIES, captured * COPIES
-        info, _ = write_shard(
-            folder, "many.arrow", rows=rows, payload=payload, columns=kind.columns, fingerprint="bench"
-        )
+        info, _ = write_shard(folder, 1, rows=rows, payload=payload, groups=_groups(kind))
         names = [column.name for column in kind.columns]
         start = time.process_time()
         hash_file(folder / info.file)
-        file = pa.memory_map(str(folder / info.file))
-        shard, recent = (
-            Shard(file, info, fingerprint="bench", payload=kind, vocabulary_size=kind.vocabulary_size, longest=LENGTH),
-            Decompressed(KEPT_BYTES),
+        shard = Shard(
+            info,
+            lambda file: pa.memory_map(str(folder / file.file)),
+            groups=_groups(kind),
+            payload=kind,
+            vocabulary_size=kind.vocabulary_size,
+            longest=LENGTH,
         )
+        recent = Decompressed(KEPT_BYTES)
         for index in range(info.rows):
             kind.decoded(shard.read_row(index, names, recent).targets)
         return info.positions / (time.process_time() - start)
@@ -190,6 +192,10 @@ class Bench:
                 errors.append(np.abs(-head_N - exact_N))  # the largest logit is 0: its log-probability is -log Z
         every = np.concatenate(errors)
         return {"p99": float(np.quantile(every, 0.99)), "max": float(every.max())}
+
+
+def _groups(kind: TargetKind) -> tuple[Group, ...]:
+    return (Group(folder=ROWS_GROUP, columns=kind.columns, settings="bench"),)
 
 
 def _rows(tokenizer: Any, *, length: int = LENGTH) -> list[TokenRow]:

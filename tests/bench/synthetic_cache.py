@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 
 from teachercache import __version__
 from teachercache.config import HeadSketchConfig
-from teachercache.shards.manifest import Audit, Manifest, commit_manifest, file_info, fingerprint_of
+from teachercache.shards.digests import fingerprint_of, hash_file
+from teachercache.shards.entries import ShardTable, file_info
+from teachercache.shards.groups import groups_of, layout_of, target_digests
+from teachercache.shards.manifest import Audit, Manifest, cache_fingerprint, commit_manifest
 from teachercache.shards.writer import write_shard
-from teachercache.targets import TargetKind, target_kind
+from teachercache.targets import StoredTargets, TargetKind, target_kind
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.tail import NODES
 from teachercache.tokens.rows import Segment, TokenRow, row_id
@@ -113,42 +116,46 @@ def _basis(generator: np.random.Generator, *, k: int, rank: int) -> SketchBasis:
 
 
 def _write(folder: Path, kind: TargetKind, *, count: int, length: int, payload: Any, basis: Path | None = None) -> None:
-    job = {
-        "teacher": {"model": "none"},
+    settings = {
+        "teacher": {"dtype": "float32"},
         "tokenizer": {"fingerprint": "none", "vocabulary_size": V, "pad_id": 0, "eos_id": 0},
-        "corpus": {"source": "synthetic", "rows": count},
         "sequence": {"layout": "documents", "length": length},
-        "targets": {"logits": kind.settings()},
-        "units": {"rows": ROWS_PER_SHARD},
     }
-    fingerprint = fingerprint_of(job)
-    name = None if basis is None else basis.relative_to(folder).as_posix()
+    fingerprint = fingerprint_of(settings)
+    targets, corpus, units = (
+        {"logits": kind.settings()},
+        {"source": "synthetic", "rows": count},
+        {"rows": ROWS_PER_SHARD},
+    )
+    read_by = {} if basis is None else {"basis": basis.relative_to(folder).as_posix()}
+    digests = target_digests(targets, {role: hash_file(folder / name) for role, name in read_by.items()})
+    stored = StoredTargets(kind)
+    layout = layout_of(stored)
+    groups = groups_of(stored, layout=layout, settings=fingerprint, digests=digests, read_by=read_by)
     made = list(rows(count, length=length))
     shards, column_bytes = [], Counter[str]()
     for start in range(0, count, ROWS_PER_SHARD):
         part = made[start : start + ROWS_PER_SHARD]
         arrays = [payload(row, start + index) for index, row in enumerate(part)]
-        file = f"part-{start // ROWS_PER_SHARD:05d}.arrow"
-        info, sizes = write_shard(
-            folder,
-            file,
-            rows=part,
-            payload=arrays,
-            columns=kind.columns,
-            fingerprint=fingerprint,
-            read_by={} if name is None else {"basis": name},
-        )
+        info, sizes = write_shard(folder, start // ROWS_PER_SHARD, rows=part, payload=arrays, groups=groups)
         shards.append(info)
         column_bytes.update(sizes)
     manifest = Manifest(
-        fingerprint=fingerprint,
+        fingerprint=cache_fingerprint(fingerprint, digests, corpus, units),
+        settings_fingerprint=fingerprint,
+        settings=settings,
+        targets=targets,
+        target_digests=digests,
+        groups=layout,
+        described_teacher={"model": "none"},
         model={},
-        **job,
+        corpus=corpus,
+        units=units,
         audit=Audit(count, count, 0, 0, 0, 0, 0, 0),
-        shards=shards,
+        shards=ShardTable.of(shards),
         files=[] if basis is None else [file_info(folder, basis)],
         column_bytes=dict(column_bytes),
-        calibration={} if name is None else {"basis": name},
+        calibration=read_by,
         created_by=f"teachercache {__version__}",
     )
     commit_manifest(manifest, folder)

@@ -170,7 +170,7 @@ def test_an_alignment_is_covered_by_digests(made: tuple[Path, Path], tmp_path: P
     found, _ = opened(cache, student)
     damaged = tmp_path / "read"
     shutil.copytree(cache, damaged)
-    part = next((damaged / "alignments").rglob("part-00000.arrow"))
+    part = next((damaged / "alignments").rglob("part-00000-*.arrow"))
     part.write_bytes(part.read_bytes()[:-1] + b"\x00")
     copied, sidecar = opened(damaged, student)
     with pytest.raises(CacheDamaged, match="part-00000"):
@@ -182,14 +182,18 @@ def test_a_foreign_alignment_is_refused(made: tuple[Path, Path], tmp_path: Path)
     cache, student = made
     other = tiny_cache(tmp_path, texts=sentences(33, seed=5), sequence={"length": 40})
     shutil.copytree(cache / "alignments", other / "alignments")
-    with pytest.raises(CacheDamaged, match="another cache"):
+    with pytest.raises(CacheDamaged, match="its rows are not those of the cache"):
         opened(other, student)
-    assert any("another cache" in problem.reason for problem in verify(other))
+    assert any("its rows are not those of the cache" in problem.reason for problem in verify(other))
+    longer = tiny_cache(tmp_path / "longer", texts=sentences(33, seed=5), sequence={"length": 44})
+    shutil.copytree(cache / "alignments", longer / "alignments")
+    with pytest.raises(CacheDamaged, match="another cache"):
+        opened(longer, student)
 
 
 def _edited(folder: Path, change: Any) -> None:
     """Change alignment.json and give it the right digest, as somebody with bad intentions would."""
-    from teachercache.shards.manifest import fingerprint_of
+    from teachercache.shards.digests import fingerprint_of
 
     path = next(folder.rglob("alignment.json"))
     data = json.loads(path.read_text())
@@ -202,8 +206,9 @@ def _edited(folder: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data["shards"][0].update(file="../../etc/passwd"), "outside"),
-        (lambda data: data["shards"][0].update(rows=10**9), "rows"),
+        (lambda data: data["index"][0].update(file="../../etc/passwd"), "outside"),
+        (lambda data: data["index"][0].update(file="manifest.json"), "manifest.json"),
+        (lambda data: data["parts"].update(rows=10**9), "totals"),
         (lambda data: data["tokenizer"].update(vocabulary_size=2**40), "vocabulary_size"),
         (lambda data: data["tokenizer"].update(pad_id=10**6), "pad_id"),
         (lambda data: data.update(sequence_length=2**40), "sequence_length"),
@@ -383,7 +388,7 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes(tmp_path: Path)
 
 
 def test_a_vocabulary_map_of_another_size_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
-    from teachercache.shards.manifest import file_info
+    from teachercache.shards.entries import file_info
     from teachercache.tokens.vocabulary_map import VocabularyMap
 
     cache, student = made

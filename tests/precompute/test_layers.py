@@ -130,10 +130,12 @@ def test_a_unit_that_is_made_again_is_the_same_file(teacher: Path, tmp_path: Pat
     build_cache(recipe, units=1)
     build_cache(recipe)
     again = tmp_path / "cache"
-    shards = sorted(path.name for path in (cache / "shards").iterdir())
-    assert len(shards) > 2  # fewer rows share a shard than with logits alone
-    for name in shards:
-        assert (again / "shards" / name).read_bytes() == (cache / "shards" / name).read_bytes()
+    files = sorted(path.relative_to(cache) for path in cache.rglob("*.arrow"))
+    assert (
+        len({file.parent.as_posix() for file in files}) == 3 and len(files) > 2 * 3
+    )  # fewer rows than with logits alone
+    for file in files:
+        assert (again / file).read_bytes() == (cache / file).read_bytes()
 
 
 def test_logits_alone_are_read_without_layers(cache: Path) -> None:

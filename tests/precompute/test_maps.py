@@ -60,8 +60,8 @@ def test_a_unit_that_is_made_again_is_the_same_file(teacher: Path, tmp_path: Pat
     recipe = tiny_recipe(tmp_path, teacher=teacher, targets=targets)
     build_cache(recipe, units=1)
     build_cache(recipe)
-    for path in (cache / "shards").iterdir():
-        assert (tmp_path / "cache" / "shards" / path.name).read_bytes() == path.read_bytes()
+    for path in cache.rglob("*.arrow"):
+        assert (tmp_path / "cache" / path.relative_to(cache)).read_bytes() == path.read_bytes()
 
 
 def test_maps_without_the_layer_file_that_says_how_far_they_see_are_refused(cache: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from shards.forgery import sign
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.precompute.plan import make_plan
 from teachercache.shards import SPLITS, Cache, verify
+from teachercache.shards.digests import fingerprint_of
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.beginnings import warnings_of
 from teachercache.tokens.prefix import own_prefix
@@ -84,7 +85,7 @@ def test_how_rows_begin_is_part_of_what_a_cache_is(tmp_path: Path, teacher: Path
         "auto": (bos,), "bos": (bos,), "eos": (eos,), "none": ()
     }  # fmt: skip
     assert plans["none"].identity["tokenizer"]["prefix_ids"] == []
-    assert len({plan.fingerprint for plan in plans.values()}) == 4
+    assert len({fingerprint_of(plan.settings("float32")) for plan in plans.values()}) == 4
     without = make_plan(tiny_recipe(tmp_path / "without", teacher=plain))
     assert "prefix_ids" not in without.identity["tokenizer"]
     assert set(without.identity["sequence"]) == {"layout", "length", "add_eos"}
@@ -161,7 +162,7 @@ def test_a_cache_that_does_not_say_how_its_rows_begin_is_warned_of_once(tmp_path
     )
     plain = tiny_cache(tmp_path / "plain", texts=texts)
     assert warnings_of([Cache.open(each) for each in (said, taken, plain)]) == []
-    sign(said, lambda data: data["tokenizer"].pop("prefix_ids"))
+    sign(said, lambda data: data["settings"]["tokenizer"].pop("prefix_ids"))
     (line,) = warnings_of([Cache.open(said), Cache.open(plain)])
     assert (
         str(said) in line and "puts <bos> before a text" in line and "precompute it again" in line and "\n" not in line

@@ -44,11 +44,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 ALIGNED = "layers"  # the cache with an alignment
 
 
-def recipe(name: str, cache: Path, *, inputs: Path) -> Recipe:
-    """The recipe of a golden cache; `inputs` holds the teacher and the corpus."""
+def recipe(name: str, cache: Path, *, inputs: Path, **logits: Any) -> Recipe:
+    """The recipe of a golden cache, with other settings of logits where they are given; `inputs` holds the teacher and the
+    corpus."""
     from builders import tiny_recipe
 
     sections = {**RECIPES[name], "precompute": {"unit_rows": 7}, "cache": str(cache)}
+    targets = sections["targets"]
+    sections["targets"] = {**targets, "logits": {**targets["logits"], **logits}}
     sections["corpus"] = {"source": str(inputs / "corpus.jsonl"), "held_out": 0.25}
     with tempfile.TemporaryDirectory() as folder:
         return tiny_recipe(Path(folder), teacher=inputs / "teacher", texts=[], **sections)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from shards.forgery import SHARD, payload, problems, read_everything, rewrite, sign
+from shards.forgery import manifest_of, payload, problems, read_everything, rewrite, sign, write_signed
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache
 from teachercache.shards.ipc_blocks import Blocks
@@ -28,7 +28,7 @@ from teachercache.targets.basis import METADATA_KEY
 from teachercache.targets.layer_file import METADATA_KEY as LAYERS_KEY
 from teachercache.tokens.rows import Content
 
-from builders import tiny_cache, tiny_teacher
+from builders import part, tiny_cache, tiny_teacher
 
 KINDS: dict[str, dict[str, Any]] = {
     "top-k": {"kind": "top-k", "k": 16},
@@ -267,7 +267,7 @@ SKETCH = {
     "half rows": lambda data: data.update(rows_per_batch=0.5),
     "another basis": lambda data: data.update(basis="teacher/other.safetensors"),
     "basis in a list": lambda data: data.update(basis=[]),
-    "another cache": lambda data: data.update(fingerprint="0" * 64),
+    "another cache": lambda data: data.update(settings_fingerprint="0" * 64),
 }
 
 
@@ -280,9 +280,9 @@ def test_descriptions_that_lie_are_refused(copy: Any, name: str) -> None:
 
 def test_metadata_that_is_no_json_is_refused(copy: Any) -> None:
     folder = copy()
-    data = (folder / SHARD).read_bytes()
+    data = part(folder, 0).read_bytes()
     assert data.count(b'{"columns"') == 2  # the schema stands at both ends
-    (folder / SHARD).write_bytes(data.replace(b'{"columns"', b'["columns"'))
+    part(folder, 0).write_bytes(data.replace(b'{"columns"', b'["columns"'))
     sign(folder)
     refused(folder, "its metadata is not a shard's")
 
@@ -312,7 +312,7 @@ def test_a_buffer_that_holds_more_than_it_claims_is_refused(copy: Any) -> None:
 
 def forge_length(folder: Path, claim: int) -> None:
     """Write another decompressed length before the largest buffer of the first record batch."""
-    path = folder / SHARD
+    path = part(folder, 0)
     data = bytearray(path.read_bytes())
     sizes = [len(frame) for frame in data.split(b"\x28\xb5\x2f\xfd")[1:]]
     at = -1
@@ -325,7 +325,7 @@ def forge_length(folder: Path, claim: int) -> None:
 
 def test_blocks_are_those_that_arrow_reads(made: dict[str, Path]) -> None:
     for folder in made.values():
-        with pa.memory_map(str(folder / SHARD)) as source:
+        with pa.memory_map(str(part(folder, 0))) as source:
             reader = pa.ipc.open_file(source)
             sizes = [reader.get_batch(number).nbytes for number in range(reader.num_record_batches)]
             source.seek(0)
@@ -461,7 +461,7 @@ def test_settings_of_maps_that_lie_are_refused(copy: Any, change: dict[str, Any]
 
 def test_maps_of_rows_that_are_too_long_are_refused_at_opening(copy: Any) -> None:
     folder = copy("maps")
-    sign(folder, lambda data: data["sequence"].update(length=2**20))
+    sign(folder, lambda data: data["settings"]["sequence"].update(length=2**20))
     with pytest.raises(
         CacheDamaged, match=r"maps of 1 blocks with 2 heads and 1048576 tokens have \d+ places, at most"
     ):
@@ -519,8 +519,10 @@ def test_a_basis_of_another_kind_is_refused(copy: Any, made: dict[str, Path], tm
 def at(path: str, value: Any) -> Any:
     def edit(data: dict[str, Any]) -> None:
         *parents, leaf = path.split(".")
-        for part in parents:
-            data = data[int(part)] if isinstance(data, list) else data[part]
+        if parents[:1] in (["tokenizer"], ["sequence"]):
+            data = data["settings"]
+        for key in parents:
+            data = data[int(key)] if isinstance(data, list) else data[key]
         data[leaf] = value
 
     return edit
@@ -530,12 +532,13 @@ MANIFESTS = [
     ("targets.logits.k", 0), ("targets.logits.k", -3), ("targets.logits.k", 10**12), ("targets.logits.k", True),
     ("targets.logits.k", "16"), ("targets.logits.k", None), ("targets.logits.kind", ["top-k"]), ("targets.logits", 7),
     ("targets.logits.temperatures", []), ("targets.logits.temperatures", [0, 1]), ("targets.logits.dtype", "O"),
-    ("targets.logits.temperatures", [1, float("inf")]), ("targets.logits.surprise", 1), ("targets", None),
+    ("targets.logits.temperatures", [1, float("inf")]), ("targets", None),
     ("tokenizer.vocabulary_size", -1), ("tokenizer.vocabulary_size", 2**62), ("tokenizer.vocabulary_size", 1.5),
     ("tokenizer.vocabulary_size", 10), ("tokenizer.pad_id", -1), ("tokenizer.pad_id", 300), ("tokenizer.pad_id", None),
     ("sequence.length", 0), ("sequence.length", 2**60), ("sequence.length", "48"), ("sequence.layout", "sideways"),
     ("shards.0.rows", -1), ("shards.0.rows", 10**30), ("shards.0.rows", 1.5), ("shards.0.rows", 0),
-    ("shards.0.held_out_rows", 10**6), ("shards.0.positions", "many"), ("shards.0.file", 3), ("shards.1.file", SHARD),
+    ("shards.0.held_out_rows", 10**6), ("shards.0.positions", "many"), ("shards.0.files.shards.file", 3),
+    ("shards.0.files", {}), ("shards.0.row_ids", 3),
     ("files", [{"file": "a", "bytes": -1, "sha256": ""}]), ("column_bytes", {}),
     ("column_bytes", []), ("column_bytes.input_ids", -1),
     ("targets.boundary_mass", True), ("targets.boundary_mass", {"tokens": 3}), ("targets.boundary_mass.tokens", -1),
@@ -549,7 +552,7 @@ MANIFESTS = [
 @pytest.mark.parametrize(("path", "value"), MANIFESTS, ids=lambda value: json.dumps(value)[:40])
 def test_manifests_that_lie_are_refused_at_opening(copy: Any, path: str, value: Any) -> None:
     folder = copy()
-    data = json.loads((folder / MANIFEST).read_text())
+    data = manifest_of(folder)
     at(path, value)(data)
     write_signed(folder, data)
     with pytest.raises(CacheDamaged, match=r"manifest\.json cannot be trusted: .*fetch the cache again") as caught:
@@ -560,24 +563,15 @@ def test_manifests_that_lie_are_refused_at_opening(copy: Any, path: str, value: 
 
 def test_rows_that_add_up_to_more_than_can_be_are_refused_at_opening(copy: Any) -> None:
     folder = copy()
-    data = json.loads((folder / MANIFEST).read_text())
-    shard = data["shards"][0]
-    data["shards"] = [{**shard, "file": f"shards/{number}.arrow", "rows": 2**52} for number in range(2000)]
+    data = manifest_of(folder)
+    shard, [info] = data["shards"][0], data["shards"][0]["files"].values()
+    data["shards"] = [
+        {**shard, "files": {"shards": {**info, "file": f"shards/{number}.arrow"}}, "rows": 2**52}
+        for number in range(2000)
+    ]
     write_signed(folder, data)
     with pytest.raises(CacheDamaged, match="its rows add up to more than can be"):
         Cache.open(folder)
-
-
-def write_signed(folder: Path, data: dict[str, Any]) -> None:
-    (folder / MANIFEST).write_text(json.dumps(data))
-    try:
-        sign(folder)
-    except (TypeError, AttributeError, KeyError):  # no lists of files left to size anew
-        from teachercache.shards.manifest import JOB_KEYS, fingerprint_of
-
-        data["fingerprint"] = fingerprint_of({name: data[name] for name in JOB_KEYS})
-        unsigned = {name: value for name, value in data.items() if name not in ("format", "digest")}
-        (folder / MANIFEST).write_text(json.dumps({**data, "digest": fingerprint_of(unsigned)}))
 
 
 def test_a_manifest_nested_beyond_reason_is_refused(copy: Any) -> None:
@@ -626,7 +620,7 @@ def read_when_damaged(made: Path, factory: pytest.TempPathFactory) -> Iterator[P
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_any_bytes_of_a_shard_may_be_others(made: dict[str, Path], tmp_path_factory: Any, data: Any, kind: str) -> None:
     with read_when_damaged(made[kind], tmp_path_factory) as folder:
-        path = folder / SHARD
+        path = part(folder, 0)
         shard = bytearray(path.read_bytes())
         for _ in range(data.draw(st.integers(1, 8))):
             place = data.draw(st.integers(0, len(shard) - 8))
@@ -689,7 +683,7 @@ def test_any_json_of_a_manifest_may_be_other(
     made: dict[str, Path], tmp_path_factory: Any, data: Any, kind: str
 ) -> None:
     with read_when_damaged(made[kind], tmp_path_factory) as folder:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = manifest_of(folder)
         mutate(manifest, data.draw)
         if all(name in manifest for name in ("format", "digest")):
             write_signed(folder, manifest)

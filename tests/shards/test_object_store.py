@@ -25,22 +25,27 @@ import pytest
 
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
 from teachercache.shards import Cache, verify
+from teachercache.shards.digests import fingerprint_of
 from teachercache.shards.inspection import describe_row
 from teachercache.shards.local_copies import LocalCopies
-from teachercache.shards.manifest import MANIFEST, fingerprint_of
+from teachercache.shards.manifest import MANIFEST
 from teachercache.shards.object_store import ObjectStore, _requests
 from teachercache.shards.source import RemoteFiles
 
-from builders import sentences, tiny_cache
+from builders import part, sentences, tiny_cache
 from s3_server import Server
-
-FIRST = "shards/part-00000.arrow"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five shards of 12 rows."""
     return tiny_cache(tmp_path_factory.mktemp("made"), texts=sentences(60), precompute={"unit_rows": 12})
+
+
+@pytest.fixture(scope="module")
+def first(made: Path) -> str:
+    """The first shard's file."""
+    return part(made, 0).relative_to(made).as_posix()
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +136,10 @@ def test_a_cache_with_a_basis(tmp_path: Path, s3: Server, local: Path) -> None:
     np.testing.assert_array_equal(*dense)
 
 
-def test_caches_share_what_they_have_in_common(broken: str, s3: Server, uploaded: str, local: Path) -> None:
+def test_caches_share_what_they_have_in_common(broken: str, s3: Server, uploaded: str, local: Path, first: str) -> None:
     for url in (uploaded, s3.url(broken)):
         Cache.open(url, local=local).read_row("train", 0)
-    assert s3.downloads(FIRST) == 1
+    assert s3.downloads(first) == 1
 
 
 def test_whatever_pyarrow_knows_is_a_url(made: Path, local: Path) -> None:
@@ -155,24 +160,26 @@ def test_a_url_that_cannot_be_used(url: str, local: Path) -> None:
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_what_passes_is_retried(
-    made: Path, uploaded: str, s3: Server, local: Path, fault: dict[str, Any], method: str
+    made: Path, uploaded: str, s3: Server, local: Path, fault: dict[str, Any], method: str, first: str
 ) -> None:
-    s3.break_next(match=FIRST, times=2, after=1000, method=method, **fault)
+    s3.break_next(match=first, times=2, after=1000, method=method, **fault)
     cut_head = method == "HEAD" and fault["kind"] == "cut"  # it has no body that could be cut
     assert_same_rows(impatient(uploaded, local), Cache.open(made))
-    asked = [entry for entry in s3.log() if FIRST in entry["path"] and entry["method"] == method]
+    asked = [entry for entry in s3.log() if first in entry["path"] and entry["method"] == method]
     assert len(asked) == (1 if cut_head else 3)
 
 
 @pytest.mark.parametrize("fault", [{"kind": "status", "status": 500}, {"kind": "cut", "after": 1000}])
-def test_what_does_not_pass_ends_in_one_line(uploaded: str, s3: Server, local: Path, fault: dict[str, Any]) -> None:
-    s3.break_next(match=FIRST, times=-1, **fault)
+def test_what_does_not_pass_ends_in_one_line(
+    uploaded: str, s3: Server, local: Path, fault: dict[str, Any], first: str
+) -> None:
+    s3.break_next(match=first, times=-1, **fault)
     cache = impatient(uploaded, local)
     with pytest.raises(JobFailed) as caught:
         cache.read_row("train", 0)
-    assert s3.downloads(FIRST) == 3
+    assert s3.downloads(first) == 3
     message = str(caught.value)
-    assert message.startswith(f"s3://bucket/caches/one/{FIRST} could not be read in 3 attempts: AWS Error ")
+    assert message.startswith(f"s3://bucket/caches/one/{first} could not be read in 3 attempts: AWS Error ")
     assert message.endswith("run the same command again") and "\n" not in message
     assert not copies(local), "nothing half fetched stays"
     s3.forget()
@@ -185,17 +192,17 @@ def test_nobody_listens(local: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_connection_that_stalls_is_given_up(made: Path, uploaded: str, s3: Server, local: Path) -> None:
-    s3.break_next(match=FIRST, kind="stall", after=1000, seconds=60)
+def test_a_connection_that_stalls_is_given_up(made: Path, uploaded: str, s3: Server, local: Path, first: str) -> None:
+    s3.break_next(match=first, kind="stall", after=1000, seconds=60)
     assert_same_rows(impatient(uploaded, local), Cache.open(made))
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_denied_access_is_said_at_once(uploaded: str, s3: Server, local: Path, method: str) -> None:
-    s3.break_next(match=FIRST, times=-1, kind="status", status=403, method=method)
-    with pytest.raises(CacheError, match=rf"^s3://bucket/caches/one/{FIRST}: access is denied .*AWS_ACCESS_KEY_ID"):
+def test_denied_access_is_said_at_once(uploaded: str, s3: Server, local: Path, method: str, first: str) -> None:
+    s3.break_next(match=first, times=-1, kind="status", status=403, method=method)
+    with pytest.raises(CacheError, match=rf"^s3://bucket/caches/one/{first}: access is denied .*AWS_ACCESS_KEY_ID"):
         impatient(uploaded, local).read_row("train", 0)
-    assert len([entry for entry in s3.log() if FIRST in entry["path"] and entry["method"] == method]) == 1
+    assert len([entry for entry in s3.log() if first in entry["path"] and entry["method"] == method]) == 1
 
 
 def test_no_cache_there(s3: Server, uploaded: str, local: Path) -> None:
@@ -211,27 +218,27 @@ def flipped(data: bytes, offset: int) -> bytes:
     return data[:offset] + bytes([data[offset] ^ 0x10]) + data[offset + 1 :]
 
 
-def test_a_damaged_object_is_refused_and_not_kept(broken: str, made: Path, s3: Server, local: Path) -> None:
-    whole = (made / FIRST).read_bytes()
-    s3.replace(f"{broken}/{FIRST}", flipped(whole, len(whole) // 2))
+def test_a_damaged_object_is_refused_and_not_kept(broken: str, made: Path, s3: Server, local: Path, first: str) -> None:
+    whole = (made / first).read_bytes()
+    s3.replace(f"{broken}/{first}", flipped(whole, len(whole) // 2))
     cache = impatient(s3.url(broken), local)
-    with pytest.raises(CacheDamaged, match=rf"^s3://{broken}/{FIRST} differs from its sha256 .*; upload it again"):
+    with pytest.raises(CacheDamaged, match=rf"^s3://{broken}/{first} differs from its sha256 .*; upload it again"):
         cache.read_row("train", 0)
-    assert not copies(local) and s3.downloads(FIRST) == 2
-    s3.replace(f"{broken}/{FIRST}", whole)
+    assert not copies(local) and s3.downloads(first) == 2
+    s3.replace(f"{broken}/{first}", whole)
     assert_same_rows(cache, Cache.open(made))
 
 
-def test_a_shortened_and_a_missing_object(broken: str, made: Path, s3: Server, local: Path) -> None:
-    whole = (made / FIRST).read_bytes()
-    s3.replace(f"{broken}/{FIRST}", whole[:-100])
+def test_a_shortened_and_a_missing_object(broken: str, made: Path, s3: Server, local: Path, first: str) -> None:
+    whole = (made / first).read_bytes()
+    s3.replace(f"{broken}/{first}", whole[:-100])
     cache = impatient(s3.url(broken), local)
-    with pytest.raises(CacheDamaged, match=rf"{FIRST} holds {len(whole) - 100} bytes, the manifest says {len(whole)}"):
+    with pytest.raises(CacheDamaged, match=rf"{first} holds {len(whole) - 100} bytes, the manifest says {len(whole)}"):
         cache.read_row("train", 0)
-    s3.delete(f"{broken}/{FIRST}")
-    with pytest.raises(CacheDamaged, match=rf"{FIRST} is missing; upload it"):
+    s3.delete(f"{broken}/{first}")
+    with pytest.raises(CacheDamaged, match=rf"{first} is missing; upload it"):
         cache.read_row("train", 0)
-    assert s3.downloads(FIRST) == 0 and not copies(local)
+    assert s3.downloads(first) == 0 and not copies(local)
 
 
 def test_a_manifest_that_was_edited_or_chooses_file_names(broken: str, made: Path, s3: Server, local: Path) -> None:
@@ -239,10 +246,10 @@ def test_a_manifest_that_was_edited_or_chooses_file_names(broken: str, made: Pat
     s3.replace(f"{broken}/{MANIFEST}", json.dumps({**data, "created_by": "somebody else"}).encode())
     with pytest.raises(CacheDamaged, match=rf"^s3://{broken}/manifest.json cannot be trusted: .*digest does not match"):
         Cache.open(s3.url(broken), local=local)
-    data["shards"][0]["sha256"] = "../../evil"
+    data["files"][0]["sha256"] = "../../evil"
     data["digest"] = fingerprint_of({key: value for key, value in data.items() if key not in ("format", "digest")})
     s3.replace(f"{broken}/{MANIFEST}", json.dumps(data).encode())
-    with pytest.raises(CacheDamaged, match=r"the manifest's sha256 of .* is none"):
+    with pytest.raises(CacheDamaged, match=r"a sha256 of a file is none"):
         Cache.open(s3.url(broken), local=local).read_row("train", 0)
     assert not copies(local)
 
@@ -268,15 +275,17 @@ def test_verify_looks_at_every_object(broken: str, made: Path, s3: Server) -> No
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_a_damaged_copy_is_fetched_again(made: Path, uploaded: str, s3: Server, local: Path, damage: str) -> None:
+def test_a_damaged_copy_is_fetched_again(
+    made: Path, uploaded: str, s3: Server, local: Path, damage: str, first: str
+) -> None:
     cache = Cache.open(uploaded, local=local)
     cache.read_row("train", 0)
-    copy = local / cache.manifest.shards[0].sha256
+    copy = local / cache.manifest.shards[0].rows_file.sha256
     whole = copy.read_bytes()
-    assert whole == (made / FIRST).read_bytes()
+    assert whole == (made / first).read_bytes()
     copy.write_bytes({"flip": flipped(whole, 321), "truncate": whole[:-1], "empty": b""}[damage])
     assert_same_rows(Cache.open(uploaded, local=local), Cache.open(made))
-    assert copy.read_bytes() == whole and s3.downloads(FIRST) == 2
+    assert copy.read_bytes() == whole and s3.downloads(first) == 2
 
 
 def test_what_a_killed_process_left_is_cleaned_away(uploaded: str, s3: Server, local: Path) -> None:
@@ -313,7 +322,7 @@ def test_the_longest_unused_copies_go_first_and_the_limit_holds(
         assert sum(path.stat().st_size for path in copies(local)) <= limit
         if shard == 2:
             kept = {path.name for path in copies(local)}
-            assert kept == {cache.manifest.shards[0].sha256, cache.manifest.shards[2].sha256}
+            assert kept == {cache.manifest.shards[0].rows_file.sha256, cache.manifest.shards[2].rows_file.sha256}
     assert [s3.downloads(shard.file) for shard in cache.manifest.shards] == [1, 1, 1, 1, 1]
 
 
@@ -323,7 +332,7 @@ def test_an_evicted_shard_stays_readable_for_those_that_have_it_open(made: Path,
         cache.read_row("train", index)
         assert len(copies(local)) == 1
     shard = cache.manifest.shards[0]
-    assert not (local / shard.sha256).exists()
+    assert not (local / shard.rows_file.sha256).exists()
     assert_same_rows(cache, Cache.open(made))
 
 
@@ -402,23 +411,23 @@ def test_the_limit_holds_while_processes_fetch_at_once(made: Path, uploaded: str
 
 
 def test_a_process_killed_in_mid_download_leaves_nobody_waiting(
-    made: Path, uploaded: str, s3: Server, local: Path
+    made: Path, uploaded: str, s3: Server, local: Path, first: str
 ) -> None:
-    s3.break_next(match=FIRST, kind="stall", after=2000, seconds=120)
+    s3.break_next(match=first, kind="stall", after=2000, seconds=120)
     killed, waiting = reader(uploaded, local), reader(uploaded, local)
-    part = local / f"{Cache.open(made).manifest.shards[0].sha256}.part"
+    part = local / f"{Cache.open(made).manifest.shards[0].rows_file.sha256}.part"
     go(killed)
-    while not s3.downloads(FIRST):
+    while not s3.downloads(first):
         time.sleep(0.01)
     go(waiting)
     while not _waits_for_a_lock(waiting.pid):
         assert waiting.poll() is None
         time.sleep(0.01)
-    assert part.exists() and s3.downloads(FIRST) == 1
+    assert part.exists() and s3.downloads(first) == 1
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert rows_from(waiting) == expected_rows(made)
-    assert s3.downloads(FIRST) == 2 and not part.exists()
+    assert s3.downloads(first) == 2 and not part.exists()
     assert all(path.suffix == "" for path in copies(local))
 
 
@@ -481,7 +490,9 @@ def wait_until(condition: Any) -> None:
 def test_what_was_asked_for_is_there_before_it_is_read(made: Path, uploaded: str, s3: Server, local: Path) -> None:
     cache = Cache.open(uploaded, local=local)
     cache.prefetch([3, 1])
-    wait_until(lambda: {path.name for path in copies(local)} == {cache.manifest.shards[n].sha256 for n in (1, 3)})
+    wait_until(
+        lambda: {path.name for path in copies(local)} == {cache.manifest.shards[n].rows_file.sha256 for n in (1, 3)}
+    )
     before = s3.downloads("shards/")
     for number in (1, 3):
         cache.read_row("train", first_rows(cache)[number])
@@ -490,11 +501,13 @@ def test_what_was_asked_for_is_there_before_it_is_read(made: Path, uploaded: str
     Cache.open(made).prefetch([1])  # of a folder: nothing to do
 
 
-def test_errors_of_fetching_ahead_come_when_the_file_is_read(uploaded: str, s3: Server, local: Path) -> None:
-    s3.break_next(match=FIRST, times=-1, kind="status", status=403)
+def test_errors_of_fetching_ahead_come_when_the_file_is_read(
+    uploaded: str, s3: Server, local: Path, first: str
+) -> None:
+    s3.break_next(match=first, times=-1, kind="status", status=403)
     cache = Cache.open(uploaded, local=local)
     cache.prefetch([0, 1])
-    wait_until(lambda: copies(local) and copies(local)[0].name == cache.manifest.shards[1].sha256)
+    wait_until(lambda: copies(local) and copies(local)[0].name == cache.manifest.shards[1].rows_file.sha256)
     with pytest.raises(CacheError, match="access is denied"):
         cache.read_row("train", 0)
 
@@ -539,7 +552,7 @@ def _teachercache(*arguments: str, home: Path) -> subprocess.CompletedProcess[st
 def test_inspect_and_verify_take_a_url(made: Path, uploaded: str, tmp_path: Path) -> None:
     inspected = _teachercache("inspect", uploaded, "--row", "train:0", home=tmp_path)
     assert json.loads(inspected.stdout) == describe_row(Cache.open(made), "train:0")
-    assert (tmp_path / ".cache/teachercache/shards" / Cache.open(made).manifest.shards[0].sha256).is_file()
+    assert (tmp_path / ".cache/teachercache/shards" / Cache.open(made).manifest.shards[0].rows_file.sha256).is_file()
     shutil.rmtree(tmp_path / ".cache")
     verified = _teachercache("verify", uploaded, home=tmp_path)
     assert json.loads(verified.stdout) == {"ok": True, "cache": uploaded, "errors": []}

@@ -168,7 +168,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 def test_a_file_that_takes_the_place_of_a_checked_one_is_checked_anew(made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "cache"))
     cache = Cache.open(folder)
-    info = cache.manifest.shards[0]
+    info = cache.manifest.shards[0].rows_file
     with cache.source.opened(info) as stream:
         data = bytearray(stream.read())
     data[len(data) // 2] ^= 1

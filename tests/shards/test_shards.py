@@ -14,13 +14,14 @@ import pytest
 
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache, verify
+from teachercache.shards.digests import fingerprint_of
 from teachercache.shards.inspection import describe, describe_row
-from teachercache.shards.manifest import MANIFEST, fingerprint_of
+from teachercache.shards.manifest import MANIFEST
 from teachercache.shards.regular_files import NO_FILE
 from teachercache.shards.token_texts import token_texts
 from teachercache.stream.tokenizers import teacher_tokenizer
 
-from builders import sentences, tiny_cache, tiny_recipe
+from builders import part, sentences, tiny_cache, tiny_recipe
 
 
 @pytest.fixture(scope="session")
@@ -106,36 +107,37 @@ def test_no_path_of_this_machine_is_stored(made):
 
 @pytest.mark.parametrize("where", [0, 300, -300, -1])
 def test_a_flipped_bit_is_found_before_a_row_is_read(cache_folder, where):
-    shard = cache_folder / "shards" / "part-00000.arrow"
+    shard = part(cache_folder, 0)
     flip_bit(shard, where if where >= 0 else shard.stat().st_size + where)
-    with pytest.raises(CacheDamaged, match=r"part-00000.arrow differs from its sha256.*precompute"):
+    with pytest.raises(CacheDamaged, match=r"part-00000-\w+.arrow differs from its sha256.*precompute"):
         Cache.open(cache_folder).read_row("train", 0)
     [problem] = verify(cache_folder)
-    assert problem.file == "shards/part-00000.arrow" and "sha256" in problem.reason and problem.remedy
+    assert problem.file == f"shards/{shard.name}" and "sha256" in problem.reason and problem.remedy
 
 
 def test_bit_flips_anywhere_are_found(cache_folder):
-    shard = cache_folder / "shards" / "part-00001.arrow"
+    shard = part(cache_folder, 1)
     whole = shard.read_bytes()
     for offset in np.random.default_rng(0).integers(0, len(whole), 25).tolist():
         flip_bit(shard, offset)
-        assert [problem.file for problem in verify(cache_folder)] == ["shards/part-00001.arrow"]
+        assert [problem.file for problem in verify(cache_folder)] == [f"shards/{shard.name}"]
         shard.write_bytes(whole)
 
 
 def test_a_truncated_shard_is_found_even_quickly(cache_folder):
-    shard = cache_folder / "shards" / "part-00002.arrow"
+    shard = part(cache_folder, 2)
     shard.write_bytes(shard.read_bytes()[:-100])
     [problem] = verify(cache_folder, quick=True)
-    assert problem.file == "shards/part-00002.arrow" and "the manifest says" in problem.reason
+    assert problem.file == f"shards/{shard.name}" and "the manifest says" in problem.reason
 
 
 def test_missing_and_unlisted_files_are_found(cache_folder):
-    (cache_folder / "shards" / "part-00001.arrow").unlink()
+    missing = part(cache_folder, 1)
+    missing.unlink()
     (cache_folder / "shards" / "extra.arrow").write_bytes(b"?")
     (cache_folder / "run_me.py").write_text("print('hello')")
     reasons = {problem.file: problem.reason for problem in verify(cache_folder)}
-    assert reasons["shards/part-00001.arrow"] == "it is missing"
+    assert reasons[f"shards/{missing.name}"] == "it is missing"
     assert reasons["shards/extra.arrow"] == reasons["run_me.py"] == "the manifest does not list it"
 
 
@@ -147,14 +149,14 @@ def test_changed_tokenizer_files_are_found(cache_folder):
 
 def test_a_shard_of_another_cache_is_refused(cache_folder, tmp_path):
     other = tiny_cache(tmp_path / "other", targets={"logits": {"kind": "top-k", "k": 9}})
-    shutil.copy(other / "shards" / "part-00000.arrow", cache_folder / "shards" / "part-00000.arrow")
-    assert [problem.file for problem in verify(cache_folder)] == ["shards/part-00000.arrow"]
+    shutil.copy(part(other, 0), part(cache_folder, 0))
+    assert [problem.file for problem in verify(cache_folder)] == [f"shards/{part(cache_folder, 0).name}"]
     with pytest.raises(CacheDamaged):
         Cache.open(cache_folder).read_row("train", 0)
 
 
 def test_a_link_is_no_part_of_a_cache(cache_folder, tmp_path):
-    shard = cache_folder / "shards" / "part-00000.arrow"
+    shard = part(cache_folder, 0)
     shard.rename(tmp_path / "elsewhere.arrow")
     shard.symlink_to(tmp_path / "elsewhere.arrow")
     assert [problem.reason for problem in verify(cache_folder)] == [NO_FILE]
@@ -173,8 +175,9 @@ def test_an_edited_manifest_is_refused(cache_folder):
 
 
 def test_settings_that_do_not_give_the_fingerprint_are_refused(cache_folder):
-    edit_manifest(cache_folder, sign=True, sequence={"layout": "documents", "length": 7, "add_eos": True})
-    with pytest.raises(CacheDamaged, match="fingerprint does not match"):
+    settings = json.loads((cache_folder / MANIFEST).read_text())["settings"]
+    edit_manifest(cache_folder, sign=True, settings={**settings, "sequence": {**settings["sequence"], "length": 7}})
+    with pytest.raises(CacheDamaged, match="fingerprint does not match its settings"):
         Cache.open(cache_folder)
 
 
@@ -188,7 +191,7 @@ def test_a_manifest_that_points_outside_is_refused(cache_folder, file):
 
 def test_a_manifest_of_another_version_says_what_to_do(cache_folder):
     edit_manifest(cache_folder, sign=True, format_version=99)
-    with pytest.raises(CacheError, match=r"format version 99.*reads 1"):
+    with pytest.raises(CacheError, match=r"format version 99.*reads up to 2.*install a newer version"):
         Cache.open(cache_folder)
 
 

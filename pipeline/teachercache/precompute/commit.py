@@ -12,7 +12,10 @@ from teachercache.errors import JobFailed
 from teachercache.precompute.plan import Plan
 from teachercache.shards import Audit, FileInfo, Manifest, ShardInfo
 from teachercache.shards.card import render_card
-from teachercache.shards.manifest import commit_manifest, file_info
+from teachercache.shards.digests import fingerprint_of
+from teachercache.shards.entries import ShardTable, file_info
+from teachercache.shards.groups import layout_of
+from teachercache.shards.manifest import QUARANTINE, TEACHER_IDENTITY, cache_fingerprint, commit_manifest
 from teachercache.shards.verify import CARD
 
 
@@ -41,12 +44,20 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
         column_bytes.update(record["column_bytes"])
     teacher_files = [file_info(plan.folder, path) for path in _teacher_files(plan)]
     quarantine = [FileInfo(**record["quarantine"]) for record in records if record["quarantine"]]
+    model, identity, layout = _loaded_teacher(records), plan.identity, layout_of(plan.targets)
+    settings, digests = plan.settings(model["dtype"]), plan.target_digests()
+    settings_fingerprint = fingerprint_of(settings)
     return Manifest(
-        fingerprint=plan.fingerprint,
-        model=next((record["teacher"] for record in records if record["teacher"]), {}),
-        **plan.identity,
+        fingerprint=cache_fingerprint(settings_fingerprint, digests, identity["corpus"], identity["units"]),
+        settings_fingerprint=settings_fingerprint,
+        settings=settings,
+        target_digests=digests,
+        groups=layout,
+        described_teacher={key: value for key, value in identity["teacher"].items() if key not in TEACHER_IDENTITY},
+        model=model,
+        **{key: identity[key] for key in ("targets", "corpus", "units")},
         audit=_audit(plan, records),
-        shards=[ShardInfo(**record["shard"]) for record in records if record["shard"]],
+        shards=ShardTable.of((ShardInfo.from_json(r["shard"]) for r in records if r["shard"]), groups=layout),
         files=[*teacher_files, *quarantine],
         column_bytes=dict(column_bytes),
         calibration=plan.calibration() or {},
@@ -54,6 +65,20 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
         fidelity=_fidelity(records, drifts=plan.targets.logits.needs_calibration),
         created_by=f"teachercache {__version__}",
     )
+
+
+def _loaded_teacher(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the actors loaded. Raises `JobFailed` where they did not load the same; libraries and kernels are noted alone."""
+    model: dict[str, Any] = records[0]["teacher"]
+    differs = [
+        key for key in ("architecture", "parameters", "dtype") if any(r["teacher"][key] != model[key] for r in records)
+    ]
+    if differs:
+        raise JobFailed(
+            f"units were computed by teachers that were loaded differently ({', '.join(differs)}); set teacher.dtype, delete "
+            "the cache's folder and run again"
+        )
+    return model
 
 
 def _teacher_files(plan: Plan) -> list[Path]:
@@ -114,8 +139,8 @@ _COUNTED = (
 
 def _remove_leftovers(plan: Plan, manifest: Manifest) -> None:
     """Temp files of killed writers: everything in the data folders that no record names."""
-    listed = {info.file for info in [*manifest.shards, *manifest.files]}
-    for folder in ("shards", "quarantine", "teacher"):
+    listed = {info.file for info in manifest.all_files}
+    for folder in (*manifest.groups, QUARANTINE, "teacher"):
         for path in Path(plan.folder / folder).glob("*"):
             if path.relative_to(plan.folder).as_posix() not in listed:
                 path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any
     plan = make_plan(recipe)
     if (plan.folder / MANIFEST).is_file():
         console.print(f"{plan.folder} is complete: nothing to do", markup=False)
+        shutil.rmtree(plan.work, ignore_errors=True)  # of a job that was killed between its last two steps
         return summary(plan, read_manifest(plan.folder), Timing(), seconds=time.perf_counter() - start)
     pending = plan.pending()
     if len(pending) < plan.units:
@@ -191,7 +193,7 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
 
 def _print_closing(console: Console, result: dict[str, Any], manifest: Manifest) -> None:
     size = result["bytes_per_position"]
-    held_out = sum(shard.held_out_rows for shard in manifest.shards)
+    held_out = manifest.held_out_rows
     lost = "".join(
         f", {result[name]:,} {what} quarantined"
         for name, what in (("quarantined", "rows of the corpus"), ("windows_quarantined", "windows of other rows"))

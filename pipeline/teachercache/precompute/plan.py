@@ -1,6 +1,6 @@
 """What a precompute job is, before any compute is spent.
 
-The job's identity is its fingerprint: equal fingerprints mean equal inputs and settings. Planning checks the recipe against
+Equal identities of jobs mean equal inputs and settings. Planning checks the recipe against
 its teacher, reads the corpus once (staging.py), and decides between a new job, one to resume, and a finished one.
 """
 
@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ from teachercache.models import (
 )
 from teachercache.precompute.layers import layer_kinds
 from teachercache.precompute.staging import Staged, empty_folder, stage, unit_name
-from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, fingerprint_of, read_manifest
+from teachercache.shards import manifest_v1
+from teachercache.shards.digests import fingerprint_of, hash_file
+from teachercache.shards.groups import Group, groups_of, layout_of, target_digests
+from teachercache.shards.manifest import MANIFEST, TEACHER_IDENTITY, WORK_FOLDER, Manifest, read_manifest
 from teachercache.shards.schema import READ_BY
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
@@ -36,17 +40,18 @@ from teachercache.tokens.prefix import own_prefix, row_prefix
 from teachercache.tokens.pretokens import begins_pretoken
 
 PLAN = "plan.json"
+PLAN_VERSION = 2  # of the format that an unfinished job writes; the plans of format 1 say none
 LOGIT_BYTES = 64  # about what a token's logits take, which the defaults of `unit_rows` and `unit_bytes` are chosen for
 ALWAYS = {"layout", "length", "add_eos"}  # settings of `sequence` that every manifest has
-OURS = {WORK_FOLDER, "teacher", "shards", "quarantine"}  # what an unfinished job may leave in the cache's folder
+# What an unfinished job may leave in the cache's folder.
+OURS = {WORK_FOLDER, "teacher", "shards", "targets", "quarantine", "index"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned job. `identity` is what the fingerprint covers; `units` counts the staged files."""
+    """A planned job. `identity` is all that decides what the cache will hold; `units` counts the staged files."""
 
     folder: Path
-    fingerprint: str
     identity: dict[str, Any]
     targets: StoredTargets
     units: int
@@ -79,7 +84,8 @@ class Plan:
             return None
         if record["read_by"] != self.read_by():
             return None  # prepared anew: other files would read its codes as other numbers
-        files = [record[name] for name in ("shard", "quarantine") if record[name]]
+        shard, quarantine = record["shard"], record["quarantine"]
+        files = [*(shard["files"].values() if shard else ()), *([quarantine] if quarantine else ())]
         return record if all(_is_there(self.folder, file["file"], file["bytes"]) for file in files) else None
 
     @property
@@ -123,9 +129,40 @@ class Plan:
         layers = LayerFile.load(files["layers"]) if "layers" in files else None
         return self.targets.with_logits(logits).with_layer_file(layers, longest=self.identity["sequence"]["length"])
 
+    def settings(self, dtype: str) -> dict[str, Any]:
+        """What the cache's shards have in common, of a teacher that was loaded in this dtype; see `Manifest.settings`."""
+        asked = self.identity["teacher"]
+        teacher = {key: asked[key] for key in TEACHER_IDENTITY if asked.get(key) is not None}
+        return {
+            "teacher": {**teacher, "dtype": dtype},
+            "tokenizer": self.identity["tokenizer"],
+            "sequence": self.identity["sequence"],
+        }
+
+    def target_digests(self) -> dict[str, str]:
+        """See `Manifest.target_digests`; of targets whose files are made."""
+        read_by = {role: _sha256_of(self.folder / name) for role, name in self.read_by().items()}
+        return target_digests(self.identity["targets"], read_by)
+
+    def groups(self, dtype: str) -> tuple[Group, ...]:
+        """What the files of a shard hold, of a teacher that was loaded in this dtype."""
+        return groups_of(
+            self.targets,
+            layout=layout_of(self.targets),
+            settings=fingerprint_of(self.settings(dtype)),
+            digests=self.target_digests(),
+            read_by=self.read_by(),
+        )
+
     def pending(self) -> list[int]:
         """Units that are still to be computed."""
         return [unit for unit in range(self.units) if self.record(unit) is None]
+
+
+@lru_cache(maxsize=8)
+def _sha256_of(path: Path) -> str:
+    """Of a file that is named by its content: every unit of a process asks for it."""
+    return hash_file(path)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -217,7 +254,7 @@ def _find_or_begin(
 
     def planned(staged: Staged) -> Plan:
         whole = {**identity, "corpus": {**described, "digest": staged.digest}}
-        return Plan(folder, fingerprint_of(whole), whole, targets, staged.units, staged.rows_in, staged.deduplicated)
+        return Plan(folder, whole, targets, staged.units, staged.rows_in, staged.deduplicated)
 
     known = _known_job(folder)
     if known is not None:
@@ -231,7 +268,8 @@ def _find_or_begin(
         if targets.boundary is not None:
             targets.boundary.save(folder / "teacher")
         (plan.work / "done").mkdir()
-        write_whole(plan.work / PLAN, json.dumps(plan.identity, indent=1, sort_keys=True))  # last: now there is a job
+        job = {"format_version": PLAN_VERSION, "identity": plan.identity}
+        write_whole(plan.work / PLAN, json.dumps(job, indent=1, sort_keys=True))  # last: now there is a job
     return plan
 
 
@@ -242,8 +280,16 @@ def _smaller_units(settings: PrecomputeConfig, targets: StoredTargets) -> Precom
     return settings.model_copy(update={"unit_rows": rows, "unit_bytes": size})
 
 
-def _known_job(folder: Path) -> dict[str, Any] | None:
-    """Identity of the job that the folder holds, finished or not; refuses folders that hold something else.
+@dataclass(frozen=True)
+class _Known:
+    """Identity of a job that a folder holds, finished or not; format 1 says less of it."""
+
+    job: dict[str, Any]
+    is_of_format_1: bool = False
+
+
+def _known_job(folder: Path) -> _Known | None:
+    """The job that the folder holds; refuses folders that hold something else.
 
     A job that was planned and has computed nothing yet holds nothing that could be lost: it is cleared away, so that a
     recipe can be mended in place.
@@ -251,7 +297,7 @@ def _known_job(folder: Path) -> dict[str, Any] | None:
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         _check_files(folder, manifest)
-        return manifest.job
+        return _Known(manifest.job, manifest.format_version == manifest_v1.FORMAT_VERSION)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     work = folder / WORK_FOLDER
@@ -259,14 +305,20 @@ def _known_job(folder: Path) -> dict[str, Any] | None:
         raise CacheError(f"{folder} exists and holds no cache of ours; choose another `cache:` or empty it")
     plan = work / PLAN
     if plan.is_file() and any((folder / "shards").glob("part-*")):
-        return json.loads(plan.read_text(encoding="utf-8"))
+        job = json.loads(plan.read_text(encoding="utf-8"))
+        if job.get("format_version") != PLAN_VERSION:
+            raise CacheError(
+                f"the job in {folder} was begun by another version of teachercache, whose cache has another format; finish it "
+                f"with that version, or delete {folder} and run this command again"
+            )
+        return _Known(job["identity"])
     for name in OURS:
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    for info in [*manifest.shards, *manifest.files]:
+    for info in manifest.all_files:
         if not _is_there(folder, info.file, info.bytes):
             raise CacheDamaged(
                 f"the cache at {folder} is finished, but {info.file} is missing or has another size; fetch that file "
@@ -279,8 +331,11 @@ def _is_there(folder: Path, file: str, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _check_same_job(known: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
-    different = sorted(_differences(known, identity))
+def _check_same_job(known: _Known, identity: dict[str, Any], folder: Path) -> None:
+    if known.is_of_format_1:  # it says less of what pins a teacher
+        theirs = known.job["teacher"]
+        identity = {**identity, "teacher": {key: value for key, value in identity["teacher"].items() if key in theirs}}
+    different = sorted(_differences(known.job, identity))
     if different:
         rows = " (other rows: corpus.limit, or the data itself)" if "corpus.digest" in different else ""
         raise CacheError(

@@ -24,7 +24,8 @@ from teachercache.precompute.input_form import check_input
 from teachercache.precompute.plan import Plan
 from teachercache.precompute.staging import read_unit, salted_hash, sample_file
 from teachercache.shards import write_shard
-from teachercache.shards.manifest import file_info
+from teachercache.shards.content_files import write_named
+from teachercache.shards.manifest import QUARANTINE
 from teachercache.shards.schema import READ_BY
 from teachercache.targets import calibrates
 from teachercache.teacher import Captured, Teacher
@@ -134,14 +135,12 @@ def _write_unit(
     if stored:
         shard, record["column_bytes"] = write_shard(
             plan.folder,
-            f"part-{unit:05d}.arrow",
+            unit,
             rows=[item.row for item in stored],
             payload=[item.columns or {} for item in stored],
-            columns=teacher.targets.columns,
-            fingerprint=plan.fingerprint,
-            read_by=record["read_by"],
+            groups=plan.groups(record["teacher"]["dtype"]),
         )
-        record["shard"] = vars(shard)
+        record["shard"] = shard.to_json()
     if quarantined:
         record["quarantine"] = vars(_write_quarantine(plan, unit, quarantined))
     write_whole(plan.record_file(unit), json.dumps(record, sort_keys=True))
@@ -173,7 +172,5 @@ def _quarantined_rows(captured: list[Captured]) -> list[Quarantined]:
 
 
 def _write_quarantine(plan: Plan, unit: int, quarantined: list[Quarantined]) -> Any:
-    path = plan.folder / "quarantine" / f"part-{unit:05d}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, "".join(json.dumps(vars(item), sort_keys=True) + "\n" for item in quarantined))
-    return file_info(plan.folder, path)
+    lines = "".join(json.dumps(vars(item), sort_keys=True) + "\n" for item in quarantined)
+    return write_named(plan.folder, QUARANTINE, f"part-{unit:05d}", ".jsonl", lines.encode())

@@ -1,10 +1,16 @@
 """The cache on disk: what is written, how it is found again, and how it is trusted. FORMAT.md beside this is the contract.
 
-    schema.py     columns of a shard
-    writer.py     rows and target columns to an Arrow file, by temp file and rename, with its digest
+    schema.py     columns of a shard's files
+    groups.py     which file of a shard holds which columns
+    writer.py     rows and target columns to the files of a shard
+    content_files.py  files that are hashed while they are written, and named by it
     claims.py     what a manifest and a shard's rows say of themselves, checked
     ipc_blocks.py what a record batch claims to take in memory
+    entries.py    what a manifest lists: files, and shards by the hundred thousand
     manifest.py   manifest.json: what the cache holds, committed last
+    index.py      the lists of shards that it names
+    manifest_v1.py    manifests of format 1
+    digests.py    of values and files
     reader.py     `Cache`: rows by (split, index), digests checked before the first row is handed out
     shard_set.py  many shards, opened when they are needed
     shard.py      one shard: rows by index
@@ -20,7 +26,8 @@
 Needs pyarrow and numpy; neither torch nor ray.
 """
 
-from teachercache.shards.manifest import Audit, FileInfo, Manifest, ShardInfo
+from teachercache.shards.entries import FileInfo, ShardInfo
+from teachercache.shards.manifest import Audit, Manifest
 from teachercache.shards.reader import SPLITS, Cache, StoredRow
 from teachercache.shards.verify import Problem, verify
 from teachercache.shards.writer import write_shard

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from teachercache.shards.manifest import Manifest
-from teachercache.targets import StoredTargets, target_kind
 
 
 def render_card(manifest: Manifest) -> str:
     """Markdown for people who find the folder; made from the manifest alone."""
     audit = manifest.audit
-    kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
     sizes = manifest.bytes_per_position()
-    held_out = sum(shard.held_out_rows for shard in manifest.shards)
     counts = f"{audit.rows_in:,} rows = {audit.stored:,} stored + {audit.quarantined:,} quarantined"
     table = {
         "teacher": f"`{manifest.teacher['model']}`, {manifest.model['parameters']:,} parameters, {manifest.model['dtype']}",
         "vocabulary": f"{manifest.vocabulary_size:,} tokens",
         "corpus": f"`{manifest.corpus['source']}`: {counts} + {audit.deduplicated:,} deduplicated",
         "sequences": f"{manifest.rows:,} rows of up to {manifest.sequence_length} tokens ({manifest.layout}), "
-        f"{held_out:,} of them held out",
+        f"{manifest.held_out_rows:,} of them held out",
         "positions": f"{manifest.positions:,}",
-        "targets": StoredTargets.of(manifest.targets, kind).describe(),
+        "targets": manifest.stored_targets().describe(),
         "size": f"{manifest.shard_bytes:,} bytes of shards; per position {_listed(sizes)}",
         "fingerprint": f"`{manifest.fingerprint}`",
     }

@@ -22,6 +22,8 @@ def describe(cache: Cache) -> dict[str, Any]:
     return {
         "cache": cache.name,
         "fingerprint": manifest.fingerprint,
+        "settings_fingerprint": manifest.settings_fingerprint,
+        "format_version": manifest.format_version,
         "teacher": {**manifest.teacher, **manifest.model},
         "tokenizer": manifest.tokenizer,
         "corpus": manifest.corpus,
@@ -30,6 +32,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "rows": {split: cache.rows_of(split) for split in SPLITS},
         "positions": {split: cache.positions_of(split) for split in SPLITS},
         "shards": len(manifest.shards),
+        "groups": {group: int(table.sizes.sum()) for group, table in manifest.shards.files.items()},
         "bytes": manifest.shard_bytes,
         "bytes_per_position": manifest.bytes_per_position(),
         "column_bytes": manifest.column_bytes,
@@ -52,7 +55,7 @@ def _describe_alignment(sidecar: Sidecar) -> dict[str, Any]:
         "aligned_fraction": round(totals.get("aligned_bytes", 0) / max(1, totals.get("bytes", 0)), 6),
         "rows_without_chunks": sum(manifest.unaligned.values()),
         "vocabulary_coverage": manifest.vocabulary["coverage"],
-        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "bytes": int(manifest.shards.sizes().sum()),
     }
 
 

@@ -26,7 +26,8 @@ from typing import Any
 
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
 from teachercache.files import DISK_FULL
-from teachercache.shards.manifest import FileInfo, hash_file
+from teachercache.shards.digests import hash_file
+from teachercache.shards.entries import FileInfo
 from teachercache.shards.object_store import AGAIN, ObjectStore
 
 TRANSFERS = 2  # of an object whose bytes arrive damaged, which a bad connection can do; twice means the object is

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Iterable
 
 from teachercache.errors import TeachercacheError
+from teachercache.shards.entries import FileInfo
 from teachercache.shards.local_copies import LocalCopies
-from teachercache.shards.manifest import FileInfo
 from teachercache.shards.object_store import Closed, ObjectStore
 
 THREADS = 2

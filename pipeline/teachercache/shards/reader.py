@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,16 @@ import pyarrow as pa
 
 from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import CacheDamaged, CacheError
-from teachercache.shards.manifest import FileInfo, Manifest, ShardInfo
+from teachercache.shards.entries import ROWS_GROUP, FileInfo, ShardInfo, ShardTable
+from teachercache.shards.groups import Group, groups_of
+from teachercache.shards.manifest import Manifest
 from teachercache.shards.schema import READ_BY
 from teachercache.shards.shard import Shard, StoredRow
 from teachercache.shards.shard_set import SPLITS, ShardSet, Split
 from teachercache.shards.source import TEACHER, LocalFiles, Source, loadable, private_folder, source_of
 from teachercache.shards.token_texts import listed_token_texts
-from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
+from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind
+from teachercache.targets.stored import LOGITS, section_of
 
 __all__ = ["SPLITS", "Cache", "Split", "StoredRow"]
 
@@ -29,6 +32,7 @@ class Cache(ShardSet):
         super().__init__(manifest.shards, source)
         self.manifest = manifest
         self._targets: StoredTargets | None = None
+        self._groups: tuple[Group, ...] | None = None
 
     @classmethod
     def open(
@@ -57,7 +61,7 @@ class Cache(ShardSet):
 
     @property
     def kind(self) -> TargetKind:
-        """How the logit targets are read, with the basis that they need."""
+        """How the logit targets are read, with the basis that they need. Raises `CacheError` for a cache without them."""
         return self.targets.logits
 
     @property
@@ -71,8 +75,7 @@ class Cache(ShardSet):
         if self._targets is None:
             manifest = self.manifest
             with self._read_by("basis", manifest.calibration.get("basis")) as basis:
-                kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size, basis=basis)
-            targets = StoredTargets.of(manifest.targets, kind)
+                targets = manifest.stored_targets(basis=basis)
             with self._read_by("layers", manifest.calibration.get("layers")) as layers:
                 if targets.needs_layer_file and layers is None:
                     raise CacheDamaged(f"{self.name}: the manifest names no layer file; fetch the cache again")
@@ -81,6 +84,13 @@ class Cache(ShardSet):
                     targets = targets.with_layer_file(loaded, longest=manifest.sequence_length, name=layers)
             self._targets = targets
         return self._targets
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Its column groups, that with the columns of every row first."""
+        if self._groups is None:
+            self._groups = groups_of_cache(self.manifest, self.targets)
+        return self._groups
 
     @property
     def boundary(self) -> BoundaryMass | None:
@@ -124,7 +134,7 @@ class Cache(ShardSet):
 
     def positions_of(self, split: Split) -> int:
         """Number of stored targets of a split."""
-        held_out = sum(shard.held_out_positions for shard in self.manifest.shards)
+        held_out = int(self.infos.counted("held_out_positions").sum())
         return held_out if split == "held-out" else self.manifest.positions - held_out
 
     @property
@@ -132,31 +142,66 @@ class Cache(ShardSet):
         """Whether it is in an object store."""
         return not isinstance(self.source, LocalFiles)
 
-    def prefetch(self, shards: Iterable[int], *, caches: int = 1, with_infos: Sequence[ShardInfo] = ()) -> None:
-        """Begin to fetch shards (by their numbers, the ones needed first in front) of a cache in an object store.
+    def folders_of(self, columns: Sequence[str] | None) -> list[str]:
+        """The groups whose files hold these columns (None: all of them) and those of every row."""
+        layout = self.manifest.groups
+        if columns is None:
+            return list(layout)
+        wanted = {section_of(column) or LOGITS for column in columns}
+        return [folder for folder in layout if folder == ROWS_GROUP or not wanted.isdisjoint(layout[folder])]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All payload columns."""
+        return tuple(column.name for group in self.groups for column in group.columns)
+
+    def prefetch(
+        self,
+        shards: Iterable[int],
+        *,
+        columns: Sequence[str] | None = None,
+        caches: int = 1,
+        with_infos: ShardTable | None = None,
+    ) -> None:
+        """Begin to fetch the files of shards (by their numbers, the ones needed first in front) of a cache in an object store
+        that hold these columns; None: all.
 
         It replaces what an earlier call asked for, takes as many as half of `local_bytes` hold (shared among so many
         `caches`), and never raises: what
         cannot be fetched raises when it is read. Does nothing for a cache in a folder. `with_infos` are the shards of an
         alignment, in the same order, which are fetched with those that they belong to.
         """
-        chosen = ([infos[number] for infos in (self.infos, with_infos) if infos] for number in shards)
-        self.source.prefetch((info for together in chosen for info in together), caches=caches)
+        if not self.is_remote:
+            return
+        folders = self.folders_of(columns)
+        self.source.prefetch(self._files_of(shards, folders, with_infos), caches=caches)
 
-    def opened(self, file: pa.MemoryMappedFile, info: ShardInfo) -> Shard:
+    def _files_of(
+        self, shards: Iterable[int], folders: Sequence[str], with_infos: ShardTable | None
+    ) -> Iterable[FileInfo]:
+        for number in shards:
+            yield from (self.infos.files[folder][number] for folder in folders)
+            if with_infos:
+                yield from with_infos[number].files.values()
+
+    def opened(self, info: ShardInfo, mapped: Callable[[FileInfo], pa.MemoryMappedFile]) -> Shard:
         """See `ShardSet`."""
-        shard = Shard(
-            file,
+        return Shard(
             info,
-            fingerprint=self.manifest.fingerprint,
+            mapped,
+            groups=self.groups,
             payload=self.targets,
             vocabulary_size=self.manifest.vocabulary_size,
             longest=self.manifest.sequence_length,
         )
-        for role in READ_BY:
-            found, named = shard.read_by[role], self.manifest.calibration.get(role)
-            if found != named:
-                raise CacheDamaged(
-                    f"{info.file} is read by the {role} {found}, the manifest names {named}; fetch the cache again"
-                )
-        return shard
+
+
+def groups_of_cache(manifest: Manifest, targets: StoredTargets) -> tuple[Group, ...]:
+    """The column groups that a manifest describes; `targets` need not have their files."""
+    return groups_of(
+        targets,
+        layout=manifest.groups,
+        settings=manifest.settings_fingerprint,
+        digests=manifest.target_digests,
+        read_by=manifest.read_by,
+    )

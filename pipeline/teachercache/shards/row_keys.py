@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged
 from teachercache.shards.claims import MOST_BATCH_BYTES
+from teachercache.shards.entries import ShardInfo
 from teachercache.shards.ipc_blocks import Blocks
-from teachercache.shards.manifest import ShardInfo
 from teachercache.shards.reader import Cache
 from teachercache.shards.regular_files import path_of_open
 from teachercache.shards.row_batch import offsets
@@ -29,9 +29,9 @@ ID_DIGITS = 32
 def row_keys(cache: Cache) -> dict[Split, Keys]:
     """The first 64 bits of each row's id, by split, in the order of rows. Raises `CacheDamaged` for files that hold none.
 
-    Of a cache in an object store every shard is fetched for it, and checked.
+    Of a cache in an object store every shard's file of rows is fetched for it, and checked.
     """
-    cache.prefetch(range(len(cache.infos)))
+    cache.prefetch(range(len(cache.infos)), columns=())
     parts: dict[Split, list[Keys]] = {split: [] for split in SPLITS}
     for info in cache.infos:
         keys = _of_shard(cache, info)
@@ -42,7 +42,7 @@ def row_keys(cache: Cache) -> dict[Split, Keys]:
 
 def _of_shard(cache: Cache, info: ShardInfo) -> Keys:
     try:
-        with cache.source.unchecked(info) as stream, pa.memory_map(str(path_of_open(stream))) as file:
+        with cache.source.unchecked(info.rows_file) as stream, pa.memory_map(str(path_of_open(stream))) as file:
             blocks = Blocks(file.read_buffer())
             file.seek(0)
             options = pa.ipc.IpcReadOptions(included_fields=[0], use_threads=False)

@@ -13,8 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.shards.claims import MOST_BATCH_BYTES
+from teachercache.shards.entries import ShardInfo
 from teachercache.shards.ipc_blocks import Blocks
-from teachercache.shards.manifest import ShardInfo
 from teachercache.shards.reader import Cache
 from teachercache.shards.regular_files import path_of_open
 from teachercache.shards.row_batch import offsets
@@ -26,10 +26,10 @@ ID_DIGITS = 32
 def rows_beyond(cache: Cache, share: float) -> NDArray[np.int64]:
     """Numbers of the train rows none of whose documents is held out where `share` of all are; rising.
 
-    Raises `CacheDamaged` for shards that do not say what their rows are of. Of a cache in an object store every shard is
-    fetched for it.
+    Raises `CacheDamaged` for shards that do not say what their rows are of. Of a cache in an object store every shard's file of
+    rows is fetched for it.
     """
-    cache.prefetch(range(len(cache.infos)))
+    cache.prefetch(range(len(cache.infos)), columns=())
     kept, start = [np.zeros(0, np.int64)], 0
     for info in cache.infos:
         train = info.rows - info.held_out_rows
@@ -41,7 +41,7 @@ def rows_beyond(cache: Cache, share: float) -> NDArray[np.int64]:
 def _holds_any(cache: Cache, info: ShardInfo, share: float) -> NDArray[np.bool_]:
     """For each row of a shard, whether any of its segments is of a held-out document."""
     try:
-        with cache.source.opened(info) as stream, pa.memory_map(str(path_of_open(stream))) as file:
+        with cache.source.opened(info.rows_file) as stream, pa.memory_map(str(path_of_open(stream))) as file:
             blocks = Blocks(file.read_buffer())
             file.seek(0)
             field = pa.ipc.open_file(file).schema.get_field_index("segments")

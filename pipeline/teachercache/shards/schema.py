@@ -1,4 +1,4 @@
-"""Columns of a shard, and rows to them (row_batch.py reads them).
+"""Columns of a shard's files, and rows to them (row_batch.py reads them).
 
 Plain columns open in anything that reads Arrow; payload columns are binary, and the schema metadata names their codec.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -47,26 +47,25 @@ ROW_COLUMNS = tuple(field.name for field in ROW_FIELDS)
 READ_BY = ("basis", "layers")  # files that targets are read by: of logits (targets/basis.py), of layers (layer_file.py)
 
 
-def shard_schema(
+def file_schema(
+    fields: Sequence[pa.Field],
     columns: Sequence[Column],
     *,
     tables: Mapping[str, bytes],
     rows_per_batch: int,
-    fingerprint: str,
-    read_by: Mapping[str, str],
+    described: Mapping[str, Any],
 ) -> pa.Schema:
-    """Schema of one shard; its metadata says how payload columns are coded (`tables`: what codecs keep once a shard), by
-    which files of the cache their numbers are read (by role, see `READ_BY`), and which cache it belongs to."""
+    """Schema of one file of a shard; its metadata says how payload columns are coded (`tables`: what codecs keep once a
+    file) and, by `described`, what it belongs to (groups.py)."""
     payload = [pa.field(column.name, pa.binary(), nullable=False) for column in columns]
     metadata = {
-        "fingerprint": fingerprint,
         "rows_per_batch": rows_per_batch,
         "columns": {
             column.name: column.to_metadata() | table_metadata(tables.get(column.name, b"")) for column in columns
         },
+        **described,
     }
-    metadata |= dict(read_by)
-    return pa.schema([*ROW_FIELDS, *payload], metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    return pa.schema([*fields, *payload], metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
 
 def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
@@ -76,8 +75,8 @@ def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
         raise CacheDamaged("it is an Arrow file, but no shard of teachercache")
     try:
         metadata = json.loads(raw)
-        fingerprint, rows, columns = (metadata[name] for name in ("fingerprint", "rows_per_batch", "columns"))
-        sound = type(fingerprint) is str and type(rows) is int and rows >= 1 and type(columns) is dict
+        rows, columns, targets = metadata["rows_per_batch"], metadata["columns"], metadata.get("targets", {})
+        sound = type(rows) is int and rows >= 1 and type(columns) is dict and type(targets) is dict
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -85,14 +84,14 @@ def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
     return metadata
 
 
-def check_schema(schema: pa.Schema, columns: Sequence[str]) -> None:
-    """Raise `CacheDamaged` unless a shard has the columns of every shard, and those of its targets, in order and type."""
-    expected = [*ROW_COLUMNS, *columns]
+def check_schema(schema: pa.Schema, fields: Sequence[pa.Field], columns: Sequence[str]) -> None:
+    """Raise `CacheDamaged` unless a file has these fields, and the columns of its targets, in order and type."""
+    expected = [*(field.name for field in fields), *columns]
     if schema.names != expected:
         raise CacheDamaged(
             f"its columns are {', '.join(schema.names)[:500]}; the manifest's settings ask for {', '.join(expected)}"
         )
-    types = [*(field.type for field in ROW_FIELDS), *(pa.binary() for _ in columns)]
+    types = [*(field.type for field in fields), *(pa.binary() for _ in columns)]
     for name, found, wanted in zip(expected, schema.types, types, strict=True):
         before_contents = name == "segments" and found.equals(pa.list_(pa.struct(_SEGMENT)))  # of earlier caches
         if not found.equals(wanted) and not before_contents:
@@ -116,16 +115,20 @@ def _segment(segment: Segment) -> dict[str, Any]:
     return {**vars(segment), "contents": [content._asdict() for content in segment.contents]}
 
 
+_VALUE_OF: dict[str, Callable[[TokenRow], Any]] = {
+    "row_id": lambda row: row.row_id,
+    "held_out": lambda row: row.held_out,
+    "positions": lambda row: row.positions,
+    "input_ids": lambda row: row.input_ids_S,
+    "target_mask": lambda row: row.target_mask_S,
+    "segments": lambda row: [_segment(segment) for segment in row.segments],
+}
+
+
 def to_batch(rows: Sequence[TokenRow], payload: Sequence[Sequence[bytes]], schema: pa.Schema) -> pa.RecordBatch:
-    """Rows and the encoded bytes of each target column, `payload[column][row]`, as one record batch."""
-    values: list[list[Any]] = [
-        [row.row_id for row in rows],
-        [row.held_out for row in rows],
-        [row.positions for row in rows],
-        [row.input_ids_S for row in rows],
-        [row.target_mask_S for row in rows],
-        [[_segment(segment) for segment in row.segments] for row in rows],
-    ]
-    values += [list(column) for column in payload]
+    """Rows and the encoded bytes of each target column, `payload[column][row]`, as one record batch of a file that holds all
+    columns of rows, or their ids alone."""
+    of_rows = schema.names[: len(schema.names) - len(payload)]
+    values = [*([_VALUE_OF[name](row) for row in rows] for name in of_rows), *(list(column) for column in payload)]
     arrays = [pa.array(value, type=field.type) for value, field in zip(values, schema, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)

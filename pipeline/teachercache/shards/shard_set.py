@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from teachercache.shards.decompressed import Decompressed
-from teachercache.shards.manifest import ShardInfo
+from teachercache.shards.entries import FileInfo, ShardInfo, ShardTable
 from teachercache.shards.regular_files import path_of_open
 from teachercache.shards.row_batch import RowBatch
 from teachercache.shards.shard import Shard, StoredRow
@@ -31,16 +32,16 @@ KEPT_BYTES = 256 * 2**20
 
 
 class ShardSet(ABC):
-    """Shards in order. Who has them derives from this and says how one is opened: a reference back from here would keep files
-    mapped, and their local copies on disk, until the garbage is collected.
+    """Shards in order. Who has them derives from this and says how one is opened: a reference back from a shard would keep
+    files mapped, and their local copies on disk, until the garbage is collected.
 
     Picklable: workers open files for themselves.
     """
 
-    def __init__(self, infos: Sequence[ShardInfo], source: Source) -> None:
+    def __init__(self, infos: ShardTable, source: Source) -> None:
         self.infos, self.source = infos, source
-        held_out = np.array([shard.held_out_rows for shard in infos], dtype=np.int64)
-        train = np.array([shard.rows for shard in infos], dtype=np.int64) - held_out
+        held_out = infos.counted("held_out_rows")
+        train = infos.counted("rows") - held_out
         self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self.recent: Decompressed[RowBatch] = Decompressed(KEPT_BYTES)
@@ -65,23 +66,24 @@ class ShardSet(ABC):
         return self.shard(number).read_row(offset + within, columns, self.recent, segments=segments)
 
     @abstractmethod
-    def opened(self, file: pa.MemoryMappedFile, info: ShardInfo) -> Shard:
-        """The shard in a mapped file, once what is known of it is checked."""
+    def opened(self, info: ShardInfo, mapped: Callable[[FileInfo], pa.MemoryMappedFile]) -> Shard:
+        """A shard, whose files `mapped` maps, once what is known of it is checked."""
 
     def shard(self, number: int) -> Shard:
         """The shard of that number, opened if it was not."""
         shard = self._shards.get(number)
         if shard is None:
-            info = self.infos[number]
-            shard = self._shards[number] = self.opened(self._mapped(info), info)
+            shard = self._shards[number] = self.opened(self.infos[number], partial(mapped, self.source))
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return shard
 
-    def _mapped(self, info: ShardInfo) -> pa.MemoryMappedFile:
-        with self.source.opened(info) as stream:
-            return pa.memory_map(str(path_of_open(stream)))
-
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_shards": OrderedDict(), "recent": Decompressed(KEPT_BYTES)}
+
+
+def mapped(source: Source, info: FileInfo) -> pa.MemoryMappedFile:
+    """A file of a cache in memory, its bytes checked."""
+    with source.opened(info) as stream:
+        return pa.memory_map(str(path_of_open(stream)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheDamaged, CacheError
-from teachercache.shards.manifest import FileInfo, ShardInfo
+from teachercache.shards.entries import FileInfo, ShardInfo
 from teachercache.shards.reader import Cache
 from teachercache.shards.shard import Shard, StoredRow
 from teachercache.shards.shard_set import ShardSet, Split
@@ -58,7 +59,7 @@ class Sidecar(ShardSet):
                 f"{cache.name} has no alignment with the tokenizer of {student}; make it, without the teacher: "
                 f"`teachercache align {cache.name} --student {student}`"
             )
-        manifest = parse_sidecar(data, cache=cache.manifest, name=f"{cache.name}/{name}")
+        manifest = parse_sidecar(data, cache.source.read_listed, cache=cache.manifest, name=f"{cache.name}/{name}")
         if manifest.reader != reader:
             raise CacheDamaged(f"{cache.name}/{name} is of another tokenizer; delete its folder and align again")
         return cls(cache, manifest)
@@ -70,7 +71,8 @@ class Sidecar(ShardSet):
         for name in cache.source.names(ALIGNMENTS):
             data = cache.source.read(name) if name.count("/") == 2 and name.endswith(f"/{SIDECAR}") else None
             if data is not None:
-                found.append(cls(cache, parse_sidecar(data, cache=cache.manifest, name=f"{cache.name}/{name}")))
+                read = cache.source.read_listed
+                found.append(cls(cache, parse_sidecar(data, read, cache=cache.manifest, name=f"{cache.name}/{name}")))
         return found
 
     @property
@@ -118,12 +120,12 @@ class Sidecar(ShardSet):
     def _tokenizer_files(self) -> list[FileInfo]:
         return [info for info in self.manifest.files if info.file.startswith(f"{self._tokenizer_within}/")]
 
-    def opened(self, file: pa.MemoryMappedFile, info: ShardInfo) -> Shard:
+    def opened(self, info: ShardInfo, mapped: Callable[[FileInfo], pa.MemoryMappedFile]) -> Shard:
         """See `ShardSet`."""
         return Shard(
-            file,
             info,
-            fingerprint=self.manifest.fingerprint,
+            mapped,
+            groups=(self.manifest.group,),
             payload=ChunkColumns(),
             vocabulary_size=self.manifest.vocabulary_size,
             longest=self.manifest.sequence_length,

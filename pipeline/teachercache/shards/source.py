@@ -12,15 +12,17 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
 
 from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
+from teachercache.shards.entries import FileInfo
 from teachercache.shards.local_copies import LocalCopies
-from teachercache.shards.manifest import MANIFEST, FileInfo, Manifest, parse_manifest, read_manifest
-from teachercache.shards.object_store import ObjectStore
+from teachercache.shards.manifest import MANIFEST, Manifest, parse_manifest, read_listed, read_manifest
+from teachercache.shards.object_store import AGAIN, ObjectStore
 from teachercache.shards.prefetch import Prefetcher
 from teachercache.shards.regular_files import (
     MOST_MANIFEST_BYTES,
@@ -61,6 +63,10 @@ class Source(Protocol):
     def read(self, name: str) -> bytes | None:
         """The bytes of a small file that no manifest lists; None where there is none. Raises `CacheDamaged` for what is no
         regular file, or too large."""
+
+    def read_listed(self, name: str, size: int) -> bytes:
+        """The bytes of a small file that a manifest lists, so many; not hashed. Raises `CacheDamaged` where it is not there or
+        has another size."""
 
     def names(self, folder: str) -> list[str]:
         """Files below a folder of the cache, as it is now."""
@@ -164,6 +170,9 @@ class LocalFiles:
         except ValueError as error:
             raise CacheDamaged(f"{self.folder / name}: {error}; {REMEDY}") from None
 
+    def read_listed(self, name: str, size: int) -> bytes:
+        return read_listed(self.folder, name, size)
+
     def names(self, folder: str) -> list[str]:
         found = (path for path in (self.folder / folder).rglob("*") if path.is_symlink() or not path.is_dir())
         return sorted(path.relative_to(self.folder).as_posix() for path in found)
@@ -219,6 +228,9 @@ class RemoteFiles:
         except FileNotFoundError:
             return None
 
+    def read_listed(self, name: str, size: int) -> bytes:
+        return read_listed_object(self.store, name, size)
+
     def names(self, folder: str) -> list[str]:
         return sorted(name for name in self.store.sizes() if name.startswith(f"{folder}/"))
 
@@ -238,10 +250,20 @@ def manifest_of(location: str | Path) -> Manifest:
 
 def remote_manifest(store: ObjectStore) -> Manifest:
     """The manifest at a URL. Raises `CacheError` when there is none, `CacheDamaged` when it was changed."""
+
     try:
-        return parse_manifest(lambda: store.read(MANIFEST, most=MOST_MANIFEST_BYTES), name=store.name_of(MANIFEST))
+        read = partial(store.read, MANIFEST, most=MOST_MANIFEST_BYTES)
+        return parse_manifest(read, partial(read_listed_object, store), name=store.name_of(MANIFEST))
     except FileNotFoundError:
         raise CacheError(
             f"there is no cache at {store.name}: it has no {MANIFEST} (which is uploaded last); make a cache with "
             "`teachercache precompute RECIPE` and copy it there"
         ) from None
+
+
+def read_listed_object(store: ObjectStore, name: str, size: int) -> bytes:
+    """The bytes of a small object that a manifest lists; see `Source.read_listed`."""
+    try:
+        return b"".join(store.pieces(name, expected_bytes=size))
+    except FileNotFoundError:
+        raise CacheDamaged(f"{store.name_of(name)} is missing; {AGAIN}") from None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from teachercache.errors import CacheDamaged
-from teachercache.shards.manifest import FileInfo
+from teachercache.shards.entries import FileInfo
 from teachercache.shards.source import MOST_TOKENIZER_BYTES, Source, read_checked
 from teachercache.tokens.token_bytes import BYTE_OF
 

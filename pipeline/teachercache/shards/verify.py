@@ -2,13 +2,17 @@
 
 sha256 runs at about 1.8 GB/s; `quick` skips it and takes milliseconds a shard. Of a cache in an object store every byte is
 fetched, past the local copies and one file at a time; `quick` compares the names and sizes that the store lists.
+
+Names that are reserved (`is_reserved`) belong to people and to later steps: they are not listed, never read as data, and
+bounded.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,9 +21,13 @@ import pyarrow.compute as pc
 from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards.claims import MOST_BATCH_BYTES
+from teachercache.shards.digests import hash_file
+from teachercache.shards.entries import FileInfo, ShardInfo
+from teachercache.shards.groups import Group
 from teachercache.shards.ipc_blocks import Blocks
-from teachercache.shards.manifest import MANIFEST, FileInfo, Manifest, ShardInfo, hash_file, read_manifest
+from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, read_listed, read_manifest
 from teachercache.shards.object_store import AGAIN, ObjectStore
+from teachercache.shards.reader import groups_of_cache
 from teachercache.shards.regular_files import (
     MOST_MANIFEST_BYTES,
     NoRegularFile,
@@ -27,17 +35,18 @@ from teachercache.shards.regular_files import (
     path_of_open,
     read_regular,
 )
-from teachercache.shards.schema import check_schema, shard_metadata
 from teachercache.shards.sidecar_manifest import ALIGNMENTS, SIDECAR, SidecarManifest, parse_sidecar
-from teachercache.shards.source import remote_manifest
-from teachercache.targets import StoredTargets, target_kind
-from teachercache.targets.chunks import ChunkColumns
-from teachercache.targets.columns import Column
+from teachercache.shards.source import read_listed_object, remote_manifest
 
-CARD = "README.md"  # the one file without a digest: people may add to it
-AnyManifest = Manifest | SidecarManifest
+CARD = "README.md"  # people may add to it
+RESERVED_FILES = frozenset({CARD, "croissant.json", "lease.json"})
+RESERVED_FOLDERS = ("signatures", "snapshots")
+MOST_RESERVED_BYTES = 2**26  # of one file with a reserved name
+MOST_RESERVED_FILES = 10_000
 NOT_LISTED = "the manifest does not list it"
 LEAVE_OUT = "delete it, unless you know where it comes from"
+FETCH = "fetch this file again, or delete the cache and precompute it again"
+ALIGN = "delete its folder and run `teachercache align` again"
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,15 @@ class Problem:
     file: str
     reason: str
     remedy: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A file that a manifest lists; of a shard's, its group and how many rows and positions it has."""
+
+    info: FileInfo
+    group: Group | None = None
+    shard: ShardInfo | None = None
 
 
 def verify(location: str | Path, *, quick: bool = False) -> list[Problem]:
@@ -63,16 +81,81 @@ def verify(location: str | Path, *, quick: bool = False) -> list[Problem]:
         manifest = read_manifest(folder)
     except CacheDamaged as error:
         return [Problem(MANIFEST, str(error), "fetch the cache again, or precompute it again")]
-    found = [*_wrong_files(folder, manifest, quick=quick)]
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if _is_file(path)}
-    listed = {info.file for info in [*manifest.shards, *manifest.files]} | {MANIFEST, CARD}
-    for name in [name for name in files if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{SIDECAR}")]:
-        found += _wrong_alignment(folder, name, manifest, listed, quick=quick)
-    return [*found, *(_unlisted(name) for name in files if name not in listed)]
+    sizes = {path.relative_to(folder).as_posix(): _size(path) for path in sorted(folder.rglob("*")) if _is_file(path)}
+    read = partial(read_regular, folder, most=MOST_MANIFEST_BYTES)
+    why = partial(_why_wrong, folder, quick=quick)
+    return list(_problems(manifest, sizes, read=read, listed=partial(read_listed, folder), why=why, remedy=FETCH))
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a file's name belongs to people or to later steps, not to the data: the card, signatures, earlier manifests, a
+    lease, what an unfinished job left."""
+    return name in RESERVED_FILES or name.partition("/")[0] in (*RESERVED_FOLDERS, WORK_FOLDER)
+
+
+def _problems(
+    manifest: Manifest,
+    sizes: Mapping[str, int],
+    *,
+    read: Callable[[str], bytes],
+    listed: Callable[[str, int], bytes],
+    why: Callable[[Expected], str | None],
+    remedy: str,
+) -> Iterator[Problem]:
+    """Everything that is wrong; `sizes` are the files that are there, by name, -1 of one that is no regular file."""
+    others = dict.fromkeys(name for name in sizes if name != MANIFEST)
+    for expected in _expected(manifest):
+        others.pop(expected.info.file, None)
+        if reason := why(expected):
+            yield Problem(expected.info.file, reason, remedy)
+    for name in [name for name in others if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{SIDECAR}")]:
+        del others[name]
+        try:
+            sidecar = parse_sidecar(read(name), listed, cache=manifest, name=name)
+        except (CacheDamaged, CacheError, ValueError, OSError) as error:
+            yield Problem(name, str(error), remedy if remedy == AGAIN else ALIGN)
+            continue
+        for expected in _expected_of_alignment(sidecar):
+            others.pop(expected.info.file, None)
+            if reason := why(expected):
+                yield Problem(expected.info.file, reason, remedy if remedy == AGAIN else ALIGN)
+    yield from (_unlisted(name) for name in others if not is_reserved(name))
+    yield from _wrong_reserved({name: sizes[name] for name in others if is_reserved(name)})
+
+
+def _expected(manifest: Manifest) -> Iterator[Expected]:
+    groups = {group.folder: group for group in groups_of_cache(manifest, manifest.stored_targets())}
+    for shard in manifest.shards:
+        for folder, info in shard.files.items():
+            yield Expected(info, groups.get(folder), shard)
+    yield from (Expected(info) for info in (*manifest.files, *manifest.index))
+
+
+def _expected_of_alignment(sidecar: SidecarManifest) -> Iterator[Expected]:
+    for shard in sidecar.shards:
+        yield Expected(shard.rows_file, sidecar.group, shard)
+    yield from (Expected(info) for info in (*sidecar.files, *sidecar.index))
+
+
+def _wrong_reserved(sizes: Mapping[str, int]) -> Iterator[Problem]:
+    """Nobody reads these files as data; they may not be anything, and not be endless."""
+    for name, size in sizes.items():
+        if size < 0:
+            yield Problem(name, "it is no regular file", LEAVE_OUT)
+        elif size > MOST_RESERVED_BYTES and not name.startswith(f"{WORK_FOLDER}/"):
+            yield Problem(name, f"it holds {size} bytes, at most {MOST_RESERVED_BYTES} are allowed there", LEAVE_OUT)
+    count = sum(not name.startswith(f"{WORK_FOLDER}/") for name in sizes)
+    if count > MOST_RESERVED_FILES:
+        folders = " and ".join(RESERVED_FOLDERS)
+        yield Problem(folders, f"they hold {count} files, at most {MOST_RESERVED_FILES} are allowed", LEAVE_OUT)
 
 
 def _is_file(path: Path) -> bool:
     return path.is_symlink() or not path.is_dir()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
 
 
 def _unlisted(name: str) -> Problem:
@@ -82,119 +165,72 @@ def _unlisted(name: str) -> Problem:
     return Problem(name, NOT_LISTED, LEAVE_OUT)
 
 
-def _wrong_alignment(
-    folder: Path, name: str, manifest: Manifest, listed: set[str], *, quick: bool
-) -> Iterator[Problem]:
-    """What is wrong with an alignment; adds its files to those that are listed."""
-    remedy = "delete its folder and run `teachercache align` again"
-    listed.add(name)
-    try:
-        sidecar = parse_sidecar(read_regular(folder, name, most=MOST_MANIFEST_BYTES), cache=manifest, name=name)
-    except (CacheDamaged, CacheError, ValueError, OSError) as error:
-        yield Problem(name, str(error), remedy)
-        return
-    for info in [*sidecar.shards, *sidecar.files]:
-        listed.add(info.file)
-        reason = _why_wrong(folder, info, sidecar, quick=quick)
-        if reason:
-            yield Problem(info.file, reason, remedy)
-
-
-def _wrong_files(folder: Path, manifest: Manifest, *, quick: bool) -> Iterator[Problem]:
-    for info in [*manifest.shards, *manifest.files]:
-        reason = _why_wrong(folder, info, manifest, quick=quick)
-        if reason:
-            yield Problem(info.file, reason, "fetch this file again, or delete the cache and precompute it again")
-
-
 def _wrong_objects(manifest: Manifest, store: ObjectStore, *, quick: bool) -> Iterator[Problem]:
     sizes = store.sizes()
-    for info in [*manifest.shards, *manifest.files]:
-        size = sizes.pop(info.file, None)
+
+    def why(expected: Expected) -> str | None:
+        size = sizes.get(expected.info.file)
         if size is None:
-            yield Problem(info.file, "it is missing", AGAIN)
-        elif size != info.bytes:
-            yield Problem(info.file, f"it holds {size} bytes, the manifest says {info.bytes}", AGAIN)
-        elif not quick and (reason := _why_wrong_object(store, info, manifest)):
-            yield Problem(info.file, reason, AGAIN)
-    others = sizes.keys() - {MANIFEST, CARD}
-    for name in sorted(name for name in others if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{SIDECAR}")):
-        listed = {name}
-        yield from _wrong_objects_of_alignment(store, name, manifest, sizes, listed, quick=quick)
-        others -= listed
-    yield from (_unlisted(name) for name in sorted(others))
+            return "it is missing"
+        if size != expected.info.bytes:
+            return f"it holds {size} bytes, the manifest says {expected.info.bytes}"
+        return None if quick else _why_wrong_object(store, expected)
+
+    listed = partial(read_listed_object, store)
+    yield from _problems(
+        manifest, sizes, read=partial(store.read, most=MOST_MANIFEST_BYTES), listed=listed, why=why, remedy=AGAIN
+    )
 
 
-def _wrong_objects_of_alignment(
-    store: ObjectStore, name: str, manifest: Manifest, sizes: dict[str, int], listed: set[str], *, quick: bool
-) -> Iterator[Problem]:
-    try:
-        sidecar = parse_sidecar(store.read(name, most=MOST_MANIFEST_BYTES), cache=manifest, name=name)
-    except (CacheDamaged, CacheError) as error:
-        yield Problem(name, str(error), AGAIN)
-        return
-    for info in [*sidecar.shards, *sidecar.files]:
-        listed.add(info.file)
-        size = sizes.get(info.file)
-        if size != info.bytes:
-            missing = "it is missing" if size is None else f"it holds {size} bytes, the alignment says {info.bytes}"
-            yield Problem(info.file, missing, AGAIN)
-        elif not quick and (reason := _why_wrong_object(store, info, sidecar)):
-            yield Problem(info.file, reason, AGAIN)
-
-
-def _why_wrong_object(store: ObjectStore, info: FileInfo, manifest: AnyManifest) -> str | None:
+def _why_wrong_object(store: ObjectStore, expected: Expected) -> str | None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "copy"
         with path.open("wb") as stream:
-            stream.writelines(store.pieces(info.file))
-        return _why_wrong_file(path, info, manifest, quick=False)
+            stream.writelines(store.pieces(expected.info.file))
+        return _why_wrong_file(path, expected, quick=False)
 
 
-def _why_wrong(folder: Path, info: FileInfo, manifest: AnyManifest, *, quick: bool) -> str | None:
+def _why_wrong(folder: Path, expected: Expected, *, quick: bool) -> str | None:
     try:
-        with open_regular(folder, info.file) as stream:
-            return _why_wrong_file(path_of_open(stream), info, manifest, quick=quick)
+        with open_regular(folder, expected.info.file) as stream:
+            return _why_wrong_file(path_of_open(stream), expected, quick=quick)
     except FileNotFoundError:
         return "it is missing"
     except NoRegularFile as error:
         return str(error)
 
 
-def _why_wrong_file(path: Path, info: FileInfo, manifest: AnyManifest, *, quick: bool) -> str | None:
+def _why_wrong_file(path: Path, expected: Expected, *, quick: bool) -> str | None:
+    info = expected.info
     if path.stat().st_size != info.bytes:
         return f"it holds {path.stat().st_size} bytes, the manifest says {info.bytes}"
     if not quick and hash_file(path) != info.sha256:
         return "its sha256 differs from the manifest's: bytes are damaged or were changed"
-    return _why_wrong_shard(path, info, manifest) if isinstance(info, ShardInfo) else None
+    if expected.group is None or expected.shard is None:
+        return None
+    return _why_wrong_shard(path, expected.group, expected.shard)
 
 
-def _why_wrong_shard(path: Path, info: ShardInfo, manifest: AnyManifest) -> str | None:
+def _why_wrong_shard(path: Path, group: Group, shard: ShardInfo) -> str | None:
     try:
         with pa.memory_map(str(path)) as source:
             schema = pa.ipc.open_file(source).schema
-            fingerprint = shard_metadata(schema)["fingerprint"]
-            check_schema(schema, [column.name for column in _columns(manifest)])
-            rows, positions = _counts(source, schema)
-    except (pa.ArrowException, OSError, CacheDamaged, KeyError, ValueError) as error:
+            group.checked(schema)
+            rows, positions = _counts(source, schema, counted="positions" if group.has_rows else None)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         return f"it cannot be read as a shard: {str(error).splitlines()[0]}"
-    if fingerprint != manifest.fingerprint:
-        return "it belongs to another cache"
-    if (rows, positions) != (info.rows, info.positions):
-        return f"it holds {rows} rows and {positions} positions, the manifest says {info.rows} and {info.positions}"
+    except CacheDamaged as error:
+        return str(error)
+    if rows != shard.rows or positions not in (None, shard.positions):
+        found = f"{rows} rows" if positions is None else f"{rows} rows and {positions} positions"
+        return f"it holds {found}, the manifest says {shard.rows} and {shard.positions}"
     return None
 
 
-def _columns(manifest: AnyManifest) -> tuple[Column, ...]:
-    if isinstance(manifest, SidecarManifest):
-        return ChunkColumns.columns
-    kind = target_kind(manifest.logits, vocabulary_size=manifest.vocabulary_size)
-    return StoredTargets.of(manifest.targets, kind).columns
-
-
-def _counts(source: pa.MemoryMappedFile, schema: pa.Schema) -> tuple[int, int]:
-    """Rows and positions, a batch at a time; raises `ValueError` for a batch that claims more memory than any has."""
-    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("positions")])
+def _counts(source: pa.MemoryMappedFile, schema: pa.Schema, *, counted: str | None) -> tuple[int, int | None]:
+    """Rows and, of a file that counts them, positions, a batch at a time; raises `ValueError` for a batch that claims more
+    memory than any has."""
+    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(counted or "row_id")])
     reader = pa.ipc.open_file(source, options=options)
     source.seek(0)
     blocks = Blocks(source.read_buffer())
@@ -203,7 +239,8 @@ def _counts(source: pa.MemoryMappedFile, schema: pa.Schema) -> tuple[int, int]:
         claimed = blocks.decompressed_bytes(number)
         if claimed > MOST_BATCH_BYTES:
             raise ValueError(f"record batch {number} claims {claimed} bytes, at most {MOST_BATCH_BYTES} are possible")
-        counts = reader.get_batch(number).column("positions")
-        counts.validate(full=True)
-        rows, positions = rows + len(counts), positions + (pc.sum(counts).as_py() or 0)
-    return rows, positions
+        [column] = reader.get_batch(number).columns
+        column.validate(full=True)
+        rows += len(column)
+        positions += (pc.sum(column).as_py() or 0) if counted else 0
+    return rows, positions if counted else None

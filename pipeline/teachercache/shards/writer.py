@@ -1,11 +1,14 @@
-"""One work unit to one shard: an Arrow IPC file, zstd, several record batches, written to a temp file and renamed.
+"""One work unit to one shard: an Arrow IPC file for each column group, zstd, several record batches each.
 
-A pure function of its rows: equal rows and targets give equal bytes, whoever writes them and when.
+A pure function of its rows: equal rows and targets give equal bytes, whoever writes them and when. A file's name holds the
+beginning of its sha256, which is taken while it is written: what two writers of one shard make never meets under one name,
+and only the record of a finished unit says which of them counts.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,58 +16,83 @@ from typing import Any
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from teachercache.shards.manifest import ShardInfo, file_info
-from teachercache.shards.schema import shard_schema, table_metadata, to_batch
-from teachercache.targets.columns import Column
+from teachercache.shards.content_files import NamedByContent
+from teachercache.shards.entries import FileInfo, ShardInfo
+from teachercache.shards.groups import Group
+from teachercache.shards.schema import file_schema, table_metadata, to_batch
 from teachercache.tokens.rows import TokenRow
 
 # A row is read by decompressing its record batch: about 1 MiB keeps that near a millisecond and still compresses well.
-BATCH_BYTES = 2**20  # of targets, or four times that of ids and text where few tokens have targets
+BATCH_BYTES = 2**20  # of a file's targets, or four times that of ids and text where few tokens have targets
 
 
 def write_shard(
     folder: Path,
-    name: str,
+    number: int,
     *,
     rows: Sequence[TokenRow],
     payload: Sequence[Mapping[str, NDArray[Any]]],
-    columns: Sequence[Column],
-    fingerprint: str,
-    read_by: Mapping[str, str] | None = None,
-    within: str = "shards",
+    groups: Sequence[Group],
 ) -> tuple[ShardInfo, dict[str, int]]:
-    """Write `rows` with their columns to `folder/within/name`, training rows first; returns its entry and the
-    compressed bytes of each column.
+    """Write `rows` with the columns of all `groups` to a cache at `folder`, training rows first; returns the shard's entry
+    and the compressed bytes of each column.
 
-    `payload[i]` holds the arrays of `rows[i]`; `read_by` names the files by which they are read (`READ_BY`). The file
-    appears under its name only when it is whole.
+    `payload[i]` holds the arrays of `rows[i]`. A file appears under its name only when it is whole.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].held_out)
     rows, payload = [rows[index] for index in order], [payload[index] for index in order]
-    encoded = {column.name: column.encode([arrays[column.name] for arrays in payload]) for column in columns}
-    tables = {column_name: shared for column_name, (shared, _) in encoded.items()}
-    pages = [encoded[column.name][1] for column in columns]
-    rows_per_batch = _rows_per_batch(pages, rows)
-    schema = shard_schema(
-        columns, tables=tables, rows_per_batch=rows_per_batch, fingerprint=fingerprint, read_by=read_by or {}
+    column_bytes: Counter[str] = Counter()
+    files = {}
+    for group in groups:
+        files[group.folder], sizes = _write_file(folder, number, group, rows, payload)
+        column_bytes.update(sizes)
+    held_out = [row for row in rows if row.held_out]
+    info = ShardInfo(
+        rows=len(rows),
+        held_out_rows=len(held_out),
+        positions=sum(row.positions for row in rows),
+        held_out_positions=sum(row.positions for row in held_out),
+        tokens=sum(row.length for row in rows),
+        row_ids=row_ids_digest(row.row_id for row in rows),
+        files=files,
+    )
+    return info, dict(column_bytes)
+
+
+def row_ids_digest(ids: Any) -> str:
+    """sha256 over the ids of rows, 16 bytes each, in their order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, ids))).hexdigest()
+
+
+def _write_file(
+    folder: Path,
+    number: int,
+    group: Group,
+    rows: Sequence[TokenRow],
+    payload: Sequence[Mapping[str, NDArray[Any]]],
+) -> tuple[FileInfo, dict[str, int]]:
+    encoded = {column.name: column.encode([arrays[column.name] for arrays in payload]) for column in group.columns}
+    tables = {name: shared for name, (shared, _) in encoded.items()}
+    pages = [encoded[column.name][1] for column in group.columns]
+    rows_per_batch = _rows_per_batch(pages, rows if group.has_rows else ())
+    rows_per_batch = max(1, min(len(rows), rows_per_batch))
+    schema = file_schema(
+        group.fields, group.columns, tables=tables, rows_per_batch=rows_per_batch, described=group.metadata()
     )
     column_bytes = dict.fromkeys(schema.names, 0)
-    for column_name, shared in tables.items():  # the schema stands at both ends of the file
-        column_bytes[column_name] = 2 * len(table_metadata(shared).get("tables", ""))
-    path = folder / within / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{name}.tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, _open_writer(sink, schema) as writer:
+    for name, shared in tables.items():  # the schema stands at both ends of the file
+        column_bytes[name] = 2 * len(table_metadata(shared).get("tables", ""))
+    with (
+        NamedByContent(folder, group.folder, f"part-{number:05d}", ".arrow") as sink,
+        _open_writer(sink, schema) as writer,
+    ):
         for start in range(0, len(rows), rows_per_batch):
             chosen = slice(start, start + rows_per_batch)
             batch = to_batch(rows[chosen], [column[chosen] for column in pages], schema)
             writer.write_batch(batch)
-            for column in schema.names:
-                column_bytes[column] += _compressed_bytes(batch.column(column))
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())  # the record that follows must not reach the disk before the shard does
-    temporary.replace(path)
-    return _describe(folder, path, rows), column_bytes
+            for name in schema.names:
+                column_bytes[name] += _compressed_bytes(batch.column(name))
+    return sink.info, column_bytes
 
 
 def _open_writer(sink: Any, schema: pa.Schema) -> pa.RecordBatchFileWriter:
@@ -76,25 +104,11 @@ def _rows_per_batch(pages: Sequence[Sequence[bytes]], rows: Sequence[TokenRow]) 
     targets = sum(len(page) for column in pages for page in column)
     # Where few tokens have targets, ids and text outweigh them: readers bound what a batch takes (claims.py).
     tokens = sum(5 * row.length + sum(len(segment.text or "") for segment in row.segments) for row in rows)
-    return max(1, min(len(rows), len(rows) * BATCH_BYTES // max(1, targets, tokens // 4)))
+    count = len(rows) or max((len(column) for column in pages), default=0)
+    return count * BATCH_BYTES // max(1, targets, tokens // 4)
 
 
 def _compressed_bytes(array: pa.Array) -> int:
     """What the array's buffers take under the shard's codec (Arrow does not tell)."""
     codec = pa.Codec("zstd", compression_level=3)
     return sum(len(codec.compress(buffer)) for buffer in array.buffers() if buffer is not None and buffer.size)
-
-
-def _describe(folder: Path, path: Path, rows: Sequence[TokenRow]) -> ShardInfo:
-    held_out = [row for row in rows if row.held_out]
-    info = file_info(folder, path)
-    return ShardInfo(
-        file=info.file,
-        bytes=info.bytes,
-        sha256=info.sha256,
-        rows=len(rows),
-        held_out_rows=len(held_out),
-        positions=sum(row.positions for row in rows),
-        held_out_positions=sum(row.positions for row in held_out),
-        tokens=sum(row.length for row in rows),
-    )

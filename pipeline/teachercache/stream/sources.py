@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,20 +59,20 @@ def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
 def windows_bytes(caches: Sequence[Cache], *, window: int) -> int:
     """Bytes of the shards that the caches in object stores need at a time, at most: two windows of each."""
     remote = [cache for cache in caches if cache.is_remote]
-    return sum(sum(sorted(shard.bytes for shard in cache.manifest.shards)[-2 * window :]) for cache in remote)
+    return sum(int(np.sort(cache.infos.sizes())[-2 * window :].sum()) for cache in remote)
 
 
 def _row_order(cache: Cache, rows_S: NDArray[np.int64], *, seed: int, window: int) -> RowOrder:
-    shards = cache.manifest.shards
+    rows, tokens, sizes = cache.infos.counted("rows"), cache.infos.counted("tokens"), cache.infos.sizes()
     # What a record batch has of targets, or of ids and text where few tokens have targets (`shards.writer`). The number of
     # blocks stays bounded whatever a manifest says.
-    loads = [max(shard.bytes, TOKEN_BYTES * shard.tokens // 4) // BATCH_BYTES for shard in shards]
-    blocks = [min(max(1, load), max(1, MOST_BLOCKS // window)) for load in loads]
-    held = [shard.bytes + TRAINED_TOKEN_BYTES * shard.tokens for shard in shards]
+    loads = np.maximum(sizes, TOKEN_BYTES * tokens // 4) // BATCH_BYTES
+    blocks = np.clip(loads, 1, max(1, MOST_BLOCKS // window))
+    held = sizes + TRAINED_TOKEN_BYTES * tokens
     return RowOrder(
         rows_S,
-        block_rows=[math.ceil(max(1, shard.rows) / count) for shard, count in zip(shards, blocks, strict=True)],
-        block_bytes=[math.ceil(max(1, size) / count) for size, count in zip(held, blocks, strict=True)],
+        block_rows=-(-np.maximum(1, rows) // blocks),
+        block_bytes=-(-np.maximum(1, held) // blocks),
         fingerprint=cache.manifest.fingerprint,
         seed=seed,
         window=window,

@@ -90,9 +90,10 @@ class FurtherCache:
 
     def shards_beside(self, source: int, numbers: Sequence[int], of: Cache) -> list[int]:
         """The shards that hold the train rows of some shards of a cache, in the order in which these are given."""
-        ends = np.cumsum([info.rows - info.held_out_rows for info in of.infos])
-        splits = [np.cumsum([info.rows - info.held_out_rows for info in self.cache.infos])]
-        splits.append(splits[0][-1] + np.cumsum([info.held_out_rows for info in self.cache.infos]))
+        ends = np.cumsum(of.infos.counted("rows") - of.infos.counted("held_out_rows"))
+        own = self.cache.infos
+        splits = [np.cumsum(own.counted("rows") - own.counted("held_out_rows"))]
+        splits.append(splits[0][-1] + np.cumsum(own.counted("held_out_rows")))
         needed: dict[int, None] = {}
         for number in numbers:
             start = int(ends[number - 1]) if number else 0

@@ -28,7 +28,7 @@ class Trained:
 
     def of_shards(self, number: int, cache: Cache) -> NDArray[np.int64]:
         """How many of them each shard of a cache has."""
-        counts = np.array([info.rows - info.held_out_rows for info in cache.infos], dtype=np.int64)
+        counts = cache.infos.counted("rows") - cache.infos.counted("held_out_rows")
         rows = self.rows[number] if number < len(self.rows) else None
         if rows is None:
             return counts

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.files import sync, sync_folder, write_synced
-from teachercache.shards.manifest import fingerprint_of, hash_file
+from teachercache.shards.digests import fingerprint_of, hash_file
 
 
 @dataclass(frozen=True)

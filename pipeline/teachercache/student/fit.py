@@ -79,7 +79,7 @@ class Fit:
 def check_shapes(model: Any, manifest: Manifest, *, sidecar: Sidecar | None = None) -> None:
     """Raise `ModelError` when the student cannot learn from a cache, as far as its shapes tell."""
     name, read = _name_of(model), manifest if sidecar is None else sidecar.manifest
-    if sidecar is not None and not sum(each.positions - each.held_out_positions for each in sidecar.infos):
+    if sidecar is not None and not sidecar.infos.train_positions:
         raise ModelError(
             f"student {name} has nothing to learn from the cache: no row to train on could be aligned with its "
             "tokenizer (`teachercache inspect` says why)"

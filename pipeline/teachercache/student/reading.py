@@ -57,7 +57,7 @@ class Reading:
         if self.teachers is not None:
             self.teachers.prefetch(shards, caches=self._remote)
         for number, (cache, numbers) in enumerate(zip(self.caches, shards, strict=True)):
-            beside = self.sidecars[number].infos if self.sidecars else ()
+            beside = self.sidecars[number].infos if self.sidecars else None
             cache.prefetch(numbers, caches=self._remote, with_infos=beside)
 
     @property

@@ -90,7 +90,7 @@ class Teachers:
             if each.cache.is_remote:
                 beside = [each.shards_beside(n, numbers, self.own[n]) for n, numbers in enumerate(shards)]
                 found = list(dict.fromkeys(number for numbers in beside for number in numbers))
-                infos = each.sidecar.infos if each.sidecar else ()
+                infos = each.sidecar.infos if each.sidecar else None
                 each.cache.prefetch(found, caches=caches, with_infos=infos)
 
     def heed(self, metrics: Mapping[str, float], *, prefix: str) -> None:

@@ -100,9 +100,9 @@ class CalibratedKind(TargetKind, Protocol):
         """The kind, ready to capture and to read; raises `CacheDamaged` for a basis of other settings."""
 
 
-def calibrates(kind: TargetKind) -> TypeGuard[CalibratedKind]:
-    """Whether the kind has a basis."""
-    return kind.needs_calibration
+def calibrates(kind: TargetKind | None) -> TypeGuard[CalibratedKind]:
+    """Whether the kind, if there is one, has a basis."""
+    return kind is not None and kind.needs_calibration
 
 
 def first_choice_tail(kind: TargetKind) -> TailPolicy:

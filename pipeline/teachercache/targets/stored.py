@@ -31,24 +31,35 @@ LAYER_KINDS: dict[tuple[str, str], Callable[[Mapping[str, Any]], LayerKind]] = {
     ("attention", "maps"): AttentionMaps.from_settings,
 }
 SECTIONS = ("hidden", "attention")
+LOGITS = "logits"
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTargets:
-    """The kinds of one cache; immutable, picklable."""
+    """The kinds of one cache; immutable, picklable. `of_logits` is None where it stores none."""
 
-    logits: TargetKind
+    of_logits: TargetKind | None
     hidden: HiddenStates | None = None
     attention: Any = None  # a kind of attention, or None
     boundary: BoundaryMass | None = None
 
     @classmethod
-    def of(cls, targets: Mapping[str, Any], logits: TargetKind) -> StoredTargets:
-        """From a manifest's `targets` and its kind of logits. Raises `CacheError` for kinds of a later version."""
+    def of(cls, targets: Mapping[str, Any], logits: TargetKind | None, *, vocabulary_size: int) -> StoredTargets:
+        """From a manifest's `targets` and its kind of logits, if any. Raises `CacheError` for kinds of a later version."""
         kinds = {section: layer_kind(section, targets[section]) for section in SECTIONS if section in targets}
         of_boundary = targets.get(BOUNDARY)  # caches of earlier versions have none
-        boundary = of_boundary and BoundaryMass.from_settings(of_boundary, vocabulary_size=logits.vocabulary_size)
+        boundary = of_boundary and BoundaryMass.from_settings(of_boundary, vocabulary_size=vocabulary_size)
         return cls(logits, **kinds, boundary=boundary)  # type: ignore[arg-type]  # the section says which
+
+    @property
+    def logits(self) -> TargetKind:
+        """How next-token distributions are read. Raises `CacheError` for a cache that stores none."""
+        if self.of_logits is None:
+            raise CacheError(
+                f"the cache stores no logits, only {', '.join(self.sections) or 'tokens'}; use a cache that has them, or "
+                "precompute one with targets.logits"
+            )
+        return self.of_logits
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:
@@ -58,7 +69,7 @@ class StoredTargets:
     @property
     def columns(self) -> tuple[Column, ...]:
         """Payload columns, in the order in which shards store them."""
-        return tuple(column for kind in self._kinds for column in kind.columns)
+        return tuple(column for kind in self.sections.values() for column in kind.columns)
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
@@ -78,12 +89,12 @@ class StoredTargets:
     @property
     def needs_preparation(self) -> bool:
         """Whether the teacher must write a basis or a layer file before anything is captured."""
-        return calibrates(self.logits) or self.needs_layer_file
+        return calibrates(self.of_logits) or self.needs_layer_file
 
     @property
     def calibration_positions(self) -> int:
         """Size of the sample that basis and layer file are made from."""
-        sizes = [getattr(kind, "calibration_positions", 0) for kind in (self.logits, *self.layers)]
+        sizes = [getattr(kind, "calibration_positions", 0) for kind in (self.of_logits, *self.layers)]
         return max(sizes)
 
     @property
@@ -93,20 +104,25 @@ class StoredTargets:
 
     def settings(self) -> dict[str, Any]:
         """What the manifest keeps, by section."""
-        settings = {"logits": self.logits.settings(), **{kind.section: kind.settings() for kind in self.layers}}
-        return settings if self.boundary is None else {**settings, BOUNDARY: self.boundary.settings()}
+        return {section: kind.settings() for section, kind in self.sections.items()}
 
     def describe(self) -> str:
         """One line for people."""
-        return "; ".join(kind.describe() for kind in self._kinds)
+        return "; ".join(kind.describe() for kind in self.sections.values())
 
     @property
-    def _kinds(self) -> tuple[TargetKind | BoundaryMass | LayerKind, ...]:
-        return (self.logits, *(() if self.boundary is None else (self.boundary,)), *self.layers)
+    def sections(self) -> dict[str, TargetKind | BoundaryMass | LayerKind]:
+        """What is stored, by section of `targets`, in the order of columns."""
+        kinds = {
+            LOGITS: self.of_logits,
+            BOUNDARY: self.boundary,
+            **dict(zip(SECTIONS, (self.hidden, self.attention), strict=True)),
+        }
+        return {section: kind for section, kind in kinds.items() if kind is not None}
 
     def with_logits(self, logits: TargetKind) -> StoredTargets:
         """The same with a kind of logits that has its basis."""
-        return replace(self, logits=logits)
+        return replace(self, of_logits=logits)
 
     def with_layer_file(
         self, layers: LayerFile | None, *, longest: int, name: Path | str = "the layer file"
@@ -150,7 +166,8 @@ class StoredTargets:
 
     def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
         """Raise `CacheDamaged` where a row's columns, those that are there, cannot be."""
-        self.logits.check_stored(stored)
+        if self.of_logits is not None:
+            self.of_logits.check_stored(stored)
         for kind in self.layers:
             kind.check_stored(stored)
 

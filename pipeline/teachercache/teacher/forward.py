@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import numpy as np
@@ -93,11 +94,13 @@ class Teacher:
         return cls(model, targets=targets, layout=layout, pad_id=pad_id, device=device)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says about the loaded model."""
+        """What the manifest says about the loaded model, and notes of what it runs with."""
         return {
             "architecture": type(self.model).__name__,
             "parameters": sum(weights.numel() for weights in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "libraries": {name: version(name) for name in ("torch", "transformers")},
         }
 
     def capture(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[Captured]:

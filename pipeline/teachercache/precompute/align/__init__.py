@@ -24,11 +24,12 @@ from rich.console import Console
 from teachercache import __version__
 from teachercache.config import PrecomputeConfig, is_url
 from teachercache.errors import CacheError, JobFailed
-from teachercache.files import locked, write_whole
+from teachercache.files import locked
 from teachercache.precompute.align.plan import AlignPlan, make_plan
 from teachercache.shards import Cache
-from teachercache.shards.manifest import ShardInfo, file_info
-from teachercache.shards.sidecar_manifest import SIDECAR, SidecarManifest, parse_sidecar
+from teachercache.shards.entries import ShardInfo, ShardTable, file_info
+from teachercache.shards.manifest import WORK_FOLDER
+from teachercache.shards.sidecar_manifest import SIDECAR, SidecarManifest, commit_sidecar, parse_sidecar
 from teachercache.targets.chunks import ChunkColumns
 
 
@@ -59,7 +60,7 @@ def run_align(
             seconds = _run(plan, address, console)
             commit(plan, cache)
     file = plan.folder / SIDECAR
-    manifest = parse_sidecar(file.read_bytes(), cache=cache.manifest, name=str(file))
+    manifest = parse_sidecar(file.read_bytes(), cache.source.read_listed, cache=cache.manifest, name=str(file))
     result = summary(plan, manifest, working_seconds=seconds, seconds=time.perf_counter() - began)
     _print_closing(console, result)
     return result
@@ -104,23 +105,23 @@ def commit(plan: AlignPlan, cache: Cache) -> None:
         totals.update(record["totals"])
         unaligned.update(record["unaligned"])
         sizes.update(record["column_bytes"])
-    shards = [ShardInfo(**record["shard"]) for record in records]
+    shards = [ShardInfo.from_json(record["shard"]) for record in records]
     _check_rows(totals, shards, unaligned, plan, cache)
     kept = {plan.cache / shard.file for shard in shards}
-    others = sorted(path for path in _files(plan.folder) if path not in kept)
+    others = sorted(_others(plan.folder, kept))
     manifest = SidecarManifest(
-        cache=cache.manifest.fingerprint,
+        cache=plan.settings,
         tokenizer=plan.tokenizer,
         sequence_length=max(record["longest"] for record in records),
         vocabulary=plan.vocabulary,
         totals=dict(totals),
         unaligned=dict(unaligned),
-        shards=shards,
+        shards=ShardTable.of(shards, groups=[plan.within]),
         files=[file_info(plan.cache, path) for path in others],
         column_bytes=dict(sizes),
         created_by=f"teachercache {__version__}",
     )
-    write_whole(plan.folder / SIDECAR, manifest.to_json())
+    commit_sidecar(manifest, plan.cache)
     shutil.rmtree(plan.work)
 
 
@@ -141,12 +142,14 @@ def _check_rows(
         )
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Files of the alignment beside its shards and records; what a killed writer left is removed."""
+def _others(folder: Path, kept: set[Path]) -> Iterator[Path]:
+    """Files of the alignment beside its parts and records; what killed writers left is removed."""
     for path in folder.rglob("*"):
-        if path.name.endswith(".tmp"):
+        if not path.is_file() or path in kept or WORK_FOLDER in path.relative_to(folder).parts:
+            continue
+        if path.name.endswith(".tmp") or path.name.startswith("part-"):
             path.unlink()
-        elif path.is_file() and ".work" not in path.relative_to(folder).parts:
+        else:
             yield path
 
 
@@ -171,7 +174,7 @@ def summary(plan: AlignPlan, manifest: SidecarManifest, *, working_seconds: floa
         "aligned_fraction": round(totals["aligned_bytes"] / max(1, totals["bytes"]), 6),
         "vocabulary_coverage": manifest.vocabulary["coverage"],
         "vocabulary_identical": manifest.vocabulary["identical"],
-        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "bytes": int(manifest.shards.sizes().sum()),
         "bytes_per_token": round(beside / tokens, 3),
         "working_seconds": round(working_seconds, 2),
         "seconds": round(seconds, 2),

@@ -16,10 +16,11 @@ from teachercache.files import write_whole
 from teachercache.models import load_tokenizer, portable_name, save_tokenizer
 from teachercache.precompute.align.turns import with_turn_ends
 from teachercache.shards import Cache
+from teachercache.shards.groups import Group
 from teachercache.shards.manifest import WORK_FOLDER
 from teachercache.shards.shard_set import Split
 from teachercache.shards.sidecar import TOKENIZER
-from teachercache.shards.sidecar_manifest import SIDECAR, reader_of, sidecar_fingerprint, sidecar_folder
+from teachercache.shards.sidecar_manifest import FORMAT_VERSION, SIDECAR, reader_of, sidecar_folder, sidecar_group
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.boundary import BoundaryMass
 from teachercache.tokens.fingerprint import (
@@ -44,6 +45,7 @@ class AlignPlan:
     tokenizer: dict[str, Any]  # as alignment.json has it
     vocabulary: dict[str, Any]
     units: int  # shards
+    settings: str  # settings_fingerprint of the cache
 
     @property
     def within(self) -> str:
@@ -56,10 +58,9 @@ class AlignPlan:
         return self.cache / self.within
 
     @property
-    def fingerprint(self) -> str:
-        """What its shards carry."""
-        cache = Cache.open(self.cache).manifest.fingerprint
-        return sidecar_fingerprint(cache, self._reader, prefix_ids=self.tokenizer["prefix_ids"])
+    def group(self) -> Group:
+        """What its parts hold."""
+        return sidecar_group(self.settings, self._reader, prefix_ids=self.tokenizer["prefix_ids"])
 
     @property
     def _reader(self) -> str:
@@ -74,8 +75,8 @@ class AlignPlan:
         """What is known of a shard that is done, if its file is there in full."""
         try:
             record = json.loads((self.work / f"{unit:05d}.json").read_text(encoding="utf-8"))
-            path = self.cache / record["shard"]["file"]
-            return record if path.stat().st_size == record["shard"]["bytes"] else None
+            [file] = record["shard"]["files"].values()
+            return record if (self.cache / file["file"]).stat().st_size == file["bytes"] else None
         except (OSError, ValueError, KeyError):
             return None
 
@@ -116,7 +117,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
             f"{cache.name} does not say where messages stand in its conversations (an earlier version made it), so that "
             "no other chat template can be applied; precompute it again"
         )
-    plan = AlignPlan(cache.folder.resolve(), described, {}, units=len(cache.manifest.shards))
+    plan = AlignPlan(cache.folder.resolve(), described, {}, len(cache.infos), cache.manifest.settings_fingerprint)
     if plan.is_finished():
         return plan
     return _prepared(plan, cache, tokenizer)
@@ -143,7 +144,7 @@ def _has_contents(cache: Cache) -> bool:
 
 def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
     """With the files that all shards share; what an earlier job left is kept if it was the same."""
-    identity = {"cache": cache.manifest.fingerprint, "tokenizer": plan.tokenizer}
+    identity = {"cache": cache.manifest.fingerprint, "tokenizer": plan.tokenizer, "format_version": FORMAT_VERSION}
     file = plan.work / "plan.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if known is None or known["identity"] != identity:
@@ -159,7 +160,7 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
         begins.save(plan.folder)
         known = {"identity": identity, "vocabulary": _describe(plan, mapped, begins)}
         write_whole(file, json.dumps(known, sort_keys=True))
-    return AlignPlan(plan.cache, plan.tokenizer, known["vocabulary"], plan.units)
+    return AlignPlan(plan.cache, plan.tokenizer, known["vocabulary"], plan.units, plan.settings)
 
 
 def _describe(plan: AlignPlan, mapped: VocabularyMap, begins: BoundaryMass) -> dict[str, Any]:

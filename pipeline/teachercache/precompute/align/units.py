@@ -15,7 +15,6 @@ from teachercache.precompute.align.rows import AlignedRow, Aligner
 from teachercache.shards import Cache, write_shard
 from teachercache.shards.sidecar import TOKENIZER
 from teachercache.stream.tokenizers import teacher_tokenizer
-from teachercache.targets.chunks import ChunkColumns
 
 BATCH = 256  # rows that are tokenised in one call: bounds memory, changes no result
 
@@ -39,18 +38,16 @@ def align_shard(plan: AlignPlan, unit: int) -> AlignReport:
         rows += aligner.aligned([cache.shard(unit).read_row(index, (), cache.recent) for index in chosen])
     shard, column_bytes = write_shard(
         plan.cache,
-        f"part-{unit:05d}.arrow",
+        unit,
         rows=[item.row for item in rows],
         payload=[item.columns for item in rows],
-        columns=ChunkColumns.columns,
-        fingerprint=plan.fingerprint,
-        within=plan.within,
+        groups=(plan.group,),
     )
     totals: Counter[str] = Counter()
     for item in rows:
         totals.update(item.totals)
     record = {
-        "shard": vars(shard),
+        "shard": shard.to_json(),
         "column_bytes": column_bytes,
         "totals": dict(totals),
         "unaligned": dict(Counter(item.problem for item in rows if item.problem)),

@@ -29,7 +29,7 @@ Every mistake that the code expects is one readable line: what is wrong, where, 
 `teachercache.errors`; all of them are a `TeachercacheError`. The command line exits with 2 for a mistake in what was asked
 and with 1 where a check failed or a job could not be completed. Anything with a traceback is a bug.
 
-
+Longer advice on the most frequent ones is in [troubleshooting](../guides/troubleshooting.md).
 
 The messages below are read from the sources by `python infra/docs_site/generate.py`; `…` stands for what is filled in.
 Where a `ValueError` of a recipe's section is meant, the message begins with the file and the key.

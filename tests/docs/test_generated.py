@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def test_every_key_is_described() -> None:
         inner = [model for field in section.model_fields.values() for model in _models_in(field.annotation)]
         sections += [model for model in dict.fromkeys(inner) if model not in sections]
     assert undescribed == []
+
+
+def test_troubleshooting_quotes_messages_of_the_code(texts: dict[str, tuple[Path, str]]) -> None:
+    told = text_of(ROOT / "docs" / "guides" / "troubleshooting.md")
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*", told)
+    assert len(quoted) > 10
+    assert [message for message in quoted if message not in texts[OFTEN][1]] == []
 
 
 def test_every_recorded_result_is_on_a_page() -> None:

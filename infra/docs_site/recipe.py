@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -41,7 +42,11 @@ def _sections(section: type[BaseModel], path: str, seen: dict[type[BaseModel], s
         return []
     seen[section] = path
     told = " ".join(inspect.cleandoc(section.__doc__ or "").split())
-    parts = [f"\n## {_title(section, path)}\n", f"{told}\n", _table(section)]
+    parts = [
+        f"\n## {_title(section, path)}\n",
+        f"{textwrap.fill(told, 120, break_long_words=False, break_on_hyphens=False)}\n",
+        _table(section),
+    ]
     for name, field in section.model_fields.items():
         for inner in _models_in(field.annotation):
             parts += _sections(inner, f"{path}.{name}", seen)

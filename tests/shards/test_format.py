@@ -21,6 +21,7 @@ from teachercache.shards.index import INDEX_SHARDS, read_index, write_index
 from teachercache.shards.inspection import describe
 from teachercache.shards.manifest import MANIFEST, read_listed
 from teachercache.shards.sidecar import Sidecar
+from teachercache.student.fit import check_cache
 
 from builders import aligned, build_cache, other_student, part, sentences, tiny_cache, tiny_recipe, tiny_teacher
 from s3_server import Server
@@ -120,7 +121,9 @@ def test_a_cache_of_hidden_states_alone_is_valid(layers: Path) -> None:
         CacheError, match="stores no logits, only hidden, attention; use a cache that has them"
     ) as caught:
         cache.kind  # noqa: B018
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(layers) in str(caught.value)
+    with pytest.raises(CacheError, match="stores no logits"):
+        check_cache(cache)
 
 
 def _rewritten_without(folder: Path, data: dict[str, Any], sections: set[str]) -> None:

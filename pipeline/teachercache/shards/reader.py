@@ -62,7 +62,16 @@ class Cache(ShardSet):
     @property
     def kind(self) -> TargetKind:
         """How the logit targets are read, with the basis that they need. Raises `CacheError` for a cache without them."""
+        self.check_logits()
         return self.targets.logits
+
+    def check_logits(self) -> None:
+        """Raise `CacheError` for a cache that stores no logits."""
+        if not self.manifest.logits:
+            raise CacheError(
+                f"{self.name} stores no logits, only {', '.join(self.manifest.targets) or 'tokens'}; use a cache that has "
+                "them, or precompute one with targets.logits"
+            )
 
     @property
     def logit_columns(self) -> tuple[str, ...]:

@@ -56,10 +56,12 @@ def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
         met[manifest.fingerprint] = name
 
 
-def windows_bytes(caches: Sequence[Cache], *, window: int) -> int:
-    """Bytes of the shards that the caches in object stores need at a time, at most: two windows of each."""
+def windows_bytes(caches: Sequence[Cache], *, window: int, layers: bool) -> int:
+    """Bytes of the shards that the caches in object stores need at a time, at most: two windows of each; with `layers` of what
+    is stored of these as well."""
     remote = [cache for cache in caches if cache.is_remote]
-    return sum(int(np.sort(cache.infos.sizes())[-2 * window :].sum()) for cache in remote)
+    sizes = [cache.infos.sizes(None if layers else cache.folders_of(cache.logit_columns)) for cache in remote]
+    return sum(int(np.sort(each)[-2 * window :].sum()) for each in sizes)
 
 
 def _row_order(cache: Cache, rows_S: NDArray[np.int64], *, seed: int, window: int) -> RowOrder:

@@ -24,7 +24,8 @@ REMEDY = "use a student of the teacher's family, e.g. one that `teachercache ini
 
 
 def check_cache(cache: Cache) -> None:
-    """Raise `CacheError` when there is nothing to train on."""
+    """Raise `CacheError` when there is nothing to train on: no rows, or no logits."""
+    cache.check_logits()
     if cache.rows_of("train") == 0:
         held_out = cache.rows_of("held-out")
         why = f"all of its {held_out} rows are held out" if held_out else "it is empty"

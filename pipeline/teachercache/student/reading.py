@@ -52,13 +52,14 @@ class Reading:
         ]
         return MixedCollator(tuple(made))
 
-    def prefetch(self, shards: Sequence[Sequence[int]]) -> None:
-        """Have these shards of each cache fetched, and what lies beside them, where caches are in an object store."""
+    def prefetch(self, shards: Sequence[Sequence[int]], columns: Columns) -> None:
+        """Have fetched what holds these columns of these shards of each cache, and what lies beside them, where caches are in
+        an object store."""
         if self.teachers is not None:
-            self.teachers.prefetch(shards, caches=self._remote)
-        for number, (cache, numbers) in enumerate(zip(self.caches, shards, strict=True)):
+            self.teachers.prefetch(shards, caches=self._remote, objective=self.objective)
+        for number, (cache, numbers, names) in enumerate(zip(self.caches, shards, columns, strict=True)):
             beside = self.sidecars[number].infos if self.sidecars else None
-            cache.prefetch(numbers, caches=self._remote, with_infos=beside)
+            cache.prefetch(numbers, columns=names, caches=self._remote, with_infos=beside)
 
     @property
     def _remote(self) -> int:

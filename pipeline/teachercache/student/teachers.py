@@ -84,14 +84,17 @@ class Teachers:
         """How many further caches are in object stores."""
         return sum(each.cache.is_remote for each in self.further)
 
-    def prefetch(self, shards: Sequence[Sequence[int]], *, caches: int) -> None:
-        """Have fetched what goes with some shards of each of the run's own caches, of `caches` in object stores in all."""
-        for each in self.further:
+    def prefetch(self, shards: Sequence[Sequence[int]], *, caches: int, objective: ObjectiveConfig) -> None:
+        """Have fetched what an objective reads that goes with some shards of each of the run's own caches, of `caches` in
+        object stores in all."""
+        if not self.remote:
+            return
+        for each, columns in zip(self.further, self.fused(0, objective).further_columns, strict=True):
             if each.cache.is_remote:
                 beside = [each.shards_beside(n, numbers, self.own[n]) for n, numbers in enumerate(shards)]
                 found = list(dict.fromkeys(number for numbers in beside for number in numbers))
                 infos = each.sidecar.infos if each.sidecar else None
-                each.cache.prefetch(found, caches=caches, with_infos=infos)
+                each.cache.prefetch(found, columns=columns, caches=caches, with_infos=infos)
 
     def heed(self, metrics: Mapping[str, float], *, prefix: str) -> None:
         """Hear the student's distance from each teacher on held-out rows, where weights follow it."""

@@ -168,7 +168,8 @@ class _Job:
             model = with_adapters(model, self.student.lora, seed=self.config.seed)
         further = [each.cache for each in self.teachers.further] if self.teachers else []
         needed, room = (
-            windows_bytes([*self._caches, *further], window=self.recipe.stream.window),
+            windows_bytes(self._caches, window=self.recipe.stream.window, layers=bool(self.recipe.objective.layers))
+            + windows_bytes(further, window=self.recipe.stream.window, layers=False),
             self.recipe.stream.local_bytes,
         )
         if needed > room:

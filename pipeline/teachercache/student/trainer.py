@@ -128,6 +128,7 @@ class DistillationTrainer(Trainer):
         if self.sidecars:
             for each, names in zip(self.caches, columns, strict=True):
                 check_joined(each, names)
+        self._columns = columns  # that are read of each cache
         held_out = sum(each.rows_of("held-out") for each in self.caches)
         use_cache = vars(model.config).get("use_cache")
         super().__init__(
@@ -183,7 +184,7 @@ class DistillationTrainer(Trainer):
         shards = self.plan.shards_at(step)
         if shards != self._fetching:
             self._fetching = shards
-            self.reading.prefetch(shards)
+            self.reading.prefetch(shards, self._columns)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -203,7 +203,13 @@ def build_cache(recipe: Recipe, *, units: int | None = None) -> Path:
     plan = make_plan(recipe)
     assert recipe.teacher is not None and recipe.corpus is not None
     pad_id = plan.identity["tokenizer"]["pad_id"]
-    teacher = Teacher.load(recipe.teacher, targets=plan.loaded_targets(), layout=recipe.sequence.layout, pad_id=pad_id)
+    teacher = Teacher.load(
+        recipe.teacher,
+        targets=plan.loaded_targets(),
+        layout=recipe.sequence.layout,
+        pad_id=pad_id,
+        longest=recipe.sequence.length,
+    )
     if plan.calibration() is None:
         calibrate(teacher, plan, sequence=recipe.sequence, positions_per_batch=recipe.precompute.positions_per_batch)
     for unit in plan.pending()[:units]:

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import ModelError
 from teachercache.gguf_files import plain_folder
+from teachercache.rotary import original_context, rotate_by_own_length
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 from teachercache.tokens.rows import TokenRow
 
@@ -141,7 +142,7 @@ def load_causal_lm(
         made_by = auto_class(AutoConfig.from_pretrained(source.location, **options))
         loaded = made_by.from_pretrained(source.location, dtype=dtype, **options, **extra)
     _keep_soft_cap(loaded, model, attention)
-    return loaded.eval()
+    return rotate_by_own_length(loaded.eval())
 
 
 def _keep_soft_cap(loaded: Any, model: str, attention: str | None) -> None:
@@ -237,13 +238,55 @@ def _explain(model: str, what: str, error: Exception, *, gated: type[Exception])
     return f"{what} of {model} cannot be loaded: {text[:300]}"
 
 
+Layout = Literal["documents", "packed", "flat"]
+
+
+def takes_one_row(model: Any) -> bool:
+    """Whether its attention is one of the flash kernels. transformers has them keep segments apart in one row alone, by their
+    variable-length form; in a batch of several rows `position_ids` do not reach it, and segments see each other."""
+    inner = getattr(model, "module", model)  # of what training wraps it in, whose `config` may be another thing
+    return "flash" in (inner.config.get_text_config()._attn_implementation or "")
+
+
+@contextmanager
+def runnable_here(model: Any) -> Iterator[None]:
+    """While it is open, a model that still waits on the CPU for its GPU attends without: flash kernels run on GPUs alone."""
+    kernel = model.config.get_text_config()._attn_implementation
+    if not takes_one_row(model) or model.device.type != "cpu":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kernel)
+
+
+def input_layout(model: Any, layout: str, *, longest: int = 0) -> Layout:
+    """How rows of a cache's layout are given to a model: as they are, or, packed ones to flash kernels, all of a batch in one
+    row, without padding and without a mask. Under sdpa and eager transformers forms a mask of [B, 1, S, S] for packed rows, a
+    byte or more an entry, once for each kind of layer (full, sliding) and forward pass.
+
+    Where factors of rotary embeddings depend on length, and the `longest` of some rows is beyond the original context, each
+    must say how long it is: they are given as packed ones.
+    """
+    context = original_context(model)
+    if layout == "documents" and (context is None or longest <= context):
+        return "documents"
+    return "flat" if takes_one_row(model) else "packed"
+
+
 def model_inputs(rows: Sequence[TokenRow], *, pad_id: int, layout: str) -> dict[str, NDArray[np.int64]]:
-    """Inputs of a causal model for some rows, teacher and student alike: `input_ids` [B, S], for packed rows `position_ids`.
+    """Inputs of a causal model for some rows, teacher and student alike: `input_ids` [B, S], for packed rows `position_ids`;
+    B = 1 for the layout `flat` (see `input_layout`), where rows stand one after the other. `row_places` says where they are.
 
     Padding is on the right and there is no attention mask: under causal attention no token sees what follows it, so none
     is needed, and transformers isolates packed segments by restarting `position_ids` only where there is no mask.
     Call the model with `use_cache=False`.
     """
+    if layout == "flat":
+        ids_S = np.concatenate([row.input_ids_S.astype(np.int64) for row in rows])
+        return {"input_ids": ids_S[None], "position_ids": np.concatenate([row.position_ids_S() for row in rows])[None]}
     longest = max(row.length for row in rows)
     input_ids_BS = np.full((len(rows), longest), pad_id, dtype=np.int64)
     position_ids_BS = np.tile(np.arange(longest, dtype=np.int64), (len(rows), 1))
@@ -253,3 +296,22 @@ def model_inputs(rows: Sequence[TokenRow], *, pad_id: int, layout: str) -> dict[
             position_ids_BS[index, : row.length] = row.position_ids_S()
             position_ids_BS[index, row.length :] = np.arange(longest - row.length)
     return {"input_ids": input_ids_BS} | ({"position_ids": position_ids_BS} if layout == "packed" else {})
+
+
+def row_places(rows: Sequence[TokenRow], *, layout: str) -> list[tuple[int, slice]]:
+    """Where each row's tokens are in a batch [B, S] of `model_inputs`: which of B, and which of S."""
+    if layout != "flat":
+        return [(index, slice(0, row.length)) for index, row in enumerate(rows)]
+    ends = np.cumsum([row.length for row in rows]).tolist()
+    return [(0, slice(end - row.length, end)) for end, row in zip(ends, rows, strict=True)]
+
+
+def target_places(rows: Sequence[TokenRow], *, layout: str, width: int) -> NDArray[np.int64]:
+    """Indices [N] of all positions of some rows in a batch [B, S] that is flattened to [B * S]; `width` is S."""
+    places = row_places(rows, layout=layout)
+    return np.concatenate(
+        [
+            index * width + tokens.start + np.flatnonzero(row.target_mask_S)
+            for row, (index, tokens) in zip(rows, places, strict=True)
+        ]
+    )

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import ModelError
-from teachercache.models import model_inputs
+from teachercache.memory import free_memory, is_out_of_memory
+from teachercache.models import input_layout, model_inputs, row_places
+from teachercache.rotary import original_context
 from teachercache.tokens.rows import Segment, TokenRow
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ HALF_TOLERANCE = 2e-2
 RESHAPED_TOLERANCE = 0.1  # half precision and another shape of batch: routing of experts may flip
 
 HALF_LENGTH = 8
+SHORTEST_CONTEXT = 2048  # of models whose config does not say
 PACKED = ((5, 9, 2), (7, 3))  # lengths of the segments of two rows, of which one is padded
 
 
@@ -52,6 +55,41 @@ def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
     return _differ(whole_SV[half], changed_SV[half], reshaped=False) or _differ(whole_SV[half], alone_SV, reshaped=True)
 
 
+def check_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> None:
+    """Raise `ModelError` for a model that computes a short row otherwise beside a long one, as by rotary embeddings of its own
+    that scale with the batch. `longest` is the number of tokens in the longest row.
+
+    It costs a forward pass of two rows of that length, without the output projection, and only where rows are longer than any
+    model was first trained on.
+    """
+    if longest <= (original_context(model) or SHORTEST_CONTEXT):
+        return
+    if not computes_rows_alone(model, vocabulary_size=vocabulary_size, longest=longest):
+        raise ModelError(
+            f"{type(model).__name__} computes a short row otherwise when a row of {longest} tokens stands beside it, so that "
+            "targets would depend on the batch; set sequence.length to the context that the model was first trained on"
+        )
+
+
+def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bool:
+    """Whether what a short row gives is the same with a row of `longest` tokens beside it."""
+    short, long = (_row(_tokens(count, vocabulary_size)) for count in (HALF_LENGTH, longest))
+
+    def hidden(rows: Sequence[TokenRow]) -> Tensor:
+        places, inputs = _inputs(model, rows, layout="documents")
+        found = model.base_model(**inputs, use_cache=False)
+        return found.logits[places[0]] if model.base_model is model else found[0][places[0]]
+
+    with _evaluated(model):
+        try:
+            return not _differ(hidden([short]), hidden([short, long]), reshaped=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    free_memory()
+    return True  # two such rows never meet here either
+
+
 def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
     """Whether a model keeps segments of packed rows apart, in a batch of rows of unequal length: each must give what it gives
     alone."""
@@ -71,12 +109,19 @@ def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
 
 def _logits(model: Any, rows: Sequence[TokenRow], *, layout: str = "documents") -> list[Tensor]:
     """Of each row, [S, V]."""
+    places, inputs = _inputs(model, rows, layout=layout)
+    logits_BSV = model(**inputs, use_cache=False).logits
+    return [logits_BSV[place] for place in places]
+
+
+def _inputs(model: Any, rows: Sequence[TokenRow], *, layout: str) -> tuple[list[tuple[int, slice]], dict[str, Tensor]]:
+    """Where rows are, and what the model is called with."""
     import torch
 
+    layout = input_layout(model, layout, longest=max(row.length for row in rows))
     arrays = model_inputs(rows, pad_id=0, layout=layout)
     inputs = {name: torch.from_numpy(values).to(model.device) for name, values in arrays.items()}
-    logits_BSV = model(**inputs, use_cache=False).logits
-    return [logits_SV[: row.length] for logits_SV, row in zip(logits_BSV, rows, strict=True)]
+    return row_places(rows, layout=layout), inputs
 
 
 def _differ(one_SV: Tensor, other_SV: Tensor, *, reshaped: bool) -> bool:

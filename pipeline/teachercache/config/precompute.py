@@ -25,7 +25,9 @@ class TeacherConfig(Section):
         False, description="run Python code that comes with the model; for the teacher alone"
     )
     attention: str | None = Field(
-        None, description="attn_implementation of transformers: sdpa, eager, flash_attention_2"
+        None,
+        description="attn_implementation of transformers: sdpa, eager, flex_attention, flash_attention_2 or another flash "
+        "kernel, which takes all packed rows of a batch as one and forms no mask",
     )
 
 

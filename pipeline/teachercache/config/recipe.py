@@ -62,6 +62,20 @@ class Recipe(Section):
             raise ValueError(f"phases: two are called {max(names, key=names.count)}; rename one")
         return self
 
+    @model_validator(mode="after")
+    def _flash_kernels_in_half_precision(self) -> Recipe:
+        found = {}
+        if self.student is not None and self.train is not None and self.train.deepspeed is None:
+            found["student"] = (self.student.attention, self.train.precision == "fp32", "train.precision: bf16")
+        if self.teacher is not None:
+            found["teacher"] = (self.teacher.attention, self.teacher.dtype == "float32", "teacher.dtype: bfloat16")
+        for name, (attention, is_single, remedy) in found.items():
+            if is_single and "flash" in (attention or ""):
+                raise ValueError(
+                    f"{name}.attention: {attention} computes in half precision alone; set {remedy}, or {name}.attention: sdpa"
+                )
+        return self
+
     @property
     def cache_folder(self) -> Path:
         """The cache where it is written. Raises `RecipeError` for a URL."""

@@ -31,6 +31,11 @@ class StudentConfig(Section):
 
     model: str = Field(description="Hugging Face id or local folder, e.g. one that `teachercache init-student` made")
     revision: str | None = Field(None, description="hub commit, tag or branch")
+    attention: str | None = Field(
+        None,
+        description="attn_implementation of transformers, in training and evaluation: sdpa, eager, flex_attention, "
+        "flash_attention_2 or another flash kernel, which takes all packed rows of a micro-batch as one and forms no mask",
+    )
     lora: LoraConfig | None = Field(
         None, description="train low-rank adapters; the exported student has them merged into its weights"
     )

@@ -51,7 +51,7 @@ class LayerComparison:
             model.base_model(
                 **{name: torch.from_numpy(v).to(model.device) for name, v in inputs.items()}, use_cache=False
             )
-        [exact] = rows_of(activations, [row])
+        [exact] = rows_of(activations, [row], layout=layout)
         segment_S = row.segment_S()
         later_S = torch.from_numpy(np.flatnonzero(np.diff(segment_S, prepend=-1) == 0))
         self._tokens += len(later_S)

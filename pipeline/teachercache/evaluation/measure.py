@@ -96,9 +96,11 @@ def _import_code_of(model: str, source: dict[str, Any]) -> None:
 
 
 def _load(model: str, device: torch.device, **options: Any) -> Any:
-    from teachercache.models import load_causal_lm
+    from teachercache.models import load_causal_lm, takes_one_row
 
     loaded: Any = load_causal_lm(model, **options)
+    if takes_one_row(loaded) and str(loaded.dtype) == "torch.float32":  # flash kernels take half precision alone
+        loaded = load_causal_lm(model, **{**options, "attention": None})
     return loaded.to(device)
 
 

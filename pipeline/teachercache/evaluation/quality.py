@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.errors import CacheError, JobFailed, ModelError
-from teachercache.models import model_inputs
+from teachercache.models import input_layout, model_inputs, target_places
 from teachercache.probes import check_causal
 from teachercache.shards import Cache, StoredRow
 from teachercache.shards.sidecar import Sidecar
@@ -160,7 +160,8 @@ def _score(
     model: Any, layer: OutputLayer | None, batch: Sequence[Row], cache: Cache, sidecar: Sidecar | None, sums: Sums
 ) -> None:
     rows, manifest = [stored.row for stored in batch], cache.manifest if sidecar is None else sidecar.manifest
-    arrays = model_inputs(rows, pad_id=manifest.pad_id, layout=cache.manifest.layout)
+    layout = input_layout(model, cache.manifest.layout, longest=max(row.length for row in rows))
+    arrays = model_inputs(rows, pad_id=manifest.pad_id, layout=layout)
     inputs = {name: torch.from_numpy(values).to(model.device) for name, values in arrays.items()}
     if layer is not None:
         outputs_RA = model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
@@ -171,8 +172,7 @@ def _score(
                 f"the model predicts {outputs_RA.shape[-1]} tokens, but the tokenizer of its rows has "
                 f"{manifest.vocabulary_size}; evaluate a model with the teacher's tokenizer, or an aligned one"
             )
-    longest = inputs["input_ids"].shape[1]
-    positions_N = np.concatenate([i * longest + np.flatnonzero(row.target_mask_S) for i, row in enumerate(rows)])
+    positions_N = target_places(rows, layout=layout, width=inputs["input_ids"].shape[1])
     labels_N = np.concatenate([row.labels_N() for row in rows])
     teacher_N = np.concatenate([_teachers_choices(stored, cache, sidecar) for stored in batch])
     tensors = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from teachercache.config import Recipe, load_recipe, parse_recipe
+from teachercache.config import Recipe, StudentConfig, load_recipe, parse_recipe
 from teachercache.errors import CacheError, RecipeError
 from teachercache.evaluation.table import ModelSpec, Table, evaluate
 from teachercache.shards import Cache, Manifest
@@ -42,17 +42,24 @@ def run_evaluation(
     if progress:
         for line in warnings_of([cache]):
             progress(line)
+    before, trained = student_specs(recipe.student, after)
     return evaluate(
         cache=recipe.cache,
         teacher=_teacher(teacher, recipe, cache.manifest),
-        student_before=ModelSpec(recipe.student.model, revision=recipe.student.revision),
-        student_after=str(after),
+        student_before=before,
+        student_after=trained,
         rows=rows,
         device=device,
         local=recipe.stream.local,
         local_bytes=recipe.stream.local_bytes,
         progress=progress,
     )
+
+
+def student_specs(student: StudentConfig, after: Path) -> tuple[ModelSpec, ModelSpec]:
+    """The student as it was and as it is, both with the attention that it was trained with."""
+    before = ModelSpec(student.model, revision=student.revision, attention=student.attention)
+    return before, ModelSpec(str(after), attention=student.attention)
 
 
 def _read(path: Path, overrides: Sequence[str]) -> Recipe:

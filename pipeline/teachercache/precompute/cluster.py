@@ -120,7 +120,12 @@ def _load_teacher(job: Job) -> Teacher:
     device = "cuda" if job.precompute.gpus_per_actor > 0 else "cpu"
     pad_id = job.plan.identity["tokenizer"]["pad_id"]
     return Teacher.load(
-        job.teacher, targets=job.plan.loaded_targets(), layout=job.sequence.layout, pad_id=pad_id, device=device
+        job.teacher,
+        targets=job.plan.loaded_targets(),
+        layout=job.sequence.layout,
+        pad_id=pad_id,
+        longest=job.sequence.length,
+        device=device,
     )
 
 

@@ -39,6 +39,7 @@ class Collator:
     targets: StoredTargets
     columns: tuple[str, ...]
     pack_length: int | None = None
+    flat: bool = False
     joined: bool = False  # rows are joined to a student's tokens
     further: tuple[FurtherTargets, ...] = ()  # rows are `TaughtRow`s
 
@@ -49,17 +50,25 @@ class Collator:
         *,
         columns: Sequence[str],
         pack: bool = False,
+        one_row: bool = False,
+        context: int | None = None,
         sidecar: Sidecar | None = None,
         further: Sequence[FurtherTargets] = (),
     ) -> Collator:
-        """The collator for some target columns of a cache; `pack` puts short rows into sequences as long as its longest."""
+        """The collator for some target columns of a cache; `pack` puts short rows into sequences as long as its longest.
+        `one_row`: packed rows of a micro-batch, and those that `pack` packs, become a single sequence.
+        Where rows are longer than `context`, all are given as packed ones, each with positions of its own."""
         manifest = cache.manifest
         if sidecar is None:
             length, pad_id = manifest.sequence_length, manifest.pad_id
         else:
             length, pad_id = sidecar.manifest.sequence_length, sidecar.manifest.pad_id
-        pack_length, joined = length if pack else None, sidecar is not None
-        return cls(manifest.layout, pad_id, cache.targets, tuple(columns), pack_length, joined, tuple(further))
+        layout = "packed" if context is not None and length > context else manifest.layout
+        flat = one_row and (pack or layout == "packed")
+        return cls(
+            layout, pad_id, cache.targets, tuple(columns), pack_length=length if pack else None, flat=flat,
+            joined=sidecar is not None, further=tuple(further),
+        )  # fmt: skip
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         return collate(
@@ -69,6 +78,7 @@ class Collator:
             targets=self.targets,
             columns=self.columns,
             pack_length=self.pack_length,
+            flat=self.flat,
             joined=self.joined,
             further=self.further,
         )
@@ -92,6 +102,7 @@ def collate(
     targets: StoredTargets,
     columns: Sequence[str],
     pack_length: int | None = None,
+    flat: bool = False,
     joined: bool = False,
     further: Sequence[FurtherTargets] = (),
 ) -> dict[str, Any]:
@@ -102,7 +113,8 @@ def collate(
     zero where there is padding or a query does not see; and `segment`, the number of each token's segment in its row, int64
     [B, S], -1 for padding.
 
-    With `pack_length` B counts sequences of several rows, isolated as in the packed layout, and positions follow their order.
+    With `pack_length` B counts sequences of several rows, isolated as in the packed layout, and positions follow their order;
+    `flat`: there is one such sequence, however long, and no padding.
     No rows give one row of padding with N = 0: a process whose share is empty still takes part in collectives.
 
     Rows that are `joined` to a student's tokens (`JoinedRow`) give those, and `targets` where each chunk begins, [M, …], with
@@ -113,8 +125,9 @@ def collate(
     """
     tokens = [stored.row for stored in rows] or [_padding(pad_id)]
     bins = [[index] for index in range(len(rows))]
-    if pack_length is not None and len(rows) > 1:
-        bins = first_fit([row.length for row in tokens], longest=pack_length)
+    if (flat or pack_length is not None) and len(rows) > 1:
+        lengths = [row.length for row in tokens]
+        bins = first_fit(lengths, longest=sum(lengths) if flat or pack_length is None else pack_length)
         rows = [rows[index] for chosen in bins for index in chosen]
         tokens = [merged([tokens[index] for index in chosen]) for chosen in bins]
         bins = _renumbered(bins)

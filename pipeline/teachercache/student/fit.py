@@ -11,7 +11,7 @@ from typing import Any
 
 from teachercache.config import StudentConfig
 from teachercache.errors import CacheError, ModelError
-from teachercache.models import find_model, load_config, load_tokenizer, weights_identity
+from teachercache.models import find_model, load_config, load_tokenizer, takes_one_row, weights_identity
 from teachercache.probes import check_causal, isolates_packed_segments
 from teachercache.shards import Cache, Manifest
 from teachercache.shards.sidecar import Sidecar
@@ -47,8 +47,8 @@ def check_tokenizers(caches: Sequence[Cache], sidecars: Sequence[Sidecar]) -> No
 class Fit:
     """Whether a student can learn from all caches of a run; the command and `DistillationTrainer` from Python alike.
 
-    A student of which each process holds a part (ZeRO 3) cannot run before training wraps it: what only a forward pass shows is
-    then checked at the first batch, by all processes at once.
+    A student of which each process holds a part (ZeRO 3), or whose flash kernel waits for a GPU, cannot run before training
+    wraps it: what only a forward pass shows is then checked at the first batch, by all processes at once.
     """
 
     caches: Sequence[Cache]
@@ -61,7 +61,8 @@ class Fit:
         run, for what `check_wrapped` refuses."""
         for number, cache in enumerate(self.caches):
             check_shapes(model, cache.manifest, sidecar=self.sidecars[number] if self.sidecars else None)
-        if not any(hasattr(weights, "ds_id") for weights in model.parameters()):
+        in_parts = any(hasattr(weights, "ds_id") for weights in model.parameters())
+        if not in_parts and not (takes_one_row(model) and model.device.type == "cpu"):
             self.check_wrapped(model, model)
 
     def check_wrapped(self, model: Any, student: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from teachercache.activations import ADAPTERS, Activations, check_attention, recorded
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import ModelError, RecipeError
+from teachercache.models import runnable_here
 from teachercache.objective.layers import LayerLoss, LayerObjective, StudentShape
 from teachercache.objective.layers.structure import LEAST
 from teachercache.shards import Cache
@@ -67,7 +68,11 @@ def _try(model: Any, objectives: Sequence[LayerObjective], *, longest: int) -> N
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids_BS = torch.arange(longest, device=model.device).mul(7919).remainder(max(1, vocabulary))[None]
-    with torch.no_grad(), recorded(model, hidden=layers["hidden"], attention=layers["attention"]) as activations:
+    with (
+        torch.no_grad(),
+        runnable_here(model),
+        recorded(model, hidden=layers["hidden"], attention=layers["attention"]) as activations,
+    ):
         model.base_model(input_ids=ids_BS, use_cache=False)
     model.train(was_training)
     check_attention(activations, layers["attention"], model)

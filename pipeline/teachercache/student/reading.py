@@ -34,6 +34,8 @@ class Reading:
     objective: ObjectiveConfig
     args: TrainingArguments
     trained: Trained | None = None
+    one_row: bool = False  # the student wants all packed rows of a micro-batch in one
+    context: int | None = None  # longer rows must tell the student how long they are
 
     def dataset(self, split: Split, columns: Columns) -> CacheDataset:
         """The rows of a split."""
@@ -47,7 +49,15 @@ class Reading:
         joined = self.sidecars or [None] * len(self.caches)
         further = () if self.teachers is None else self.teachers.collated(split, self.objective)
         made = [
-            Collator.of(cache, columns=names, pack=pack, sidecar=sidecar, further=further)
+            Collator.of(
+                cache,
+                columns=names,
+                pack=pack,
+                one_row=self.one_row,
+                context=self.context,
+                sidecar=sidecar,
+                further=further,
+            )
             for cache, names, sidecar in zip(self.caches, columns, joined, strict=True)
         ]
         return MixedCollator(tuple(made))

@@ -161,7 +161,8 @@ class _Job:
         from teachercache.models import load_causal_lm
 
         check_tokenizers(self._caches, self.sidecars)
-        model = load_causal_lm(self.student.model, revision=self.student.revision, dtype="float32")
+        student = self.student
+        model = load_causal_lm(student.model, revision=student.revision, dtype="float32", attention=student.attention)
         if self.student.lora is not None:
             from teachercache.student.lora import with_adapters
 

@@ -27,10 +27,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import JobFailed, RecipeError
+from teachercache.models import takes_one_row
 from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.objective.across import AcrossObjective
 from teachercache.objective.course import Course
 from teachercache.objective.emphasis import EFFECTIVE
+from teachercache.rotary import original_context, rotate_by_own_length
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.batches import BatchPlan, Plan, PlanSampler
@@ -109,7 +111,11 @@ class DistillationTrainer(Trainer):
         self.fit.check(model)
         self.teachers = teachers
         self.trained = trained or _trained(self.caches, teachers, plan)
-        self.reading = Reading(self.caches, self.sidecars, teachers, objective, args, self.trained)
+        rotate_by_own_length(model)
+        self.reading = Reading(
+            self.caches, self.sidecars, teachers, objective, args, self.trained, one_row=takes_one_row(model),
+            context=original_context(model),
+        )  # fmt: skip
         self.plan = plan or _plan_of(args, cache, mix, self.trained)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)

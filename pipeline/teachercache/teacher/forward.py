@@ -25,8 +25,9 @@ from teachercache.activations import Activations, check_recorded, recorded
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
 from teachercache.memory import free_memory, is_out_of_memory
-from teachercache.models import load_causal_lm, model_inputs
-from teachercache.probes import check_causal, isolates_packed_segments
+from teachercache.models import Layout, input_layout, load_causal_lm, model_inputs, target_places
+from teachercache.probes import check_causal, check_rows_alone, isolates_packed_segments
+from teachercache.rotary import rotate_by_own_length
 from teachercache.targets import CalibratedKind, StoredTargets, TargetKind, calibrates
 from teachercache.targets.draws import position_seeds
 from teachercache.targets.layer_file import LayerFile
@@ -60,12 +61,16 @@ class Captured:
 class Teacher:
     """A loaded teacher on one device. `parameters`, `dtype` and `architecture` describe it for the manifest."""
 
-    def __init__(self, model: Any, *, targets: StoredTargets, layout: str, pad_id: int, device: str = "cpu") -> None:
+    def __init__(
+        self, model: Any, *, targets: StoredTargets, layout: str, pad_id: int, longest: int = 0, device: str = "cpu"
+    ) -> None:
         self.targets, self.layout, self.pad_id = targets, layout, pad_id
         kind = targets.logits
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
+        rotate_by_own_length(self.model)
         check_causal(self.model, name="the teacher", vocabulary_size=kind.vocabulary_size)
+        check_rows_alone(self.model, vocabulary_size=kind.vocabulary_size, longest=longest)
         if layout == "packed" and not isolates_packed_segments(self.model, vocabulary_size=kind.vocabulary_size):
             raise ModelError(
                 f"{type(model).__name__} does not keep the segments of a packed row apart; set `sequence.layout: documents`"
@@ -81,9 +86,17 @@ class Teacher:
 
     @classmethod
     def load(
-        cls, config: TeacherConfig, *, targets: StoredTargets, layout: str, pad_id: int, device: str = "cpu"
+        cls,
+        config: TeacherConfig,
+        *,
+        targets: StoredTargets,
+        layout: str,
+        pad_id: int,
+        longest: int = 0,
+        device: str = "cpu",
     ) -> Teacher:
-        """Load the model that a recipe names. Raises `ModelError`."""
+        """Load the model that a recipe names; `longest` is the number of tokens in the longest row, as far as it is known.
+        Raises `ModelError`."""
         model = load_causal_lm(
             config.model,
             revision=config.revision,
@@ -91,7 +104,7 @@ class Teacher:
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
         )
-        return cls(model, targets=targets, layout=layout, pad_id=pad_id, device=device)
+        return cls(model, targets=targets, layout=layout, pad_id=pad_id, longest=longest, device=device)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says about the loaded model, and notes of what it runs with."""
@@ -187,7 +200,7 @@ class Teacher:
                 hidden_ND = entered[0].flatten(0, 1)[index_N]
         if sample is not None:
             check_recorded(activations, self.targets.attention_layers, self.model)
-            sample.add(activations, rows)
+            sample.add(activations, rows, layout=self._layout_of(rows))
         return hidden_ND.split([row.positions for row in rows])
 
     def _of_each(
@@ -249,8 +262,9 @@ class Teacher:
         """The rows with the columns of their layers; one whose layers hold no numbers has none at all."""
         if not self.targets.layers:
             return finished
-        rows = rows_of(activations, [item.row for item in finished])
-        return [self._with_layer_columns(item, row) for item, row in zip(finished, rows, strict=True)]
+        rows = [item.row for item in finished]
+        held = rows_of(activations, rows, layout=self._layout_of(rows))
+        return [self._with_layer_columns(item, row) for item, row in zip(finished, held, strict=True)]
 
     def _with_layer_columns(self, item: Captured, activations: RowActivations) -> Captured:
         if item.columns is None:
@@ -263,13 +277,18 @@ class Teacher:
             return Captured(item.row, None, str(error))
         return Captured(item.row, columns)
 
+    def _layout_of(self, rows: Sequence[TokenRow]) -> Layout:
+        return input_layout(self.model, self.layout, longest=max(row.length for row in rows))
+
     def _inputs(self, rows: list[TokenRow]) -> tuple[dict[str, Any], Any, Any]:
         """The model's inputs, indices of all positions in the flattened batch [N], and their labels [N]."""
+        layout = self._layout_of(rows)
         inputs = {
             name: torch.from_numpy(values).to(self.device)
-            for name, values in model_inputs(rows, pad_id=self.pad_id, layout=self.layout).items()
+            for name, values in model_inputs(rows, pad_id=self.pad_id, layout=layout).items()
         }
-        index_N = torch.from_numpy(_flat_positions(rows, inputs["input_ids"].shape[1])).to(self.device)
+        width = inputs["input_ids"].shape[1]
+        index_N = torch.from_numpy(target_places(rows, layout=layout, width=width)).to(self.device)
         labels_N = torch.from_numpy(np.concatenate([row.labels_N() for row in rows]).astype(np.int64)).to(self.device)
         return inputs, index_N, labels_N
 
@@ -307,8 +326,3 @@ class Teacher:
 
 def _too_long(row: TokenRow) -> Captured:
     return Captured(row, None, f"out of memory with this row of {row.length} tokens alone")
-
-
-def _flat_positions(rows: Sequence[TokenRow], width: int) -> NDArray[np.int64]:
-    """Indices of all positions in a batch [B, S] that is flattened to [B * S]."""
-    return np.concatenate([index * width + np.flatnonzero(row.target_mask_S) for index, row in enumerate(rows)])

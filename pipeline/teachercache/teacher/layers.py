@@ -21,6 +21,7 @@ from torch import Tensor
 
 from teachercache.activations import Activations, Heads, blocks_of, check_attention, recorded
 from teachercache.errors import ModelError
+from teachercache.models import row_places
 from teachercache.targets import StoredTargets
 from teachercache.targets.attention import BlockEntry, HeadShape
 from teachercache.targets.attention_maps import AttentionMaps
@@ -38,13 +39,12 @@ NORMS = ("input_layernorm", "ln_1", "attention_norm", "norm1", "operator_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 
 
-def rows_of(activations: Activations, rows: Sequence[TokenRow]) -> list[RowActivations]:
-    """What was recorded of a batch, row by row, without padding."""
+def rows_of(activations: Activations, rows: Sequence[TokenRow], *, layout: str) -> list[RowActivations]:
+    """What was recorded of a batch, row by row, without padding; `layout` is that of its inputs."""
     split = []
     shapes = {layer: shape_of(heads) for layer, heads in activations.attention.items()}
     sinks = {layer: heads.sinks_H for layer, heads in activations.attention.items() if heads.sinks_H is not None}
-    for index, row in enumerate(rows):
-        tokens = slice(0, row.length)
+    for row, (index, tokens) in zip(rows, row_places(rows, layout=layout), strict=True):
         parts: dict[str, dict[int, Tensor]] = {"queries": {}, "keys": {}, "values": {}}
         for layer, heads in activations.attention.items():
             parts["queries"][layer] = heads.queries_BHSE[index, :, tokens]
@@ -73,9 +73,9 @@ class LayerSample:
         self.hidden_layers = sorted({layer for kind in kinds for layer in kind.hidden_layers})
         self._attention_layers = sorted({layer for kind in kinds for layer in kind.attention_layers})
 
-    def add(self, activations: Activations, rows: Sequence[TokenRow]) -> None:
+    def add(self, activations: Activations, rows: Sequence[TokenRow], *, layout: str) -> None:
         """The tokens of a batch, but for first ones, until there are enough."""
-        for held in rows_of(activations, rows):
+        for held in rows_of(activations, rows, layout=layout):
             if self.tokens >= self._most:
                 return
             inside_S = np.flatnonzero(np.diff(held.segment_S, prepend=-1) == 0)

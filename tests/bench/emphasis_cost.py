@@ -44,7 +44,7 @@ def losses(options: argparse.Namespace, labels_N: Tensor) -> dict[str, Callable[
                 weight_N = emphasis_of(
                     EmphasisConfig.model_validate({"by": score, "top": float(top) if top else None}),
                     segment_N,
-                    student_entropy=lambda: entropy_projected(hidden_ND, weight_LD, None, vocabulary_size=V),
+                    student_entropy=lambda: entropy_projected(hidden_ND, weight_LD, None),
                     teacher_entropy=lambda: entropy_of_teacher(sharp, vocabulary_size=V),
                 ).weight_N
                 kept_N = weight_N.nonzero()[:, 0]  # as `DistillationObjective` leaves out what weighs nothing

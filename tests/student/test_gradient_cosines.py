@@ -60,10 +60,10 @@ def test_divergence_and_cross_entropy_are_compared_at_what_enters_the_output_lay
             measured.add(loss(part), (hidden[part], weight, None), weights)
     found = measured.take()
 
-    log_q = (hidden @ weight.T)[:, :V]
+    logits = hidden @ weight.T  # of more columns than tokens
     p = softened.dense(slice(None)).exp()
-    kl = (p * (p.log() - (log_q / 2).log_softmax(-1))).sum() * 4 * 0.7
-    ce = torch.nn.functional.cross_entropy(log_q, labels, reduction="sum") * 0.3
+    kl = (p * (p.log() - (logits / 2).log_softmax(-1)[:, :V])).sum() * 4 * 0.7
+    ce = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") * 0.3
     [of_kl] = torch.autograd.grad(kl, hidden, retain_graph=True)
     [of_ce] = torch.autograd.grad(ce, hidden)
     assert found["cosine_kl_ce"] == pytest.approx(float(cosine_similarity(of_kl.flatten(), of_ce.flatten(), dim=0)))

@@ -81,7 +81,8 @@ def verify(location: str | Path, *, quick: bool = False) -> list[Problem]:
         manifest = read_manifest(folder)
     except CacheDamaged as error:
         return [Problem(MANIFEST, str(error), "fetch the cache again, or precompute it again")]
-    sizes = {path.relative_to(folder).as_posix(): _size(path) for path in sorted(folder.rglob("*")) if _is_file(path)}
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if _is_file(path)}
+    sizes = {name: _size(path) if is_reserved(name) else 0 for name, path in names.items()}
     read = partial(read_regular, folder, most=MOST_MANIFEST_BYTES)
     why = partial(_why_wrong, folder, quick=quick)
     return list(_problems(manifest, sizes, read=read, listed=partial(read_listed, folder), why=why, remedy=FETCH))
@@ -102,7 +103,8 @@ def _problems(
     why: Callable[[Expected], str | None],
     remedy: str,
 ) -> Iterator[Problem]:
-    """Everything that is wrong; `sizes` are the files that are there, by name, -1 of one that is no regular file."""
+    """Everything that is wrong; `sizes` are the files that are there, by name; of reserved names it tells the size, -1 of one
+    that is no regular file."""
     others = dict.fromkeys(name for name in sizes if name != MANIFEST)
     for expected in _expected(manifest):
         others.pop(expected.info.file, None)

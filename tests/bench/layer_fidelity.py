@@ -68,7 +68,7 @@ class Bench:
     def observe(self, row: TokenRow) -> Any:
         with recorded(self.model, hidden=self.layers, attention=self.attention) as activations:
             self._run(row)
-        return rows_of(activations, [row])[0]
+        return rows_of(activations, [row], layout="documents")[0]
 
     def _run(self, row: TokenRow) -> None:
         inputs = model_inputs([row], pad_id=self.pad_id, layout="documents")

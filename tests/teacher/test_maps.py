@@ -161,7 +161,7 @@ def test_attention_that_is_not_finite_is_a_problem_of_its_row(top: int | None) -
     activations.attention[2].queries_BHSE[0, 1, 3] = torch.nan
     from teachercache.teacher.layers import rows_of
 
-    [held] = rows_of(activations, ROWS[1:2])
+    [held] = rows_of(activations, ROWS[1:2], layout="documents")
     with pytest.raises(ValueError, match="attention of block 2 is not finite"):
         teacher.targets.attention.capture(torch, held)
 

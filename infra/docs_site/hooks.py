@@ -56,7 +56,7 @@ def _is_source(uri: str) -> bool:
 
 
 def _is_page(target: Path) -> bool:
-    return target == DOCS or (target.is_relative_to(DOCS) and target.suffix == ".md")
+    return target == DOCS or (target.is_relative_to(DOCS) and target.suffix not in ("", ".py"))
 
 
 def _resolved(origin: Path, link: str) -> Path:

@@ -68,6 +68,13 @@ def test_batched_capture_equals_one_by_one(positions_per_batch):
         assert_same(captured.columns, alone(model, row))
 
 
+def test_a_tokenizer_with_tokens_that_the_teacher_does_not_predict():
+    with pytest.raises(
+        ModelError, match=f"predicts 80 tokens, its tokenizer has {VOCABULARY}; take the tokenizer that"
+    ):
+        make_teacher(tiny_model(vocabulary=80))
+
+
 def test_packed_segments_do_not_see_each_other():
     model = tiny_model(vocabulary=VOCABULARY)
     rows = [make_row(40, seed=1, starts=(0, 11, 25)), make_row(17, seed=2, starts=(0, 2))]

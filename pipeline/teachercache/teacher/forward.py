@@ -68,6 +68,7 @@ class Teacher:
         kind = targets.logits
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
+        _check_vocabulary(self.model, kind.vocabulary_size)
         rotate_by_own_length(self.model)
         check_causal(self.model, name="the teacher", vocabulary_size=kind.vocabulary_size)
         check_rows_alone(self.model, vocabulary_size=kind.vocabulary_size, longest=longest)
@@ -322,6 +323,16 @@ class Teacher:
                 row, None, f"the teacher's logits are not finite at {unusable} of {row.positions} positions"
             )
         return Captured(row, self.targets.finish(captured))
+
+
+def _check_vocabulary(model: Any, vocabulary_size: int) -> None:
+    """Raise `ModelError` for a teacher without a prediction for some token of its tokenizer."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is not None and len(weight) < vocabulary_size:
+        raise ModelError(
+            f"{type(model).__name__} predicts {len(weight)} tokens, its tokenizer has {vocabulary_size}; take the tokenizer "
+            "that it was trained with, without tokens that were added later (a padding token, most often)"
+        )
 
 
 def _too_long(row: TokenRow) -> Captured:

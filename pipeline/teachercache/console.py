@@ -103,12 +103,14 @@ def is_main_process() -> bool:
 
 
 def _quiet_libraries() -> None:
-    """Send no usage statistics anywhere; keep libraries' chatter below warnings."""
+    """Send no usage statistics anywhere; keep libraries' chatter below warnings, and their progress bars out of files."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # a bar that is drawn again and again is a hundred lines there
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # DeepSpeed, which transformers imports to save a model, warns wherever there is no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)

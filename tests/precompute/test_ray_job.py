@@ -13,11 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
 
-from teachercache.config import PrecomputeConfig
-from teachercache.precompute.cluster import KEEP_FREED_MEMORY, _resources, connected
 from teachercache.shards import Cache, verify
 
 from builders import build_cache, sentences, tiny_recipe, tiny_teacher
@@ -156,14 +153,6 @@ def test_the_script_runs_under_ray_job_submit(tmp_path, teacher):
     assert '"positions_per_second"' in submitted.stdout
     assert verify(tmp_path / "cache") == []
     assert Cache.open(tmp_path / "cache").manifest.audit.stored == 40
-
-
-def test_processes_with_a_teacher_keep_freed_memory():
-    """In the environment before they start: glibc reads it once."""
-    settings = PrecomputeConfig()
-    with connected(settings):
-        task = ray.remote(**_resources(settings))(lambda: dict(os.environ))
-        assert ray.get(task.remote()).items() >= KEEP_FREED_MEMORY.items()
 
 
 def test_an_error_inside_an_actor_is_one_line(tmp_path, teacher):

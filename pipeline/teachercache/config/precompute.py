@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from teachercache.config.section import Section
 
@@ -95,9 +95,13 @@ class PrecomputeConfig(Section):
     `positions_per_batch` and `threads_per_actor` decide how floats are rounded, nothing else: with both the same, any number
     of actors gives identical shards."""
 
-    actors: int = Field(1, ge=1, description="teacher actors, one model each")
-    gpus_per_actor: float = Field(
-        0, ge=0, description="GPUs that Ray reserves for each actor; 0 runs the teacher on CPUs"
+    actors: int | Literal["auto"] = Field(
+        "auto",
+        description="teacher actors, one model each; auto: one for each GPU of the cluster, or a single one on its CPUs",
+    )
+    gpus_per_actor: float | Literal["auto"] = Field(
+        "auto",
+        description="at most 1, a part of one for actors that share a GPU, 0 for the CPU; auto: 1 where the cluster has GPUs",
     )
     threads_per_actor: int | None = Field(
         None,
@@ -108,3 +112,29 @@ class PrecomputeConfig(Section):
     unit_rows: int = Field(1024, ge=1, description="a work unit (= a shard) closes at so many rows")
     unit_bytes: int = Field(4 * 2**20, ge=1, description="... or at so many bytes of text")
     address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
+
+    @field_validator("actors", "gpus_per_actor", mode="before")
+    @classmethod
+    def _readable(cls, value: Any, info: ValidationInfo) -> Any:
+        """In one line, where pydantic would print one for each type that the value is not."""
+        number = float if info.field_name == "gpus_per_actor" else int
+        if value == "auto" or (isinstance(value, (int, number)) and not isinstance(value, bool)):
+            return value
+        raise ValueError("must be a whole number, or auto" if number is int else "must be a number, or auto")
+
+    @field_validator("actors")
+    @classmethod
+    def _at_least_one(cls, actors: int | str) -> int | str:
+        if actors != "auto" and int(actors) < 1:
+            raise ValueError("must be 1 or more, or auto")
+        return actors
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _one_gpu(cls, gpus: float | str) -> float | str:
+        if gpus != "auto" and not 0 <= float(gpus) <= 1:
+            raise ValueError(
+                "must be from 0 to 1, or auto: a teacher runs on one GPU, so further ones would be reserved and idle; for more "
+                "speed raise actors, for a model that is too large use one that is quantised or smaller"
+            )
+        return gpus

@@ -21,15 +21,14 @@ import ray
 import teachercache
 from teachercache.config import CorpusConfig, PrecomputeConfig, Recipe, SequenceConfig, TeacherConfig
 from teachercache.corpus.sequences import Tokenised
-from teachercache.errors import JobFailed, TeachercacheError
+from teachercache.errors import JobFailed, ModelError, TeachercacheError
+from teachercache.precompute.local_ray import local_cluster
+from teachercache.precompute.placement import TASK_CPUS, Node, Placement, actor_cpus
 from teachercache.precompute.plan import Plan
 from teachercache.precompute.units import UnitReport, actor_threads, calibrate, compute_unit, tokenise_unit
 from teachercache.teacher import Teacher
 
 logger = logging.getLogger(__name__)
-
-# Tasks beside the actors: a small share, so that a machine whose cores all belong to actors still has room for them.
-TASK_CPUS = 0.25
 
 # A forward pass on a CPU frees buffers of many megabytes and asks for them again at once. Left to itself glibc (mallopt(3))
 # maps and unmaps each of them, and the kernel clears its pages anew: 8 % of the time of
@@ -52,9 +51,10 @@ class Job:
     corpus: CorpusConfig
     sequence: SequenceConfig
     precompute: PrecomputeConfig
+    placement: Placement
 
     @classmethod
-    def of(cls, recipe: Recipe, plan: Plan) -> Job:
+    def of(cls, recipe: Recipe, plan: Plan, placement: Placement) -> Job:
         """The parts of a recipe that stages need, with paths made absolute: workers have a folder of their own.
 
         Actors load the very commit that was planned with, also when the hub's newest one changes meanwhile.
@@ -66,7 +66,7 @@ class Job:
         commit = plan.identity["teacher"].get("commit")
         teacher = teacher.model_copy(update={"revision": commit or teacher.revision})
         absolute = dataclasses.replace(plan, folder=plan.folder.resolve())
-        return cls(absolute, teacher, recipe.corpus, recipe.sequence, recipe.precompute)
+        return cls(absolute, teacher, recipe.corpus, recipe.sequence, recipe.precompute, placement)
 
 
 Row = dict[str, Any]
@@ -117,7 +117,12 @@ def _load_teacher(job: Job) -> Teacher:
     import torch
 
     torch.set_num_threads(actor_threads(job.precompute))
-    device = "cuda" if job.precompute.gpus_per_actor > 0 else "cpu"
+    device = "cuda" if job.placement.gpus else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            f"the actor on {os.uname().nodename} has a GPU, which its torch {torch.__version__} cannot use; install a build of "
+            "torch for this GPU, or set precompute.gpus_per_actor: 0 to run on the CPU"
+        )
     pad_id = job.plan.identity["tokenizer"]["pad_id"]
     return Teacher.load(
         job.teacher,
@@ -131,8 +136,7 @@ def _load_teacher(job: Job) -> Teacher:
 
 def run_calibration(job: Job) -> None:
     """Fit the sketch, and make the layer file, in a process with the resources of one actor. Raises what the teacher raises."""
-    settings = job.precompute
-    task = ray.remote(**_resources(settings), max_retries=1)(_calibrate)
+    task = ray.remote(**_resources(job.placement), max_retries=1)(_calibrate)
     try:
         row = ray.get(task.remote(job))
     except ray.exceptions.RayError as error:
@@ -165,29 +169,22 @@ def _tokenise(row: Row, job: Job) -> Row:
     return _carrying_errors(stage, row)
 
 
-def actor_cpus(settings: PrecomputeConfig) -> int:
-    """CPUs that Ray reserves for an actor: its threads, where they are set."""
-    return settings.threads_per_actor or 1
-
-
-def _resources(settings: PrecomputeConfig) -> dict[str, Any]:
+def _resources(placement: Placement) -> dict[str, Any]:
     """What Ray gives to the process that holds a teacher."""
-    if settings.gpus_per_actor > 0:
-        return {"num_cpus": actor_cpus(settings), "num_gpus": settings.gpus_per_actor}
-    return {"num_cpus": actor_cpus(settings), "runtime_env": {"env_vars": KEEP_FREED_MEMORY}}
+    if placement.gpus:
+        return {"num_cpus": placement.cpus, "num_gpus": placement.gpus}
+    return {"num_cpus": placement.cpus, "runtime_env": {"env_vars": KEEP_FREED_MEMORY}}
 
 
 def run_units(job: Job, pending: list[int]) -> Iterator[UnitReport]:
     """Run the pending units; yields a report as each one's shard is in place."""
-    settings = job.precompute
-    actors = min(settings.actors, len(pending))
     rows = [{"unit": unit, "payload": b"", "problem": None} for unit in pending]
     units = ray.data.from_items(rows, override_num_blocks=len(pending))
     # Ray's annotation of `map` has no room for a function with further arguments, or for a class.
     tokenise, compute = cast(Any, _tokenise), cast(Any, TeacherActor)
-    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2)
+    pool = ray.data.ActorPoolStrategy(size=min(job.placement.actors, len(pending)), max_tasks_in_flight_per_actor=2)
     stages = units.map(tokenise, fn_args=(job,), num_cpus=TASK_CPUS).map(
-        compute, fn_constructor_args=(job,), compute=pool, **_resources(settings)
+        compute, fn_constructor_args=(job,), compute=pool, **_resources(job.placement)
     )
     try:
         for row in stages.iter_rows():
@@ -221,24 +218,32 @@ def _task(row: Row, work: Callable[[Any, int], Any], plan: Any, what: str) -> Ro
 
 @contextmanager
 def connected(settings: PrecomputeConfig) -> Iterator[None]:
-    """A Ray cluster: the one that `address` or RAY_ADDRESS names, one already connected, or a local one for this job."""
+    """A Ray cluster: the one that `address` or RAY_ADDRESS names, with the authentication that it has, one already connected,
+    or a local one for this job."""
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        package = str(Path(teachercache.__file__).parent)
-        ray.init(
-            address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False
-        )
-    else:
-        _start_local(settings)
-    _quiet_ray_data()
+    with _joined(address) if address else local_cluster(cpus=_local_cpus(settings)):
+        _quiet_ray_data()
+        yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    package = str(Path(teachercache.__file__).parent)
+    ray.init(address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _local_cpus(settings: PrecomputeConfig) -> int:
+    """CPUs of a local cluster: this machine's, or as many as the actors and the tasks beside them are to have."""
+    actors = 1 if settings.actors == "auto" else settings.actors
+    return max(os.cpu_count() or 1, actors * actor_cpus(settings) + 1)
 
 
 def _quiet_ray_data() -> None:
@@ -247,16 +252,7 @@ def _quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _start_local(settings: PrecomputeConfig) -> None:
-    # Ray Data makes its C++ core report a restart caveat as an error at every start; real failures reach us as exceptions.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    source_root = str(Path(teachercache.__file__).parents[1])
-    python_path = os.pathsep.join(filter(None, [source_root, os.environ.get("PYTHONPATH")]))
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, settings.actors * actor_cpus(settings) + 1),
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": python_path}},
-    )
+def cluster_nodes() -> list[Node]:
+    """The machines of the cluster that is connected."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in resources]

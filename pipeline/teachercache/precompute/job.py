@@ -19,6 +19,7 @@ from teachercache.files import locked
 from teachercache.models import load_tokenizer
 from teachercache.precompute.commit import DRIFT_AT, commit
 from teachercache.precompute.input_form import input_warning
+from teachercache.precompute.placement import placed
 from teachercache.precompute.plan import Plan, make_plan
 from teachercache.shards import Manifest
 from teachercache.shards.manifest import MANIFEST, read_manifest
@@ -114,14 +115,17 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
     if not pending:
         return timing
     console.print("starting Ray and loading the teacher …")
-    from teachercache.precompute.cluster import Job, connected, run_calibration, run_units
+    from teachercache.precompute.cluster import Job, cluster_nodes, connected, run_calibration, run_units
 
     began = time.time()
     first = math.inf
     with connected(recipe.precompute), progress_bar(console) as progress:
+        placement = placed(recipe.precompute, cluster_nodes(), units=len(pending))
+        console.print(placement.describe(), highlight=False)
+        job = Job.of(recipe, plan, placement)
         if plan.calibration() is None:
             console.print("calibrating: fitting what targets are read by to a sample of the corpus …")
-            run_calibration(Job.of(recipe, plan))
+            run_calibration(job)
             record = plan.calibration()
             assert record is not None
             console.print(
@@ -131,7 +135,7 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
             began = time.time()
         told = _tell_input(plan, console)
         bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
-        for done in run_units(Job.of(recipe, plan), pending):
+        for done in run_units(job, pending):
             told = told or _tell_input(plan, console)
             first = min(first, done.started)
             timing.positions += done.positions

@@ -18,6 +18,7 @@ from teachercache.shards.sidecar import Sidecar
 from teachercache.shards.sidecar_manifest import SidecarManifest
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
+from teachercache.student.partitioned import rows_of, runnable
 from teachercache.tokens.fingerprint import vocabulary_size
 
 REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
@@ -47,8 +48,8 @@ def check_tokenizers(caches: Sequence[Cache], sidecars: Sequence[Sidecar]) -> No
 class Fit:
     """Whether a student can learn from all caches of a run; the command and `DistillationTrainer` from Python alike.
 
-    A student of which each process holds a part (ZeRO 3), or whose flash kernel waits for a GPU, cannot run before training
-    wraps it: what only a forward pass shows is then checked at the first batch, by all processes at once.
+    A student whose flash kernel waits for a GPU cannot run before training wraps it: what only a forward pass shows is then
+    checked at the first batch, by all processes at once.
     """
 
     caches: Sequence[Cache]
@@ -58,12 +59,12 @@ class Fit:
 
     def check(self, model: Any) -> None:
         """Raise `ModelError` for a vocabulary or positions that are too few, nothing that is aligned, and, where the model can
-        run, for what `check_wrapped` refuses."""
+        run, for what `check_wrapped` refuses; also where each process holds a part of it (ZeRO 3)."""
         for number, cache in enumerate(self.caches):
             check_shapes(model, cache.manifest, sidecar=self.sidecars[number] if self.sidecars else None)
-        in_parts = any(hasattr(weights, "ds_id") for weights in model.parameters())
-        if not in_parts and not (takes_one_row(model) and model.device.type == "cpu"):
-            self.check_wrapped(model, model)
+        if not (takes_one_row(model) and model.device.type == "cpu"):
+            with runnable(model):
+                self.check_wrapped(model, model)
 
     def check_wrapped(self, model: Any, student: Any) -> None:
         """Raise `ModelError` for a student that sees later tokens, or other documents of a packed row. It runs on a few tokens,
@@ -111,7 +112,7 @@ def check_vocabulary(model: Any, name: str, manifest: Manifest | SidecarManifest
     for part, module in parts.items():
         if module is None:
             continue
-        tokens = getattr(module.weight, "ds_shape", module.weight.shape)[0]
+        tokens = rows_of(module.weight)
         if tokens < manifest.vocabulary_size:
             raise ModelError(
                 f"student {name}: its {part} has {tokens} tokens, {_whose(manifest)} tokenizer has "

@@ -22,6 +22,7 @@ from teachercache.models import runnable_here
 from teachercache.objective.layers import LayerLoss, LayerObjective, StudentShape
 from teachercache.objective.layers.structure import LEAST
 from teachercache.shards import Cache
+from teachercache.student.partitioned import rows_of, runnable
 
 
 def layer_objectives(
@@ -66,11 +67,12 @@ def _try(model: Any, objectives: Sequence[LayerObjective], *, longest: int) -> N
     }
     was_training = model.training
     model.eval()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = rows_of(model.get_input_embeddings().weight)
     ids_BS = torch.arange(longest, device=model.device).mul(7919).remainder(max(1, vocabulary))[None]
     with (
         torch.no_grad(),
         runnable_here(model),
+        runnable(model),
         recorded(model, hidden=layers["hidden"], attention=layers["attention"]) as activations,
     ):
         model.base_model(input_ids=ids_BS, use_cache=False)

@@ -47,6 +47,8 @@ from teachercache.student.run_folder import RunFolder, RunIdentity
 from teachercache.student.summary import closing_line, speed_and_losses
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from teachercache.student.trainer import DistillationTrainer
 
 
@@ -161,6 +163,7 @@ class _Job:
         from teachercache.models import load_causal_lm
 
         check_tokenizers(self._caches, self.sidecars)
+        args = self._arguments()  # first: under ZeRO 3 they decide how a model is loaded
         student = self.student
         model = load_causal_lm(student.model, revision=student.revision, dtype="float32", attention=student.attention)
         if self.student.lora is not None:
@@ -183,7 +186,7 @@ class _Job:
         for line in (*warnings_of([*self._caches, *further], self.sidecars), *self.trained.lines, *self._teacher_lines):
             self._say(line)
         try:
-            return self._run_trainer(model, identity)
+            return self._run_trainer(model, args, identity)
         except TeachercacheError as error:
             raise type(error)(_own_message(error)) from error
         except RuntimeError as error:
@@ -203,7 +206,7 @@ class _Job:
                 raise
             raise RecipeError(f"train.deepspeed: {self.config.deepspeed}: {' '.join(str(error).split())}") from error
 
-    def _run_trainer(self, model: Any, identity: RunIdentity) -> Checkpoint | None:
+    def _run_trainer(self, model: Any, args: TrainingArguments, identity: RunIdentity) -> Checkpoint | None:
         from teachercache.student.following import CourseFile
         from teachercache.student.preemption import StopWhenAsked, sigterm_as_request
         from teachercache.student.progress import LogFile, ProgressBar
@@ -214,7 +217,7 @@ class _Job:
             callbacks.append(CourseFile(self.folder.path / "course.jsonl", self.course))
         try:
             with sigterm_as_request() as request:
-                trainer = self._trainer(model, [StopWhenAsked(request), *callbacks])
+                trainer = self._trainer(model, args, [StopWhenAsked(request), *callbacks])
                 if self.process.main:
                     remove_incomplete(self.folder.path)  # first: it may have filled the disk
                     self.folder.claim(identity)
@@ -232,17 +235,20 @@ class _Job:
             )
         return resume
 
-    def _trainer(self, model: Any, callbacks: list[Any]) -> DistillationTrainer:
+    def _arguments(self) -> TrainingArguments:
         from teachercache.student.arguments import training_arguments
-        from teachercache.student.trainer import DistillationTrainer
 
-        args = training_arguments(
+        return training_arguments(
             self.config,
             plan=self.plan,
             steps=self.steps,
             evaluates=self._evaluates,
             on_gpu=self.process.on_gpu,
         )
+
+    def _trainer(self, model: Any, args: TrainingArguments, callbacks: list[Any]) -> DistillationTrainer:
+        from teachercache.student.trainer import DistillationTrainer
+
         return DistillationTrainer(
             model=model,
             cache=self.cache,

@@ -56,6 +56,7 @@ from teachercache.student.layers import (
 )
 from teachercache.student.learning_rate import with_factors
 from teachercache.student.meter import LossMeter
+from teachercache.student.partitioned import exact_buffers, like_partitioned
 from teachercache.student.reading import Reading
 from teachercache.student.record import training_record
 from teachercache.student.resuming import damage_of, intact_checkpoint, written_files
@@ -104,6 +105,7 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_mix(cache, mix)
+        exact_buffers(model)
         self.caches = (cache, *(mixed.cache for mixed in mix))
         self.objective_config = objective
         self.sidecars = tuple(sidecars)
@@ -135,6 +137,7 @@ class DistillationTrainer(Trainer):
             for each, names in zip(self.caches, columns, strict=True):
                 check_joined(each, names)
         self._columns = columns  # that are read of each cache
+        like_partitioned(model)
         held_out = sum(each.rows_of("held-out") for each in self.caches)
         use_cache = vars(model.config).get("use_cache")
         super().__init__(

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from student.runs import losses_of
 from teachercache.config import TrainConfig
 from teachercache.errors import RecipeError
 from teachercache.student.deepspeed_config import deepspeed_config, own_deepspeed_settings, precision_of
+from teachercache.student.launch import training_process
 from teachercache.student.train import run_training
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "infra" / "deepspeed").glob("*.json"))
@@ -27,7 +29,7 @@ def _config(**settings: Any) -> TrainConfig:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_stage_and_precision_arrive(stage: Any, precision: Any) -> None:
     made = deepspeed_config(_config(zero_stage=stage, precision=precision), on_gpu=True)
-    assert made["zero_optimization"]["stage"] == stage
+    assert made["zero_optimization"]["stage"] == (1 if (stage, precision) == (0, "bf16") else stage)
     assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
     assert precision_of(made, "fp32") == precision
     json.dumps(made)
@@ -38,8 +40,31 @@ def test_fp16_scales_its_loss_dynamically() -> None:
     assert fp16["loss_scale"] == 0 and fp16["initial_scale_power"] == 16
 
 
-def test_bf16_sums_gradients_in_float32() -> None:
-    assert deepspeed_config(_config(precision="bf16"), on_gpu=True)["data_types"] == {"grad_accum_dtype": "fp32"}
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_sums_the_gradients_of_micro_batches_in_float32(stage: Any) -> None:
+    """DeepSpeed itself: one gradient of 1 and 256 of 2^-9, each of which is lost beside 1 in bf16, come to 1.5."""
+    import deepspeed
+
+    settings = deepspeed_config(_config(precision="bf16", zero_stage=stage), on_gpu=False)
+    micro_steps = 257
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1, "train_batch_size": micro_steps, "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": 0.0,
+    }  # fmt: skip
+    with training_process():
+        model = torch.nn.Linear(4, 2, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        for step in range(micro_steps):
+            size = 1.0 if step == 0 else 2**-9
+            # DeepSpeed divides by their number.
+            engine.backward(engine(torch.full((1, 4), size, dtype=torch.bfloat16)).sum() * micro_steps)
+            engine.step()
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+            learned = -model.weight.detach().float()
+        engine.destroy()
+    torch.testing.assert_close(learned, torch.full((2, 4), 1.5), atol=0.01, rtol=0)
 
 
 def test_the_users_own_file_wins(tmp_path: Path) -> None:

@@ -181,6 +181,11 @@ class _Job:
                 f"two windows of shards take up to {needed:,} bytes, stream.local_bytes is {room:,}: shards may be fetched "
                 "more than once an epoch; raise it, or lower stream.window"
             )
+        if self.config.deepspeed is None and self.zero_stage != self.config.zero_stage:
+            self._say(
+                f"bf16 is trained under ZeRO {self.zero_stage}: under ZeRO {self.config.zero_stage} gradients would be summed "
+                "in bf16, which loses small ones"
+            )
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         for line in (*warnings_of([*self._caches, *further], self.sidecars), *self.trained.lines, *self._teacher_lines):

@@ -97,7 +97,8 @@ class TrainConfig(Section):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
-        description="what processes divide among them: 0 nothing (1 in bf16), 1 the optimizer's state, 2 gradients too, 3 weights too",
+        description="what processes divide among them: 0 nothing (in bf16 as 1), 1 the optimizer's state, 2 gradients too, "
+        "3 weights too",
     )
     deepspeed: Path | None = Field(
         None, description="a DeepSpeed JSON file of your own; wins over zero_stage and precision"

@@ -136,19 +136,24 @@ def blocks(
     vocabulary_size: int,
     dtype: torch.dtype,
     block_bytes: int | None,
+    consecutive: bool = False,
 ) -> Iterator[Block]:
-    """Cut N positions (rising indices into R) into blocks. Scratch is shared: use up a block before taking the next."""
+    """Cut N positions (rising indices into R) into blocks. Scratch is shared: use up a block before taking the next.
+
+    Positions that are known to be `consecutive`, 0, 1, … N - 1, are not asked for: on a GPU that would wait for all that is
+    under way there.
+    """
     columns = logits_RL.shape[1]
     size = block_rows(columns, dtype, logits_RL.device, block_bytes=block_bytes)
     size = min(size, max(1, len(positions_N)))
     scratch = Scratch(size, columns, vocabulary_size=vocabulary_size, dtype=dtype, device=logits_RL.device)
-    on_host_N = positions_N.cpu()
+    on_host_N = range(len(positions_N)) if consecutive else positions_N.tolist()
     for start in range(0, len(positions_N), size):
         part = slice(start, min(start + size, len(positions_N)))
-        first, count = int(on_host_N[start]), part.stop - start
-        consecutive = int(on_host_N[part.stop - 1]) - first == count - 1
-        rows = slice(first, first + count) if consecutive else positions_N[part]
-        own_memory = gradient_RL is not None and consecutive and gradient_RL.dtype == dtype
+        first, count = on_host_N[start], part.stop - start
+        in_a_row = on_host_N[part.stop - 1] - first == count - 1
+        rows = slice(first, first + count) if in_a_row else positions_N[part]
+        own_memory = gradient_RL is not None and in_a_row and gradient_RL.dtype == dtype
         yield Block(
             part=part,
             logits_CL=logits_RL[rows],

@@ -22,8 +22,9 @@ from teachercache.objective.tail_logits import CHUNK_POSITIONS, TailLogits
 from teachercache.targets.softened import Softened
 
 
-def entropy_of_logits(logits_RL: Tensor, *, positions_N: Tensor) -> Tensor:
-    """[N], float32 (float64 of float64 logits), without a gradient. `positions_N` are rising indices into R."""
+def entropy_of_logits(logits_RL: Tensor, *, positions_N: Tensor, consecutive: bool = False) -> Tensor:
+    """[N], float32 (float64 of float64 logits), without a gradient. `positions_N` are rising indices into R, or all of them
+    where they are `consecutive`."""
     dtype = torch.float64 if logits_RL.dtype == torch.float64 else torch.float32
     entropy_N = torch.empty(len(positions_N), dtype=dtype, device=logits_RL.device)
     with torch.no_grad(), torch.autocast(logits_RL.device.type, enabled=False):
@@ -34,6 +35,7 @@ def entropy_of_logits(logits_RL: Tensor, *, positions_N: Tensor) -> Tensor:
             vocabulary_size=logits_RL.shape[1],
             dtype=dtype,
             block_bytes=None,
+            consecutive=consecutive,
         ):
             shifted_CL = block.spare_CL.copy_(block.logits_CL)
             entropy_N[block.part] = _entropy(shifted_CL, block.values_CL)
@@ -58,7 +60,7 @@ def entropy_projected(
         for start in range(0, len(hidden_ND), chunk):
             logits_CL = chunk_logits(hidden_ND[start : start + chunk], weight_LD, bias_L, softcap)
             all_C = torch.arange(len(logits_CL), device=logits_CL.device)
-            found.append(entropy_of_logits(logits_CL, positions_N=all_C))
+            found.append(entropy_of_logits(logits_CL, positions_N=all_C, consecutive=True))
     return torch.cat(found) if found else hidden_ND.new_zeros(0, dtype=torch.float32)
 
 

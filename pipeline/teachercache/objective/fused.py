@@ -110,6 +110,7 @@ def run(
         vocabulary_size=batch.vocabulary_size,
         dtype=tokens.label_N.dtype,
         block_bytes=block_bytes,
+        consecutive=batch.consecutive,
     ):
         divergence_N[block.part], ce_N[block.part] = loss(block)
         if gradient_RL is not None and batch.position_weight_N is not None:
@@ -120,6 +121,7 @@ def run(
 
 def _clear_unused(gradient_RL: Tensor, batch: Batch) -> None:
     """Zero what no position writes, and only that: to fill the whole buffer costs half as much as the loss."""
-    unused_R = torch.ones(len(gradient_RL), dtype=torch.bool, device=gradient_RL.device)
-    unused_R[batch.positions_N] = False
-    gradient_RL.index_fill_(0, unused_R.nonzero()[:, 0], 0.0)
+    if not batch.consecutive:
+        unused_R = torch.ones(len(gradient_RL), dtype=torch.bool, device=gradient_RL.device)
+        unused_R[batch.positions_N] = False
+        gradient_RL.index_fill_(0, unused_R.nonzero()[:, 0], 0.0)

@@ -42,6 +42,7 @@ class Batch:
     weights: Weights
     position_weight_N: Tensor | None  # None: 1 each
     vocabulary_size: int
+    consecutive: bool = False  # positions are all of R, one after the other
 
 
 @dataclass(frozen=True)

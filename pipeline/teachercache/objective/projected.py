@@ -49,7 +49,9 @@ def projected_sums(
     device = hidden_ND.device.type
     dtype = autocast_type(device, weight_LD.dtype)
     positions_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
-    batch = Batch(positions_N, labels_N, teacher, divergence, weights, position_weight_N, vocabulary_size)
+    batch = Batch(
+        positions_N, labels_N, teacher, divergence, weights, position_weight_N, vocabulary_size, consecutive=True
+    )
     chunk = chunk_rows(weight_LD, chunk_bytes)
     with torch.autocast(device, enabled=False):
         operands = (hidden_ND.to(dtype), weight_LD.to(dtype), None if bias_L is None else bias_L.to(dtype))

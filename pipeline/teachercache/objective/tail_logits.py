@@ -8,7 +8,8 @@ Shapes: N positions, C of them in a block, V vocabulary, r sketch directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -54,11 +55,31 @@ class TailLogits:
         self._write(self._chunk, self._buffer[: self._chunk.stop - self._chunk.start])
 
 
+@contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """While it is open, float32 matmuls of a GPU may read their operands in TF32, which is several times as fast; they add up
+    in float32. As it was afterwards, and nothing elsewhere.
+
+    TF32 keeps 10 bits of a mantissa: a tail's logits are off by thousandths, where the sketch itself is off by tenths
+    (tests/objective/test_tail_logits.py).
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def write_logits(tail: Tail, part: slice, logits_CV: Tensor) -> None:
     """`tail.logits(part)` into a buffer; a sketch is computed in it."""
     if not isinstance(tail, SketchTail) or tail.basis_Vr.dtype != logits_CV.dtype:
         logits_CV.copy_(tail.logits(part, torch))
         return
-    torch.addmm(tail.offset_V, tail.coefficients_Nr[part], tail.basis_Vr.T, out=logits_CV)
+    with tensor_cores(logits_CV.device):
+        torch.addmm(tail.offset_V, tail.coefficients_Nr[part], tail.basis_Vr.T, out=logits_CV)
     if tail.softcap is not None:
         logits_CV.div_(tail.softcap).tanh_().mul_(tail.softcap / tail.temperature).add_(tail.bias_V)

@@ -54,7 +54,7 @@ class SketchBasis:
     chosen: dict[str, Any] | None = (
         None  # by a target: rank and step, what they cost and leave, and what else was tried
     )
-    copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of the reading arrays: by type and device
+    copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of arrays, by use, type and device
 
     @property
     def rank(self) -> int:
@@ -85,6 +85,13 @@ class SketchBasis:
         if self.softcap is not None:
             return SketchTail(coefficients_Nr, basis_Vr, base_V, self.softcap, temperature, bias_V)
         return SketchTail(coefficients_Nr / temperature, basis_Vr, base_V / temperature + bias_V)
+
+    def capturing_arrays(self, torch: Any, device: Any) -> tuple[Any, Any]:
+        """`mean_D` and `analysis_Dr` where they are used; brought there once."""
+        key = ("capture", str(device))
+        if key not in self.copies:
+            self.copies[key] = tuple(torch.from_numpy(array).to(device) for array in (self.mean_D, self.analysis_Dr))
+        return self.copies[key]
 
     def _reading_arrays(self, like: Any) -> tuple[Any, Any, Any, Any]:
         """Basis, base and the two biases with the type, module and device of an array; made once for each."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from teachercache.errors import CacheDamaged
 from teachercache.targets.columns import Column
 from teachercache.targets.named_file import load_named, save_named
 from teachercache.targets.pco import NAME as PCO
+from teachercache.targets.transfer import to_host
 
 BOUNDARY_MASS = "boundary_log_mass"  # its column
 SECTION = "boundary_mass"
@@ -48,6 +49,10 @@ class BoundaryMass:
     digest: str  # of the set, 16 hex digits
     vocabulary_size: int
     begins_V: NDArray[np.bool_] | None = None
+    copies: dict[str, Any] = field(default_factory=dict, repr=False)  # of the set, by device
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "copies": {}}
 
     @classmethod
     def of(cls, begins_V: NDArray[np.bool_]) -> BoundaryMass:
@@ -96,15 +101,20 @@ class BoundaryMass:
         return (Column(BOUNDARY_MASS, "<u2", (), PCO, groups=(1,), within=(0, int(_codes(np.array([LEAST]))[0]))),)
 
     def capture(self, torch: Any, logits_NV: Any) -> dict[str, Array]:
+        """As `log_masses`, on the host."""
+        return to_host(torch, self.log_masses(torch, logits_NV))
+
+    def log_masses(self, torch: Any, logits_NV: Any) -> dict[str, Any]:
         """Log-masses of N positions, float32 [N], from float32 logits [N, V or more], which stay as they are.
 
         One softmax and one product with the set (tests/bench/boundary_cost.py measures what that costs). Rows are
         summed alone: the same in any batch.
         """
-        mass_N = torch.softmax(logits_NV[:, : self.vocabulary_size], -1).mv(
-            torch.from_numpy(self._weights_V).to(logits_NV.device)
-        )
-        return {BOUNDARY_MASS: mass_N.log().cpu().numpy()}
+        device = logits_NV.device
+        if str(device) not in self.copies:
+            self.copies[str(device)] = torch.from_numpy(self._weights_V).to(device)
+        mass_N = torch.softmax(logits_NV[:, : self.vocabulary_size], -1).mv(self.copies[str(device)])
+        return {BOUNDARY_MASS: mass_N.log()}
 
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:

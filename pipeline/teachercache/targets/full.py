@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import LOG_SHARE, Column
 from teachercache.targets.half import float32_of
+from teachercache.targets.kind import NOTHING
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.temperature import check_positive
+from teachercache.targets.transfer import to_host
 
 LARGEST = 4096  # tokens: 8 KiB a position
 
@@ -69,15 +71,21 @@ class Full:
         check_positive(temperature)
 
     def capture(
-        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+        self,
+        torch: Any,
+        logits_NV: Any,
+        labels_N: Any,
+        hidden_ND: Any = None,
+        seeds_N: Any = None,
+        *,
+        beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
         """Columns of N positions from float32 logits [N, V >= vocabulary]."""
         log_probs_NV = torch.log_softmax(logits_NV[:, : self.vocabulary_size], dim=-1)
         taken = (log_probs_NV, log_probs_NV.gather(1, labels_N[:, None])[:, 0])
-        return {
-            column.name: values.cpu().numpy().astype(column.dtype)
-            for column, values in zip(self.columns, taken, strict=True)
-        }
+        named = {column.name: values for column, values in zip(self.columns, taken, strict=True)}
+        captured = to_host(torch, {**named, **beside})
+        return {**captured, **{column.name: captured[column.name].astype(column.dtype) for column in self.columns}}
 
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:

@@ -39,10 +39,12 @@ from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.columns import Column
 from teachercache.targets.head_checks import check_distinct
+from teachercache.targets.kind import NOTHING
 from teachercache.targets.largest import largest
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.tail import NODES, decode_nodes, node_sums, quantise_nodes, tail_at
+from teachercache.targets.transfer import to_host
 
 HEAD_STEP = 1 / 32  # of a logit
 LEAST_HEAD_LOGIT = -2000.0  # relative to the largest; what 16 bits of steps hold
@@ -145,7 +147,14 @@ class HeadSketch:
     # ------------------------------------------------------------------ capture
 
     def capture(
-        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+        self,
+        torch: Any,
+        logits_NV: Any,
+        labels_N: Any,
+        hidden_ND: Any = None,
+        seeds_N: Any = None,
+        *,
+        beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
         """What is taken of N positions while their logits are at hand; `finish` turns a row of it into columns.
 
@@ -159,9 +168,7 @@ class HeadSketch:
         tail_NG = node_sums(torch, logits_NV.sub_(largest_N1), ids_Nk)
         head_Nk = (head_Nk - largest_N1).clamp_min(LEAST_HEAD_LOGIT)  # a token that is ruled out: -inf
         log_z_N = torch.logaddexp(head_Nk.exp().sum(-1).log(), tail_NG[:, 0])
-        mean_D, analysis_Dr = (
-            torch.from_numpy(array).to(hidden_ND.device) for array in (basis.mean_D, basis.analysis_Dr)
-        )
+        mean_D, analysis_Dr = basis.capturing_arrays(torch, hidden_ND.device)
         taken = {
             "head_ids": ids_Nk,
             "head_logits": head_Nk,
@@ -169,7 +176,7 @@ class HeadSketch:
             "coefficients": (hidden_ND.float() - mean_D) @ analysis_Dr,
             "actual_log_prob": actual_N1[:, 0] - log_z_N,
         }
-        return {name: values.cpu().numpy() for name, values in taken.items()}
+        return to_host(torch, {**taken, **beside})
 
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:

@@ -29,9 +29,11 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.basis import SketchBasis
 from teachercache.targets.columns import LOG_SHARE, Column
+from teachercache.targets.kind import NOTHING
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.softened import Softened, TailPolicy
 from teachercache.targets.temperature import check_positive
+from teachercache.targets.transfer import to_host
 
 Array = NDArray[Any]
 
@@ -91,20 +93,23 @@ class Hidden:
         check_positive(temperature)
 
     def capture(
-        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+        self,
+        torch: Any,
+        logits_NV: Any,
+        labels_N: Any,
+        hidden_ND: Any = None,
+        seeds_N: Any = None,
+        *,
+        beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
         """Coefficients of N positions, float32 [N, D]; of the logits only the label's log-probability is taken."""
         basis = self._basis()
-        mean_D, per_unit_D = (
-            torch.from_numpy(array).to(hidden_ND.device) for array in (basis.mean_D, basis.analysis_Dr)
-        )
+        mean_D, per_unit_D = basis.capturing_arrays(torch, hidden_ND.device)
         logits_NV = logits_NV[:, : self.vocabulary_size]
         actual_N = (logits_NV.gather(1, labels_N[:, None]) - logits_NV.logsumexp(-1, keepdim=True))[:, 0]
         coefficients_ND = (hidden_ND.float() - mean_D) * per_unit_D
-        return {
-            "coefficients": coefficients_ND.cpu().numpy(),
-            "actual_log_prob": actual_N.cpu().numpy().astype(np.float16),
-        }
+        captured = to_host(torch, {"coefficients": coefficients_ND, "actual_log_prob": actual_N, **beside})
+        return {**captured, "actual_log_prob": captured["actual_log_prob"].astype(np.float16)}
 
     def is_usable(self, captured: Mapping[str, Array]) -> NDArray[np.bool_]:
         """Which positions hold numbers that a student can learn from, [N]: finite, and within the range of the codes."""

@@ -7,6 +7,7 @@ argument: a reader of caches needs no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, TypeGuard
 
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from teachercache.targets.columns import Column
 from teachercache.targets.softened import Softened, TailPolicy
 
 Arrays = Mapping[str, Any]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 ACTUAL = (
     "actual_log_prob"  # of the token that really follows, as every kind decodes it; the column that holds it begins so
 )
@@ -58,11 +60,19 @@ class TargetKind(Protocol):
         """Raise `CacheError`, with the remedy, for a temperature at which nothing can be read."""
 
     def capture(
-        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+        self,
+        torch: Any,
+        logits_NV: Any,
+        labels_N: Any,
+        hidden_ND: Any = None,
+        seeds_N: Any = None,
+        *,
+        beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, NDArray[Any]]:
         """What is taken of N positions while their float32 logits [N, V or more] are at hand, which are overwritten.
 
         `hidden_ND` entered the output layer; `seeds_N` (numpy, uint64) are each position's own, the same in any batch.
+        Tensors that are `beside` come along as they are: all is fetched from the device at once.
         """
 
     def is_usable(self, captured: Arrays) -> NDArray[Any]:

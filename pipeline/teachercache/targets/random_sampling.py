@@ -36,10 +36,12 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.columns import LOG_SHARE, Column
 from teachercache.targets.draws import uniforms
+from teachercache.targets.kind import NOTHING
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.ragged import check_sizes, places, spread
 from teachercache.targets.softened import Softened, TailPolicy
 from teachercache.targets.temperature import check_positive
+from teachercache.targets.transfer import to_host
 
 Array = NDArray[Any]
 
@@ -90,7 +92,14 @@ class RandomSampling:
         check_positive(temperature)
 
     def capture(
-        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+        self,
+        torch: Any,
+        logits_NV: Any,
+        labels_N: Any,
+        hidden_ND: Any = None,
+        seeds_N: Any = None,
+        *,
+        beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
         """Draws of N positions by inverting the distribution function, in float64: rising ids, [N, draws]."""
         logits_NV = logits_NV[:, : self.vocabulary_size]
@@ -101,10 +110,9 @@ class RandomSampling:
         at_Nd = torch.from_numpy(np.sort(uniforms(seeds_N, self.draws), axis=1)).to(logits_NV.device)
         drawn_Nd = torch.searchsorted(sums_NV, at_Nd * sums_NV[:, -1:], right=True)
         actual_N = torch.where(sums_NV[:, -1].isfinite(), actual_N, torch.nan)
-        return {
-            "drawn": drawn_Nd.clamp_(max=self.vocabulary_size - 1).cpu().numpy(),
-            "actual_log_prob": actual_N.cpu().numpy().astype(np.float16),
-        }
+        drawn_Nd.clamp_(max=self.vocabulary_size - 1)
+        captured = to_host(torch, {"drawn": drawn_Nd, "actual_log_prob": actual_N, **beside})
+        return {**captured, "actual_log_prob": captured["actual_log_prob"].astype(np.float16)}
 
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:

@@ -143,10 +143,9 @@ class StoredTargets:
         self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
     ) -> dict[str, NDArray[Any]]:
         """What is taken of N positions while their logits are at hand, which are overwritten; as `TargetKind.capture`."""
-        mass = (
-            {} if self.boundary is None else self.boundary.capture(torch, logits_NV)
-        )  # first: they are whole until then
-        return {**mass, **self.logits.capture(torch, logits_NV, labels_N, hidden_ND, seeds_N)}
+        # First: they are whole until then.
+        mass = {} if self.boundary is None else self.boundary.log_masses(torch, logits_NV)
+        return self.logits.capture(torch, logits_NV, labels_N, hidden_ND, seeds_N, beside=mass)
 
     def is_usable(self, captured: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """Which positions hold numbers that a student can learn from, bool [N]."""

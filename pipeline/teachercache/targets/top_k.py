@@ -22,9 +22,11 @@ from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.columns import LOG_SHARE, Column
 from teachercache.targets.half import float32_of
 from teachercache.targets.head_checks import check_distinct, check_falling
+from teachercache.targets.kind import NOTHING
 from teachercache.targets.largest import largest
 from teachercache.targets.softened import Softened, TailPolicy, UniformTail
 from teachercache.targets.temperature import grid_index, softened
+from teachercache.targets.transfer import to_host
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,14 @@ class TopK:
         grid_index(self.temperatures, temperature)
 
     def capture(
-        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+        self,
+        torch: Any,
+        logits_NV: Any,
+        labels_N: Any,
+        hidden_ND: Any = None,
+        seeds_N: Any = None,
+        *,
+        beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, NDArray[Any]]:
         """Columns of N positions from float32 logits [N, V >= vocabulary], which are overwritten.
 
@@ -88,10 +97,9 @@ class TopK:
         head_Nk = head_Nk - largest_N1
         log_z_N = torch.logaddexp(head_Nk.exp().sum(-1).log(), tail_NG[:, self.temperatures.index(1.0)])
         taken = (ids_Nk, head_Nk, tail_NG, actual_N[:, 0] - log_z_N)
-        return {
-            column.name: values.cpu().numpy().astype(column.dtype)
-            for column, values in zip(self.columns, taken, strict=True)
-        }
+        named = {column.name: values for column, values in zip(self.columns, taken, strict=True)}
+        captured = to_host(torch, {**named, **beside})
+        return {**captured, **{column.name: captured[column.name].astype(column.dtype) for column in self.columns}}
 
     @staticmethod
     def is_usable(captured: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:

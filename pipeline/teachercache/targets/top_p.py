@@ -25,11 +25,13 @@ from numpy.typing import NDArray
 
 from teachercache.targets.columns import Column
 from teachercache.targets.head_checks import check_ragged
+from teachercache.targets.kind import NOTHING
 from teachercache.targets.largest import largest
 from teachercache.targets.pco import NAME as PCO
 from teachercache.targets.ragged import check_sizes, places, spread, spread_ids
 from teachercache.targets.softened import TailPolicy
 from teachercache.targets.top_k import TopK, tail_log_partition, top_k_fields
+from teachercache.targets.transfer import to_host
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,14 @@ class TopP(TopK):
         )
 
     def capture(
-        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+        self,
+        torch: Any,
+        logits_NV: Any,
+        labels_N: Any,
+        hidden_ND: Any = None,
+        seeds_N: Any = None,
+        *,
+        beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, NDArray[Any]]:
         """As `TopK.capture`, with each position's head cut where its mass reaches p."""
         logits_NV = logits_NV[:, : self.vocabulary_size]
@@ -87,7 +96,8 @@ class TopP(TopK):
             "tail_log_partition": tail_log_partition(torch, logits_NV, ids_Nk, self.temperatures),
             "actual_log_prob": actual_N,
         }
-        return {column.name: taken[column.name].cpu().numpy().astype(column.dtype) for column in self.columns}
+        captured = to_host(torch, {**taken, **beside})
+        return {**captured, **{column.name: captured[column.name].astype(column.dtype) for column in self.columns}}
 
     def finish(self, captured: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """One row's captured arrays to its columns: heads without what lies beyond them."""

@@ -92,4 +92,4 @@ def test_python_refuses_what_the_command_refuses(cache: Path, tmp_path: Path) ->
         _built(cache, tiny_model(vocabulary=200), tmp_path)
     with pytest.raises(ModelError, match="student BertForMaskedLM .* sees later tokens"):
         _built(cache, BertForMaskedLM(BertConfig(**sizes, intermediate_size=64)), tmp_path)
-    assert _built(cache, opt, tmp_path).fit is not None
+    _built(cache, opt, tmp_path)  # nothing to refuse

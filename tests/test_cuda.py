@@ -12,9 +12,13 @@ from torch import Tensor
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
 from teachercache.objective.across.projected_kl import VocabularyProjection
+from teachercache.objective.operands import Weights, no_teacher
+from teachercache.objective.projected import projected_sums
+from teachercache.objective.tail_logits import tensor_cores
 from teachercache.objective.teachers.fused_tail import FusedTail, Fusion
 from teachercache.objective.teachers.voice import Voice
 from teachercache.targets import HeadSketch, StoredTargets, TopK
+from teachercache.targets.boundary import BoundaryMass
 from teachercache.targets.softened import SketchTail, Softened
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.forward import Teacher
@@ -121,7 +125,9 @@ def test_losses_on_a_gpu_are_those_of_the_cpu(settings: Any, autocast: torch.dty
 
     for found, expected in zip(run("cuda"), run("cpu"), strict=True):
         gap = (found.cpu() - expected).norm() / expected.norm()
-        assert gap < (1e-4 if autocast is None else 3e-2)
+        # A sketch is expanded in TF32 (tests/objective/test_tail_logits.py has what that is worth).
+        exact = 1e-3 if settings["tail"] == "sketch" else 1e-4
+        assert gap < (exact if autocast is None else 3e-2)
 
 
 @pytest.mark.parametrize("fusion", ["arithmetic", "geometric"])
@@ -151,4 +157,44 @@ def test_several_teachers_are_fused_alike(fusion: Fusion) -> None:
     parts = [slice(0, N), slice(5, 23)]
     for part in parts:
         found, expected = (tail(device).logits(part, torch).log_softmax(-1).cpu() for device in ("cuda", "cpu"))
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)  # sketches are expanded in TF32
+
+
+def test_a_block_of_targets_comes_in_one_copy() -> None:
+    """Every kind of number that a capture takes, and the boundary mass beside it."""
+    layer = OutputLayer.of(tiny_model(vocabulary=V), vocabulary_size=V)
+    hidden_ND = random(4, 400, D)
+    kind = calibrate(HeadSketch(6, 24, 0.05, V, 64), layer, [hidden_ND])
+    targets = StoredTargets(kind, boundary=BoundaryMass.of(np.arange(V) % 3 == 0))
+    ours = targets.capture(torch, layer.logits(hidden_ND[:N]), torch.arange(N), hidden_ND[:N])
+    on_gpu, labels_N = hidden_ND[:N].cuda(), torch.arange(N, device="cuda")
+    theirs = targets.capture(torch, layer.on("cuda").logits(on_gpu), labels_N, on_gpu)
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        assert theirs[name].dtype == values.dtype and theirs[name].shape == values.shape
+        if name != "head_ids":
+            np.testing.assert_allclose(theirs[name], values, atol=2e-3)
+
+
+def test_the_loss_in_chunks_never_waits_for_the_gpu() -> None:
+    hidden_ND, weight_LD = random(4, N, D).cuda().requires_grad_(), random(6, L, D).cuda().requires_grad_()
+    labels_N = torch.arange(N, device="cuda")
+    teacher = no_teacher(labels_N, torch.float32)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        total, *_ = projected_sums(
+            hidden_ND, weight_LD, None, labels_N=labels_N, teacher=teacher, weights=Weights(0.0, 1.0), vocabulary_size=V,
+            chunk_bytes=4 * L * N // 4,
+        )  # fmt: skip
+        total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert hidden_ND.grad is not None and bool(hidden_ND.grad.isfinite().all())
+
+
+def test_tf32_is_allowed_for_a_while_alone() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    with tensor_cores(torch.device("cuda")):
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == before

@@ -73,9 +73,9 @@ def student(width: int, layers: int) -> Any:
 
 
 def run(way: str, options: argparse.Namespace, output: Path) -> dict[str, float]:
-    import deepspeed
     from transformers import TrainerCallback
 
+    import deepspeed
     from teachercache.config import ObjectiveConfig, TrainConfig
     from teachercache.models import load_causal_lm
     from teachercache.shards import Cache

@@ -66,7 +66,8 @@ def test_json_is_one_document_and_progress_goes_to_stderr(cache):
     done = run("inspect", cache, "--json")
     assert json.loads(done.stdout)["positions"]["train"] > 0 and done.returncode == 0
     done = run("verify", cache, "--json")
-    assert json.loads(done.stdout) == {"ok": True, "cache": str(cache), "errors": []}
+    found = {"ok": True, "cache": str(cache), "errors": [], "quarantined": 0, "windows_quarantined": 0}
+    assert json.loads(done.stdout) == found
 
 
 def test_inspect_shows_a_cache_and_a_row_to_people(cache):

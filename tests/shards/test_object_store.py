@@ -555,7 +555,8 @@ def test_inspect_and_verify_take_a_url(made: Path, uploaded: str, tmp_path: Path
     assert (tmp_path / ".cache/teachercache/shards" / Cache.open(made).manifest.shards[0].rows_file.sha256).is_file()
     shutil.rmtree(tmp_path / ".cache")
     verified = _teachercache("verify", uploaded, home=tmp_path)
-    assert json.loads(verified.stdout) == {"ok": True, "cache": uploaded, "errors": []}
+    found = {"ok": True, "cache": uploaded, "errors": [], "quarantined": 0, "windows_quarantined": 0}
+    assert json.loads(verified.stdout) == found
     assert not (tmp_path / ".cache").exists()
 
 

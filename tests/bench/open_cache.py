@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def multiply(cache: Path, folder: Path, shards: int) -> None:
     from teachercache.shards.manifest import commit_manifest, read_manifest
 
     manifest = read_manifest(cache)
-    (folder / "teacher").symlink_to((cache / "teacher").resolve())
+    shutil.copytree(cache / "teacher", folder / "teacher")
     entries = []
     for number in range(shards):
         shard = manifest.shards[number % len(manifest.shards)]

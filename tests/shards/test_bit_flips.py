@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.bit_flips import CONSUMERS, measure
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards import Cache, verify
 from teachercache.shards.manifest import MANIFEST, read_manifest
@@ -67,3 +68,13 @@ def test_whatever_happens_to_a_manifest_is_found_or_changes_nothing(
         assert "\n" not in str(error)
     else:
         assert manifest == read_manifest(made)  # a space that became a tab
+
+
+@pytest.mark.parametrize("flips", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_single_bits_are_found_by_whoever_reads_them(tmp_path: Path, flips: int) -> None:
+    """In any file with a digest; what does not read it comes out as if nothing had happened."""
+    names = ["verify", *CONSUMERS] if flips > 6 else ["verify", "training", "evaluation", "alignment"]
+    measured = measure(tmp_path, flips=flips, names=names)
+    assert measured["missed"] == []
+    assert measured["counts"]["verify"]["found"] == flips
+    assert sum(counts["found"] for name, counts in measured["counts"].items() if name != "verify") > 0

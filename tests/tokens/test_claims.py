@@ -59,6 +59,18 @@ DESCRIPTIONS: dict[str, Any] = {
     "a charsmap that claims much": lambda data: data.update(
         normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}
     ),
+    "a template that lacks its token": lambda data: data.update(
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    ),
+    "pieces of no length": lambda data: data.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "something for nothing": lambda data: data.update(
+        normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "xx"}
+    ),
 }
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.errors import CacheDamaged, ModelError
-from teachercache.models import load_tokenizer
+from teachercache.models import is_panic, load_tokenizer
 from teachercache.shards import Cache
 from teachercache.shards.sidecar import Sidecar
 from teachercache.tokens.claims import check_tokenizer_files
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
+
+TRIED = "A text, 1 of 2:\n\té"
 
 
 def teacher_tokenizer(cache: Cache) -> Any:
@@ -29,11 +31,25 @@ def student_tokenizer(sidecar: Sidecar) -> Any:
     return _loaded(sidecar.tokenizer_folder(), sidecar.manifest.tokenizer, name=f"{sidecar.manifest.folder}: the")
 
 
+def _try(tokenizer: Any) -> None:
+    """Raise `ValueError` for a tokenizer that gives up on plain text; what Rust raises then is no `Exception`."""
+    try:
+        tokenizer(TRIED, add_special_tokens=True)
+        tokenizer.decode([0])
+    except Exception as error:
+        raise ValueError(f"they read no text ({error})") from None
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ValueError(f"they read no text ({error})") from None
+
+
 def _loaded(folder: AbstractContextManager[Path], described: Mapping[str, Any], *, name: str) -> Any:
     try:
         with folder as path:
             check_tokenizer_files(path, vocabulary_size=described["vocabulary_size"])
             tokenizer = load_tokenizer(str(path))
+        _try(tokenizer)
         found = tokenizer_fingerprint(tokenizer)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]

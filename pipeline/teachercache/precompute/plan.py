@@ -144,10 +144,11 @@ class Plan:
         read_by = {role: _sha256_of(self.folder / name) for role, name in self.read_by().items()}
         return target_digests(self.identity["targets"], read_by)
 
-    def groups(self, dtype: str) -> tuple[Group, ...]:
-        """What the files of a shard hold, of a teacher that was loaded in this dtype."""
+    def groups(self, dtype: str, *, targets: StoredTargets) -> tuple[Group, ...]:
+        """What the files of a shard hold, of a teacher that was loaded in this dtype and captures these targets, whose rank may
+        have been chosen by calibration."""
         return groups_of(
-            self.targets,
+            targets,
             layout=layout_of(self.targets),
             settings=fingerprint_of(self.settings(dtype)),
             digests=self.target_digests(),

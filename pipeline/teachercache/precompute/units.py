@@ -138,7 +138,7 @@ def _write_unit(
             unit,
             rows=[item.row for item in stored],
             payload=[item.columns or {} for item in stored],
-            groups=plan.groups(record["teacher"]["dtype"]),
+            groups=plan.groups(record["teacher"]["dtype"], targets=teacher.targets),
         )
         record["shard"] = shard.to_json()
     if quarantined:

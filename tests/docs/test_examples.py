@@ -41,7 +41,7 @@ def test_examples_are_short_and_shown() -> None:
 def test_read_a_cache(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     run("read_a_cache.py", made[0])
     said = capsys.readouterr().out
-    assert said.count("token") == 6 and "positions" in said
+    assert said.count("  token ") == 6 and "positions" in said
 
 
 def test_train_from_python(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

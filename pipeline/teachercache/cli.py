@@ -37,6 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout,
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="where the cache, the student and the recipe go")] = Path("runs/quickstart"),
+    compare: Annotated[
+        bool, typer.Option("--compare", help="also train the same student without the teacher, and show it beside")
+    ] = False,
     overrides: Overrides = [],
     as_json: Json = False,
 ) -> None:
@@ -45,15 +48,15 @@ def quickstart(
     def work(console: Console) -> dict[str, Any]:
         from teachercache.quickstart import run_quickstart
 
-        return run_quickstart(out, overrides=overrides, console=console)
+        return run_quickstart(out, compare=compare, overrides=overrides, console=console)
 
     def show(result: dict[str, Any]) -> Any:
         from rich.console import Group
 
         from teachercache.evaluation import render
-        from teachercache.quickstart import ROLES, next_commands
+        from teachercache.quickstart import next_commands, roles_of
 
-        return Group(render({role: result[role] for role in ROLES}), next_commands(result))
+        return Group(render({role: result[role] for role in roles_of(result)}), next_commands(result))
 
     raise typer.Exit(run_command(work, as_json=as_json, show=show))
 
@@ -173,6 +176,10 @@ def evaluate(
         str | None, typer.Option(help="where the teacher is here; default: as the cache names it")
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="measure on at most so many held-out rows")] = None,
+    cross_entropy: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="run folder of a student that learned without the teacher, to show it beside"),
+    ] = None,
     overrides: Overrides = [],
     as_json: Json = False,
 ) -> None:
@@ -184,7 +191,14 @@ def evaluate(
         def progress(message: str) -> None:
             console.print(message, markup=False, soft_wrap=True)
 
-        return run_evaluation(recipe_or_run, teacher=teacher, rows=rows, overrides=overrides, progress=progress)
+        return run_evaluation(
+            recipe_or_run,
+            teacher=teacher,
+            cross_entropy=cross_entropy,
+            rows=rows,
+            overrides=overrides,
+            progress=progress,
+        )
 
     def show(result: dict[str, Any]) -> Any:
         from teachercache.evaluation import render

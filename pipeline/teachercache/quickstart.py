@@ -1,4 +1,5 @@
-"""The main job at the size of a laptop: precompute → init-student → train → evaluate, each as its own process.
+"""The main job at the size of a laptop: precompute → init-student → train → evaluate, each as its own process; on request a
+second train, of the same student in the same steps without the teacher, to compare with.
 
 Separate processes are the point: what trains never holds the teacher. Each stage is the command that a user would type,
 and can be run again by itself with the recipe that is left in the output folder.
@@ -11,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from teachercache.config import Recipe, load_recipe
 from teachercache.errors import JobFailed, UserError
 
 LAYERS = "keep:8"
-ROLES = ("teacher", "student_before", "student_after")
+ROLES = ("teacher", "student_before", "student_cross_entropy", "student_after")
 HEADER = (
     "# `teachercache quickstart` wrote this. With comments: jobs/recipes/quickstart.yaml, in the package recipes/.\n"
 )
 
 
-def run_quickstart(out: Path, *, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Run the four stages in `out`; returns what `--json` prints. Running it again resumes."""
+def run_quickstart(out: Path, *, compare: bool = False, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    """Run the four stages in `out`, and with `compare` the training without the teacher; returns what `--json` prints. Running
+    it again resumes."""
     recipe_file, recipe = write_recipe(out, overrides)
     seconds: dict[str, float] = {}
     cached = _stage(["precompute", str(recipe_file)], seconds, console)
@@ -39,7 +41,14 @@ def run_quickstart(out: Path, *, overrides: Sequence[str], console: Console) -> 
         _stage(["init-student", *arguments], seconds, console)
         _marker(out).write_text(json.dumps(_made_of(recipe)), encoding="utf-8")
     trained = _stage(["train", str(recipe_file)], seconds, console)
-    table = _stage(["evaluate", str(recipe_file)], seconds, console)
+    beside = []
+    if compare:
+        alone = out / "run-ce"
+        settings = [f"train.output={alone}", "objective.alpha=0"]
+        arguments = [part for setting in settings for part in ("-s", setting)]
+        _stage(["train", str(recipe_file), *arguments], seconds, console, name="train-cross-entropy")
+        beside = ["--cross-entropy", str(alone)]
+    table = _stage(["evaluate", str(recipe_file), *beside], seconds, console)
     return {
         "cache": cached["cache"],
         "student": trained["student"],
@@ -49,8 +58,13 @@ def run_quickstart(out: Path, *, overrides: Sequence[str], console: Console) -> 
         "steps": trained["steps"],
         "zero_stage": trained["zero_stage"],
         "seconds": seconds,
-        **{role: table[role] for role in ROLES},
+        **{role: table[role] for role in roles_of(table)},
     }
+
+
+def roles_of(result: Mapping[str, Any]) -> list[str]:
+    """The models that were measured, in the table's order."""
+    return [role for role in ROLES if role in result]
 
 
 def write_recipe(out: Path, overrides: Sequence[str]) -> tuple[Path, Recipe]:
@@ -103,14 +117,16 @@ def _read_marker(out: Path) -> Any:
         return None
 
 
-def _stage(arguments: list[str], seconds: dict[str, float], console: Console) -> dict[str, Any]:
-    """Run one command with `--json`; its progress goes to our stderr. Its errors become ours."""
+def _stage(
+    arguments: list[str], seconds: dict[str, float], console: Console, *, name: str | None = None
+) -> dict[str, Any]:
+    """Run one command with `--json`; its progress goes to our stderr. Its errors become ours. `name`: that of its seconds."""
     console.rule(Text(f"teachercache {shlex.join(arguments)}", style="bold"), align="left")
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "teachercache", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
-    seconds[arguments[0]] = round(time.perf_counter() - start, 1)
+    seconds[name or arguments[0]] = round(time.perf_counter() - start, 1)
     result = json.loads(done.stdout) if done.stdout.strip() else {}
     if done.returncode == UserError.exit_status:
         raise UserError(f"{arguments[0]}: {result.get('error', 'failed')}")
@@ -124,6 +140,7 @@ def next_commands(result: dict[str, Any]) -> Text:
     recipe, cache = shlex.quote(result["recipe"]), shlex.quote(str(result["cache"]))
     total = sum(result["seconds"].values())
     again = f"  teachercache train {recipe} -s train.output={shlex.quote(str(Path(result['recipe']).parent))}"
+    without = f"{again}/run-ce -s objective.alpha=0            # without the teacher; `--compare` shows it beside"
     lines = "\n".join(
         [
             f" The student is a plain Hugging Face folder: {result['student']}",
@@ -131,7 +148,7 @@ def next_commands(result: dict[str, Any]) -> Text:
             f"  teachercache inspect {cache} --row held-out:0      # what the teacher thought, token by token",
             f"  teachercache verify {cache}                        # every byte against its digest",
             f"{again}/run-t2 -s objective.temperature=2      # another temperature, the same cache",
-            f"{again}/run-ce -s objective.alpha=0            # without the teacher, for comparison",
+            *(() if "student_cross_entropy" in result else (without,)),
         ]
     )
     return Text.assemble("\n", (f"Done in {total / 60:.1f} min.", "bold"), lines)

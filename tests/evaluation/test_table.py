@@ -67,12 +67,22 @@ def said() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def table(run: Path, said: list[str]) -> dict[str, dict[str, Any]]:
-    return run_evaluation(run, progress=said.append)
+def without_teacher(run: Path) -> Path:
+    """Another run over the same cache, its student left as it was."""
+    folder = run.parent / "cross-entropy"
+    shutil.copytree(run.parent / "before", folder / "student")
+    shutil.copyfile(run / "run.json", folder / "run.json")
+    return folder
 
 
-def test_three_models_are_measured_on_the_same_positions(table: dict[str, dict[str, Any]]) -> None:
-    assert list(table) == ["teacher", "student_before", "student_after"]
+@pytest.fixture(scope="module")
+def table(run: Path, without_teacher: Path, said: list[str]) -> dict[str, dict[str, Any]]:
+    return run_evaluation(run, cross_entropy=without_teacher, progress=said.append)
+
+
+def test_models_are_measured_on_the_same_positions(table: dict[str, dict[str, Any]]) -> None:
+    assert list(table) == ["teacher", "student_before", "student_cross_entropy", "student_after"]
+    assert table["student_cross_entropy"]["loss"] == table["student_before"]["loss"] > table["student_after"]["loss"]
     assert all(row.keys() >= PROMISED for row in table.values())
     assert len({row["positions"] for row in table.values()}) == 1
     json.dumps(table)
@@ -84,7 +94,7 @@ def test_the_last_line_says_what_was_evaluated(run: Path, said: list[str], table
 
 
 def test_quality_kept_and_speed_up_relate_students_to_the_teacher(table: dict[str, dict[str, Any]]) -> None:
-    teacher, before, after = table.values()
+    teacher, before, _, after = table.values()
     assert teacher["accuracy"] > 0.1 > before["accuracy"]
     assert "quality_kept" not in teacher
     assert before["quality_kept"] == before["accuracy"] / teacher["accuracy"]
@@ -106,8 +116,9 @@ def test_the_table_is_readable_in_100_columns(table: dict[str, dict[str, Any]]) 
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(render({**table, "teacher": large}))
     text = console.export_text()
-    for role in ("teacher", "student before", "student after"):
+    for role in ("teacher", "student before", "entropy only", "student after"):
         assert role in text
+    assert "student before: as training began" in text
     assert "…" not in text and "135M" in text and "123,457" in text
 
 

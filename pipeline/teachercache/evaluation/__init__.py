@@ -1,6 +1,7 @@
-"""The comparison table: teacher, student before and student after, on the held-out rows of a cache.
+"""The comparison table: teacher, student before and student after, on the held-out rows of a cache; on request also a student
+that learned without the teacher.
 
-    table.py     three measurements, each in a process of its own, and what users quote of them
+    table.py     measurements, each in a process of its own, and what users quote of them
     recipe.py    the same for a recipe or the folder of a training run
     rendering.py the table for people
     measure.py   `python -m teachercache.evaluation.measure`: one model, one process, one JSON object

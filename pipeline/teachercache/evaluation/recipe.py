@@ -20,12 +20,14 @@ def run_evaluation(
     recipe_or_run: str | Path,
     *,
     teacher: str | None = None,
+    cross_entropy: str | Path | None = None,
     rows: int | None = None,
     device: str | None = None,
     overrides: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Table:
-    """Compare the teacher, the recipe's student as it was, and the student that training exported.
+    """Compare the teacher, the recipe's student as it was, and the student that training exported; `cross_entropy` is the run
+    folder of one that was trained without the teacher.
 
     `recipe_or_run` is a YAML recipe or `train.output`. The teacher is `teacher`, else the recipe's, else the one that
     the cache names. Raises `RecipeError` when there is no trained student, `CacheError` when it was trained on
@@ -34,20 +36,22 @@ def run_evaluation(
     recipe = _read(Path(recipe_or_run), overrides)
     recipe.require("student", "train")
     assert recipe.student is not None and recipe.train is not None
-    after = recipe.train.output / "student"
-    if not (after / "config.json").is_file():
-        raise RecipeError(f"there is no trained student at {after}; run `teachercache train` with this recipe first")
+    runs = [recipe.train.output, *([] if cross_entropy is None else [Path(cross_entropy)])]
+    students = [_student_of(run) for run in runs]
     cache = Cache.open(recipe.cache, local=recipe.stream.local, local_bytes=recipe.stream.local_bytes)
-    _check_cache(recipe.train.output, cache)
+    for run in runs:
+        _check_cache(run, cache)
     if progress:
         for line in warnings_of([cache]):
             progress(line)
-    before, trained = student_specs(recipe.student, after)
+    before, trained = student_specs(recipe.student, students[0])
+    beside = [student_specs(recipe.student, student)[1] for student in students[1:]]
     return evaluate(
         cache=recipe.cache,
         teacher=_teacher(teacher, recipe, cache.manifest),
         student_before=before,
         student_after=trained,
+        student_cross_entropy=beside[0] if beside else None,
         rows=rows,
         device=device,
         local=recipe.stream.local,
@@ -60,6 +64,13 @@ def student_specs(student: StudentConfig, after: Path) -> tuple[ModelSpec, Model
     """The student as it was and as it is, both with the attention that it was trained with."""
     before = ModelSpec(student.model, revision=student.revision, attention=student.attention)
     return before, ModelSpec(str(after), attention=student.attention)
+
+
+def _student_of(run: Path) -> Path:
+    student = run / "student"
+    if not (student / "config.json").is_file():
+        raise RecipeError(f"there is no trained student at {student}; run `teachercache train` with this recipe first")
+    return student
 
 
 def _read(path: Path, overrides: Sequence[str]) -> Recipe:

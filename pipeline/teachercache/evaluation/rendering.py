@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from teachercache.evaluation.table import Table
 
 PERPLEXITY, BITS_PER_BYTE = "perple-\nxity", "bits\n/byte"
+LABELS = {"student_cross_entropy": "student, cross-\nentropy only"}
 COLUMNS = (
     "loss\nnats",
     PERPLEXITY,
@@ -31,7 +32,7 @@ def render(table: Table) -> RichTable:
         padding=(0, 1, 0, 0),
         pad_edge=False,
         show_edge=False,
-        caption=_caption(table["teacher"]),
+        caption=_caption(table),
         caption_justify="left",
     )
     rendered.add_column("", no_wrap=True)
@@ -41,7 +42,7 @@ def render(table: Table) -> RichTable:
         shown = BITS_PER_BYTE if across and column == PERPLEXITY else column
         rendered.add_column(shown, justify="right", no_wrap=True)
     for role, row in table.items():
-        rendered.add_row(role.replace("_", " "), *_cells(row, across=across))
+        rendered.add_row(LABELS.get(role, role.replace("_", " ")), *_cells(row, across=across))
     return rendered
 
 
@@ -78,7 +79,8 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _caption(row: dict[str, Any]) -> str:
+def _caption(table: Table) -> str:
+    row = table["teacher"]
     place = f"{row['device']}, {row['threads']} threads" if row["device"] == "cpu" else row["device"]
     on_cpu = row["memory_is"] == "resident set"
     memory = "resident memory that the loaded weights add" if on_cpu else "most GPU memory in a pass at batch 1"
@@ -86,4 +88,8 @@ def _caption(row: dict[str, Any]) -> str:
         f"{row['positions']:,} held-out positions in {row['rows']:,} rows. quality kept: accuracy over the teacher's.\n"
         f"latency: one forward pass of {row['latency_tokens']} tokens, batch 1; tokens/s at batch "
         f"{row['throughput_batch']} ({place}).\nmemory: {memory}."
+        + (
+            "\nstudent before: as training began; a cut of the teacher's layers predicts nothing yet."
+            * ("student_before" in table)
+        )
     )

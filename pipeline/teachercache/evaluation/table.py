@@ -1,4 +1,4 @@
-"""Three measurements one after another, each in a process of its own, and what users quote of them."""
+"""Measurements one after another, each in a process of its own, and what users quote of them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def evaluate(
     teacher: str | ModelSpec,
     student_before: str | ModelSpec | None,
     student_after: str | ModelSpec,
+    student_cross_entropy: str | ModelSpec | None = None,
     rows: int | None = None,
     batch: int = 8,
     device: str | None = None,
@@ -43,15 +44,20 @@ def evaluate(
     local_bytes: int = LOCAL_COPIES_BYTES,
     progress: Callable[[str], None] | None = None,
 ) -> Table:
-    """Measure the models on the held-out rows of a cache: `teacher`, `student_before` (if given) and `student_after`,
-    each as `teachercache.evaluation.measure` prints it.
+    """Measure the models on the held-out rows of a cache: `teacher`, `student_before` (if given), `student_cross_entropy` (if
+    given: one that learned without the teacher) and `student_after`, each as `teachercache.evaluation.measure` prints it.
 
     Students get two figures more: `quality_kept`, their next-token accuracy over the teacher's, and `speed_up`, the
     teacher's latency over theirs. `rows` limits the held-out rows; `local` and
     `local_bytes` are those of `Cache.open`; `progress` is told what is being measured, and at the end on what.
     Raises what the measuring process raised, and `JobFailed` when it died.
     """
-    models = {"teacher": teacher, "student_before": student_before, "student_after": student_after}
+    models = {
+        "teacher": teacher,
+        "student_before": student_before,
+        "student_cross_entropy": student_cross_entropy,
+        "student_after": student_after,
+    }
     table: Table = {}
     options = {"rows": rows, "batch": batch, "device": device, "local": local, "local_bytes": local_bytes}
     for role, model in models.items():

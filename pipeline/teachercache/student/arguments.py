@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -28,7 +29,7 @@ def training_arguments(
     _check_precision(precision)
     every = config.evaluate_every or plan.steps_per_epoch
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(config.output),
             max_steps=steps,
             per_device_train_batch_size=config.micro_batch,
@@ -60,6 +61,17 @@ def training_arguments(
         )
     except ValueError as error:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from error
+    _tell_deepspeed()
+    return args
+
+
+def _tell_deepspeed() -> None:
+    """On a CPU accelerate starts torch.distributed alone: DeepSpeed, when it loads a student under ZeRO 3, would see a world of
+    one process."""
+    import deepspeed.comm
+
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.comm.init_distributed(auto_mpi_discovery=False)
 
 
 def _trackers(config: TrainConfig) -> list[Any]:

@@ -268,6 +268,9 @@ def inspect(
 def verify(
     cache: CacheLocation,
     quick: Annotated[bool, typer.Option("--quick", help="sizes, schemas and counts only: no hashing")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="also read every row and check what it says; minutes a GB")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a cache against its manifest. Exit status 1: it is not whole."""
@@ -276,7 +279,7 @@ def verify(
         from teachercache.shards import verify as check
         from teachercache.shards.source import manifest_of
 
-        problems = check(cache, quick=quick)
+        problems = check(cache, quick=quick, deep=deep)
         result = {"ok": not problems, "cache": cache, "errors": [vars(problem) for problem in problems]}
         if not problems:
             audit = manifest_of(cache).audit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,16 @@ def test_layers_that_are_not_there_are_refused_before_anything_runs(
 def test_settings_that_mean_nothing_are_refused(section: str, settings: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_recipe({"cache": "c", "targets": {section: settings}}, origin="tests")
+
+
+def test_rows_that_no_reader_takes_are_refused_before_they_are_computed(teacher: Path, tmp_path: Path) -> None:
+    longer = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2**21}))
+    layers = {"logits": {"kind": "top-k", "k": 8}, "hidden": {"layers": [0, 1, 2, 3, 4]}}
+    sections = {"teacher": longer, "targets": layers, "sequence": {"length": 2**21}}
+    with pytest.raises(RecipeError, match=r"a row of sequence.length 2097152 would take 1\.\d GiB .* at most 1; lower"):
+        make_plan(tiny_recipe(tmp_path, **sections))
 
 
 def test_two_rules_at_once_are_refused() -> None:

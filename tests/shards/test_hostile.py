@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from shards.forgery import manifest_of, payload, problems, read_everything, rewrite, sign, write_signed
 from teachercache.errors import CacheDamaged, CacheError
-from teachercache.shards import Cache
+from teachercache.shards import Cache, verify
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST
 from teachercache.shards.schema import SEGMENT
@@ -82,6 +82,7 @@ def test_what_is_rewritten_honestly_is_read(copy: Any, kind: str) -> None:
     rewrite(folder)
     read_everything(folder)
     assert problems(folder) == []
+    assert verify(folder, deep=True) == []
 
 
 # --------------------------------------------------------------------------- rows
@@ -128,6 +129,7 @@ ROWS = {
     "contents that descend": (say(("user", 4, 6), ("assistant", 0, 3)), "contents of messages do not follow"),
     "content without a role": (say((None, 0, 4)), "no role"),
     "null for contents": (change("segments", lambda s: [{**s[0], "contents": None}]), "no contents"),
+    "a row's id twice": (lambda data: data["row_id"].__setitem__(1, data["row_id"][0]), "the same row_id"),
     "no targets": (change("head_ids", lambda page: b""), "head_ids: 0 bytes"),
     "targets of another length": (change("head_ids", lambda page: page + b"1"), "column head_ids"),
 }
@@ -165,6 +167,18 @@ def test_a_shard_with_fewer_rows_than_the_manifest_says(copy: Any) -> None:
     rewrite(folder, columns=lambda data: data.update({name: values[:-1] for name, values in data.items()}))
     refused(folder, "rows, other than its place")
     assert any("the manifest says" in reason for reason in problems(folder))
+
+
+def test_a_row_in_two_shards_is_found_by_a_deep_check(copy: Any) -> None:
+    folder = copy()
+    cache = Cache.open(folder)
+    info = cache.infos[0]
+    next_shard = info.rows - info.held_out_rows
+    twice = cache.read_row("train", next_shard).row.row_id
+    rewrite(folder, columns=lambda data: data["row_id"].__setitem__(0, twice))
+    assert verify(folder) == []
+    [problem] = verify(folder, deep=True)
+    assert problem.file == f"row train:{next_shard}" and "an earlier row has the same row_id" in problem.reason
 
 
 VALUES = {
@@ -221,6 +235,8 @@ def test_targets_that_lie_are_refused(copy: Any, name: str) -> None:
 
     payload(folder, column, edit)
     refused(folder, column if column != "sample_sizes" else "sample_")
+    [problem] = {problem.file: problem for problem in verify(folder, deep=True)}.values()
+    assert problem.file == "row train:0" and column.partition("_")[0] in problem.reason
 
 
 def test_a_token_drawn_twice_is_refused(copy: Any) -> None:

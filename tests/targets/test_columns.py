@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from teachercache.errors import CacheDamaged
 from teachercache.targets import Column
+from teachercache.targets.columns import MOST_ROW_BYTES, check_row_bytes
 from teachercache.targets.pco import NAME as PCO
 
 
@@ -54,6 +55,32 @@ def test_entropy_coded_columns_round_trip(
     ]
     for again, values in zip(read_back(column, arrays, positions), arrays, strict=True):
         np.testing.assert_array_equal(again, values)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        Column("c", "<f2", (3,)),
+        Column("c", "<f2", (3,), ragged=True),
+        Column("c", "<i4", (3,), PCO, groups=(1, 2)),
+        Column("c", "<i4", (3,), PCO, groups=(3,), every=64),
+        Column("c", "<u2", (2,), PCO, groups=(2,), ragged=True),
+    ],
+)
+def test_what_a_row_takes_is_known_before_it_is_decoded(column: Column) -> None:
+    positions = 130
+    entries = 77 if column.ragged else column.entries(positions)
+    values = np.ones((entries, *column.shape), column.dtype)
+    _, [page] = column.encode([values])
+    assert column.decoded_bytes(page, positions) == values.nbytes
+
+
+def test_columns_that_together_claim_more_than_a_row_has_are_refused() -> None:
+    column = Column("c", "<i4", (2**16,), PCO, groups=(2**16,))
+    claim = column.decoded_bytes(b"", 1500)  # of zeros, which take no bytes
+    assert check_row_bytes([claim, claim]) == 2 * claim < MOST_ROW_BYTES
+    with pytest.raises(CacheDamaged, match=r"a row claims \d+ bytes, at most 1073741824 are possible"):
+        check_row_bytes([claim, claim], before=claim)
 
 
 def test_a_row_is_read_without_its_neighbours() -> None:

@@ -35,6 +35,7 @@ from teachercache.shards.groups import Group, groups_of, layout_of, target_diges
 from teachercache.shards.manifest import MANIFEST, TEACHER_IDENTITY, WORK_FOLDER, Manifest, read_manifest
 from teachercache.shards.schema import READ_BY
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
+from teachercache.targets.columns import MOST_ROW_BYTES
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
 from teachercache.tokens.prefix import own_prefix, row_prefix
 from teachercache.tokens.pretokens import begins_pretoken
@@ -188,6 +189,7 @@ def make_plan(recipe: Recipe) -> Plan:
     boundary = BoundaryMass.of(begins_pretoken(tokenizer)) if recipe.targets.boundary_mass else None
     targets = StoredTargets(kind, **layers, boundary=boundary)
     _check_context(recipe, config)
+    _check_row_bytes(targets, length=recipe.sequence.length)
     identity = {
         "teacher": {
             "model": find_model(teacher.model).portable_id,
@@ -229,6 +231,17 @@ def _check_context(recipe: Recipe, config: Any) -> None:
     if context is not None and recipe.sequence.length > context:
         raise RecipeError(
             f"sequence.length is {recipe.sequence.length}, but the teacher's context holds {context} tokens; lower it"
+        )
+
+
+def _check_row_bytes(targets: StoredTargets, *, length: int) -> None:
+    """Readers take no row that is larger: refused here, before it is computed. Ragged columns count as one entry a position."""
+    entries = {"position": length, "token": length, "pair": length * (length + 1) // 2}
+    size = int(sum(column.position_bytes * entries[column.of] for column in targets.columns))
+    if size > MOST_ROW_BYTES:
+        raise RecipeError(
+            f"a row of sequence.length {length} would take {size / 2**30:.1f} GiB with all of its targets, and readers take at "
+            f"most {MOST_ROW_BYTES // 2**30}; lower sequence.length, or store fewer layers"
         )
 
 

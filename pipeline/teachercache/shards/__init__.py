@@ -21,6 +21,8 @@
     local_copies.py  what was fetched: bounded, verified, shared by processes
     prefetch.py   fetching ahead of the reader
     verify.py     every file against the manifest
+    row_values.py every row as training reads it, for a deep check
+    problem.py    what checks find
     card.py       the generated README.md of a cache
 
 Needs pyarrow and numpy; neither torch nor ray.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
@@ -275,6 +276,8 @@ def check_rows(batch: pa.RecordBatch, *, vocabulary_size: int, longest: int, fir
     Costs about 0.2 ms a batch, which holds the rows of about 1 MiB of targets.
     """
     check_values(batch, first)
+    if pc.count_distinct(batch.column("row_id")).as_py() < batch.num_rows:
+        raise ValueError("two rows have the same row_id")
     lengths = _lengths(batch.column("input_ids"))
     if lengths.min() < 1 or lengths.max() > longest:
         raise ValueError(f"a row has {lengths.min()} or {lengths.max()} tokens, between 1 and {longest} are possible")

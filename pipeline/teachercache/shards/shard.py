@@ -17,7 +17,7 @@ from teachercache.shards.groups import ID_FIELD, Group
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.row_batch import RowBatch
 from teachercache.shards.schema import ROW_COLUMNS, tables_of
-from teachercache.targets.columns import Column, Decoder
+from teachercache.targets.columns import Column, Decoder, check_row_bytes
 from teachercache.tokens.rows import TokenRow
 
 Check = Callable[[pa.RecordBatch, int], None]  # of a batch and the index of its first row in the shard
@@ -74,11 +74,20 @@ class ShardFile:
         )
         return batch, within
 
-    def decoded(self, name: str, data: memoryview, counts: Mapping[str, int]) -> NDArray[Any]:
-        """A row's array of a column; `counts` is how many positions, tokens and pairs the row has."""
+    def decoded(
+        self, stored: Mapping[str, memoryview], counts: Mapping[str, int], *, before: int
+    ) -> dict[str, NDArray[Any]]:
+        """A row's arrays of some columns; `counts` is how many positions, tokens and pairs the row has, `before` the bytes that
+        columns of other files take."""
+        entries = {name: counts[self.columns[name].of] for name in stored}
+        claims = (self.columns[name].decoded_bytes(data, entries[name]) for name, data in stored.items())
+        check_row_bytes(claims, before=before)
+        return {name: self._decoder(name)(data, entries[name]) for name, data in stored.items()}
+
+    def _decoder(self, name: str) -> Decoder:
         if name not in self._decoders:
             self._decoders[name] = self.columns[name].decoder(self._tables[name])
-        return self._decoders[name](data, counts[self.columns[name].of])
+        return self._decoders[name]
 
     def _read_batch(self, names: tuple[str, ...], number: int, check: Check, *, rows: int) -> pa.RecordBatch:
         if (names, number) in self._checked:
@@ -154,7 +163,8 @@ class Shard:
         row, targets = self._row(index, names, recent, segments=segments)
         if len(targets) < len(names):
             for group in self._groups[1:]:
-                targets |= self._further(group, index, names, row, recent)
+                before = sum(values_N.nbytes for values_N in targets.values())
+                targets |= self._further(group, index, names, row, recent, before=before)
         try:
             self._payload.check_stored(targets)
         except DAMAGE as error:
@@ -171,13 +181,20 @@ class Shard:
         try:
             batch, within = file.row_batch(index, fields, recent, self._check_rows, rows=self.info.rows)
             row = batch.row(within)
-            counts = _counts(row)
-            return row, {name: file.decoded(name, batch.payload(name, within), counts) for name in own}
+            stored = {name: batch.payload(name, within) for name in own}
+            return row, file.decoded(stored, _counts(row), before=0)
         except DAMAGE as error:
             raise damaged(f"{file.name}, row {index},", error) from None
 
     def _further(
-        self, group: Group, index: int, names: tuple[str, ...], row: TokenRow, recent: Decompressed[RowBatch]
+        self,
+        group: Group,
+        index: int,
+        names: tuple[str, ...],
+        row: TokenRow,
+        recent: Decompressed[RowBatch],
+        *,
+        before: int,
     ) -> dict[str, NDArray[Any]]:
         names = tuple(name for name in names if self._group_of[name] is group)
         if not names:
@@ -188,8 +205,8 @@ class Shard:
             batch, within = file.row_batch(index, fields, recent, check_values, rows=self.info.rows)
             if bytes(batch.payload(ID_FIELD.name, within)) != row.row_id.encode():
                 raise CacheDamaged(f"it has another row in the place of {row.row_id}")
-            counts = _counts(row)
-            return {name: file.decoded(name, batch.payload(name, within), counts) for name in names}
+            stored = {name: batch.payload(name, within) for name in names}
+            return file.decoded(stored, _counts(row), before=before)
         except DAMAGE as error:
             raise damaged(f"{file.name}, row {index},", error) from None
 

@@ -3,6 +3,9 @@
 sha256 runs at about 1.8 GB/s; `quick` skips it and takes milliseconds a shard. Of a cache in an object store every byte is
 fetched, past the local copies and one file at a time; `quick` compares the names and sizes that the store lists.
 
+`deep` reads every row as training does, so that values are checked as well: ids within the vocabulary, heads sorted, numbers
+finite, row ids unique, an alignment's chunks over all tokens. It decodes all of a cache, which takes minutes a GB.
+
 Names that are reserved (`is_reserved`) belong to people and to later steps: they are not listed, never read as data, and
 bounded.
 """
@@ -27,6 +30,7 @@ from teachercache.shards.groups import Group
 from teachercache.shards.ipc_blocks import Blocks
 from teachercache.shards.manifest import MANIFEST, WORK_FOLDER, Manifest, read_listed, read_manifest
 from teachercache.shards.object_store import AGAIN, ObjectStore
+from teachercache.shards.problem import Problem
 from teachercache.shards.reader import groups_of_cache
 from teachercache.shards.regular_files import (
     MOST_MANIFEST_BYTES,
@@ -35,6 +39,7 @@ from teachercache.shards.regular_files import (
     path_of_open,
     read_regular,
 )
+from teachercache.shards.row_values import wrong_rows
 from teachercache.shards.sidecar_manifest import ALIGNMENTS, SIDECAR, SidecarManifest, parse_sidecar
 from teachercache.shards.source import read_listed_object, remote_manifest
 
@@ -50,15 +55,6 @@ ALIGN = "delete its folder and run `teachercache align` again"
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong, and what to do about it."""
-
-    file: str
-    reason: str
-    remedy: str
-
-
-@dataclass(frozen=True)
 class Expected:
     """A file that a manifest lists; of a shard's, its group and how many rows and positions it has."""
 
@@ -67,12 +63,18 @@ class Expected:
     shard: ShardInfo | None = None
 
 
-def verify(location: str | Path, *, quick: bool = False) -> list[Problem]:
+def verify(location: str | Path, *, quick: bool = False, deep: bool = False) -> list[Problem]:
     """Check the cache in a folder or at a URL; an empty list means that it is whole.
 
-    `quick` compares sizes, schemas and counts without hashing. Raises `CacheError` when there is no finished cache, and for a
+    `quick` compares sizes, schemas and counts without hashing; `deep` reads every row too, once all files are as they should
+    be. Raises `CacheError` when there is no finished cache, and for a
     URL what `ObjectStore.pieces` does.
     """
+    problems = _verify_files(location, quick=quick)
+    return list(wrong_rows(location)) if deep and not problems else problems
+
+
+def _verify_files(location: str | Path, *, quick: bool) -> list[Problem]:
     try:
         if is_url(location):
             store = ObjectStore(str(location))

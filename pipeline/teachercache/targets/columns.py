@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, prod
@@ -35,7 +35,7 @@ CODECS = (PLAIN, pco.NAME)
 
 DTYPES = ("|u1", "<i2", "<u2", "<i4", "<u4", "<f2", "<f4")
 LOG_SHARE = (-math.inf, 0.01)  # what log-probabilities, and logits less the largest, lie within; rounding is let pass
-MOST_ROW_BYTES = 2**30  # of one column of a row, decoded: 32,768 hidden states of 8,192 channels
+MOST_ROW_BYTES = 2**30  # of a row, all of its columns decoded: 32,768 hidden states of 8,192 channels
 
 Decoder = Callable[[Any, int], NDArray[Any]]  # (bytes-like, positions) -> array [entries, *shape]
 
@@ -73,6 +73,17 @@ class Column:
     def entries(self, positions: int) -> int:
         """How many entries a row of so many positions has."""
         return ceil(positions / self.every)
+
+    def decoded_bytes(self, data: Any, positions: int) -> int:
+        """What the array of a row takes that has so many positions, as `data`, its bytes, claim; nothing is decoded. Raises
+        `CacheDamaged` where a ragged column claims more entries than its positions have."""
+        held, entries = memoryview(data).nbytes, self.entries(positions)
+        if self.codec == PLAIN:
+            return held
+        if self.ragged:
+            entries = struct.unpack_from("<I", data)[0] if held >= 4 else 0
+            self._check_entries(entries, positions)
+        return entries * self.width * np.dtype(self.dtype).itemsize
 
     def encode(self, arrays: Sequence[NDArray[Any]]) -> tuple[bytes, list[bytes]]:
         """The column of several rows, each [entries, *shape]: tables that they share, and the bytes of each row."""
@@ -117,14 +128,11 @@ class Column:
         return decode
 
     def _check_entries(self, entries: int, positions: int) -> None:
-        """Before room is made for them: a page of no bytes can stand for any number of zeros."""
+        """Of a ragged column, before room is made for them; how much a row may take is `check_row_bytes`."""
         if self.ragged and self.most is not None and entries > positions * self.most:
             raise CacheDamaged(
                 f"column {self.name}: {entries} entries for {positions} positions of at most {self.most}"
             )
-        size = entries * self.width * np.dtype(self.dtype).itemsize
-        if size > MOST_ROW_BYTES:
-            raise CacheDamaged(f"column {self.name}: a row claims {size} bytes, at most {MOST_ROW_BYTES} are possible")
 
     def _checked(self, values: NDArray[Any]) -> NDArray[Any]:
         if self.within is None or values.size == 0:
@@ -191,6 +199,15 @@ def _floats_up_to(values: NDArray[Any], largest: float) -> bool:
     """Whether none is NaN or above `largest`, which is not negative. By their bits: numpy compares 16-bit floats one by one."""
     signed, unsigned, limit, minus_infinity = _bits(values.dtype.itemsize, largest)
     return bool(values.view(signed).max() <= limit and values.view(unsigned).max() <= minus_infinity)
+
+
+def check_row_bytes(claims: Iterable[int], *, before: int = 0) -> int:
+    """What a row takes with columns that claim so many bytes each, and `before` by others; raises `CacheDamaged` for more than
+    any row has, before room is made for them: a page of no bytes can stand for any number of zeros."""
+    size = before + sum(claims)
+    if size > MOST_ROW_BYTES:
+        raise CacheDamaged(f"a row claims {size} bytes, at most {MOST_ROW_BYTES} are possible")
+    return size
 
 
 @lru_cache

@@ -1,0 +1,14 @@
+"""What checks of a cache find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and what to do about it."""
+
+    file: str
+    reason: str
+    remedy: str

@@ -118,7 +118,7 @@ def test_a_cache_of_hidden_states_alone_is_valid(layers: Path) -> None:
     assert describe(cache)["bytes_per_position"]["hidden"] > 0 and "hidden" in render_card(cache.manifest)
     assert "logits" not in cache.manifest.bytes_per_position()
     with pytest.raises(
-        CacheError, match="stores no logits, only hidden, attention; use a cache that has them"
+        CacheError, match="stores no logits, only attention, hidden; use a cache that has them"
     ) as caught:
         cache.kind  # noqa: B018
     assert "\n" not in str(caught.value) and str(layers) in str(caught.value)

@@ -68,9 +68,9 @@ class Cache(ShardSet):
     def check_logits(self) -> None:
         """Raise `CacheError` for a cache that stores no logits."""
         if not self.manifest.logits:
+            stored = ", ".join(sorted(self.manifest.targets)) or "tokens"
             raise CacheError(
-                f"{self.name} stores no logits, only {', '.join(self.manifest.targets) or 'tokens'}; use a cache that has "
-                "them, or precompute one with targets.logits"
+                f"{self.name} stores no logits, only {stored}; use a cache that has them, or precompute one with targets.logits"
             )
 
     @property

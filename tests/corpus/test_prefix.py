@@ -198,6 +198,20 @@ def test_a_mark_of_every_turn_is_no_beginning(build_tokenizer):
     assert row_prefix(build_tokenizer("no-prompt"), chats=True) == (tokenizer.convert_tokens_to_ids("<s>"),)
 
 
+def test_a_beginning_that_ends_answers_too_is_one(build_tokenizer):
+    """OLMo 2 begins a conversation with the token that ends its answers."""
+    tokenizer = build_tokenizer("chatml")
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert template_prefix(tokenizer) == (tokenizer.eos_token_id,)
+    rows = chat_rows(tokenizer, length=24).rows
+    assert len(rows) > 2 and {row.input_ids_S[0] for row in rows} == {tokenizer.eos_token_id}
+
+
 def test_a_beginning_that_the_template_does_not_write_is_put_before_every_window(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     plain, begun = (chat_rows(tokenizer, length=64, prefix=choice).rows for choice in ("auto", "bos"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,10 +61,24 @@ def test_tf32_is_far_below_what_a_sketch_leaves() -> None:
 
 
 def test_the_precision_of_matmuls_is_left_as_it_was() -> None:
-    before = torch.get_float32_matmul_precision()
+    matmul: Any = torch.backends.cuda.matmul
+    before, common = matmul.fp32_precision, torch.get_float32_matmul_precision()
     with tensor_cores(torch.device("cpu")):
-        assert torch.get_float32_matmul_precision() == before
+        assert matmul.fp32_precision == before
     with pytest.raises(RuntimeError, match="stopped"), tensor_cores(torch.device("cuda")):
-        assert torch.get_float32_matmul_precision() == "high"
+        assert matmul.fp32_precision == "tf32"
         raise RuntimeError("stopped")
-    assert torch.get_float32_matmul_precision() == before == "highest"
+    assert matmul.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == common == "highest"
+
+
+def test_precision_may_have_been_set_by_either_of_torchs_ways() -> None:
+    backends: Any = torch.backends
+    before = backends.fp32_precision
+    backends.fp32_precision = "tf32"  # as TrainingArguments(tf32=True) does; the older way can no longer be asked
+    try:
+        with tensor_cores(torch.device("cuda")):
+            assert backends.cuda.matmul.fp32_precision == "tf32"
+        assert backends.fp32_precision == "tf32"
+    finally:
+        backends.fp32_precision = before

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
+import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from teachercache.config import StudentConfig
+from teachercache.errors import JobFailed
 from teachercache.student.checkpoints import (
     checkpoint_folder,
     complete_checkpoints,
     mark_complete,
     remove_incomplete,
     rotate,
+    whole_checkpoint,
 )
 from teachercache.student.export import export_student
+from teachercache.student.resuming import damage_of, intact_checkpoint
 from teachercache.student.stopping import Ends
 
 
@@ -39,6 +45,27 @@ def test_only_marked_folders_count(tmp_path: Path) -> None:
     assert [checkpoint.step for checkpoint in found] == [9, 10, 100] and found[0].world_size == 2
     assert remove_incomplete(tmp_path) == [tmp_path / "checkpoint-200"]
     assert (tmp_path / "checkpoint-best").is_dir() and len(complete_checkpoints(tmp_path)) == 3
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    """As where a file system does not answer: here the process has no file descriptor left."""
+    for step in (9, 10):
+        _make(tmp_path, step)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    said: list[str] = []
+    PartialState()
+    [newest] = [found for found in complete_checkpoints(tmp_path) if found.step == 10]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(
+            JobFailed, match=r"checkpoint-10 cannot be read \(Too many open files\); nothing was changed"
+        ):
+            damage_of(newest)
+        with pytest.raises(JobFailed, match="nothing was changed"):
+            whole_checkpoint(newest.folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert intact_checkpoint(tmp_path, say=said.append) == newest and said == []
 
 
 @settings(deadline=None, max_examples=20)

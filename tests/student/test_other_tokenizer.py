@@ -370,10 +370,15 @@ def test_every_kind_of_targets_teaches_across_tokenizers(tmp_path: Path, logits:
     student = other_student(tmp_path / "student", dropout=0.0)
     aligned(cache, student)
     temperature = 2.0 if logits["kind"] in ("head+sketch", "full", "hidden") else 1.0
-    run_training(recipe_of((cache, student), tmp_path / "run", objective={"temperature": temperature}))
+    objective = {
+        "temperature": temperature,
+        "alpha": 1.0,
+        "across": [{"match": "projected-kl"}],
+    }  # nothing else is learned
+    run_training(recipe_of((cache, student), tmp_path / "run", objective=objective, train={"epochs": 3}))
     records = [record for record in log_of(tmp_path / "run") if "loss" in record]
     assert all(math.isfinite(record["projected-kl"]) for record in records)
-    assert records[-1]["projected-kl"] < records[0]["projected-kl"]
+    assert falls(records, "projected-kl")
 
 
 def test_low_rank_adapters_learn_across_tokenizers_too(shared: tuple[Path, Path], tmp_path: Path) -> None:

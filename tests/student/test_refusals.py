@@ -10,6 +10,8 @@ import pytest
 
 from teachercache.errors import CacheDamaged, CacheError, JobFailed, ModelError, RecipeError, UserError
 from teachercache.models import load_tokenizer
+from teachercache.shards import Cache
+from teachercache.student.fit import check_packing
 from teachercache.student.train import run_training
 
 from builders import other_student, tiny_cache, tiny_model, tiny_tokenizer
@@ -69,6 +71,13 @@ def test_a_model_that_sees_through_packing(make_recipe: Any, tmp_path: Path) -> 
     assert "see each other" in message and "sequence.layout=documents" in message
     message = _refused(make_recipe(student_model=tmp_path / "bloom", pack=True), ModelError)
     assert "see each other" in message and "train.pack: false" in message
+
+
+def test_packing_is_tried_with_tokens_that_the_student_has(tmp_path: Path) -> None:
+    """A student with another tokenizer may have far fewer than the teacher."""
+    packed = tiny_cache(tmp_path / "packed", sequence={"layout": "packed"})
+    few = tiny_model(vocabulary=40)
+    check_packing(few, "few", Cache.open(packed).manifest, vocabulary_size=40)
 
 
 def test_a_temperature_off_the_grid(make_recipe: Any) -> None:

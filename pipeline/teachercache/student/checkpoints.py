@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from teachercache.errors import JobFailed
 from teachercache.student import universal
-from teachercache.student.digests import StoredFile, first_damage, read_digests, stored_files, write_digests
+from teachercache.student.digests import NO_FILE, StoredFile, first_damage, read_digests, stored_files, write_digests
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -70,7 +71,11 @@ def _marked(folder: Path, step: int) -> Checkpoint:
     try:
         settings, files = read_digests(folder / MARKER)
         return Checkpoint(folder, step, settings["world_size"], files)
-    except (ValueError, KeyError, OSError):
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise unreadable(folder, error) from error
+        processes = None
+    except (ValueError, KeyError):
         processes = _of_earlier_version(folder / MARKER)
     if processes is None:
         return Checkpoint(folder, step, 0, None, damage=f"{MARKER} is not what was written")
@@ -97,7 +102,15 @@ def names_of(folder: Path) -> dict[str, int]:
 def exported_damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with what an export reads: weights and configuration, but no optimizer's state. None: nothing."""
     read = {name: stored for name, stored in (checkpoint.files or {}).items() if "/" not in name}
-    return first_damage(checkpoint.folder, read)
+    try:
+        return first_damage(checkpoint.folder, read)
+    except OSError as error:
+        raise unreadable(checkpoint.folder, error) from error
+
+
+def unreadable(folder: Path, error: OSError) -> JobFailed:
+    """A checkpoint of which nobody can tell now whether it is damaged; it stays as it is."""
+    return JobFailed(f"{folder} cannot be read ({error.strerror}); nothing was changed: run the same command again")
 
 
 def mark_complete(folder: Path, *, world_size: int, files: Mapping[str, StoredFile] | None = None) -> None:

@@ -5,6 +5,7 @@ sha256 runs at about 1.4 GB/s a process on an ordinary core.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 from teachercache.files import sync, sync_folder, write_synced
 from teachercache.shards.digests import fingerprint_of, hash_file
+
+NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # something else has taken its place
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,10 @@ def stored_files(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
 
 
 def first_damage(folder: Path, files: Mapping[str, StoredFile]) -> str | None:
-    """What is wrong with the first of these files that is not as it was written; None where none is."""
+    """What is wrong with the first of these files that is not as it was written; None where none is.
+
+    Raises `OSError` where a file cannot be read now, as when a file system does not answer: that says nothing about its bytes.
+    """
     for name, stored in files.items():
         path = folder / name
         try:
@@ -45,7 +51,9 @@ def first_damage(folder: Path, files: Mapping[str, StoredFile]) -> str | None:
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            if error.errno not in NO_FILE:
+                raise
+            return f"{name} is no file any more: {error.strerror}"
     return None
 
 

@@ -75,7 +75,7 @@ class Fit:
         read = self.sidecars[0].manifest if self.sidecars else manifests[0]
         check_causal(model, name=f"student {name}", vocabulary_size=read.vocabulary_size)
         packed = [manifest for manifest in manifests if manifest.layout == "packed"]
-        check_packing(model, name, [*packed, *manifests][0], pack=self.pack)
+        check_packing(model, name, [*packed, *manifests][0], vocabulary_size=read.vocabulary_size, pack=self.pack)
         self._ran = True
 
 
@@ -136,11 +136,12 @@ def check_length(model: Any, name: str, manifest: Manifest | SidecarManifest) ->
         )
 
 
-def check_packing(model: Any, name: str, manifest: Manifest, *, pack: bool = False) -> None:
-    """In packed rows a document must not see the one before it: the teacher's did not."""
+def check_packing(model: Any, name: str, manifest: Manifest, *, vocabulary_size: int, pack: bool = False) -> None:
+    """In packed rows a document must not see the one before it: the teacher's did not. `vocabulary_size` is of the tokens that
+    the student reads."""
     if manifest.layout != "packed" and not pack:
         return
-    if not isolates_packed_segments(model, vocabulary_size=manifest.vocabulary_size):
+    if not isolates_packed_segments(model, vocabulary_size=vocabulary_size):
         remedy = (
             "so it cannot learn from this cache; use another student, or precompute with sequence.layout=documents"
             if manifest.layout == "packed"

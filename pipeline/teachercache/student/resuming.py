@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from teachercache.errors import JobFailed
-from teachercache.student.checkpoints import Checkpoint, marked_checkpoints, names_of, remove
+from teachercache.student.checkpoints import Checkpoint, marked_checkpoints, names_of, remove, unreadable
 from teachercache.student.digests import StoredFile, first_damage, stored_files
 
 Result = TypeVar("Result")
@@ -49,7 +49,10 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
         return checkpoint.damage
     names = _share({name: stored.bytes for name, stored in checkpoint.files.items()})
     share = {name: checkpoint.files[name] for name in names}
-    found = _from_all(lambda: first_damage(checkpoint.folder, share))
+    try:
+        found = _from_all(lambda: first_damage(checkpoint.folder, share))
+    except OSError as error:
+        raise unreadable(checkpoint.folder, error) from error
     return next((damage for damage in found if damage is not None), None)
 
 

@@ -78,9 +78,9 @@ def damage_of(checkpoint: Path) -> str | None:
         if (checkpoint / MARKER).read_bytes() != UNIVERSAL.encode():
             return f"{MARKER} is not what was written"
         _, files = read_digests(checkpoint / DIGESTS)
-    except (ValueError, OSError):
-        return f"{DIGESTS} is not what was written"
-    return first_damage(checkpoint, files)
+        return first_damage(checkpoint, files)
+    except (ValueError, OSError):  # whatever it is, the conversion can be made again
+        return f"{DIGESTS}, or a file that it names, is not what was written"
 
 
 def _names(checkpoint: Path) -> list[str]:

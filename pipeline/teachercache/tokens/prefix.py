@@ -48,17 +48,26 @@ def own_prefix(tokenizer: Any) -> tuple[int, ...]:
 def template_prefix(tokenizer: Any) -> tuple[int, ...]:
     """BOS, where the chat template begins a conversation with it; () where it does not, or there is no template.
 
-    ChatML's <|im_start|> is BOS to some tokenizers, but begins every turn: it comes twice in one exchange, and says nothing
-    about where a conversation begins.
+    ChatML's <|im_start|> is BOS to some tokenizers, but begins every turn: it begins the answer too, and says nothing about
+    where a conversation begins. Where BOS is the end token as well (OLMo 2), it comes again at the end of the answer.
     """
     bos = tokenizer.bos_token_id
     if bos is None or not getattr(tokenizer, "chat_template", None):
         return ()
-    try:
-        ids = list(tokenizer.apply_chat_template(_EXCHANGE, tokenize=True, return_dict=True)["input_ids"])
-    except Exception:  # a template is a program of the model's author: it may raise anything
+    whole, question = _rendered(tokenizer, _EXCHANGE), _rendered(tokenizer, _EXCHANGE[:1])
+    if whole[:1] != [bos]:
         return ()
-    return (int(bos),) if ids[:1] == [bos] and ids.count(bos) == 1 else ()
+    answered = bool(question) and whole[: len(question)] == question
+    of_turns = whole[len(question) : len(question) + 1] == [bos] if answered else whole.count(bos) > 1
+    return () if of_turns else (int(bos),)
+
+
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """A conversation as the template writes it; empty where it refuses."""
+    try:
+        return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True)["input_ids"])
+    except Exception:  # a template is a program of the model's author: it may raise anything
+        return []
 
 
 def begins_with(ids_S: Any, prefix: Sequence[int]) -> bool:

@@ -348,14 +348,28 @@ def _alignment(result: Result) -> str:
     return table(["student's tokenizer", "µs a token, one core", "bytes aligned", "bytes a chunk"], rows)
 
 
+def _beginnings(result: Result) -> str:
+    cached, forms = result["cached"], result["forms"]
+    names = {"auto": "what the tokenizer puts there (BOS)", "none": "nothing", "eos": "the end token", "bos": "BOS"}
+    rows = []
+    for form, figures in forms.items():
+        stored = cached.get(f"prefix {form}")
+        told = f"{stored['nats']:.3f}" if stored else "–"
+        rows.append([names[form], told, f"{figures['nats']:.3f}", f"{100 * figures['first_choice_as_auto']:.0f} %"])
+    head = [f"{result['model']}: in front of each window", "cached loss, nats", "the model's own on the same windows"]
+    return table([*head, "first choices as in the first line"], rows)
+
+
 BENCH = "python tests/bench"
 LAYERS = "-s 'targets.hidden={layers: [12, 21, 29, 30]}' -s 'targets.attention={layers: [30]}'"
 QUALITY = "--packages numpy datasets huggingface_hub --steps 2500 --arms logits lighter fading layers heavier"
+GEMMA = "gemma3-270m.gguf --text README.md --characters 5000"
 CLOSER = '--only "head+sketch, compact" "hidden state, steps of 1/32"'
 RUNS = {
     run.file: run
     for run in (
         Run("codec_fidelity", f"{BENCH}/codec_fidelity.py", "2026-11-22", _codec),
+        Run("row_beginnings", f"{BENCH}/row_beginnings.py {GEMMA}", "2026-11-29", _beginnings),
         Run("codec_fidelity_closer", f"{BENCH}/codec_fidelity.py {CLOSER}", "2026-11-22", _codec_closer),
         Run("student_quality", f"{BENCH}/student_quality.py runs/quality --epochs 1", "2026-11-22", _quality),
         Run("kd_against_ce", f"{BENCH}/kd_against_ce.py runs/kd", "2026-11-22", _against_ce),

@@ -1,7 +1,8 @@
 """Where the files of a cache are: a folder, or an object store that is read through local copies.
 
 A `Source` opens files whose bytes were checked against the manifest, once in a process; what reads them need not know where
-they come from. What is opened is what was checked: a file that takes its place later is checked anew. Sources are
+they come from. What is opened is what was checked: a file that takes its place later is checked anew
+(in a folder; local copies of an object store's files are checked once a process). Sources are
 picklable: loading processes check and fetch for themselves.
 """
 

@@ -50,3 +50,13 @@ def test_errors_are_printed_plain(capfd: pytest.CaptureFixture[str]) -> None:
 
     assert run_command(fail, as_json=False, show=lambda result: None) == 1
     assert "\x1b[31m" not in capfd.readouterr().err
+
+
+def test_a_traceback_is_printed_plain(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> dict[str, object]:
+        raise ZeroDivisionError("\x1b[2J\x1b]0;title\x07 of a cache")
+
+    assert run_command(fail, as_json=False, show=lambda result: None) == 1
+    printed = capfd.readouterr().err
+    assert "ZeroDivisionError: \\x1b[2J" in printed and "Traceback" in printed
+    assert all(line.isprintable() for line in printed.split("\n"))

@@ -1,7 +1,8 @@
-"""One job at a time writes to a folder, and nothing of the lock stays."""
+"""Files appear whole or not at all; one job at a time writes to a folder, and nothing of the lock stays."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path, PosixPath
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from teachercache.errors import JobFailed
-from teachercache.files import locked
+from teachercache.files import locked, write_whole
 
 HOLDER = """
 import sys
@@ -60,3 +61,26 @@ def test_the_lock_of_a_killed_job_is_taken_over(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(tmp_path / ".lock", job="test", folder=tmp_path):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_reaches_the_disk_before_its_name_and_then_the_name_does(tmp_path: Path) -> None:
+    called = []
+
+    def note(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function in (os.fsync, os.replace):
+            called.append(function)
+
+    sys.setprofile(note)
+    try:
+        write_whole(tmp_path / "record.json", "{}")
+    finally:
+        sys.setprofile(None)
+    assert called == [os.fsync, os.replace, os.fsync]
+    assert (tmp_path / "record.json").read_text() == "{}" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_in_the_way_of_a_temp_file_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / ".record.json.tmp").symlink_to(tmp_path / "outside")
+    write_whole(tmp_path / "record.json", "{}")
+    assert (tmp_path / "outside").read_text() == "mine" and not (tmp_path / "record.json").is_symlink()

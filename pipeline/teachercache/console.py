@@ -51,7 +51,7 @@ def run_command(
             reason = f"{_text(error.filename)}: {error.strerror}; check the path and its permissions"
             result, status = _failed(console, reason, status=UserError.exit_status)
         else:
-            traceback.print_exc()
+            sys.stderr.write(without_controls(traceback.format_exc()))
             what = f"unexpected {type(error).__name__}: {error}"
             result, status = {"error": what, "exit_status": BUG}, BUG
     finally:

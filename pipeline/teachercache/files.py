@@ -16,17 +16,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of writes that a file system t
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file by temp file and rename: readers see the old content or the new one, never half."""
+    """Write a text file by temp file and rename: readers see the old content or the new one, never half, also after a power
+    cut. Returns once it has reached the disk, under its name; a few ms on a local one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_synced(path: Path, text: str) -> None:
-    """As `write_whole`, and return once it has reached the disk, under its name."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+    temporary.unlink(missing_ok=True)  # of a killed job, or a link that leads elsewhere
+    with temporary.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
 

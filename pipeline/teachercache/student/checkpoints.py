@@ -96,7 +96,7 @@ def names_of(folder: Path) -> dict[str, int]:
     """Size of each file of a checkpoint that is being written, but for the marker, by name."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    return {name: size for name, size in found.items() if name not in (MARKER, f"{MARKER}.tmp")}
+    return {name: size for name, size in found.items() if name not in (MARKER, f".{MARKER}.tmp")}
 
 
 def exported_damage(checkpoint: Checkpoint) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from teachercache.files import sync, sync_folder, write_synced
+from teachercache.files import sync, sync_folder, write_whole
 from teachercache.shards.digests import fingerprint_of, hash_file
 
 NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # something else has taken its place
@@ -62,7 +62,7 @@ def write_digests(path: Path, files: Mapping[str, StoredFile], **settings: Any) 
     data = {**settings, "files": {name: asdict(files[name]) for name in sorted(files)}}
     for folder in {(path.parent / name).parent for name in files}:
         sync_folder(folder)
-    write_synced(path, json.dumps({**data, "digest": fingerprint_of(data)}, indent=1) + "\n")
+    write_whole(path, json.dumps({**data, "digest": fingerprint_of(data)}, indent=1) + "\n")
 
 
 def read_digests(path: Path) -> tuple[dict[str, Any], dict[str, StoredFile]]:

@@ -27,7 +27,7 @@ import threading
 from pathlib import Path
 
 from teachercache.errors import JobFailed
-from teachercache.files import sync_files, write_synced
+from teachercache.files import sync_files, write_whole
 from teachercache.student.digests import first_damage, read_digests, stored_files, write_digests
 from teachercache.student.disk import full_disk_in_a_line, out_of_space, space_error
 
@@ -60,7 +60,7 @@ def convert(checkpoint: Path) -> None:
         sync_files(temporary)
         (temporary / UNIVERSAL).replace(checkpoint / UNIVERSAL)
         write_digests(checkpoint / DIGESTS, stored_files(checkpoint, _names(checkpoint)))
-        write_synced(checkpoint / MARKER, UNIVERSAL)
+        write_whole(checkpoint / MARKER, UNIVERSAL)
         shutil.rmtree(temporary)
 
 

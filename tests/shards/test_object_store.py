@@ -288,6 +288,31 @@ def test_a_damaged_copy_is_fetched_again(
     assert copy.read_bytes() == whole and s3.downloads(first) == 2
 
 
+@pytest.mark.parametrize("how", ["replaced", "a link", "written to", "a pipe"])
+def test_what_takes_a_copys_place_after_its_check_is_not_read(
+    uploaded: str, s3: Server, local: Path, how: str, first: str
+) -> None:
+    """By the same reader: what was hashed is what is read."""
+    source = Cache.open(uploaded, local=local).source
+    info = Cache.open(uploaded, local=local).manifest.shards[0].rows_file
+    with source.opened(info) as stream:
+        whole = stream.read()
+    copy, evil = local / info.sha256, flipped(whole, 321)
+    aside = local / "aside"
+    aside.write_bytes(evil)
+    if how == "written to":
+        time.sleep(0.02)  # a tick of the kernel's clock
+        copy.write_bytes(evil)
+    elif how == "replaced":
+        aside.replace(copy)
+    else:
+        copy.unlink()
+        os.mkfifo(copy) if how == "a pipe" else copy.symlink_to(aside)
+    with source.opened(info) as stream:
+        assert stream.read() == whole
+    assert copy.read_bytes() == whole and s3.downloads(first) == 2
+
+
 def test_what_a_killed_process_left_is_cleaned_away(uploaded: str, s3: Server, local: Path) -> None:
     local.mkdir()
     stale, ours = local / f"{'0' * 64}.part", local / "somebody's notes.part"

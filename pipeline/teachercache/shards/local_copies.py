@@ -21,15 +21,17 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
 from teachercache.files import DISK_FULL
-from teachercache.shards.digests import hash_file
 from teachercache.shards.entries import FileInfo
 from teachercache.shards.object_store import AGAIN, ObjectStore
+from teachercache.shards.regular_files import NoRegularFile, open_regular, why_different
 
+EVICTIONS = 10  # of a copy between its check and its opening, by other processes
 TRANSFERS = 2  # of an object whose bytes arrive damaged, which a bad connection can do; twice means the object is
 POLL_SECONDS = 0.05
 _COPY = re.compile(r"[0-9a-f]{64}(\.part)?")
@@ -41,46 +43,66 @@ class LocalCopies:
     def __init__(self, folder: str | Path, *, limit: int) -> None:
         self.folder = Path(folder).expanduser()
         self.limit = limit
-        self._checked: set[str] = set()
+        self._checked: dict[str, tuple[int, ...]] = {}  # which file it was, by its sha256
         with self._readable_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
                 pass
 
-    def path_of(self, store: ObjectStore, info: FileInfo) -> Path:
-        """A copy whose bytes were checked in this process, fetched if there is none.
+    def opened(self, store: ObjectStore, info: FileInfo) -> BufferedReader:
+        """A copy, open, whose bytes were checked in this process, fetched if there is none.
 
-        A copy that was damaged since is fetched again. Raises what `ObjectStore.pieces` does, `CacheDamaged` when the
-        object is missing or is not what the manifest promises, and `JobFailed` when the disk is full.
+        What is open is what was checked: another file that takes its place later, or one that was written to since, is checked
+        anew, and one that is damaged is fetched again. Raises what `ObjectStore.pieces` does, `CacheDamaged` when the object is
+        missing or is not what the manifest promises, and `JobFailed` when the disk is full, or when others evict the copy as
+        fast as it comes.
         """
         path = self.folder / _digest(info)
-        while True:
-            if info.sha256 not in self._checked:
-                self._ensure(store, info, path)
-            try:
-                now = time.time_ns()  # the kernel's own "now" stands still for milliseconds
-                os.utime(path, ns=(now, now))
-                return path
-            except FileNotFoundError:  # evicted since it was checked
-                self._checked.discard(info.sha256)
+        for _ in range(EVICTIONS):
+            stream = self._whole(path, info)
+            if stream is not None:
+                _mark_used(stream)
+                return stream
+            self._ensure(store, info, path)
+        raise JobFailed(
+            f"the local copy of {info.file} was evicted {EVICTIONS} times before it could be read: too many shards are "
+            "in use for stream.local_bytes; raise it"
+        )
 
     def fetch(self, store: ObjectStore, info: FileInfo) -> None:
-        """As `path_of`, without looking at the bytes of a copy that is there already."""
+        """As `opened`, without looking at the bytes of a copy that is there already."""
         if not (self.folder / _digest(info)).exists():
-            self.path_of(store, info)
+            self.opened(store, info).close()
+
+    def _whole(self, path: Path, info: FileInfo) -> BufferedReader | None:
+        """The copy, open, where there is one as it should be; hashed unless it was in this process."""
+        try:
+            stream = open_regular(path.parent, path.name)
+        except (FileNotFoundError, NoRegularFile):
+            return None
+        found = _identity(stream.fileno())
+        if self._checked.get(info.sha256) == found:
+            return stream
+        if why_different(stream, expected_bytes=info.bytes, sha256=info.sha256) is None:
+            self._checked[info.sha256] = found
+            return stream
+        stream.close()
+        return None
 
     def _ensure(self, store: ObjectStore, info: FileInfo, path: Path) -> None:
-        if not _is_whole(path, info):
-            with self._readable_errors(), _locked_part(path.with_name(f"{path.name}.part")) as part:
-                if not _is_whole(path, info):  # now that nobody else is at it
-                    path.unlink(missing_ok=True)
-                    self._download(store, info, part, path)
-        self._checked.add(info.sha256)
+        with self._readable_errors(), _locked_part(path.with_name(f"{path.name}.part")) as part:
+            whole = self._whole(path, info)  # now that nobody else is at it
+            if whole is not None:
+                whole.close()
+                return
+            path.unlink(missing_ok=True)
+            self._download(store, info, part, path)
 
     def _download(self, store: ObjectStore, info: FileInfo, part: Part, path: Path) -> None:
         try:
             for _ in range(TRANSFERS):
                 if self._transferred(store, info, part) == info.sha256:
+                    self._checked[info.sha256] = _identity(part.descriptor)
                     part.path.replace(path)
                     return
         except FileNotFoundError:
@@ -150,8 +172,8 @@ class LocalCopies:
                 if path.suffix == ".part" and _removed_if_abandoned(path):
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    stat = file.stat()
-                    (parts if path.suffix else copies).append(Entry(stat.st_mtime_ns, stat.st_size, path))
+                    stat = file.stat(follow_symlinks=False)
+                    (parts if path.suffix else copies).append(Entry(stat.st_atime_ns, stat.st_size, path))
         return sorted(copies), parts
 
     @contextlib.contextmanager
@@ -176,7 +198,7 @@ class LocalCopies:
             ) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_checked": set()}
+        return {**vars(self), "_checked": {}}
 
 
 @dataclass(frozen=True, order=True)
@@ -203,11 +225,17 @@ def _digest(info: FileInfo) -> str:
     return info.sha256
 
 
-def _is_whole(path: Path, info: FileInfo) -> bool:
-    try:
-        return path.stat().st_size == info.bytes and hash_file(path) == info.sha256
-    except FileNotFoundError:
-        return False
+def _identity(descriptor: int) -> tuple[int, ...]:
+    """Which file it is, and in which state."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _mark_used(stream: BufferedReader) -> None:
+    """The time of access says when a copy was last used, also where the file system does not note reads; that of writing stays,
+    which says whether its bytes may have changed."""
+    now = time.time_ns()  # the kernel's own "now" stands still for milliseconds
+    os.utime(stream.fileno(), ns=(now, os.fstat(stream.fileno()).st_mtime_ns))
 
 
 @contextlib.contextmanager

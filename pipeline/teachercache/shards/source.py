@@ -1,8 +1,7 @@
 """Where the files of a cache are: a folder, or an object store that is read through local copies.
 
 A `Source` opens files whose bytes were checked against the manifest, once in a process; what reads them need not know where
-they come from. What is opened is what was checked: a file that takes its place later is checked anew
-(in a folder; local copies of an object store's files are checked once a process). Sources are
+they come from. What is opened is what was checked: a file that takes its place later is checked anew. Sources are
 picklable: loading processes check and fetch for themselves.
 """
 
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from teachercache.config import is_url
-from teachercache.errors import CacheDamaged, CacheError, JobFailed
+from teachercache.errors import CacheDamaged, CacheError
 from teachercache.shards.entries import FileInfo
 from teachercache.shards.local_copies import LocalCopies
 from teachercache.shards.manifest import MANIFEST, Manifest, parse_manifest, read_listed, read_manifest
@@ -35,7 +34,6 @@ from teachercache.shards.regular_files import (
 )
 
 TEACHER = "teacher"
-EVICTIONS = 10  # of a local copy between its check and its opening, by other processes
 MOST_TOKENIZER_BYTES = 2**26  # of all files of a tokenizer; the largest that we know has 33 MB
 REMEDY = "fetch it again, or delete the cache and run `teachercache precompute` again"
 
@@ -206,22 +204,11 @@ class RemoteFiles:
     def name_of(self, info: FileInfo) -> str:
         return self.store.name_of(info.file)
 
-    @contextlib.contextmanager
-    def opened(self, info: FileInfo) -> Iterator[BufferedReader]:
-        with self._copy(info) as stream:
-            yield stream
+    def opened(self, info: FileInfo) -> AbstractContextManager[BufferedReader]:
+        return self.copies.opened(self.store, info)
 
     def unchecked(self, info: FileInfo) -> AbstractContextManager[BufferedReader]:
         return self.opened(info)  # a copy has to be made anyway, and copies are checked
-
-    def _copy(self, info: FileInfo) -> BufferedReader:
-        for _ in range(EVICTIONS):
-            with contextlib.suppress(FileNotFoundError):
-                return self.copies.path_of(self.store, info).open("rb")
-        raise JobFailed(
-            f"the local copy of {info.file} was evicted {EVICTIONS} times before it could be read: too many shards are "
-            "in use for stream.local_bytes; raise it"
-        )
 
     def read(self, name: str) -> bytes | None:
         try:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from objective.test_projected import Largest, leaves, random, teacher
+from objective.seeded import Largest, leaves, random, teacher
 from teachercache.config import EmphasisConfig
 from teachercache.objective.emphasis import emphasis_of, position_weights, segments_of
 from teachercache.objective.entropy import entropy_of_logits, entropy_of_teacher, entropy_projected

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from student.layered import LAYERED_TARGETS
 from teachercache.config import Recipe, parse_recipe
 
 from builders import tiny_cache, tiny_student, tiny_teacher
@@ -32,10 +33,32 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_student(tmp_path_factory.mktemp("student"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student without dropout: a loop that batches otherwise draws otherwise."""
     return tiny_student(tmp_path_factory.mktemp("plain"), dropout=0.0)
+
+
+@pytest.fixture(scope="session")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with logits, hidden states and attention of a teacher that is gone; it is wider than the students."""
+    folder = tmp_path_factory.mktemp("layered")
+    teacher = tiny_teacher(folder / "teacher", layers=4, hidden=48)
+    made = tiny_cache(folder, teacher=teacher, targets=LAYERED_TARGETS)
+    shutil.rmtree(teacher)
+    return made
+
+
+@pytest.fixture(scope="session")
+def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks, narrower than the teacher, with dropout."""
+    return tiny_student(tmp_path_factory.mktemp("pupil"), layers=2)
+
+
+@pytest.fixture(scope="session")
+def plain_pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without dropout."""
+    return tiny_student(tmp_path_factory.mktemp("plain_pupil"), layers=2, dropout=0.0)
 
 
 @pytest.fixture

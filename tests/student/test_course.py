@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from student.processes import TORCHRUN, compare_with_one
 from student.runs import kill_after, log_of, losses_of, start_job
-from student.test_processes import TORCHRUN, _compare
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError, RecipeError
 from teachercache.objective.course import Course
@@ -219,7 +219,7 @@ def test_phases_of_one_kind_are_a_run_without_any(make: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["ratio", "uncertainty", "student-loss"])
 @pytest.mark.slow
 def test_rules_are_the_same_in_all_processes(make: Any, plain_student: Path, tmp_path: Path, name: str) -> None:
-    _compare(make, plain_student, tmp_path, launcher=TORCHRUN, objective=CHANGES[name], zero_stage=2)
+    compare_with_one(make, plain_student, tmp_path, launcher=TORCHRUN, objective=CHANGES[name], zero_stage=2)
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ def test_two_processes_learn_in_phases_what_one_learns(
     make: Any, domain: Path, plain_student: Path, tmp_path: Path, stage: int
 ) -> None:
     """Steps of a phase with smaller batches run fewer micro-batches than Trainer counts on."""
-    _compare(make, plain_student, tmp_path, launcher=TORCHRUN, zero_stage=stage, **phases_over(domain))
+    compare_with_one(make, plain_student, tmp_path, launcher=TORCHRUN, zero_stage=stage, **phases_over(domain))
 
 
 def test_weights_of_layers_follow_their_schedule(make_recipe: Any, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
-from objective.test_projected import leaves, teacher
+from objective.seeded import leaves, teacher
+from student.layered import TERMS
+from student.processes import TORCHRUN, compare_with_one
 from student.runs import log_of
-from student.test_layers import TERMS, layered, plain_pupil, pupil  # noqa: F401
-from student.test_processes import TORCHRUN, _compare
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import RecipeError
 from teachercache.models import load_causal_lm
@@ -91,8 +91,8 @@ NAMES = [
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_terms_between_layers_are_compared_with_what_comes_from_above(
-    layered: Path,  # noqa: F811
-    pupil: Path,  # noqa: F811
+    layered: Path,
+    pupil: Path,
     checkpointing: bool,
 ) -> None:
     """The twin differentiates every term, and the whole loss, with respect to what was recorded."""
@@ -194,7 +194,7 @@ def measured_of(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def make(make_recipe: Any, layered: Path, plain_pupil: Path) -> Any:  # noqa: F811
+def make(make_recipe: Any, layered: Path, plain_pupil: Path) -> Any:
     def made(**settings: Any) -> Any:
         shared = {"cache_folder": layered, "student_model": plain_pupil, "objective": MEASURED, "max_steps": 4}
         return make_recipe(**{**shared, **settings})
@@ -229,7 +229,7 @@ def test_they_are_those_of_the_global_batch(make: Any, tmp_path: Path, settings:
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-def test_measuring_changes_nothing_of_what_is_learned(make: Any, pupil: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_measuring_changes_nothing_of_what_is_learned(make: Any, pupil: Path, tmp_path: Path) -> None:
     """With dropout: nothing is drawn at random. Gradients add up in another order, which shows in the last bit."""
     settings: dict[str, Any] = {"student_model": pupil}
     plain = make(output=tmp_path / "plain", objective={"layers": LAYERS}, **settings)
@@ -278,9 +278,9 @@ def test_a_loss_that_is_formed_outside_is_measured_at_the_logits(make_recipe: An
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_processes_measure_what_one_measures(
     make: Any,
-    plain_pupil: Path,  # noqa: F811
+    plain_pupil: Path,
     tmp_path: Path,
     stage: int,
 ) -> None:
-    _compare(make, plain_pupil, tmp_path, launcher=TORCHRUN, zero_stage=stage, micro_batch=8)
+    compare_with_one(make, plain_pupil, tmp_path, launcher=TORCHRUN, zero_stage=stage, micro_batch=8)
     assert measured_of(tmp_path / "two")

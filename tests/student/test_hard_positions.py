@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from student.processes import TORCHRUN, compare_with_one
 from student.runs import kill_after, log_of, losses_of, start_job
-from student.test_processes import TORCHRUN, _compare
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import RecipeError
 from teachercache.models import load_causal_lm
@@ -127,7 +127,9 @@ def test_the_task_alone_can_be_emphasised_too(make_recipe: Any, by: str) -> None
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_processes_learn_what_one_learns(make_recipe: Any, student: Path, tmp_path: Path, stage: int) -> None:
     objective = {"emphasis": GAP, "gradient_cosines": 1}
-    _compare(make_recipe, student, tmp_path, launcher=TORCHRUN, zero_stage=stage, micro_batch=8, objective=objective)
+    compare_with_one(
+        make_recipe, student, tmp_path, launcher=TORCHRUN, zero_stage=stage, micro_batch=8, objective=objective
+    )
 
 
 def test_a_student_with_another_tokenizer_is_refused(make_recipe: Any, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from student.layered import LAYERED_TARGETS, TERMS
+from student.processes import TORCHRUN, compare_with_one
 from student.runs import kill_after, log_of, losses_of, start_job
-from student.test_processes import TORCHRUN, _compare
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.models import load_causal_lm
@@ -21,42 +21,9 @@ from teachercache.stream.collate import Collator
 from teachercache.student.layers import layer_objectives, watched
 from teachercache.student.train import run_training
 
-from builders import sentences, tiny_cache, tiny_student, tiny_teacher
+from builders import sentences, tiny_cache, tiny_teacher
 
-TARGETS: dict[str, Any] = {
-    "logits": {"kind": "top-k", "k": 16, "dtype": "float32"},
-    "hidden": {"layers": [2, 4], "step": 0.02},
-    "attention": {"layers": [4], "values": True},
-}
-TERMS = [
-    {"match": "hidden-cosine", "weight": 0.5},
-    {"match": "hidden-mse", "pairs": {2: 4}, "weight": 0.1},
-    {"match": "attention-kl", "heads": "mix"},
-    {"match": "attention-mse"},
-    {"match": "value-relations"},
-    {"match": "query-relations", "relation_heads": 2},
-    {"match": "distances"},
-    {"match": "angles"},
-    {"match": "sample-distances"},
-    {"match": "channel-correlation", "weight": 10.0},
-]
 OBJECTIVE = {"layers": TERMS}
-
-
-@pytest.fixture(scope="module")
-def layered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with logits, hidden states and attention of a teacher that is gone; it is wider than the students."""
-    folder = tmp_path_factory.mktemp("layered")
-    teacher = tiny_teacher(folder / "teacher", layers=4, hidden=48)
-    made = tiny_cache(folder, teacher=teacher, targets=TARGETS)
-    shutil.rmtree(teacher)
-    return made
-
-
-@pytest.fixture(scope="module")
-def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two blocks, narrower than the teacher, with dropout."""
-    return tiny_student(tmp_path_factory.mktemp("pupil"), layers=2)
 
 
 @pytest.fixture
@@ -174,11 +141,6 @@ def test_terms_in_bf16_are_those_of_float32_but_for_rounding(make: Any, plain_pu
         assert ours["similarity_1"] == pytest.approx(exact["similarity_1"], abs=0.02)
 
 
-@pytest.fixture(scope="module")
-def plain_pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_student(tmp_path_factory.mktemp("plain_pupil"), layers=2, dropout=0.0)
-
-
 def test_low_rank_adapters_learn_from_layers_too(make: Any, pupil: Path) -> None:
     recipe = make(lora={"rank": 4}, epochs=3, evaluate_every=100)
     result = run_training(recipe)
@@ -286,14 +248,14 @@ def test_two_processes_learn_what_one_learns(make: Any, plain_pupil: Path, tmp_p
         term for term in TERMS if term["match"].startswith(("hidden", "attention")) or "relations" in term["match"]
     ]
     settings = {"objective": {"layers": terms}, "zero_stage": stage, "micro_batch": 8}
-    _compare(make, plain_pupil, tmp_path, launcher=TORCHRUN, **settings)
+    compare_with_one(make, plain_pupil, tmp_path, launcher=TORCHRUN, **settings)
 
 
 @pytest.fixture
 def two_caches(tmp_path: Path) -> dict[str, Any]:
     """Settings of a mix: a micro-batch is of one cache, so that the adapters of the other one idle."""
     teacher = tiny_teacher(tmp_path / "teacher", layers=4, hidden=64, seed=3)
-    other = tiny_cache(tmp_path / "other", teacher=teacher, texts=sentences(40, seed=7), targets=TARGETS)
+    other = tiny_cache(tmp_path / "other", teacher=teacher, texts=sentences(40, seed=7), targets=LAYERED_TARGETS)
     terms = [term for term in TERMS if term["match"].startswith(("hidden", "attention"))]
     return {"objective": {"layers": terms}, "stream": {"mix": [{"cache": str(other), "share": 0.4}]}}
 
@@ -312,14 +274,16 @@ def test_two_processes_learn_from_two_caches(
     make: Any, two_caches: dict[str, Any], plain_pupil: Path, tmp_path: Path, stage: int
 ) -> None:
     """Each process at another cache at times of its own."""
-    _compare(make, plain_pupil, tmp_path, launcher=TORCHRUN, zero_stage=stage, micro_batch=8, **two_caches)
+    compare_with_one(make, plain_pupil, tmp_path, launcher=TORCHRUN, zero_stage=stage, micro_batch=8, **two_caches)
 
 
 @pytest.mark.slow
 def test_terms_with_one_value_a_micro_batch_go_without_a_share(make: Any, plain_pupil: Path, tmp_path: Path) -> None:
     """One process has all the rows, the other nothing but padding, under ZeRO 3."""
     terms = [{"match": match} for match in ("distances", "angles", "sample-distances", "channel-correlation")]
-    _compare(make, plain_pupil, tmp_path, launcher=TORCHRUN, zero_stage=3, micro_batch=8, objective={"layers": terms})
+    compare_with_one(
+        make, plain_pupil, tmp_path, launcher=TORCHRUN, zero_stage=3, micro_batch=8, objective={"layers": terms}
+    )
 
 
 @pytest.mark.slow

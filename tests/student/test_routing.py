@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from student.processes import ENVIRONMENT, TIMEOUT_SECONDS, TORCHRUN, compare_with_one
 from student.routed_step import LEARNING_RATE, ROWS, take_step
 from student.runs import log_of
-from student.test_layers import layered, plain_pupil  # noqa: F401
-from student.test_processes import ENVIRONMENT, TIMEOUT_SECONDS, TORCHRUN, _compare
 from teachercache.config import ObjectiveConfig, RoutingConfig
 from teachercache.errors import RecipeError
 from teachercache.models import load_causal_lm
@@ -162,8 +161,8 @@ def check_step(cache: Path, student: Path, after: dict[str, torch.Tensor], other
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_each_part_has_the_gradient_of_its_terms(
-    layered: Path,  # noqa: F811
-    plain_pupil: Path,  # noqa: F811
+    layered: Path,
+    plain_pupil: Path,
     tmp_path: Path,
     stage: int,
 ) -> None:
@@ -175,8 +174,8 @@ def test_each_part_has_the_gradient_of_its_terms(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_each_part_has_the_gradient_of_its_terms_in_two_processes(
-    layered: Path,  # noqa: F811
-    plain_pupil: Path,  # noqa: F811
+    layered: Path,
+    plain_pupil: Path,
     tmp_path: Path,
     stage: int,
 ) -> None:
@@ -195,14 +194,14 @@ def test_each_part_has_the_gradient_of_its_terms_in_two_processes(
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_processes_learn_what_one_learns(
     make_recipe: Any,
-    layered: Path,  # noqa: F811
-    plain_pupil: Path,  # noqa: F811
+    layered: Path,
+    plain_pupil: Path,
     tmp_path: Path,
     stage: int,
 ) -> None:
     """Also where one of them has nothing but padding."""
     settings = {"cache_folder": layered, "objective": OBJECTIVE, "zero_stage": stage, "micro_batch": 8}
-    _compare(make_recipe, plain_pupil, tmp_path, launcher=TORCHRUN, **settings)
+    compare_with_one(make_recipe, plain_pupil, tmp_path, launcher=TORCHRUN, **settings)
 
 
 def test_the_log_has_every_term_and_position_once(

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher.test_capture import make_row
+from teacher.rows import make_row
 from teachercache.models import load_causal_lm, load_tokenizer
 from teachercache.shards import Cache, verify
 from teachercache.shards.inspection import describe

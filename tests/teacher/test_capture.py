@@ -9,25 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from teacher.rows import make_row
 from teachercache.errors import ModelError
 from teachercache.models import load_causal_lm
 from teachercache.probes import isolates_packed_segments
 from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.teacher import Teacher, length_sorted_batches
-from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.tokens.rows import TokenRow
 
 from builders import tiny_model
 
 VOCABULARY = 90
-
-
-def make_row(length: int, *, seed: int, starts: tuple[int, ...] = (0,), name: str = "") -> TokenRow:
-    ids = np.random.default_rng(seed).integers(0, VOCABULARY, length).astype(np.int32)
-    mask = np.ones(length, dtype=bool)
-    mask[-1] = False
-    mask[[start - 1 for start in starts if start]] = False
-    segments = tuple(Segment(f"{seed:032x}", 0, 0, 0, start) for start in starts)
-    return TokenRow(name or f"{seed:032x}", False, ids, mask, segments)
 
 
 def make_teacher(model, *, layout: str = "documents", vocabulary: int = VOCABULARY, k: int = 8) -> Teacher:

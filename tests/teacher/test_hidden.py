@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from teacher.output_layers import MODELS, V, observe
 from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.targets import Hidden, SketchBasis, target_kind
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer
 
-from .test_sketch import MODELS, V, observe
 from builders import tiny_model
 from kinds import as_tensors, stored_arrays, walk_through_a_cache
 

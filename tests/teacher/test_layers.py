@@ -9,47 +9,22 @@ import pytest
 import torch
 
 from models import BLOCKS, CONTEXT, HEADS, KEY_HEADS, WIDTH, model_of
+from teacher.layered import LOGITS, ROWS, V, alone, divergence, prepared
+from teacher.rows import make_row
 from teachercache.errors import ModelError
-from teachercache.targets import HiddenStates, StoredTargets, TopK
+from teachercache.targets import HiddenStates, StoredTargets
 from teachercache.targets.attention import log_attention, sees
 from teachercache.targets.attention_relations import QueriesKeys, Relations
 from teachercache.teacher import Teacher
-from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.tokens.rows import TokenRow
 
-V = 300
-LOGITS = TopK(4, (1.0,), "float32", V)
 SHARED: dict[str, Any] = {
     "heads": HEADS, "key_heads": KEY_HEADS, "head_width": WIDTH // HEADS, "width": WIDTH, "blocks": BLOCKS,
 }  # fmt: skip
 
 
-def row(length: int, *, seed: int, starts: tuple[int, ...] = (0,)) -> TokenRow:
-    generator = np.random.default_rng(seed)
-    mask_S = np.ones(length, dtype=bool)
-    mask_S[[*(start - 1 for start in starts[1:]), length - 1]] = False
-    segments = tuple(Segment(f"{seed:032x}", 0, 0, 1, start) for start in starts)
-    return TokenRow(f"{seed:032x}", False, generator.integers(0, V, length).astype(np.int32), mask_S, segments)
-
-
-ROWS = [row(30, seed=0), row(12, seed=1), row(45, seed=2), row(2, seed=3)]
-SAMPLE = [row(60, seed=100 + seed) for seed in range(12)]
-
-
 def hidden(*layers: int, codec: str = "int8", step: float = 0.05) -> HiddenStates:
     return HiddenStates(layers=layers, width=WIDTH, blocks=BLOCKS, codec=codec, step=step, calibration_positions=10_000)
-
-
-def prepared(model: Any, *, layout: str = "documents", **kinds: Any) -> Teacher:
-    teacher = Teacher(model, targets=StoredTargets(LOGITS, **kinds), layout=layout, pad_id=0)
-    teacher.prepare(SAMPLE, positions_per_batch=256, longest=64)
-    return teacher
-
-
-def alone(model: Any, one: TokenRow, *, start: int = 0, stop: int | None = None) -> Any:
-    """A row, or a segment of it, by itself, with everything that transformers returns."""
-    ids_BS = torch.from_numpy(one.input_ids_S[start:stop].astype(np.int64))[None]
-    with torch.no_grad():
-        return model(ids_BS, use_cache=False, output_hidden_states=True, output_attentions=True)
 
 
 def maps_of(targets: StoredTargets, captured: Any, one: TokenRow, layer: int) -> torch.Tensor:
@@ -65,12 +40,6 @@ def maps_of(targets: StoredTargets, captured: Any, one: TokenRow, layer: int) ->
         heads.queries_BHSE, heads.keys_BKSE, seen, scaling=heads.shape.scaling, softcap=heads.shape.softcap,
         sinks_H=heads.sinks_H,
     )[0].exp()  # fmt: skip
-
-
-def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """KL in nats, mean over queries and heads."""
-    gap = torch.where(expected > 0, expected * (expected.clamp_min(1e-38).log() - found.clamp_min(1e-38).log()), 0.0)
-    return float(gap.sum(-1).mean())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
@@ -122,7 +91,7 @@ def test_queries_and_keys_rebuild_attention_of_any_architecture(architecture: st
 
 def test_segments_of_a_packed_row_have_the_attention_that_they_have_alone() -> None:
     model, eager = model_of("llama"), model_of("llama", attention="eager")
-    packed = row(50, seed=5, starts=(0, 20, 33))
+    packed = make_row(50, seed=5, starts=(0, 20, 33), vocabulary=V)
     teacher = prepared(model, layout="packed", hidden=hidden(1, step=0.01), attention=Relations(layers=(2,), **SHARED))
     [item] = teacher.capture([packed], positions_per_batch=64)
     found = maps_of(teacher.targets, item, packed, 2)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from models import BLOCKS, HEADS, KEY_HEADS, WIDTH, model_of
-from teacher.test_layers import ROWS, alone, divergence, prepared, row
+from teacher.layered import ROWS, V, alone, divergence, prepared
+from teacher.rows import make_row
 from teachercache.activations import recorded
 from teachercache.errors import CacheDamaged, ModelError
 from teachercache.shards import StoredRow
@@ -115,7 +116,7 @@ def test_more_keys_are_nearer_to_the_map() -> None:
 @pytest.mark.parametrize("top", [None, 60])
 def test_segments_of_a_packed_row_have_the_maps_that_they_have_alone(top: int | None) -> None:
     model, eager = model_of("llama"), model_of("llama", attention="eager")
-    packed = row(50, seed=5, starts=(0, 20, 33))
+    packed = make_row(50, seed=5, starts=(0, 20, 33), vocabulary=V)
     teacher = prepared(model, layout="packed", attention=maps(top=top))
     [item] = teacher.capture([packed], positions_per_batch=64)
     assert packed.pairs == 20 * 21 // 2 + 13 * 14 // 2 + 17 * 18 // 2

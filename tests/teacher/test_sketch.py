@@ -9,17 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-)
 
+from teacher.output_layers import MODELS, V, observe
 from teachercache.config import parse_recipe
 from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.shards import Cache
@@ -27,67 +18,12 @@ from teachercache.shards.verify import verify
 from teachercache.targets import HeadSketch, SketchBasis, target_kind
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import kl_divergence
-from teachercache.teacher.output_layer import OutputLayer, recorded_input
+from teachercache.teacher.output_layer import OutputLayer
 from teachercache.teacher.sketch_choice import STEPS, _Trial, candidate_ranks, held_apart
 
 from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
-V = 300
-SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SETTINGS = {"kind": "head+sketch", "k": 6, "rank": 24, "step": 0.05, "calibration_positions": 600}
-
-
-def scaled_up(model: Any) -> Any:
-    with torch.no_grad():
-        for weights in model.parameters():
-            if weights.dim() == 2:
-                weights.mul_(20)
-    return model.eval()
-
-
-def gemma2() -> Any:
-    torch.manual_seed(0)
-    config = Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=2, final_logit_softcapping=10.0)
-    return scaled_up(Gemma2ForCausalLM(config))
-
-
-def granite() -> Any:
-    torch.manual_seed(0)
-    return scaled_up(GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=4.0)))
-
-
-def cohere() -> Any:
-    torch.manual_seed(0)
-    return scaled_up(CohereForCausalLM(CohereConfig(**SIZES, num_key_value_heads=2, logit_scale=0.25)))
-
-
-def bert() -> Any:
-    torch.manual_seed(0)
-    model = scaled_up(BertForMaskedLM(BertConfig(**SIZES)))
-    with torch.no_grad():
-        model.get_output_embeddings().bias.normal_()
-    return model
-
-
-MODELS = {
-    "llama tied": lambda: tiny_model(vocabulary=V),
-    "llama untied": lambda: tiny_model(vocabulary=V, tied=False),
-    "llama padded": lambda: tiny_model(vocabulary=V + 20),
-    "gemma2 (soft cap)": gemma2,
-    "granite (divided)": granite,
-    "cohere (multiplied)": cohere,
-    "bert (transform, bias)": bert,
-}
-
-
-def observe(
-    model: Any, *, rows: int = 24, length: int = 48, seed: int = 0
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What enters the output layer, and the model's own logits over V tokens, row by row."""
-    ids = torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(seed))
-    with torch.inference_mode(), recorded_input(model) as inputs:
-        logits = model(input_ids=ids).logits[..., :V].float()
-    return list(inputs[0].float()), list(logits)
 
 
 def stored_arrays(kind: HeadSketch, logits: torch.Tensor, hidden: torch.Tensor) -> dict[str, np.ndarray]:

@@ -126,6 +126,14 @@ def test_one_teacher_a_gpu(cluster: object, tmp_path: Path) -> None:
         placed(PrecomputeConfig(threads_per_actor=9), cluster_nodes(), units=9)
 
 
+def test_an_actor_with_every_cpu_leaves_enough_to_tokenise(cluster: object, tmp_path: Path) -> None:
+    from teachercache.precompute.job import run_precompute
+
+    precompute = {"gpus_per_actor": 0, "threads_per_actor": 4}
+    recipe = tiny_recipe(tmp_path, teacher=tiny_teacher(tmp_path / "teacher"), precompute=precompute)
+    assert run_precompute(recipe, console=Console(quiet=True))["positions"] > 0
+
+
 def test_a_gpu_that_torch_cannot_use_is_said_in_a_line(cluster: object, tmp_path: Path) -> None:
     from teachercache.precompute.job import run_precompute
 

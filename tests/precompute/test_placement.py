@@ -9,7 +9,7 @@ import pytest
 from teachercache.config import PrecomputeConfig
 from teachercache.config.recipe import parse_recipe
 from teachercache.errors import RecipeError, UserError
-from teachercache.precompute.placement import Node, placed
+from teachercache.precompute.placement import TASK_CPUS, Node, placed
 
 LAPTOP, TWO_GPUS, WORKER = Node(2, 0), Node(16, 2), Node(64, 8)
 
@@ -44,9 +44,33 @@ def test_there_are_no_more_actors_than_units() -> None:
     assert chosen(WORKER, units=3) == "teacher: 3 actors with a GPU each"
 
 
-def test_a_cluster_whose_cpus_all_belong_to_actors_leaves_one_for_tokenising() -> None:
-    assert placed(PrecomputeConfig(), [Node(8, 8)], units=100).actors == 7
-    assert placed(PrecomputeConfig(actors=4), [Node(4, 0)], units=100).actors == 3
+@pytest.mark.parametrize(
+    ("nodes", "settings", "actors"),
+    [
+        ([Node(8, 8)], {}, 8),
+        ([Node(1, 1)], {}, 1),
+        ([Node(1, 0)], {}, 1),
+        ([Node(4, 0)], {"actors": 4}, 4),
+        ([Node(4, 0)], {"threads_per_actor": 4}, 1),
+        ([Node(8, 2), Node(4, 1)], {"threads_per_actor": 4}, 3),
+        ([Node(3, 8), Node(1, 8)], {}, 4),
+        ([Node(4.1, 4), Node(4.2, 4)], {}, 8),
+    ],
+)
+def test_where_every_cpu_belongs_to_an_actor_all_of_them_run_and_leave_enough_to_tokenise(
+    nodes: list[Node], settings: dict[str, Any], actors: int
+) -> None:
+    found = placed(PrecomputeConfig(**settings), nodes, units=100)
+    assert found.actors == actors
+    threads = settings.get("threads_per_actor", 1)
+    left = [node.cpus - round(found.cpus, 4) * (node.cpus // threads) for node in nodes]
+    assert max(left) >= TASK_CPUS
+    assert all(spare < found.cpus for spare in left)  # no room for one more actor than cores
+
+
+def test_an_actor_has_its_cpus_whole_where_some_are_left() -> None:
+    assert placed(PrecomputeConfig(), [Node(8, 8), Node(9, 8)], units=100).cpus == 1
+    assert placed(PrecomputeConfig(threads_per_actor=3), [Node(8, 8)], units=100).cpus == 3
 
 
 @pytest.mark.parametrize(
@@ -56,7 +80,7 @@ def test_a_cluster_whose_cpus_all_belong_to_actors_leaves_one_for_tokenising() -
         ([LAPTOP], {"gpus_per_actor": 0.5}, "an actor is to have 0.5 of a GPU, and the cluster has no GPU"),
         ([Node(8, 0.5), Node(8, 0.5)], {"gpus_per_actor": 1}, "no node of the cluster has more than 0.5"),
         ([LAPTOP, LAPTOP], {"threads_per_actor": 4}, "no node of the cluster has room for an actor with 4 CPUs"),
-        ([Node(1, 1)], {}, "no node of the cluster has room for an actor with 1 CPUs and a GPU"),
+        ([Node(0.5, 1)], {}, "no node of the cluster has room for an actor with 1 CPUs and a GPU: the largest has 0.5"),
         ([], {}, "no node of the cluster has room"),
     ],
 )  # fmt: skip

@@ -241,9 +241,12 @@ def _joined(address: str) -> Iterator[None]:
 
 
 def _local_cpus(settings: PrecomputeConfig) -> int:
-    """CPUs of a local cluster: this machine's, or as many as the actors and the tasks beside them are to have."""
-    actors = 1 if settings.actors == "auto" else settings.actors
-    return max(os.cpu_count() or 1, actors * actor_cpus(settings) + 1)
+    """CPUs of a local cluster: this machine's, or as many as the actors and the tasks beside them are to have. With `auto` the
+    actors may take all of the machine's."""
+    cpus = os.cpu_count() or 1
+    if settings.actors == "auto":
+        return max(cpus, actor_cpus(settings)) + 1
+    return max(cpus, settings.actors * actor_cpus(settings) + 1)
 
 
 def _quiet_ray_data() -> None:

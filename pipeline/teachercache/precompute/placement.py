@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from teachercache.config import PrecomputeConfig
 from teachercache.errors import RecipeError
 
-# Tasks beside the actors: a small share, so that a machine whose cores all belong to actors still has room for them.
+# Tasks beside the actors: a small share. Where every core belongs to an actor, the actors of a node give it up together:
+# Ray reserves a little less for each, and their threads stay as many.
 TASK_CPUS = 0.25
 
 
@@ -30,7 +31,7 @@ class Placement:
 
     actors: int
     gpus: float
-    cpus: int
+    cpus: float
     threads: int | None
     unmet: str = ""
 
@@ -45,7 +46,7 @@ class Placement:
 
 
 def actor_cpus(settings: PrecomputeConfig) -> int:
-    """CPUs that Ray reserves for an actor: its threads, where they are set."""
+    """CPUs of an actor: its threads, where they are set."""
     return settings.threads_per_actor or 1
 
 
@@ -60,13 +61,20 @@ def placed(settings: PrecomputeConfig, nodes: Sequence[Node], *, units: int) -> 
     if gpus > most_gpus:
         raise RecipeError(_no_gpu(gpus, most_gpus))
     room = sum(_fitting(node, gpus, cpus) for node in nodes)
-    if sum(node.cpus for node in nodes) < room * cpus + TASK_CPUS:
-        room -= 1  # its CPUs are for tokenising
     if room < 1:
         raise RecipeError(_no_room(nodes, gpus, cpus))
     wanted = (room if gpus else 1) if settings.actors == "auto" else settings.actors
     unmet = _unmet(settings, nodes, wanted=wanted, room=room, gpus=gpus)
-    return Placement(min(wanted, room, units), gpus, cpus, settings.threads_per_actor, unmet)
+    return Placement(min(wanted, room, units), gpus, _reserved(nodes, gpus, cpus), settings.threads_per_actor, unmet)
+
+
+def _reserved(nodes: Sequence[Node], gpus: float, cpus: int) -> float:
+    """CPUs that Ray reserves for an actor: all of its own, if some node with every actor that it has room for has something
+    left for tokenising."""
+    fitting = [_fitting(node, gpus, cpus) for node in nodes]
+    if any(node.cpus - count * cpus >= TASK_CPUS for node, count in zip(nodes, fitting, strict=True)):
+        return cpus
+    return math.floor(1000 * (cpus - TASK_CPUS / max(fitting))) / 1000  # down: Ray rounds to four digits
 
 
 def _fitting(node: Node, gpus: float, cpus: int) -> int:
@@ -86,8 +94,8 @@ def _no_room(nodes: Sequence[Node], gpus: float, cpus: int) -> str:
     most = max((node.cpus for node in nodes), default=0.0)
     beside = " and a GPU" if gpus else ""
     return (
-        f"precompute.threads_per_actor: no node of the cluster has room for an actor with {cpus} CPUs{beside} beside the tasks "
-        f"that tokenise ({TASK_CPUS:g} of a CPU): the largest has {most:g} CPUs; lower it, or give Ray more CPUs"
+        f"precompute.threads_per_actor: no node of the cluster has room for an actor with {cpus} CPUs{beside}: "
+        f"the largest has {most:g} CPUs; lower it, or give Ray more CPUs"
     )
 
 

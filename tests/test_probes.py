@@ -15,6 +15,8 @@ from teachercache.evaluation.quality import held_out_rows, quality
 from teachercache.probes import check_causal, isolates_packed_segments, sees_later_tokens
 from teachercache.shards import Cache
 from teachercache.student.init_student import init_student
+from teachercache.targets import StoredTargets, TopK
+from teachercache.teacher import Teacher
 
 from builders import build_cache, tiny_cache, tiny_model, tiny_recipe, tiny_tokenizer
 
@@ -69,6 +71,19 @@ def test_a_probe_leaves_the_model_as_it_was() -> None:
     assert not sees_later_tokens(model, vocabulary_size=300) and isolates_packed_segments(model, vocabulary_size=300)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(weights.grad is None for weights in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [(128, "takes at most 128 tokens, rows have up to"), (10**6, "cannot run a row of")]
+)
+def test_a_teacher_with_fewer_positions_than_rows_have_tokens_is_refused(said: int, told: str) -> None:
+    """Learned ones; by its config, or where that does not say how many there are by running it."""
+    model = model_of("gpt2")
+    model.config.n_positions = said
+    targets = StoredTargets(TopK(8, (1.0,), "float32", 300))
+    with pytest.raises(ModelError, match=rf"GPT2LMHeadModel\)? {told} 2100.*; lower sequence.length") as refusal:
+        Teacher(model, targets=targets, layout="documents", pad_id=0, longest=2100)
+    assert "\n" not in str(refusal.value)
 
 
 def _bert(folder: Path) -> Path:

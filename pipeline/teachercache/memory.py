@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from dataclasses import dataclass
 
-# What libraries below torch say when they cannot allocate; under pressure they cannot even make their handles.
+# What libraries below torch say when they cannot allocate.
 ALLOCATION_FAILED = (
     "out of memory",  # CUDA's own, HIP's, and what a failed kernel launch reports
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "can't allocate memory",  # the CPU's
 )
+# Under pressure they cannot even make their handles, and do not say why; a library that does not fit its driver says the same.
+NO_HANDLE = ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED", "CUSOLVER_STATUS_NOT_INITIALIZED")
+HANDLE_BYTES = 2**29  # a handle with its workspace and its kernels takes less
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+@dataclass(frozen=True)
+class NoMemory:
+    """In the place of a result that did not fit; `said` is the error's own text."""
+
+    said: str
+
+
+def device_bytes_free() -> int | None:
+    """What the driver of the GPU in use has left for anyone; None without one, or where it does not answer any more."""
+    import torch
+
+    try:
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    except RuntimeError:
+        return None
+
+
+def is_out_of_memory(error: BaseException, *, bytes_free: Callable[[], int | None] = device_bytes_free) -> bool:
     """Whether an error of a forward or backward pass means that memory ran out: torch's own type, or the message of a library
-    that it calls."""
+    that it calls. A library that could not start counts where no more than `HANDLE_BYTES` of the device are free."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in ALLOCATION_FAILED)
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(said in str(error) for said in ALLOCATION_FAILED):
+        return True
+    free = bytes_free() if any(said in str(error) for said in NO_HANDLE) else None
+    return free is not None and free <= HANDLE_BYTES
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; of one without words its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def free_memory() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import ModelError
-from teachercache.memory import free_memory, is_out_of_memory
+from teachercache.memory import first_line, free_memory, is_out_of_memory
 from teachercache.models import input_layout, model_inputs, row_places
 from teachercache.rotary import original_context
 from teachercache.tokens.rows import Segment, TokenRow
@@ -55,6 +55,17 @@ def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
     return _differ(whole_SV[half], changed_SV[half], reshaped=False) or _differ(whole_SV[half], alone_SV, reshaped=True)
 
 
+def check_length(model: Any, *, name: str, longest: int) -> None:
+    """Raise `ModelError` for a model with fewer positions than the longest row has tokens. One whose factors grow with a
+    document, or whose config does not say how many it has, passes."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions and original_context(model) is None:
+        raise ModelError(
+            f"{name} ({type(model).__name__}) takes at most {positions} tokens, rows have up to {longest}; "
+            "lower sequence.length"
+        )
+
+
 def check_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> None:
     """Raise `ModelError` for a model that computes a short row otherwise beside a long one, as by rotary embeddings of its own
     that scale with the batch. `longest` is the number of tokens in the longest row.
@@ -72,7 +83,8 @@ def check_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> None:
 
 
 def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bool:
-    """Whether what a short row gives is the same with a row of `longest` tokens beside it."""
+    """Whether what a short row gives is the same with a row of `longest` tokens beside it. Raises `ModelError` for a model that
+    has no positions for so many."""
     short, long = (_row(_tokens(count, vocabulary_size)) for count in (HALF_LENGTH, longest))
 
     def hidden(rows: Sequence[TokenRow]) -> Tensor:
@@ -86,6 +98,10 @@ def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bo
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+        except IndexError as error:  # learned positions, of which the config does not say how many there are
+            raise ModelError(
+                f"{type(model).__name__} cannot run a row of {longest} tokens ({first_line(error)}); lower sequence.length"
+            ) from error
     free_memory()
     return True  # two such rows never meet here either
 

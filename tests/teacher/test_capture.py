@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from teacher.rows import make_row
 from teachercache.errors import ModelError
+from teachercache.memory import HANDLE_BYTES, is_out_of_memory
 from teachercache.models import load_causal_lm
 from teachercache.probes import isolates_packed_segments
 from teachercache.targets import HeadSketch, StoredTargets, TopK
@@ -193,7 +194,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved():
 def test_a_row_that_never_fits_gets_a_problem_and_the_others_their_targets():
     rows = [make_row(80, seed=1), make_row(10, seed=2)]
     long, short = make_teacher(little_memory_model()).capture(rows, positions_per_batch=4096)
-    assert long.columns is None and long.problem == "out of memory with this row of 80 tokens alone"
+    assert long.columns is None and long.problem == "out of memory with this row of 80 tokens alone (out of memory)"
     assert short.columns is not None
 
 
@@ -223,7 +224,7 @@ def busy_teacher(*, failures: int, error: Exception) -> Teacher:
 ALLOCATIONS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried"),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     MemoryError(),
@@ -244,15 +245,29 @@ def test_a_passing_want_of_memory_loses_no_row(error):
 
 def test_a_lone_row_is_tried_three_times():
     row = make_row(16, seed=1)
-    for failures, problem in ((2, None), (3, "out of memory with this row of 16 tokens alone")):
+    told = "out of memory with this row of 16 tokens alone (CUDA out of memory. Tried to allocate 2 GiB)"
+    for failures, problem in ((2, None), (3, told)):
         [captured] = busy_teacher(failures=failures, error=ALLOCATIONS[0]).capture([row], positions_per_batch=160)
         assert captured.problem == problem
 
 
-def test_another_error_is_no_want_of_memory():
-    teacher = busy_teacher(failures=1, error=RuntimeError("CUDA error: device-side assert triggered"))
-    with pytest.raises(RuntimeError, match="device-side assert"):
+@pytest.mark.parametrize(
+    "said", ["CUDA error: device-side assert triggered", "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"]
+)
+def test_another_error_is_no_want_of_memory(said):
+    """A library that cannot start on a device with room, or on none, is broken: no smaller batch would help."""
+    teacher = busy_teacher(failures=1, error=RuntimeError(said))
+    with pytest.raises(RuntimeError, match=said.split(": ")[1]):
         teacher.capture([make_row(16, seed=1)], positions_per_batch=160)
+
+
+@pytest.mark.parametrize("library", ["CUBLAS", "CUDNN", "CUSOLVER"])
+def test_a_library_that_cannot_start_wants_memory_where_little_is_free(library):
+    error = RuntimeError(f"CUDA error: {library}_STATUS_NOT_INITIALIZED when calling `{library.lower()}Create(handle)`")
+    assert is_out_of_memory(error, bytes_free=lambda: HANDLE_BYTES)
+    assert not is_out_of_memory(error, bytes_free=lambda: HANDLE_BYTES + 1)
+    assert not is_out_of_memory(error, bytes_free=lambda: None)
+    assert is_out_of_memory(RuntimeError(f"{library}_STATUS_ALLOC_FAILED"), bytes_free=lambda: 2**40)
 
 
 def test_calibration_halves_its_batches_too_and_goes_without_a_row_that_never_fits():

@@ -18,7 +18,7 @@ from teachercache.config.phases import steps_of
 from teachercache.config.section import folder_name
 from teachercache.console import PlainTextConsole
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
-from teachercache.memory import is_out_of_memory
+from teachercache.memory import first_line, is_out_of_memory
 from teachercache.shards import Cache
 from teachercache.stream.batches import BatchPlan, Plan
 from teachercache.stream.beginnings import warnings_of
@@ -197,7 +197,7 @@ class _Job:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise JobFailed(
-                    f"out of memory ({str(error).splitlines()[0]}); lower train.micro_batch, "
+                    f"out of memory ({first_line(error)}); lower train.micro_batch, "
                     "set train.gradient_checkpointing, or raise train.zero_stage"
                 ) from error
             if self.process.world_size == 1 or not lost_another_process(error):

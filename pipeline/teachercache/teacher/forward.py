@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from teachercache.activations import Activations, check_recorded, recorded
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
-from teachercache.memory import free_memory, is_out_of_memory
+from teachercache.memory import NoMemory, first_line, free_memory, is_out_of_memory
 from teachercache.models import Layout, input_layout, load_causal_lm, model_inputs, target_places
-from teachercache.probes import check_causal, check_rows_alone, isolates_packed_segments
+from teachercache.probes import check_causal, check_length, check_rows_alone, isolates_packed_segments
 from teachercache.rotary import rotate_by_own_length
 from teachercache.targets import CalibratedKind, StoredTargets, TargetKind, calibrates
 from teachercache.targets.draws import position_seeds
@@ -69,6 +69,7 @@ class Teacher:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         _check_vocabulary(self.model, kind.vocabulary_size)
+        check_length(self.model, name="the teacher", longest=longest)
         rotate_by_own_length(self.model)
         check_causal(self.model, name="the teacher", vocabulary_size=kind.vocabulary_size)
         check_rows_alone(self.model, vocabulary_size=kind.vocabulary_size, longest=longest)
@@ -120,14 +121,17 @@ class Teacher:
     def capture(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[Captured]:
         """Targets of all rows, in their order. Rows whose logits are not numbers come back with a problem."""
         captured = self._of_each(self._forward, rows, positions_per_batch=positions_per_batch)
-        return [result or _too_long(row) for row, result in zip(rows, captured, strict=True)]
+        return [
+            _too_long(row, result.said) if isinstance(result, NoMemory) else result
+            for row, result in zip(rows, captured, strict=True)
+        ]
 
     def label_nats(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[NDArray[np.float64] | None]:
         """-log p of each row's labels at T = 1, [positions], in the order of rows; None for a row that is too long."""
         found: list[NDArray[np.float64] | None] = [None] * len(rows)
         for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
             for index, nats_N in zip(batch, self._halving(self._nats, [rows[i] for i in batch]), strict=True):
-                found[index] = nats_N
+                found[index] = None if isinstance(nats_N, NoMemory) else nats_N
         return found
 
     @torch.inference_mode()
@@ -165,7 +169,11 @@ class Teacher:
 
     def _calibrated(self, layer: OutputLayer, hidden: Sequence[Any]) -> CalibratedKind:
         # Capture quarantines the others.
-        usable = [values_ND for values_ND in hidden if values_ND is not None and bool(values_ND.isfinite().all())]
+        usable = [
+            values_ND
+            for values_ND in hidden
+            if not isinstance(values_ND, NoMemory) and bool(values_ND.isfinite().all())
+        ]
         if not usable:
             raise ModelError(
                 "no row is left to calibrate the sketch on: every document is held out, quarantined or gives no numbers; "
@@ -181,8 +189,9 @@ class Teacher:
         except RuntimeError as error:
             if self.device.type == "cpu" or not is_out_of_memory(error):
                 raise
+            said = first_line(error)
         free_memory()
-        logger.warning("no room to fit the sketch beside the model: fitted on the CPU, which takes minutes")
+        logger.warning("no room to fit the sketch beside the model (%s): fitted on the CPU, which takes minutes", said)
         return calibrate(self.kind, layer.on("cpu"), [hidden_ND.cpu() for hidden_ND in rows_hidden_ND])
 
     @torch.inference_mode()
@@ -206,34 +215,37 @@ class Teacher:
 
     def _of_each(
         self, run: Callable[[list[TokenRow]], Sequence[T]], rows: Sequence[TokenRow], *, positions_per_batch: int
-    ) -> list[T | None]:
-        """What `run` makes of each row; None for one that does not fit into memory alone.
+    ) -> list[T | NoMemory]:
+        """What `run` makes of each row; `NoMemory` for one that does not fit into memory alone.
 
         Memory may have been short for a moment, by another process on the same device: such a row is tried again after all
         others, and once more at the very end.
         """
-        made: list[T | None] = [None] * len(rows)
+        made: list[T | NoMemory] = [NoMemory("")] * len(rows)
         batches = length_sorted_batches(rows, positions_per_batch=positions_per_batch)
         for _ in range(1 + MORE_ATTEMPTS):
             for batch in batches:
                 for index, result in zip(batch, self._halving(run, [rows[i] for i in batch]), strict=True):
                     made[index] = result
-            batches = [[index] for index, result in enumerate(made) if result is None]
+            batches = [[index] for index, result in enumerate(made) if isinstance(result, NoMemory)]
         return made
 
-    def _halving(self, run: Callable[[list[TokenRow]], Sequence[T]], rows: list[TokenRow]) -> list[T | None]:
-        """What `run` makes of each row. A batch that runs out of memory is halved; None for a row too long alone."""
+    def _halving(self, run: Callable[[list[TokenRow]], Sequence[T]], rows: list[TokenRow]) -> list[T | NoMemory]:
+        """What `run` makes of each row. A batch that runs out of memory is halved; `NoMemory` for a row too long alone."""
         try:
             return list(run(rows))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            said = first_line(error)
         # Outside the handler: the exception's frames hold the tensors that did not fit.
         free_memory()
         if len(rows) == 1:
-            return [None]
+            return [NoMemory(said)]
         self.batches_halved += 1
-        logger.warning("a batch of %d rows ran out of memory: halved; lower precompute.positions_per_batch", len(rows))
+        logger.warning(
+            "a batch of %d rows ran out of memory (%s): halved; lower precompute.positions_per_batch", len(rows), said
+        )
         middle = len(rows) // 2
         return self._halving(run, rows[:middle]) + self._halving(run, rows[middle:])
 
@@ -335,5 +347,5 @@ def _check_vocabulary(model: Any, vocabulary_size: int) -> None:
         )
 
 
-def _too_long(row: TokenRow) -> Captured:
-    return Captured(row, None, f"out of memory with this row of {row.length} tokens alone")
+def _too_long(row: TokenRow, said: str) -> Captured:
+    return Captured(row, None, f"out of memory with this row of {row.length} tokens alone ({said})")

@@ -127,10 +127,10 @@ def other_student(folder: Path, *, tokenizer: Any = None, layers: int = 1, dropo
 
 def aligned(cache: Path, student: Path) -> Path:
     """Align a cache with a student's tokenizer by the real stages, without Ray; returns the alignment's folder."""
-    from teachercache.precompute.align import commit
+    from teachercache.cache import Cache
+    from teachercache.precompute.align.job import commit
     from teachercache.precompute.align.plan import make_plan
     from teachercache.precompute.align.units import align_shard
-    from teachercache.shards import Cache
 
     opened = Cache.open(cache)
     plan = make_plan(opened, str(student))
@@ -194,9 +194,9 @@ def build_cache(recipe: Recipe, *, units: int | None = None) -> Path:
     first `units`."""
     import torch
 
-    from teachercache.precompute.commit import commit
-    from teachercache.precompute.plan import make_plan
-    from teachercache.precompute.units import actor_threads, calibrate, compute_unit, tokenise_unit
+    from teachercache.precompute.capture.commit import commit
+    from teachercache.precompute.capture.plan import make_plan
+    from teachercache.precompute.capture.units import actor_threads, calibrate, compute_unit, tokenise_unit
     from teachercache.teacher import Teacher
 
     torch.set_num_threads(actor_threads(recipe.precompute))  # part of what decides the last bit

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from teachercache.cache import Cache
+from teachercache.cache.inspection import describe_row
+from teachercache.cache.verify import verify
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
-from teachercache.shards import Cache
-from teachercache.shards.inspection import describe_row
-from teachercache.shards.verify import verify
 from teachercache.stream.collate import Collator
 from teachercache.targets import TargetKind
 

@@ -56,7 +56,7 @@ def composite_model(name: str, *, vocabulary: int = 300) -> Any:
     import torch
     import transformers as t
 
-    from teachercache.models import auto_class
+    from teachercache.models.loading import auto_class
 
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}

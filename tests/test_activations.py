@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from models import BLOCKS, HEADS, model_of
-from teachercache.activations import check_attention, recorded
 from teachercache.errors import ModelError
-from teachercache.targets.attention import log_attention, sees
+from teachercache.models.activations import check_attention, recorded
+from teachercache.targets.layers.attention import log_attention, sees
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_oss"]
 EAGER = ("gemma2", "gpt_oss")  # transformers' fast kernel has no soft cap, and no sinks

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from teachercache.config import load_recipe
-from teachercache.student.train import run_training
+from teachercache.training.job.train import run_training
 
 from builders import aligned, build_cache, other_student, sentences, tiny_teacher, write_corpus
 

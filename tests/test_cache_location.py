@@ -11,7 +11,7 @@ from rich.console import Console
 
 from teachercache.config import LOCAL_COPIES, Recipe, parse_recipe
 from teachercache.errors import RecipeError
-from teachercache.precompute.job import run_precompute
+from teachercache.precompute.capture.job import run_precompute
 
 
 def recipe(**sections: Any) -> Recipe:

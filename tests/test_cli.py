@@ -197,7 +197,7 @@ def test_a_model_with_code_of_its_own_says_what_to_do(tmp_path):
 
 
 def test_a_half_written_cache_is_not_trained_on(tmp_path):
-    from teachercache.precompute.plan import make_plan
+    from teachercache.precompute.capture.plan import make_plan
 
     make_plan(tiny_recipe(tmp_path))
     path = write_recipe(tmp_path, student={"model": str(tmp_path / "teacher")}, train={"output": str(tmp_path / "run")})
@@ -273,10 +273,10 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
     import torch
     from transformers import LlamaModel
 
-    from teachercache.precompute.commit import commit
-    from teachercache.precompute.job import Timing, _print_closing, summary
-    from teachercache.precompute.plan import make_plan
-    from teachercache.precompute.units import compute_unit, tokenise_unit
+    from teachercache.precompute.capture.commit import commit
+    from teachercache.precompute.capture.job import Timing, _print_closing, summary
+    from teachercache.precompute.capture.plan import make_plan
+    from teachercache.precompute.capture.units import compute_unit, tokenise_unit
     from teachercache.teacher import Teacher
 
     class NoRoom(LlamaModel):

@@ -15,14 +15,14 @@ import yaml
 from transformers import TrainingArguments
 
 from models import composite_model
+from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig, Recipe, parse_recipe
 from teachercache.errors import ModelError
-from teachercache.models import load_causal_lm
-from teachercache.sampling import run_sampling
-from teachercache.shards import Cache
-from teachercache.student.init_student import init_student
-from teachercache.student.train import run_training
-from teachercache.student.trainer import DistillationTrainer
+from teachercache.models.loading import load_causal_lm
+from teachercache.sampling.job import run_sampling
+from teachercache.training.initialise.init_student import init_student
+from teachercache.training.job.train import run_training
+from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import tiny_cache, tiny_tokenizer
 

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
-from teachercache.objective.across.projected_kl import VocabularyProjection
-from teachercache.objective.operands import Weights, no_teacher
-from teachercache.objective.projected import projected_sums
-from teachercache.objective.tail_logits import tensor_cores
-from teachercache.objective.teachers.fused_tail import FusedTail, Fusion
-from teachercache.objective.teachers.voice import Voice
+from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
+from teachercache.objective.ensemble.fused_tail import FusedTail, Fusion
+from teachercache.objective.ensemble.teacher_view import Voice
+from teachercache.objective.logits.operands import Weights, no_teacher
+from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.tail_logits import tensor_cores
 from teachercache.targets import HeadSketch, StoredTargets, TopK
-from teachercache.targets.boundary import BoundaryMass
-from teachercache.targets.softened import SketchTail, Softened
+from teachercache.targets.logits.boundary_mass import BoundaryMass
+from teachercache.targets.logits.softened import SketchTail, Softened
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.forward import Teacher
 from teachercache.teacher.output_layer import OutputLayer

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from student.runs import CLOCKED
+from teachercache.cache import Cache
+from teachercache.cache.alignment import Sidecar
 from teachercache.config import ObjectiveConfig
-from teachercache.models import load_causal_lm
-from teachercache.shards import Cache
-from teachercache.shards.sidecar import Sidecar
-from teachercache.student.trainer import DistillationTrainer
+from teachercache.models.loading import load_causal_lm
+from teachercache.training.trainer.trainer import DistillationTrainer
+from training.runs import CLOCKED
 
 from builders import aligned, other_student, tiny_cache, tiny_student, tiny_teacher
 

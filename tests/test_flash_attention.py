@@ -12,18 +12,18 @@ from transformers import TrainingArguments
 
 from flash import flash_kernels, with_flash
 from models import model_of
+from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig, parse_recipe
 from teachercache.errors import ModelError, RecipeError
 from teachercache.evaluation.quality import held_out_rows, quality
 from teachercache.evaluation.recipe import student_specs
-from teachercache.models import model_inputs
-from teachercache.probes import isolates_packed_segments
-from teachercache.shards import Cache
-from teachercache.student.train import run_training
-from teachercache.student.trainer import DistillationTrainer
+from teachercache.models.loading import model_inputs
+from teachercache.models.probes import isolates_packed_segments
 from teachercache.targets import HiddenStates, StoredTargets, TopK
 from teachercache.teacher import Teacher
 from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.training.job.train import run_training
+from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import tiny_cache, tiny_model, tiny_student
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teachercache.gguf_files import CONVERSION, Surroundings, surroundings, with_space_prefix
-from teachercache.models import load_causal_lm, load_tokenizer
+from teachercache.models.gguf_files import CONVERSION, Surroundings, surroundings, with_space_prefix
+from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 from teachercache.tokens.prefix import own_prefix
 

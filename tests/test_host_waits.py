@@ -11,18 +11,18 @@ import torch
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective
-from teachercache.objective.divergences import forward_kl
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights, no_teacher
-from teachercache.objective.projected import projected_sums
+from teachercache.objective.logits.divergences import forward_kl
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights, no_teacher
+from teachercache.objective.logits.projected import projected_sums
 from teachercache.targets import HeadSketch, StoredTargets, TopK
-from teachercache.targets.boundary import BoundaryMass
-from teachercache.targets.draws import position_seeds
-from teachercache.targets.full import Full
-from teachercache.targets.hidden import Hidden
-from teachercache.targets.random_sampling import RandomSampling
-from teachercache.targets.top_p import TopP
-from teachercache.targets.transfer import _unpacked, to_host
+from teachercache.targets.coding.counter_rng import position_seeds
+from teachercache.targets.coding.transfer import _unpacked, to_host
+from teachercache.targets.logits.boundary_mass import BoundaryMass
+from teachercache.targets.logits.final_hidden import Hidden
+from teachercache.targets.logits.full import Full
+from teachercache.targets.logits.random_sampling import RandomSampling
+from teachercache.targets.logits.top_p import TopP
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.output_layer import OutputLayer
 

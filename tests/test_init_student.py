@@ -15,14 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachercache.activations import path_of_blocks
 from teachercache.errors import ModelError, UserError
-from teachercache.models import load_causal_lm, load_tokenizer
-from teachercache.student.init_student import init_student
-from teachercache.student.layer_choice import chosen_layers
-from teachercache.student.transplant import check_tokenizers, transplant_embeddings
+from teachercache.models.activations import path_of_blocks
+from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 from teachercache.tokens.token_bytes import CHARACTER_OF, TokenBytes
+from teachercache.training.initialise.embedding_transfer import check_tokenizers, transplant_embeddings
+from teachercache.training.initialise.init_student import init_student
+from teachercache.training.initialise.layer_choice import chosen_layers
 
 from builders import tiny_tokenizer
 from tokenizer_families import SMALL, byte_level
@@ -193,7 +193,7 @@ def test_overwriting_replaces_an_earlier_student(llama: Path, tmp_path: Path) ->
 
 def test_an_architecture_without_a_list_of_layers_is_refused(llama: Path, tmp_path: Path) -> None:
     """Mamba-like and recurrent models vary; here a config that counts layers otherwise than the model does."""
-    from teachercache.student.init_student import _path_of_layers
+    from teachercache.training.initialise.init_student import _path_of_layers
 
     model: Any = load_causal_lm(str(llama))
     model.config.num_hidden_layers = LAYERS + 1

@@ -10,19 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from teachercache.cache import Cache, verify
 from teachercache.config import ObjectiveConfig, StudentConfig
 from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
 from teachercache.objective import NO_TARGET, DistillationObjective
-from teachercache.shards import Cache, verify
-from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
-from teachercache.stream.mixture import Mixture
-from teachercache.stream.windows import RowOrder
-from teachercache.student.fit import check_shapes, sidecars_of
-from teachercache.student.trainer import DistillationTrainer
+from teachercache.stream.order.batch_plan import BatchPlan
+from teachercache.stream.order.mixture import Mixture
+from teachercache.stream.order.shuffle_windows import RowOrder
 from teachercache.targets import TopK
-from teachercache.targets.temperature import softened
+from teachercache.targets.logits.temperature import softened
+from teachercache.training.supervision.fit import check_shapes, sidecars_of
+from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import part, sentences, tiny_cache, tiny_model, tiny_teacher
 

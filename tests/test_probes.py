@@ -10,13 +10,13 @@ import torch
 import transformers
 
 from models import model_of
+from teachercache.cache import Cache
 from teachercache.errors import ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
-from teachercache.probes import check_causal, isolates_packed_segments, sees_later_tokens
-from teachercache.shards import Cache
-from teachercache.student.init_student import init_student
+from teachercache.models.probes import check_causal, isolates_packed_segments, sees_later_tokens
 from teachercache.targets import StoredTargets, TopK
 from teachercache.teacher import Teacher
+from teachercache.training.initialise.init_student import init_student
 
 from builders import build_cache, tiny_cache, tiny_model, tiny_recipe, tiny_tokenizer
 

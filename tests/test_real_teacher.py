@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from teachercache.cache import Cache, verify
 from teachercache.corpus.python_docs import python_topics
 from teachercache.errors import ModelError
-from teachercache.models import find_model, load_causal_lm, load_tokenizer
-from teachercache.shards import Cache, verify
+from teachercache.models.loading import find_model, load_causal_lm, load_tokenizer
 
 from builders import build_cache, tiny_recipe
 

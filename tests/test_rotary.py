@@ -14,16 +14,16 @@ import transformers
 from transformers import TrainingArguments
 
 from flash import flash_kernels, with_flash
+from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import ModelError
-from teachercache.models import load_causal_lm
-from teachercache.probes import check_rows_alone, computes_rows_alone
-from teachercache.rotary import original_context, rotate_by_own_length
-from teachercache.shards import Cache
-from teachercache.student.trainer import DistillationTrainer
+from teachercache.models.loading import load_causal_lm
+from teachercache.models.probes import check_rows_alone, computes_rows_alone
+from teachercache.models.rotary import original_context, rotate_by_own_length
 from teachercache.targets import HiddenStates, StoredTargets, TopK
 from teachercache.teacher import Teacher
 from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import sentences, tiny_cache, tiny_tokenizer
 

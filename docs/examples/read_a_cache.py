@@ -2,7 +2,7 @@
 
 import sys
 
-from teachercache.shards import Cache
+from teachercache.cache import Cache
 
 
 def main(location: str) -> None:

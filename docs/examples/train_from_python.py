@@ -8,9 +8,9 @@ import sys
 
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
-from teachercache.shards import Cache
-from teachercache.student.trainer import DistillationTrainer
+from teachercache.training.trainer.trainer import DistillationTrainer
 
 
 def main(cache: str, student: str, output: str, steps: str = "100") -> None:

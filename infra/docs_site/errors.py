@@ -20,8 +20,8 @@ ERRORS = {
 }
 STAGES = (
     ("config", "Recipes"), ("corpus", "Corpus"), ("tokens", "Tokens"), ("models", "Models"), ("teacher", "Teacher"),
-    ("targets", "Targets"), ("precompute", "Precompute"), ("shards", "The cache on disk"), ("stream", "Reading a cache"),
-    ("objective", "Objective"), ("student", "Training"), ("evaluation", "Evaluation"), ("sampling", "Sampling"),
+    ("targets", "Targets"), ("precompute", "Precompute"), ("cache", "The cache on disk"), ("stream", "Reading a cache"),
+    ("objective", "Objective"), ("training", "Training"), ("evaluation", "Evaluation"), ("sampling", "Sampling"),
 )  # fmt: skip
 HEAD = """# Errors
 
@@ -61,7 +61,7 @@ def page(sources: Path) -> str:
 def _messages(sources: Path) -> Iterator[Message]:
     for path in sorted(sources.rglob("*.py")):
         stage = path.relative_to(sources).parts[0].removesuffix(".py")
-        stage = {"activations": "models", "files": "shards", "quickstart": "evaluation"}.get(stage, stage)
+        stage = {"files": "cache", "quickstart": "evaluation"}.get(stage, stage)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 error = "RecipeError" if node.func.id == "ValueError" and stage == "config" else node.func.id

@@ -71,7 +71,7 @@ def precompute(
     """Run a teacher over a corpus and store what a student can learn from. Run it again to resume."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.precompute.job import run_precompute
+        from teachercache.precompute.capture.job import run_precompute
 
         extra = [f"corpus.limit={limit}"] if limit else []
         return run_precompute(load_recipe(recipe, [*overrides, *extra]), console=console)
@@ -92,7 +92,7 @@ def align(
     """Make a cache fit for a student with another tokenizer, on CPUs, without the teacher. Run it again to resume."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.precompute.align import run_align
+        from teachercache.precompute.align.job import run_align
 
         return run_align(cache, student=student, revision=revision, address=address, console=console)
 
@@ -116,7 +116,7 @@ def init_student(
     """Make a student from some of a model's own layers."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.student.init_student import init_student as make
+        from teachercache.training.initialise.init_student import init_student as make
 
         result = make(model, layers=layers, output=out, tokenizer=tokenizer, revision=revision, overwrite=overwrite)
         size = f"{len(result['layers'])} layers, {result['parameters']:,} parameters"
@@ -135,7 +135,7 @@ def train(recipe: RecipePath, overrides: Overrides = [], as_json: Json = False) 
     """Train a student from a cache, alone or under `deepspeed` / `torchrun`. Run it again to resume."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.student.train import run_training
+        from teachercache.training.job.train import run_training
 
         return run_training(load_recipe(recipe, overrides), console=console)
 
@@ -159,7 +159,7 @@ def sample(
     """Let a student go on from beginnings of the recipe's corpus: a corpus of its own text, for another `precompute`."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.sampling import run_sampling
+        from teachercache.sampling.job import run_sampling
 
         return run_sampling(
             load_recipe(recipe, overrides), out=out, student=student, rows=rows, prompt_tokens=prompt_tokens,
@@ -230,8 +230,8 @@ def fidelity(
     """Run the teacher again on some rows and compare what it says with what is stored."""
 
     def work(console: Console) -> dict[str, Any]:
+        from teachercache.cache import Cache
         from teachercache.evaluation.fidelity import parse_options, run_fidelity
-        from teachercache.shards import Cache
         from teachercache.stream.beginnings import warnings_of
 
         options = parse_options(temperatures, tail)
@@ -255,8 +255,8 @@ def inspect(
     """Show what is inside a cache, or one row token by token."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.shards import Cache
-        from teachercache.shards.inspection import describe, describe_row
+        from teachercache.cache import Cache
+        from teachercache.cache.inspection import describe, describe_row
 
         opened = Cache.open(cache)
         return describe_row(opened, row, student=student) if row else describe(opened)
@@ -276,8 +276,8 @@ def verify(
     """Check every byte of a cache against its manifest. Exit status 1: it is not whole."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.shards import verify as check
-        from teachercache.shards.source import manifest_of
+        from teachercache.cache import verify as check
+        from teachercache.cache.storage.source import manifest_of
 
         problems = check(cache, quick=quick, deep=deep)
         result = {"ok": not problems, "cache": cache, "errors": [vars(problem) for problem in problems]}

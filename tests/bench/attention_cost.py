@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from turns import compare
 
-from teachercache.activations import Heads
+from teachercache.models.activations import Heads
 from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.term import LayerBatch
-from teachercache.targets.attention import HeadShape, log_attention, sees
-from teachercache.targets.attention_relations import StoredHeads
+from teachercache.targets.layers.attention import HeadShape, log_attention, sees
+from teachercache.targets.layers.attention_relations import StoredHeads
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 SCALING = WIDTH**-0.5

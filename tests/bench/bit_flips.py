@@ -54,7 +54,7 @@ class Parts:
         return cls(folder, whole, teacher, tiny_student(folder / "student", dropout=0.0), other)
 
     def model(self, name: Path) -> Any:
-        from teachercache.models import load_causal_lm
+        from teachercache.models.loading import load_causal_lm
 
         if str(name) not in self.models:
             self.models[str(name)] = load_causal_lm(str(name))
@@ -65,7 +65,7 @@ def _train(parts: Parts, cache: Path, student: Path) -> str:
     from rich.console import Console
 
     from teachercache.config import parse_recipe
-    from teachercache.student.train import run_training
+    from teachercache.training.job.train import run_training
 
     run = parts.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -101,8 +101,8 @@ def training_across(parts: Parts, cache: Path) -> str:
 
 def evaluation(parts: Parts, cache: Path) -> str:
     """What `evaluate` measures of a student on the held-out rows."""
+    from teachercache.cache import Cache
     from teachercache.evaluation.quality import held_out_rows, quality
-    from teachercache.shards import Cache
 
     opened = Cache.open(cache)
     rows = held_out_rows(opened, limit=None)
@@ -117,8 +117,8 @@ def alignment(parts: Parts, cache: Path) -> str:
 
 def fidelity(parts: Parts, cache: Path) -> str:
     """The teacher against what is stored, on all rows."""
+    from teachercache.cache import Cache
     from teachercache.evaluation.fidelity import run_fidelity
-    from teachercache.shards import Cache
 
     measured = run_fidelity(Cache.open(cache), teacher=str(parts.teacher), rows=10**6)
     return json.dumps({key: value for key, value in measured.items() if key != "cache"})
@@ -171,7 +171,7 @@ def flip(parts: Parts, cache: Path, file: str, generator: random.Random) -> str:
 
 def measure(folder: Path, *, flips: int, names: list[str], seed: int = 0) -> dict[str, Any]:
     """Counts by consumer, and where flips were missed."""
-    from teachercache.shards import verify
+    from teachercache.cache import verify
 
     parts, generator, began = Parts.made_in(folder), random.Random(seed), time.perf_counter()
     cache, files = folder / "cache", files_with_digests(parts.whole)

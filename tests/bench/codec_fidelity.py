@@ -28,21 +28,21 @@ import torch
 from provenance import provenance
 from torch import Tensor
 
+from teachercache.cache.files.column_groups import Group
+from teachercache.cache.files.digests import hash_file
+from teachercache.cache.files.entries import ROWS_GROUP
+from teachercache.cache.files.schema import ROW_COLUMNS
+from teachercache.cache.shards.decompressed import Decompressed
+from teachercache.cache.shards.shard import Shard
+from teachercache.cache.shards.shard_set import KEPT_BYTES
+from teachercache.cache.shards.writer import write_shard
 from teachercache.config import CorpusConfig, SequenceConfig, parse_recipe
 from teachercache.corpus.documents import Document, documents
 from teachercache.corpus.readers import read_rows
 from teachercache.corpus.sequences import tokenise
 from teachercache.evaluation.fidelity import TEMPERATURES, Comparison, dense_policy, observe, read
-from teachercache.models import load_causal_lm, load_tokenizer
-from teachercache.precompute.staging import salted_hash
-from teachercache.shards.decompressed import Decompressed
-from teachercache.shards.digests import hash_file
-from teachercache.shards.entries import ROWS_GROUP
-from teachercache.shards.groups import Group
-from teachercache.shards.schema import ROW_COLUMNS
-from teachercache.shards.shard import Shard
-from teachercache.shards.shard_set import KEPT_BYTES
-from teachercache.shards.writer import write_shard
+from teachercache.models.loading import load_causal_lm, load_tokenizer
+from teachercache.precompute.capture.staging import salted_hash
 from teachercache.targets import StoredTargets, TargetKind, target_kind
 from teachercache.teacher import Teacher
 from teachercache.teacher.fidelity import kl_divergence

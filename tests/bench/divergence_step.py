@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from turns import Contestants, compare
 
-from teachercache.objective.divergences import Divergence, JensenShannon, forward_kl, reverse_kl, total_variation
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights, no_teacher
-from teachercache.objective.projected import projected_sums
-from teachercache.targets.softened import SketchTail, Softened
+from teachercache.objective.logits.divergences import Divergence, JensenShannon, forward_kl, reverse_kl, total_variation
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights, no_teacher
+from teachercache.objective.logits.projected import projected_sums
+from teachercache.targets.logits.softened import SketchTail, Softened
 
 V, HIDDEN, RANK, HEAD, ALPHA = 49152, 576, 320, 10, 0.9
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, S, V] and labels [N] -> the mean over positions

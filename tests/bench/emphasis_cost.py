@@ -21,10 +21,10 @@ from torch import Tensor
 from turns import Contestants, compare
 
 from teachercache.config import EmphasisConfig
-from teachercache.objective.emphasis import emphasis_of
-from teachercache.objective.entropy import entropy_of_teacher, entropy_projected
-from teachercache.objective.operands import Weights
-from teachercache.objective.projected import projected_sums
+from teachercache.objective.logits.operands import Weights
+from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.token_weighting.entropy import entropy_of_teacher, entropy_projected
+from teachercache.objective.token_weighting.weights import emphasis_of
 
 # Names of contestants: a score, and the share of positions that count where that is not all of them.
 CONTESTANTS = ("none", "student-entropy", "teacher-entropy", "entropy-gap", "student-entropy 0.5", "entropy-gap 0.2")

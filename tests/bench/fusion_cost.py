@@ -20,12 +20,12 @@ from provenance import add_output_options, provenance, publish
 from torch import Tensor
 from turns import Contestants, compare
 
-from teachercache.objective.across.projected_kl import VocabularyProjection
-from teachercache.objective.operands import Weights
-from teachercache.objective.projected import projected_sums
-from teachercache.objective.teachers.fused_tail import FusedTail, Fusion
-from teachercache.objective.teachers.voice import Voice
-from teachercache.targets.softened import Softened
+from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
+from teachercache.objective.ensemble.fused_tail import FusedTail, Fusion
+from teachercache.objective.ensemble.teacher_view import Voice
+from teachercache.objective.logits.operands import Weights
+from teachercache.objective.logits.projected import projected_sums
+from teachercache.targets.logits.softened import Softened
 
 U = 32000  # tokens of another vocabulary
 

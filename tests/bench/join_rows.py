@@ -25,9 +25,9 @@ from synthetic_cache import ROWS_PER_SHARD, top_k_cache
 
 
 def measure(folder: Path, rows: int) -> dict[str, float]:
-    from teachercache.shards import Cache
-    from teachercache.shards.row_keys import row_keys
-    from teachercache.stream.teachers import looked_up
+    from teachercache.cache import Cache
+    from teachercache.cache.row_keys import row_keys
+    from teachercache.stream.ensemble_rows import looked_up
 
     cache = Cache.open(folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

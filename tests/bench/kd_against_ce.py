@@ -21,7 +21,7 @@ from pathlib import Path
 
 from provenance import provenance
 
-from teachercache.models import find_model
+from teachercache.models.loading import find_model
 from teachercache.quickstart import write_recipe
 
 LEARNING_RATES = (2e-4, 5e-4, 1.2e-3, 3e-3, 6e-3)

@@ -24,14 +24,14 @@ from codec_fidelity import TEACHER, _rows, _until
 from provenance import add_output_options, provenance, publish
 from torch.nn.functional import cosine_similarity
 
-from teachercache.activations import recorded
+from teachercache.cache import StoredRow
 from teachercache.config import HIDDEN_STEPS
 from teachercache.evaluation.layer_fidelity import attention_divergence
-from teachercache.models import load_causal_lm, load_tokenizer, model_inputs
-from teachercache.shards import StoredRow
+from teachercache.models.activations import recorded
+from teachercache.models.loading import load_causal_lm, load_tokenizer, model_inputs
 from teachercache.targets import HiddenStates, StoredTargets, TopK
-from teachercache.targets.attention_maps import AttentionMaps
-from teachercache.targets.attention_relations import QueriesKeys, Relations
+from teachercache.targets.layers.attention_maps import AttentionMaps
+from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
 from teachercache.teacher.layers import LayerSample, make_layer_file, rows_of
 from teachercache.tokens.rows import TokenRow
 

@@ -52,14 +52,14 @@ from provenance import add_output_options, provenance, publish
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from teachercache.activations import Activations, recorded
+from teachercache.cache import Cache
+from teachercache.cache.reader import Split
 from teachercache.config import Recipe
 from teachercache.corpus.python_docs import python_topics
-from teachercache.models import load_causal_lm, model_inputs
+from teachercache.models.activations import Activations, recorded
+from teachercache.models.loading import load_causal_lm, model_inputs
 from teachercache.quickstart import student_arguments, write_recipe
-from teachercache.shards import Cache
-from teachercache.shards.reader import Split
-from teachercache.targets.attention import log_attention, sees
+from teachercache.targets.layers.attention import log_attention, sees
 
 # `keep:8` keeps the teacher's blocks 1, 5, 9, 13, 18, 22, 26 and 30: what enters the next of them, and they themselves.
 HIDDEN = {1: 4, 2: 8, 3: 12, 4: 17, 5: 21, 6: 25, 7: 29, 8: 30}

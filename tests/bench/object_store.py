@@ -31,7 +31,7 @@ AHEAD = 4  # shards
 
 
 def measure(location: str, local: Path, *, rows: int, ahead: bool) -> dict[str, float]:
-    from teachercache.shards import Cache
+    from teachercache.cache import Cache
 
     start = time.perf_counter()
     cache = Cache.open(location, local=local)

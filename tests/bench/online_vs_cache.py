@@ -29,13 +29,13 @@ from student_loss import student_loss
 from student_quality import LEARNING_RATE, POLICIES, TARGETS, WARM_UP, Bench, LiveTail
 from torch import Tensor
 
-from teachercache.models import load_causal_lm
+from teachercache.cache import Cache
+from teachercache.models.loading import load_causal_lm
 from teachercache.objective import NO_TARGET
-from teachercache.objective.operands import Weights, no_teacher
+from teachercache.objective.logits.operands import Weights, no_teacher
 from teachercache.quickstart import write_recipe
-from teachercache.shards import Cache
-from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
+from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
 from teachercache.targets import Softened
 

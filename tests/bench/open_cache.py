@@ -27,8 +27,8 @@ def multiply(cache: Path, folder: Path, shards: int) -> None:
     """A cache in `folder` whose manifest has so many entries; files are links to those of `cache`."""
     from dataclasses import replace
 
-    from teachercache.shards.entries import ShardTable
-    from teachercache.shards.manifest import commit_manifest, read_manifest
+    from teachercache.cache.files.entries import ShardTable
+    from teachercache.cache.manifest.manifest import commit_manifest, read_manifest
 
     manifest = read_manifest(cache)
     shutil.copytree(cache / "teacher", folder / "teacher")
@@ -46,9 +46,9 @@ def multiply(cache: Path, folder: Path, shards: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    from teachercache.shards import Cache
-    from teachercache.stream.batches import BatchPlan
+    from teachercache.cache import Cache
     from teachercache.stream.collate import Collator
+    from teachercache.stream.order.batch_plan import BatchPlan
     from teachercache.stream.sources import train_order
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -47,13 +47,13 @@ def student(layers: int) -> Any:
 
 
 def run(precision: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    from teachercache.cache import Cache
     from teachercache.config import ObjectiveConfig, TrainConfig
-    from teachercache.shards import Cache
-    from teachercache.stream.batches import BatchPlan
+    from teachercache.stream.order.batch_plan import BatchPlan
     from teachercache.stream.sources import train_order
-    from teachercache.student.arguments import training_arguments
-    from teachercache.student.launch import training_process
-    from teachercache.student.trainer import DistillationTrainer
+    from teachercache.training.job.arguments import training_arguments
+    from teachercache.training.job.launch import training_process
+    from teachercache.training.trainer.trainer import DistillationTrainer
 
     cache = Cache.open(options.work / f"cache-{options.length}")
     config = TrainConfig(

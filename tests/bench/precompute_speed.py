@@ -22,7 +22,7 @@ from pathlib import Path
 
 from provenance import add_output_options, provenance, publish
 
-from teachercache.precompute.cluster import KEEP_FREED_MEMORY
+from teachercache.precompute.engine.cluster import KEEP_FREED_MEMORY
 
 
 def whole_job(work: Path, overrides: list[str]) -> dict:
@@ -44,9 +44,9 @@ def bare_forward(work: Path, **environment: str) -> dict:
 def run_bare(work: Path) -> dict:
     import torch
 
+    from teachercache.cache import SPLITS, Cache
     from teachercache.config import load_recipe
-    from teachercache.models import load_causal_lm, model_inputs
-    from teachercache.shards import SPLITS, Cache
+    from teachercache.models.loading import load_causal_lm, model_inputs
     from teachercache.teacher import length_sorted_batches
 
     recipe = load_recipe(work / "recipe.yaml")

@@ -39,7 +39,7 @@ import torch
 from provenance import add_output_options, provenance, publish
 from synthetic_cache import HEAD, TEMPERATURES, rows, sketch_cache, top_k_arrays, top_k_cache
 
-from teachercache.targets.half import float32_of
+from teachercache.targets.coding.float16 import float32_of
 
 LENGTH, BATCH, ROWS_PER_FILE = 256, 8, 1024
 SHAPES = {
@@ -109,10 +109,10 @@ def prepare(work: Path, count: int) -> None:
 
 
 def ours(folder: Path) -> Epochs:
-    from teachercache.shards import Cache
-    from teachercache.stream.batches import BatchPlan
+    from teachercache.cache import Cache
     from teachercache.stream.collate import Collator
     from teachercache.stream.dataset import CacheDataset
+    from teachercache.stream.order.batch_plan import BatchPlan
     from teachercache.stream.sources import train_order
 
     cache = Cache.open(folder)

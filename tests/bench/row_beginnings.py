@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from provenance import add_output_options, provenance, publish
 
+from teachercache.cache import SPLITS, Cache
 from teachercache.config import CorpusConfig, Recipe, RowPrefix, SequenceConfig, parse_recipe
 from teachercache.corpus.documents import Document, content_id, documents
 from teachercache.corpus.readers import read_rows
 from teachercache.corpus.sequences import tokenise
-from teachercache.models import load_causal_lm, load_tokenizer
-from teachercache.precompute.input_form import check_input
-from teachercache.precompute.plan import make_plan
-from teachercache.shards import SPLITS, Cache
+from teachercache.models.loading import load_causal_lm, load_tokenizer
+from teachercache.precompute.capture.input_form import check_input
+from teachercache.precompute.capture.plan import make_plan
 from teachercache.teacher import Teacher
 from teachercache.tokens.prefix import row_prefix
 

@@ -32,10 +32,10 @@ def peak(arm: str, *, vocabulary: int, length: int, width: int) -> dict[str, flo
     """Megabytes and seconds of one step."""
     import time
 
-    from teachercache.objective.fused import distillation_sums
-    from teachercache.objective.operands import Weights, no_teacher
-    from teachercache.objective.projected import projected_sums
-    from teachercache.targets.softened import SketchTail, Softened
+    from teachercache.objective.logits.fused import distillation_sums
+    from teachercache.objective.logits.operands import Weights, no_teacher
+    from teachercache.objective.logits.projected import projected_sums
+    from teachercache.targets.logits.softened import SketchTail, Softened
 
     torch.manual_seed(0)
     config = LlamaConfig(

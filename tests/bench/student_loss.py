@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from teachercache.objective import NO_TARGET
-from teachercache.objective.operands import Weights
-from teachercache.objective.projected import projected_sums
-from teachercache.student.output_layer import loss_for_logits
+from teachercache.objective.logits.operands import Weights
+from teachercache.objective.logits.projected import projected_sums
+from teachercache.training.trainer.output_layer import loss_for_logits
 
 
 def student_loss(

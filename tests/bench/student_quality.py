@@ -30,16 +30,16 @@ from provenance import provenance
 from student_loss import student_loss
 from torch import Tensor
 
-from teachercache.models import load_causal_lm
+from teachercache.cache import Cache
+from teachercache.models.loading import load_causal_lm
 from teachercache.objective import NO_TARGET
-from teachercache.objective.operands import Weights
+from teachercache.objective.logits.operands import Weights
 from teachercache.quickstart import write_recipe
-from teachercache.shards import Cache
-from teachercache.stream.batches import BatchPlan, spread
 from teachercache.stream.collate import Collator
+from teachercache.stream.order.batch_plan import BatchPlan, spread
 from teachercache.stream.sources import train_order
-from teachercache.student.held_out import HeldOutMeasure
 from teachercache.targets import Softened, TailPolicy
+from teachercache.training.trainer.held_out import HeldOutMeasure
 
 SEEDS = (0, 1, 2)
 SCHEDULES = {"1": (1.0,), "5-3-1": (5.0, 3.0, 1.0)}  # equal shares of the steps

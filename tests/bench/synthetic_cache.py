@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache import __version__
+from teachercache.cache.files.column_groups import groups_of, layout_of, target_digests
+from teachercache.cache.files.digests import fingerprint_of, hash_file
+from teachercache.cache.files.entries import ShardTable, file_info
+from teachercache.cache.manifest.manifest import Audit, Manifest, cache_fingerprint, commit_manifest
+from teachercache.cache.shards.writer import write_shard
 from teachercache.config import HeadSketchConfig
-from teachercache.shards.digests import fingerprint_of, hash_file
-from teachercache.shards.entries import ShardTable, file_info
-from teachercache.shards.groups import groups_of, layout_of, target_digests
-from teachercache.shards.manifest import Audit, Manifest, cache_fingerprint, commit_manifest
-from teachercache.shards.writer import write_shard
 from teachercache.targets import StoredTargets, TargetKind, target_kind
-from teachercache.targets.basis import SketchBasis
-from teachercache.targets.tail import NODES
+from teachercache.targets.logits.basis import SketchBasis
+from teachercache.targets.logits.tail import NODES
 from teachercache.tokens.rows import Segment, TokenRow, row_id
 
 V, HEAD, TEMPERATURES = 49152, 64, (1.0, 2.0, 4.0, 8.0)

@@ -18,14 +18,14 @@ import torch
 from provenance import provenance
 from turns import compare
 
+from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
-from teachercache.models import load_causal_lm
+from teachercache.models.loading import load_causal_lm
 from teachercache.objective import NO_TARGET, DistillationObjective
-from teachercache.shards import Cache
-from teachercache.stream.batches import BatchPlan
 from teachercache.stream.collate import Collator
+from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
-from teachercache.student.output_layer import loss_for_logits
+from teachercache.training.trainer.output_layer import loss_for_logits
 
 OBJECTIVES = {
     "ce": ObjectiveConfig(alpha=0.0),

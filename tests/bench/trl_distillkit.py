@@ -40,10 +40,10 @@ from numpy.typing import NDArray
 from provenance import add_output_options, provenance, publish
 from transformers import TrainerCallback
 
-from teachercache.models import load_causal_lm
+from teachercache.cache import Cache
+from teachercache.models.loading import load_causal_lm
 from teachercache.quickstart import write_recipe
-from teachercache.shards import Cache
-from teachercache.stream.batches import BatchPlan
+from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
 from teachercache.stream.tokenizers import teacher_tokenizer
 
@@ -133,7 +133,7 @@ def run_ours(setting: Setting, arguments: dict[str, Any], meter: Meter) -> Any:
     from transformers import TrainingArguments
 
     from teachercache.config import ObjectiveConfig
-    from teachercache.student.trainer import DistillationTrainer
+    from teachercache.training.trainer.trainer import DistillationTrainer
 
     batch = setting.rows
     plan = Chosen(train_order(setting.cache, seed=0), batch, batch, 1, chosen=setting.chosen)

@@ -76,14 +76,14 @@ def run(way: str, options: argparse.Namespace, output: Path) -> dict[str, float]
     from transformers import TrainerCallback
 
     import deepspeed
+    from teachercache.cache import Cache
     from teachercache.config import ObjectiveConfig, TrainConfig
-    from teachercache.models import load_causal_lm
-    from teachercache.shards import Cache
-    from teachercache.stream.batches import BatchPlan
+    from teachercache.models.loading import load_causal_lm
+    from teachercache.stream.order.batch_plan import BatchPlan
     from teachercache.stream.sources import train_order
-    from teachercache.student.arguments import training_arguments
-    from teachercache.student.launch import training_process
-    from teachercache.student.trainer import DistillationTrainer
+    from teachercache.training.job.arguments import training_arguments
+    from teachercache.training.job.launch import training_process
+    from teachercache.training.trainer.trainer import DistillationTrainer
 
     figures: dict[str, float] = {}
     cache = Cache.open(options.work / "cache")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from teachercache.config import load_recipe
-from teachercache.student.train import run_training
+from teachercache.training.job.train import run_training
 
 from builders import build_cache, sentences, tiny_teacher
 from pages import README, blocks

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from teachercache.evaluation.cost import LONGEST_TIMED, MemoryMeter, speed, timed_tokens, weight_bytes
-from teachercache.models import load_causal_lm
+from teachercache.models.loading import load_causal_lm
 from teachercache.tokens.rows import TokenRow
 
 from builders import tiny_model

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from teachercache.cache import Cache
 from teachercache.cli import main
 from teachercache.errors import CacheError, ModelError, UserError
 from teachercache.evaluation.fidelity import (
@@ -21,11 +22,10 @@ from teachercache.evaluation.fidelity import (
     run_fidelity,
     weakened_last_block,
 )
-from teachercache.models import load_causal_lm
-from teachercache.shards import Cache
+from teachercache.models.loading import load_causal_lm
 from teachercache.tables import fidelity_table
 from teachercache.targets import Softened
-from teachercache.targets.softened import UniformTail
+from teachercache.targets.logits.softened import UniformTail
 
 from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 

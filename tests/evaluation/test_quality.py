@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from teachercache.cache import Cache
 from teachercache.errors import CacheError, JobFailed, ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
-from teachercache.models import load_causal_lm
-from teachercache.shards import Cache
+from teachercache.models.loading import load_causal_lm
 
 from builders import build_cache, sentences, tiny_cache, tiny_model, tiny_recipe, tiny_teacher
 

@@ -18,7 +18,7 @@ from teachercache.config import Recipe
 from teachercache.errors import CacheError, JobFailed, ModelError, RecipeError
 from teachercache.evaluation import ModelSpec, evaluate, render, run_evaluation
 from teachercache.evaluation.table import _failure, _same_imports
-from teachercache.models import load_causal_lm, load_tokenizer
+from teachercache.models.loading import load_causal_lm, load_tokenizer
 
 from builders import other_student, sentences, tiny_cache, tiny_recipe, tiny_teacher
 

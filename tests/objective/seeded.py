@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teachercache.targets.softened import SketchTail, Softened, UniformTail
+from teachercache.targets.logits.softened import SketchTail, Softened, UniformTail
 
 N, V, L, D, RANK, K = 23, 40, 43, 8, 5, 4
 

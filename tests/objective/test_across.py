@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from teachercache.objective.across.batch import Chunks
-from teachercache.objective.across.chunk_likelihood import ChunkLikelihood, binary_kl
-from teachercache.objective.across.projected_kl import ProjectedKL, VocabularyProjection
-from teachercache.objective.across.softmax import conditioned_kl, label_terms
-from teachercache.objective.across.sorted_probabilities import SortedProbabilities
-from teachercache.objective.across.sums import Batch, across_sums, across_sums_of_logits
-from teachercache.targets.softened import Softened, UniformTail
+from teachercache.objective.cross_tokenizer.batch import Chunks
+from teachercache.objective.cross_tokenizer.chunk_likelihood import ChunkLikelihood, binary_kl
+from teachercache.objective.cross_tokenizer.projected_kl import ProjectedKL, VocabularyProjection
+from teachercache.objective.cross_tokenizer.softmax import conditioned_kl, label_terms
+from teachercache.objective.cross_tokenizer.sorted_probabilities import SortedProbabilities
+from teachercache.objective.cross_tokenizer.sums import Batch, across_sums, across_sums_of_logits
+from teachercache.targets.logits.softened import Softened, UniformTail
 
 TEACHER, STUDENT, WIDTH, POSITIONS = 23, 17, 8, 11
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights, no_teacher
-from teachercache.targets.softened import Softened
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights, no_teacher
+from teachercache.targets.logits.softened import Softened
 
 B, S, V = 2, 5, 23
 POSITIONS = torch.tensor([0, 1, 2, 5, 7, 8])  # gaps inside rows and between them

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from teachercache.config import ObjectiveConfig, PhaseConfig, parse_recipe
 from teachercache.config.schedules import RatioBalance, StudentLossSchedule, UncertaintyBalance
 from teachercache.errors import RecipeError
-from teachercache.objective.course import Course, Extent
-from teachercache.objective.course.rules import rule_of
+from teachercache.objective.schedule.objective_schedule import Course, Extent
+from teachercache.objective.schedule.rules import rule_of
 
 STEPS = 120
 

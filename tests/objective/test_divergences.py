@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teachercache.objective.divergences import (
+from teachercache.objective.logits.divergences import (
     LEAST_LOG_PROB,
     JensenShannon,
     forward_kl,
     reverse_kl,
     total_variation,
 )
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights
-from teachercache.targets.softened import SketchTail, Softened, UniformTail
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights
+from teachercache.targets.logits.softened import SketchTail, Softened, UniformTail
 
 B, S, V, K, RANK = 2, 9, 31, 5, 6
 POSITIONS = torch.tensor([0, 1, 2, 3, 5, 9, 10, 11, 12, 13, 16])  # gaps inside rows and between them

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from objective.seeded import Largest, leaves, random, teacher
 from teachercache.config import EmphasisConfig
-from teachercache.objective.emphasis import emphasis_of, position_weights, segments_of
-from teachercache.objective.entropy import entropy_of_logits, entropy_of_teacher, entropy_projected
-from teachercache.targets.softened import SketchTail, Softened, UniformTail
+from teachercache.objective.token_weighting.entropy import entropy_of_logits, entropy_of_teacher, entropy_projected
+from teachercache.objective.token_weighting.weights import emphasis_of, position_weights, segments_of
+from teachercache.targets.logits.softened import SketchTail, Softened, UniformTail
 
 V = 40
 

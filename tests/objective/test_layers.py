@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
-from teachercache.activations import Heads
 from teachercache.errors import CacheError
+from teachercache.models.activations import Heads
 from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.heads import HeadMixture, head_mixture, mixed
 from teachercache.objective.layers.hidden import HiddenTerm
@@ -18,8 +18,8 @@ from teachercache.objective.layers.pairs import layer_pairs
 from teachercache.objective.layers.relations import RelationTerm
 from teachercache.objective.layers.structure import StructureTerm
 from teachercache.objective.layers.term import LayerBatch
-from teachercache.targets.attention import HeadShape, sees
-from teachercache.targets.attention_relations import StoredHeads
+from teachercache.targets.layers.attention import HeadShape, sees
+from teachercache.targets.layers.attention_relations import StoredHeads
 
 B, S, STUDENT, TEACHER, E = 2, 9, 12, 16, 4
 # The second row holds two segments and ends in padding.
@@ -128,8 +128,8 @@ def test_attention_is_compared_map_by_map(
     first_key: bool, window: int | None, chunk_bytes: int | None, monkeypatch: Any
 ) -> None:
     if chunk_bytes:
-        monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr("teachercache.objective.layers.map_loss.FEWEST", 1)
+        monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.CPU_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.FEWEST", 1)
     made = batch(window=window)
     ours, theirs = made.attention[1], made.teacher_attention[2]
     student = dense_map(ours.queries_BHSE, ours.keys_BKSE, 0.5, window, first_key)
@@ -154,8 +154,8 @@ def test_attention_is_compared_map_by_map(
 def test_learned_mixtures_and_soft_caps_have_the_gradients_of_plain_autograd(
     match: str, softcap: float | None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr("teachercache.objective.layers.map_loss.FEWEST", 2)  # queries at a time
+    monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.FEWEST", 2)  # queries at a time
     made = batch()
     heads = replace(made.attention[1], softcap=softcap)
     made = replace(made, attention={1: heads})

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
-from teachercache.objective.divergences import divergence_of
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights
-from teachercache.targets.softened import Softened, UniformTail
+from teachercache.objective.logits.divergences import divergence_of
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights
+from teachercache.targets.logits.softened import Softened, UniformTail
 
 N, V, K = 4, 19, 3
 

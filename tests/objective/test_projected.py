@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from objective.seeded import D, L, Largest, N, V, leaves, random, teacher
-from teachercache.objective.divergences import Divergence, JensenShannon, forward_kl, reverse_kl
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights, no_teacher
-from teachercache.objective.projected import projected_sums
-from teachercache.targets.softened import SketchTail, Softened
+from teachercache.objective.logits.divergences import Divergence, JensenShannon, forward_kl, reverse_kl
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights, no_teacher
+from teachercache.objective.logits.projected import projected_sums
+from teachercache.targets.logits.softened import SketchTail, Softened
 
 
 def whole(hidden_ND: Tensor, weight_LD: Tensor, bias_L: Tensor | None, softcap: float | None, **options: Any) -> Any:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from teachercache.objective.divergences import forward_kl
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights
-from teachercache.objective.tail_logits import tensor_cores
-from teachercache.targets.softened import SketchTail, Softened
+from teachercache.objective.logits.divergences import forward_kl
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights
+from teachercache.objective.logits.tail_logits import tensor_cores
+from teachercache.targets.logits.softened import SketchTail, Softened
 
 N, V, R, K = 64, 2000, 192, 12
 

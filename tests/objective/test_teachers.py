@@ -16,18 +16,18 @@ from torch import Tensor
 from teachercache.config import ObjectiveConfig, TeachersConfig
 from teachercache.errors import CacheError, RecipeError
 from teachercache.objective import DistillationObjective
-from teachercache.objective.across.projected_kl import VocabularyProjection
-from teachercache.objective.divergences import Divergence, JensenShannon, forward_kl, reverse_kl, total_variation
-from teachercache.objective.emphasis import position_weights
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights
-from teachercache.objective.projected import projected_sums
-from teachercache.objective.teachers import FusedTeacher, Member, TeacherWeights
-from teachercache.objective.teachers.fused_tail import FusedTail
-from teachercache.objective.teachers.voice import Voice
-from teachercache.objective.teachers.weights import by_confidence, shared_out
+from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
+from teachercache.objective.ensemble import FusedTeacher, Member, TeacherWeights
+from teachercache.objective.ensemble.fused_tail import FusedTail
+from teachercache.objective.ensemble.teacher_view import Voice
+from teachercache.objective.ensemble.weights import by_confidence, shared_out
+from teachercache.objective.logits.divergences import Divergence, JensenShannon, forward_kl, reverse_kl, total_variation
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights
+from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.token_weighting.weights import position_weights
 from teachercache.targets import Full, RandomSampling, TopK
-from teachercache.targets.softened import SketchTail, Softened, UniformTail
+from teachercache.targets.logits.softened import SketchTail, Softened, UniformTail
 
 V, U, N, RANK = 40, 33, 37, 5
 PLACE: dict[str, Any] = {"like": torch.empty(0), "dtype": torch.float32}

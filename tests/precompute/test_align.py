@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from teachercache.cache import SPLITS, Cache, verify
+from teachercache.cache.alignment import Sidecar
 from teachercache.errors import CacheDamaged, CacheError, JobFailed, ModelError, RecipeError
-from teachercache.models import load_tokenizer
-from teachercache.precompute.align import commit, run_align
+from teachercache.models.loading import load_tokenizer
+from teachercache.precompute.align.job import commit, run_align
 from teachercache.precompute.align.plan import make_plan
 from teachercache.precompute.align.units import align_shard
-from teachercache.precompute.job import run_precompute
-from teachercache.shards import SPLITS, Cache, verify
-from teachercache.shards.sidecar import Sidecar
+from teachercache.precompute.capture.job import run_precompute
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.tokenizers import teacher_tokenizer
 
@@ -195,7 +195,7 @@ def test_a_foreign_alignment_is_refused(made: tuple[Path, Path], tmp_path: Path)
 
 def _edited(folder: Path, change: Any) -> None:
     """Change alignment.json and give it the right digest, as somebody with bad intentions would."""
-    from teachercache.shards.digests import fingerprint_of
+    from teachercache.cache.files.digests import fingerprint_of
 
     path = next(folder.rglob("alignment.json"))
     data = json.loads(path.read_text())
@@ -390,7 +390,7 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes(tmp_path: Path)
 
 
 def test_a_vocabulary_map_of_another_size_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
-    from teachercache.shards.entries import file_info
+    from teachercache.cache.files.entries import file_info
     from teachercache.tokens.vocabulary_map import VocabularyMap
 
     cache, student = made

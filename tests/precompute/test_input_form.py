@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from teachercache.models import load_causal_lm, load_tokenizer
-from teachercache.precompute.input_form import CERTAIN, MARGIN, compared, input_warning
-from teachercache.precompute.plan import make_plan
-from teachercache.shards import Cache, verify
+from teachercache.cache import Cache, verify
+from teachercache.models.loading import load_causal_lm, load_tokenizer
+from teachercache.precompute.capture.input_form import CERTAIN, MARGIN, compared, input_warning
+from teachercache.precompute.capture.plan import make_plan
 
 from builders import beginning_with, build_cache, sentences, tiny_model, tiny_recipe, tiny_tokenizer
 
@@ -67,7 +67,7 @@ def test_rows_without_the_beginning_that_a_teacher_needs_are_warned_of(tmp_path,
 
 def test_the_figures_are_the_teachers_own(tmp_path, teacher):
     """Against a plain forward pass over windows that are cut by hand; the same labels for each form."""
-    from teachercache.precompute.staging import read_unit, sample_file
+    from teachercache.precompute.capture.staging import read_unit, sample_file
 
     recipe = tiny_recipe(tmp_path, teacher=teacher, texts=TEXTS[:3], sequence={"length": 48}, corpus={"held_out": 0})
     plan = make_plan(recipe)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cache.forgery import sign
 from models import model_of
-from shards.forgery import sign
+from teachercache.cache import Cache, verify
+from teachercache.cache.inspection import describe, describe_row
 from teachercache.config import LayerChoice, parse_recipe
 from teachercache.errors import CacheDamaged, ModelError, RecipeError
 from teachercache.evaluation.fidelity import run_fidelity
-from teachercache.precompute.layers import numbered
-from teachercache.precompute.plan import make_plan
-from teachercache.shards import Cache, verify
-from teachercache.shards.inspection import describe, describe_row
+from teachercache.precompute.capture.layers import numbered
+from teachercache.precompute.capture.plan import make_plan
 
 from builders import build_cache, tiny_cache, tiny_recipe, tiny_teacher
 

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from teachercache.config import PrecomputeConfig
 from teachercache.errors import ModelError, RecipeError
-from teachercache.precompute.cluster import KEEP_FREED_MEMORY, _resources, cluster_nodes, connected
-from teachercache.precompute.local_ray import local_cluster
-from teachercache.precompute.placement import placed
+from teachercache.precompute.engine.cluster import KEEP_FREED_MEMORY, _resources, cluster_nodes, connected
+from teachercache.precompute.engine.local_ray import local_cluster
+from teachercache.precompute.engine.placement import placed
 
 from builders import sentences, tiny_recipe, tiny_teacher
 
@@ -127,7 +127,7 @@ def test_one_teacher_a_gpu(cluster: object, tmp_path: Path) -> None:
 
 
 def test_an_actor_with_every_cpu_leaves_enough_to_tokenise(cluster: object, tmp_path: Path) -> None:
-    from teachercache.precompute.job import run_precompute
+    from teachercache.precompute.capture.job import run_precompute
 
     precompute = {"gpus_per_actor": 0, "threads_per_actor": 4}
     recipe = tiny_recipe(tmp_path, teacher=tiny_teacher(tmp_path / "teacher"), precompute=precompute)
@@ -135,7 +135,7 @@ def test_an_actor_with_every_cpu_leaves_enough_to_tokenise(cluster: object, tmp_
 
 
 def test_a_gpu_that_torch_cannot_use_is_said_in_a_line(cluster: object, tmp_path: Path) -> None:
-    from teachercache.precompute.job import run_precompute
+    from teachercache.precompute.capture.job import run_precompute
 
     teacher = tiny_teacher(tmp_path / "teacher")
     recipe = tiny_recipe(tmp_path, teacher=teacher, precompute={"gpus_per_actor": "auto"})

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from shards.forgery import sign
+from cache.forgery import sign
+from teachercache.cache import Cache, verify
+from teachercache.cache.inspection import describe, describe_row
 from teachercache.config import parse_recipe
 from teachercache.errors import CacheDamaged, RecipeError
 from teachercache.evaluation.fidelity import run_fidelity
-from teachercache.precompute.plan import make_plan
-from teachercache.shards import Cache, verify
-from teachercache.shards.inspection import describe, describe_row
-from teachercache.targets.attention_maps import AttentionMaps
+from teachercache.precompute.capture.plan import make_plan
+from teachercache.targets.layers.attention_maps import AttentionMaps
 
 from builders import build_cache, tiny_cache, tiny_recipe, tiny_teacher
 

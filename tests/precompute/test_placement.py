@@ -9,7 +9,7 @@ import pytest
 from teachercache.config import PrecomputeConfig
 from teachercache.config.recipe import parse_recipe
 from teachercache.errors import RecipeError, UserError
-from teachercache.precompute.placement import TASK_CPUS, Node, placed
+from teachercache.precompute.engine.placement import TASK_CPUS, Node, placed
 
 LAPTOP, TWO_GPUS, WORKER = Node(2, 0), Node(16, 2), Node(64, 8)
 

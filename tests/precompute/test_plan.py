@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from teachercache.cache import Cache, verify
+from teachercache.cache.inspection import describe_row
 from teachercache.config import parse_recipe
 from teachercache.errors import CacheDamaged, CacheError, CorpusError, JobFailed, ModelError, RecipeError
-from teachercache.precompute.commit import commit
-from teachercache.precompute.plan import make_plan
-from teachercache.shards import Cache, verify
-from teachercache.shards.inspection import describe_row
+from teachercache.precompute.capture.commit import commit
+from teachercache.precompute.capture.plan import make_plan
 
 from builders import build_cache, part, sentences, tiny_model, tiny_recipe, tiny_teacher, tiny_tokenizer
 
@@ -148,7 +148,7 @@ def test_a_finished_cache_with_a_missing_shard_is_not_called_complete(tmp_path, 
 def test_a_relative_cache_is_refused_on_a_cluster(tmp_path, teacher, monkeypatch):
     from rich.console import Console
 
-    from teachercache.precompute.job import run_precompute
+    from teachercache.precompute.capture.job import run_precompute
 
     monkeypatch.chdir(tmp_path)
     data = tiny_recipe(tmp_path, teacher=teacher, precompute={"address": "auto"}).model_dump(mode="json")
@@ -272,7 +272,7 @@ def test_two_jobs_do_not_write_to_one_cache(tmp_path, teacher):
     """The second one is turned away while the first runs, and the first is not disturbed."""
     from rich.console import Console
 
-    from teachercache.precompute.job import run_precompute
+    from teachercache.precompute.capture.job import run_precompute
 
     recipe = tiny_recipe(tmp_path, teacher=teacher)
     holder = subprocess.Popen(

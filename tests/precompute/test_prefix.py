@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from shards.forgery import sign
-from teachercache.models import load_causal_lm, load_tokenizer
-from teachercache.precompute.plan import make_plan
-from teachercache.shards import SPLITS, Cache, verify
-from teachercache.shards.digests import fingerprint_of
+from cache.forgery import sign
+from teachercache.cache import SPLITS, Cache, verify
+from teachercache.cache.files.digests import fingerprint_of
+from teachercache.models.loading import load_causal_lm, load_tokenizer
+from teachercache.precompute.capture.plan import make_plan
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.beginnings import warnings_of
 from teachercache.tokens.prefix import own_prefix
@@ -171,8 +171,8 @@ def test_a_cache_that_does_not_say_how_its_rows_begin_is_warned_of_once(tmp_path
 
 def test_labels_stand_for_all_bytes_of_the_text_once(tmp_path: Path, teacher: Path) -> None:
     """So that bits per byte are of the text, and `inspect` shows each row as it is read."""
+    from teachercache.cache.inspection import describe_row
     from teachercache.evaluation.quality import label_bytes
-    from teachercache.shards.inspection import describe_row
 
     folder = tiny_cache(
         tmp_path, teacher=teacher, texts=TEXTS[:-1], corpus={"held_out": 0}, sequence={"length": 24, "context": 5}

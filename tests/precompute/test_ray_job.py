@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from teachercache.shards import Cache, verify
+from teachercache.cache import Cache, verify
 
 from builders import build_cache, sentences, tiny_recipe, tiny_teacher
 
@@ -54,7 +54,8 @@ def test_any_number_of_actors_gives_identical_shards(tmp_path, teacher):
     the calibrated basis included."""
     code = (
         "import sys, json, ray; from rich.console import Console; from teachercache.config import load_recipe;"
-        "from teachercache.precompute.cluster import connected; from teachercache.precompute.job import run_precompute;"
+        "from teachercache.precompute.engine.cluster import connected;"
+        "from teachercache.precompute.capture.job import run_precompute;"
         "recipes = [load_recipe(path) for path in sys.argv[1:]];\n"
         "with connected(recipes[-1].precompute):\n"
         "    print(json.dumps([run_precompute(r, console=Console(stderr=True)) for r in recipes]))"

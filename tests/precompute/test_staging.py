@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from teachercache.config import CorpusConfig, PrecomputeConfig
-from teachercache.precompute.staging import SAMPLED_BYTES, SAMPLED_DOCUMENTS, read_unit, sample_file, stage
+from teachercache.precompute.capture.staging import SAMPLED_BYTES, SAMPLED_DOCUMENTS, read_unit, sample_file, stage
 
 
 def sampled(folder: Path, texts: list[str], *, positions: int = 0) -> list[str]:

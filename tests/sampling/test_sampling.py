@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from teachercache.cache import Cache
 from teachercache.config import Recipe, parse_recipe
 from teachercache.corpus.documents import Document, documents
 from teachercache.corpus.readers import read_rows
 from teachercache.errors import CorpusError, RecipeError
-from teachercache.models import load_tokenizer
-from teachercache.sampling import run_sampling
+from teachercache.models.loading import load_tokenizer
+from teachercache.sampling.job import run_sampling
 from teachercache.sampling.prompts import prompts
-from teachercache.shards import Cache
 
 from builders import beginning_with, build_cache, sentences, tiny_recipe, tiny_teacher, tiny_tokenizer
 

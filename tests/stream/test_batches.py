@@ -7,9 +7,9 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachercache.stream.batches import BatchPlan, PlanSampler, spread
-from teachercache.stream.mixture import Mixture
-from teachercache.stream.windows import RowOrder
+from teachercache.stream.order.batch_plan import BatchPlan, PlanSampler, spread
+from teachercache.stream.order.mixture import Mixture
+from teachercache.stream.order.shuffle_windows import RowOrder
 
 FEW = settings(deadline=None, max_examples=40)
 SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachercache.shards import Cache, StoredRow
+from teachercache.cache import Cache, StoredRow
 from teachercache.stream.collate import IGNORED, Collator, collate
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.packing import first_fit

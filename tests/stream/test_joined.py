@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from teachercache.shards import Cache
-from teachercache.shards.sidecar import Sidecar
+from teachercache.cache import Cache
+from teachercache.cache.alignment import Sidecar
+from teachercache.stream.aligned_rows import JoinedRow, aligned_tokens
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.collate import Collator
-from teachercache.stream.joined import JoinedRow, aligned_tokens
-from teachercache.targets.boundary import BOUNDARY_MASS
+from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
 
 from builders import aligned, other_student, sentences, tiny_cache
 
@@ -30,7 +30,7 @@ def joined(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cach
     student = other_student(folder / "student")
     aligned(path, student)
     cache = Cache.open(path)
-    from teachercache.models import load_tokenizer
+    from teachercache.models.loading import load_tokenizer
 
     sidecar = alignment_for(cache, load_tokenizer(str(student)), student="student")
     assert sidecar is not None

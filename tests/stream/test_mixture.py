@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teachercache.errors import RecipeError
-from teachercache.stream.mixture import Mixture
-from teachercache.stream.windows import RowOrder
+from teachercache.stream.order.mixture import Mixture
+from teachercache.stream.order.shuffle_windows import RowOrder
 
 FEW = settings(deadline=None, max_examples=60)
 SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachercache.stream.order import BLOCK, order_key, permuted
+from teachercache.stream.order.permutation import BLOCK, order_key, permuted
 
 FEW = settings(deadline=None, max_examples=40)
 SIZES = st.one_of(st.integers(1, 40), st.integers(1, 5000))

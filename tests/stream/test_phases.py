@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from teachercache.config import PhaseConfig
 from teachercache.errors import RecipeError
-from teachercache.stream.batches import BatchPlan, PlanSampler
-from teachercache.stream.mixture import Mixture
-from teachercache.stream.phases import PhasedPlan
-from teachercache.stream.windows import RowOrder
+from teachercache.stream.order.batch_plan import BatchPlan, PlanSampler
+from teachercache.stream.order.mixture import Mixture
+from teachercache.stream.order.phases import PhasedPlan
+from teachercache.stream.order.shuffle_windows import RowOrder
 
 NAMES = ["general", "domain"]
 

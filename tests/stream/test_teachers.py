@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teachercache.cache import Cache
+from teachercache.cache.row_keys import row_keys
 from teachercache.errors import CacheDamaged
-from teachercache.shards import Cache
-from teachercache.shards.row_keys import row_keys
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
-from teachercache.stream.teachers import MISSING, FurtherCache, FurtherTargets, TaughtRow, join, looked_up
+from teachercache.stream.ensemble_rows import MISSING, FurtherCache, FurtherTargets, TaughtRow, join, looked_up
 from teachercache.stream.tokenizers import teacher_tokenizer
-from teachercache.targets.kind import ACTUAL
+from teachercache.targets.logits.kind import ACTUAL
 
 from builders import aligned, other_tokenizer, sentences, tiny_cache, tiny_model, tiny_teacher, tiny_tokenizer
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachercache.stream.order import order_key, permuted
-from teachercache.stream.windows import RowOrder
+from teachercache.stream.order.permutation import order_key, permuted
+from teachercache.stream.order.shuffle_windows import RowOrder
 
 GROUP = 96  # blocks
 FEW = settings(deadline=None, max_examples=60)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teachercache.cache import Cache
+from teachercache.cache.row_sources import rows_beyond
 from teachercache.errors import CacheError
-from teachercache.shards import Cache
-from teachercache.shards.row_sources import rows_beyond
-from teachercache.stream.batches import BatchPlan
 from teachercache.stream.dataset import CacheDataset
+from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import Mixed, train_order
 from teachercache.stream.withheld import Trained, trained_rows
 from teachercache.tokens.rows import is_held_out

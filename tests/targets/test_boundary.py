@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teacher.rows import make_row
-from teachercache.models import load_causal_lm, load_tokenizer
-from teachercache.shards import Cache, verify
-from teachercache.shards.inspection import describe
-from teachercache.shards.manifest import MANIFEST
+from teachercache.cache import Cache, verify
+from teachercache.cache.inspection import describe
+from teachercache.cache.manifest.manifest import MANIFEST
+from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.targets import BoundaryMass, StoredTargets, TopK
-from teachercache.targets.boundary import LEAST, STEP
+from teachercache.targets.logits.boundary_mass import LEAST, STEP
 from teachercache.teacher import Teacher
 from teachercache.tokens.pretokens import begins_pretoken
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from teachercache.errors import CacheDamaged
 from teachercache.targets import Column
-from teachercache.targets.columns import MOST_ROW_BYTES, check_row_bytes
-from teachercache.targets.pco import NAME as PCO
+from teachercache.targets.coding.columns import MOST_ROW_BYTES, check_row_bytes
+from teachercache.targets.coding.pco import NAME as PCO
 
 
 def read_back(column: Column, arrays: list[np.ndarray], positions: list[int]) -> list[np.ndarray]:

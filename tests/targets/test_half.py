@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from teachercache.targets.half import float32_of
+from teachercache.targets.coding.float16 import float32_of
 
 
 def test_all_numbers_are_those_that_astype_gives() -> None:

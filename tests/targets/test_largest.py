@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teachercache.targets.largest import largest
+from teachercache.targets.coding.grouped_topk import largest
 
 SIZES = [(vocabulary, k) for vocabulary in (1, 7, 64, 300, 4097, 49_152) for k in (1, 5, 12, 64) if k <= vocabulary]
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError
 from teachercache.objective import DistillationObjective
-from teachercache.shards import Cache
 from teachercache.targets import RandomSampling, target_kind
-from teachercache.targets.draws import position_seeds, uniforms
+from teachercache.targets.coding.counter_rng import position_seeds, uniforms
 
 from builders import sentences, tiny_cache, tiny_teacher
 from kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache

@@ -10,8 +10,8 @@ import torch
 
 from teachercache.errors import CacheError
 from teachercache.targets import TopK
-from teachercache.targets.softened import SketchTail, Softened
-from teachercache.targets.tail import NODES, decode_nodes, fit_node_weights, node_sums, quantise_nodes, tail_at
+from teachercache.targets.logits.softened import SketchTail, Softened
+from teachercache.targets.logits.tail import NODES, decode_nodes, fit_node_weights, node_sums, quantise_nodes, tail_at
 
 V, K = 500, 7
 

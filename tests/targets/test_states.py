@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from teachercache.errors import CacheDamaged
-from teachercache.targets.layer_file import LayerFile
-from teachercache.targets.layer_kind import RowActivations
-from teachercache.targets.states import HiddenStates
+from teachercache.targets.layers.hidden_states import HiddenStates
+from teachercache.targets.layers.kind import RowActivations
+from teachercache.targets.layers.layer_file import LayerFile
 
 S, D = 200, 48
 

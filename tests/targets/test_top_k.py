@@ -6,7 +6,7 @@ import torch
 
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets import TopK, target_kind
-from teachercache.targets.temperature import softened
+from teachercache.targets.logits.temperature import softened
 
 
 def logits(positions: int, vocabulary: int, *, seed: int = 0, scale: float = 4.0) -> torch.Tensor:

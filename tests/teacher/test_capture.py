@@ -11,9 +11,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from teacher.rows import make_row
 from teachercache.errors import ModelError
-from teachercache.memory import HANDLE_BYTES, is_out_of_memory
-from teachercache.models import load_causal_lm
-from teachercache.probes import isolates_packed_segments
+from teachercache.models.loading import load_causal_lm
+from teachercache.models.memory import HANDLE_BYTES, is_out_of_memory
+from teachercache.models.probes import isolates_packed_segments
 from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.teacher import Teacher, length_sorted_batches
 from teachercache.tokens.rows import TokenRow

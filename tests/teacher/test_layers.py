@@ -13,8 +13,8 @@ from teacher.layered import LOGITS, ROWS, V, alone, divergence, prepared
 from teacher.rows import make_row
 from teachercache.errors import ModelError
 from teachercache.targets import HiddenStates, StoredTargets
-from teachercache.targets.attention import log_attention, sees
-from teachercache.targets.attention_relations import QueriesKeys, Relations
+from teachercache.targets.layers.attention import log_attention, sees
+from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
 from teachercache.teacher import Teacher
 from teachercache.tokens.rows import TokenRow
 

@@ -11,14 +11,14 @@ import torch
 from models import BLOCKS, HEADS, KEY_HEADS, WIDTH, model_of
 from teacher.layered import ROWS, V, alone, divergence, prepared
 from teacher.rows import make_row
-from teachercache.activations import recorded
+from teachercache.cache import StoredRow
 from teachercache.errors import CacheDamaged, ModelError
-from teachercache.shards import StoredRow
+from teachercache.models.activations import recorded
 from teachercache.stream.collate import collate
 from teachercache.targets import StoredTargets
-from teachercache.targets.attention import sees
-from teachercache.targets.attention_maps import AttentionMaps
-from teachercache.targets.layer_file import LayerFile
+from teachercache.targets.layers.attention import sees
+from teachercache.targets.layers.attention_maps import AttentionMaps
+from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.teacher import Teacher
 
 BOUND = 1e-3  # nats
@@ -46,7 +46,7 @@ def rebuilt(targets: StoredTargets, item: Any, layer: int) -> torch.Tensor:
 @pytest.mark.parametrize("chunk_bytes", [None, 1500])
 def test_maps_are_the_teachers_own(architecture: str, chunk_bytes: int | None, monkeypatch: Any) -> None:
     if chunk_bytes:  # a few queries
-        monkeypatch.setattr("teachercache.targets.attention_maps.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("teachercache.targets.layers.attention_maps.CHUNK_BYTES", chunk_bytes)
     eager = model_of(architecture, attention="eager")
     teacher = prepared(eager, attention=maps(architecture))
     for one, item in zip(ROWS, teacher.capture(ROWS, positions_per_batch=64), strict=True):

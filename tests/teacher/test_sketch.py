@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from teacher.output_layers import MODELS, V, observe
+from teachercache.cache import Cache
+from teachercache.cache.verify import verify
 from teachercache.config import parse_recipe
 from teachercache.errors import CacheError, ModelError, RecipeError
-from teachercache.shards import Cache
-from teachercache.shards.verify import verify
 from teachercache.targets import HeadSketch, SketchBasis, target_kind
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import kl_divergence

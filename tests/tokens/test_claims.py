@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from shards.forgery import sign
+from cache.forgery import sign
+from teachercache.cache import Cache
 from teachercache.errors import CacheDamaged, ModelError
-from teachercache.models import load_tokenizer
-from teachercache.shards import Cache
+from teachercache.models.loading import load_tokenizer
 from teachercache.stream.tokenizers import teacher_tokenizer
 
 from builders import tiny_cache

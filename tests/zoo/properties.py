@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from teachercache.cache import Cache
+from teachercache.cache.reader import Split
 from teachercache.errors import ModelError, UserError
-from teachercache.models import load_tokenizer
-from teachercache.shards import Cache
-from teachercache.shards.reader import Split
+from teachercache.models.loading import load_tokenizer
 from teachercache.targets import HeadSketch
-from teachercache.targets.attention import sees
+from teachercache.targets.layers.attention import sees
 from zoo.architectures import BLOCKS, VOCABULARY, WIDTH
 from zoo.subject import (
     DOCUMENTS,

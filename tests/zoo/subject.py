@@ -19,11 +19,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from teachercache.config import TargetsConfig, TeacherConfig
-from teachercache.precompute.layers import layer_kinds
-from teachercache.student.train import run_training
+from teachercache.precompute.capture.layers import layer_kinds
 from teachercache.targets import StoredTargets, TopK
 from teachercache.teacher import Captured, Teacher
 from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.training.job.train import run_training
 from zoo.architectures import BLOCKS, VOCABULARY, Architecture
 from zoo.training import cache_recipe, train_recipe
 

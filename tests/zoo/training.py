@@ -52,7 +52,7 @@ def held_out_loss(student: Path, cache: Path) -> float:
     default leaves out a part of some models."""
     from transformers import AutoModelForCausalLM
 
-    from teachercache.shards import Cache
+    from teachercache.cache import Cache
 
     model, opened = AutoModelForCausalLM.from_pretrained(student, attn_implementation="eager"), Cache.open(cache)
     model.eval()
@@ -102,7 +102,7 @@ def main(jobs: list[str]) -> None:
     """`PORT:RECIPE`, a port for each: a group of processes that has ended leaves its port behind."""
     from teachercache.config import load_recipe
     from teachercache.errors import TeachercacheError
-    from teachercache.student.train import run_training
+    from teachercache.training.job.train import run_training
 
     for job in jobs:
         os.environ["MASTER_PORT"], _, path = job.partition(":")

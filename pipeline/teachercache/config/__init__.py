@@ -6,6 +6,18 @@ Sections and who reads them:
     teacher, corpus, sequence, targets, precompute     `teachercache precompute`
     student, objective, teachers, stream, train, phases    `teachercache train`
 
+    recipe.py      `Recipe`: all sections; YAML and overrides
+    section.py     what every section is: frozen and strict
+    precompute.py  teacher, corpus, sequence, precompute
+    targets.py     what is stored of a teacher
+    training.py    student, stream, train
+    objective.py   what a student minimises
+    schedules.py   values that change with the step
+    emphasis.py    weights of hard positions
+    routing.py     which parts of a student learn from which terms
+    teachers.py    several teachers
+    phases.py      runs in phases
+
 Paths in a recipe are relative to the working directory. Configs are frozen; unknown keys are refused with the nearest
 valid one; `key.path=value` overrides come from the command line. A cache describes itself: a training recipe never
 repeats what was captured.

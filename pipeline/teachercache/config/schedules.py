@@ -1,5 +1,5 @@
 """Numbers of the objective that change while a student trains, as recipes write them: a number, a schedule, or a rule that
-follows the losses. What they are at a step, `teachercache.objective.course` computes.
+follows the losses. What they are at a step, `teachercache.objective.schedule.objective_schedule` computes.
 
 `t` counts optimizer steps from 0, `t_max` is how many there are (in a phase, of the phase).
 """

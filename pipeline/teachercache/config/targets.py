@@ -154,7 +154,7 @@ class LayerChoice(Section):
 
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | LayerChoice
 
-# Steps by codec, in units of a channel's spread; of projected in those of all channels (see targets/states.py).
+# Steps by codec, in units of a channel's spread; of projected in those of all channels (see targets/layers/hidden_states.py).
 HIDDEN_STEPS = {"int8": 0.08, "projected": 0.6, "bf16": 0.0}
 
 

@@ -1,6 +1,8 @@
 """Rows in, token sequences out. The stages, in the order in which data flows:
 
-    readers.py    read_rows(config)          raw rows of a dataset, Parquet, JSONL or text     (files.py, hub.py)
+    readers.py    read_rows(config)          raw rows of a dataset, Parquet, JSONL or text
+                                             (files.py, hub.py, python_docs.py)
+    contents.py                              where the messages of a conversation stand in its text
     documents.py  documents(rows, config)    validated, content-hashed, deduplicated, split    -> Document | Duplicate
     sequences.py  tokenise(documents, ...)   tokens, windows, packing, loss masks              -> Tokenised
                                              (chat.py, encoding.py, windows.py, packing.py)

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teachercache.activations import path_of_blocks
+from teachercache.cache import Cache, Manifest, StoredRow
+from teachercache.cache.reader import Split
 from teachercache.errors import CacheError, ModelError, UserError
 from teachercache.evaluation.layer_fidelity import LayerComparison
-from teachercache.models import find_model, load_causal_lm, model_inputs, weights_identity
-from teachercache.shards import Cache, Manifest, StoredRow
-from teachercache.shards.reader import Split
-from teachercache.stream.order import order_key, permuted
+from teachercache.models.activations import path_of_blocks
+from teachercache.models.loading import find_model, load_causal_lm, model_inputs, weights_identity
+from teachercache.stream.order.permutation import order_key, permuted
 from teachercache.targets import Softened, TailPolicy, TargetKind
-from teachercache.targets.softened import UniformTail
+from teachercache.targets.logits.softened import UniformTail
 from teachercache.teacher.output_layer import OutputLayer, layer_after_body, recorded_input
 from teachercache.tokens.rows import TokenRow
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from teachercache.activations import recorded
-from teachercache.models import model_inputs
-from teachercache.shards import StoredRow
+from teachercache.cache import StoredRow
+from teachercache.models.activations import recorded
+from teachercache.models.loading import model_inputs
 from teachercache.stream.collate import collate
 from teachercache.targets import StoredTargets
-from teachercache.targets.attention import sees
-from teachercache.targets.attention_relations import StoredHeads
-from teachercache.targets.layer_kind import RowActivations
-from teachercache.targets.states import column_of
+from teachercache.targets.layers.attention import sees
+from teachercache.targets.layers.attention_relations import StoredHeads
+from teachercache.targets.layers.hidden_states import column_of
+from teachercache.targets.layers.kind import RowActivations
 from teachercache.teacher.layers import rows_of
 
 

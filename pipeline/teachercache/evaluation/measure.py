@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teachercache.cache import Cache
+from teachercache.cache.alignment import Sidecar
 from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import ModelError, TeachercacheError
-from teachercache.shards import Cache
-from teachercache.shards.sidecar import Sidecar
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def measure(
 def _sidecar(model: str, cache: Cache, source: dict[str, Any]) -> Sidecar | None:
     """The alignment that a model with another tokenizer is measured through: on the cache's own ids it would be scored on
     nonsense. One without a tokenizer is taken at its word."""
-    from teachercache.models import load_tokenizer
+    from teachercache.models.loading import load_tokenizer
     from teachercache.stream.alignment import alignment_for
 
     try:
@@ -88,7 +88,7 @@ def _import_code_of(model: str, source: dict[str, Any]) -> None:
     """Import the modelling code before memory is metered: it takes megabytes, a tiny student fewer."""
     import torch
 
-    from teachercache.models import auto_class, load_config
+    from teachercache.models.loading import auto_class, load_config
 
     config = load_config(model, **source)
     with contextlib.suppress(ValueError), torch.device("meta"):  # load_causal_lm says what is wrong, in one line
@@ -96,7 +96,7 @@ def _import_code_of(model: str, source: dict[str, Any]) -> None:
 
 
 def _load(model: str, device: torch.device, **options: Any) -> Any:
-    from teachercache.models import load_causal_lm, takes_one_row
+    from teachercache.models.loading import load_causal_lm, takes_one_row
 
     loaded: Any = load_causal_lm(model, **options)
     if takes_one_row(loaded) and str(loaded.dtype) == "torch.float32":  # flash kernels take half precision alone

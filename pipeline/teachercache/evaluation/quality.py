@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teachercache.cache import Cache, StoredRow
+from teachercache.cache.alignment import Sidecar
 from teachercache.errors import CacheError, JobFailed, ModelError
-from teachercache.models import input_layout, model_inputs, target_places
-from teachercache.probes import check_causal
-from teachercache.shards import Cache, StoredRow
-from teachercache.shards.sidecar import Sidecar
-from teachercache.stream.joined import JoinedRow, chunk_arrays
+from teachercache.models.loading import input_layout, model_inputs, target_places
+from teachercache.models.probes import check_causal
+from teachercache.stream.aligned_rows import JoinedRow, chunk_arrays
 from teachercache.stream.tokenizers import teacher_tokenizer
-from teachercache.targets.kind import first_choice_tail, first_choices
+from teachercache.targets.logits.kind import first_choice_tail, first_choices
 from teachercache.teacher.output_layer import HALF, OutputLayer, layer_after_body
 from teachercache.tokens.rows import TokenRow
 from teachercache.tokens.spans import SpanFinder

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from teachercache.cache import Cache, Manifest
 from teachercache.config import Recipe, StudentConfig, load_recipe, parse_recipe
 from teachercache.errors import CacheError, RecipeError
 from teachercache.evaluation.table import ModelSpec, Table, evaluate
-from teachercache.shards import Cache, Manifest
 from teachercache.stream.beginnings import warnings_of
 
 RUN_FILE = "run.json"

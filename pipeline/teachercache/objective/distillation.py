@@ -14,14 +14,20 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import ModelError
-from teachercache.objective.course import Course, Extent
-from teachercache.objective.divergences import divergence_of
-from teachercache.objective.emphasis import EFFECTIVE, ENTROPY_TEMPERATURE, Weighted, emphasis_of, segments_of
-from teachercache.objective.entropy import entropy_of_logits, entropy_of_teacher, entropy_projected
-from teachercache.objective.fused import distillation_sums
-from teachercache.objective.operands import Weights, no_teacher
-from teachercache.objective.projected import projected_sums
-from teachercache.objective.teacher import CachedTeacher, Teacher
+from teachercache.objective.logits.divergences import divergence_of
+from teachercache.objective.logits.fused import distillation_sums
+from teachercache.objective.logits.operands import Weights, no_teacher
+from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.teacher import CachedTeacher, Teacher
+from teachercache.objective.schedule.objective_schedule import Course, Extent
+from teachercache.objective.token_weighting.entropy import entropy_of_logits, entropy_of_teacher, entropy_projected
+from teachercache.objective.token_weighting.weights import (
+    EFFECTIVE,
+    ENTROPY_TEMPERATURE,
+    Weighted,
+    emphasis_of,
+    segments_of,
+)
 from teachercache.targets import Softened, TargetKind
 
 NO_TARGET = -100  # label of a token that is not a position, as everywhere in transformers

@@ -1,12 +1,17 @@
 """Rows of a cache to the batches of a training step, in an order that is a pure function of (manifest, seed, epoch).
 
-    order.py      a keyed permutation as arithmetic: no table, whatever the number of rows
-    windows.py    `RowOrder`: the rows of one cache, shuffled in windows of shards
-    mixture.py    `Mixture`: several caches in stated shares
-    batches.py    `BatchPlan`: which rows global batch t holds, and which of them a process sees
-    dataset.py    rows by index, decoded by the processes that load data
-    teachers.py   rows joined to further teachers' caches
-    collate.py    rows to tensors
+    order/              which rows each step sees: permutation, shuffle windows, mixtures, phases
+    sources.py          the caches of a run, in order
+    dataset.py          rows by index, decoded by the processes that load data
+    collate.py          rows to tensors
+    packing.py          short rows in one sequence, isolated from each other
+    alignment.py        through which alignment a model with its own tokenizer reads a cache
+    aligned_rows.py     rows in a student's tokens, joined to what the teacher said of the same text
+    aligned_tensors.py  ... as tensors
+    ensemble_rows.py    rows joined to other teachers' caches
+    tokenizers.py       tokenizers that lie in caches, from bytes that were checked
+    beginnings.py       caches of earlier versions whose rows do not begin as their tokenizer has it
+    withheld.py         documents that one cache holds out train in none
 
 The position in a run is one integer, the optimizer step: resume is a seek, and neither the number of processes nor the
 size of a micro-batch nor the number of loading processes changes which rows a step sees.

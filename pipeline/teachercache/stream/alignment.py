@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from teachercache.cache import Cache
+from teachercache.cache.alignment import Sidecar
 from teachercache.errors import CacheError
-from teachercache.shards import Cache
-from teachercache.shards.sidecar import Sidecar
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint
 from teachercache.tokens.vocabulary_map import vocabulary_map

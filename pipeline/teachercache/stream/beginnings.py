@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from teachercache.shards import Cache
-from teachercache.shards.sidecar import Sidecar
+from teachercache.cache import Cache
+from teachercache.cache.alignment import Sidecar
 from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
 from teachercache.tokens.prefix import row_prefix
 

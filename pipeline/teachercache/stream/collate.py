@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teachercache.models import model_inputs
-from teachercache.shards import Cache, StoredRow
-from teachercache.shards.sidecar import Sidecar
+from teachercache.cache import Cache, StoredRow
+from teachercache.cache.alignment import Sidecar
+from teachercache.models.loading import model_inputs
+from teachercache.stream.aligned_tensors import joined_tensors
 from teachercache.stream.dataset import Rows
-from teachercache.stream.joined_tensors import joined_tensors
+from teachercache.stream.ensemble_rows import FurtherTargets, further_targets
 from teachercache.stream.packing import first_fit, merged
-from teachercache.stream.teachers import FurtherTargets, further_targets
 from teachercache.targets import StoredTargets, TargetKind
-from teachercache.targets.attention import sees
+from teachercache.targets.layers.attention import sees
 from teachercache.tokens.rows import TokenRow
 
 IGNORED = -100  # the label that losses of torch and transformers skip

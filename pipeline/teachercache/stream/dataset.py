@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
-from teachercache.shards import Cache, StoredRow
-from teachercache.shards.reader import Split
-from teachercache.shards.sidecar import Sidecar
-from teachercache.stream.joined import JoinedRow
-from teachercache.stream.teachers import FurtherCache, TaughtRow
+from teachercache.cache import Cache, StoredRow
+from teachercache.cache.alignment import Sidecar
+from teachercache.cache.reader import Split
+from teachercache.stream.aligned_rows import JoinedRow
+from teachercache.stream.ensemble_rows import FurtherCache, TaughtRow
 from teachercache.stream.withheld import Trained
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.cache import Cache
+from teachercache.cache.shards.writer import BATCH_BYTES
 from teachercache.errors import CacheError
-from teachercache.shards import Cache
-from teachercache.shards.writer import BATCH_BYTES
-from teachercache.stream.mixture import Mixture
-from teachercache.stream.windows import WINDOW, RowOrder
+from teachercache.stream.order.mixture import Mixture
+from teachercache.stream.order.shuffle_windows import WINDOW, RowOrder
 from teachercache.stream.withheld import Trained
 
 MOST_BLOCKS = 2**18  # of a window

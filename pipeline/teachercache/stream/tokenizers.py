@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from teachercache.cache import Cache
+from teachercache.cache.alignment import Sidecar
 from teachercache.errors import CacheDamaged, ModelError
-from teachercache.models import is_panic, load_tokenizer
-from teachercache.shards import Cache
-from teachercache.shards.sidecar import Sidecar
+from teachercache.models.loading import is_panic, load_tokenizer
 from teachercache.tokens.claims import check_tokenizer_files
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 

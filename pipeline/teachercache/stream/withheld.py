@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.cache import Cache
+from teachercache.cache.row_sources import rows_beyond
 from teachercache.errors import CacheError
-from teachercache.shards import Cache
-from teachercache.shards.row_sources import rows_beyond
 
 
 @dataclass(frozen=True, eq=False)

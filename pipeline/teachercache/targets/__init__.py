@@ -1,53 +1,34 @@
-"""What is stored of a teacher, as math.
+"""What is stored of a teacher, as math. numpy only; torch enters as an argument.
 
-A target *kind* is one file here. It says which columns it stores (`columns`), how they are taken from logits (`capture`
-and `finish`; the only places that meet torch, which enters as an argument), how they become arrays of a batch (`decoded`)
-and how these are a distribution at any temperature (`softened`). `KINDS` is the one place where kinds are dispatched; the
-manifest's `targets` holds the settings that rebuild a kind. kind.py writes down what each provides.
+    logits/     kinds of next-token targets, and what they share: softening, tails, the sketch's basis
+    layers/     kinds of targets from a teacher's layers: hidden states and attention
+    coding/     arrays to bytes: columns, codecs, named files, and the arithmetic under them
+    stored.py   everything that one cache stores of its teacher
+
+A target *kind* is one file of logits/ or layers/. It says which columns it stores (`columns`), how they are taken from what the
+teacher computed (`capture` and `finish`; the only places that meet torch), how they become arrays of a batch (`decoded`), and,
+for logits, how these are a distribution at any temperature (`softened`). logits/kinds.py lists those of logits; the
+manifest's `targets` holds the settings that rebuild a kind. logits/kind.py and layers/kind.py write down what each provides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from teachercache.errors import CacheError
-from teachercache.targets.basis import SketchBasis
-from teachercache.targets.boundary import BoundaryMass
-from teachercache.targets.columns import Column
-from teachercache.targets.full import Full
-from teachercache.targets.head_sketch import HeadSketch
-from teachercache.targets.hidden import Hidden
-from teachercache.targets.kind import CalibratedKind, TargetKind, calibrates
-from teachercache.targets.layer_file import LayerFile
-from teachercache.targets.random_sampling import RandomSampling
-from teachercache.targets.softened import Softened, TailPolicy
-from teachercache.targets.states import HiddenStates
+from teachercache.targets.coding.columns import Column
+from teachercache.targets.layers.hidden_states import HiddenStates
+from teachercache.targets.layers.layer_file import LayerFile
+from teachercache.targets.logits.basis import SketchBasis
+from teachercache.targets.logits.boundary_mass import BoundaryMass
+from teachercache.targets.logits.final_hidden import Hidden
+from teachercache.targets.logits.full import Full
+from teachercache.targets.logits.head_sketch import HeadSketch
+from teachercache.targets.logits.kind import CalibratedKind, TargetKind, calibrates
+from teachercache.targets.logits.kinds import KINDS, target_kind
+from teachercache.targets.logits.random_sampling import RandomSampling
+from teachercache.targets.logits.softened import Softened, TailPolicy
+from teachercache.targets.logits.temperature import grid_index
+from teachercache.targets.logits.top_k import TopK
+from teachercache.targets.logits.top_p import TopP
 from teachercache.targets.stored import StoredTargets
-from teachercache.targets.temperature import grid_index
-from teachercache.targets.top_k import TopK
-from teachercache.targets.top_p import TopP
-
-_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, Full, Hidden, HeadSketch)
-KINDS = {str(kind.kind): kind for kind in _ALL}
-
-
-def target_kind(settings: Mapping[str, Any], *, vocabulary_size: int, basis: Path | None = None) -> TargetKind:
-    """The target kind that a manifest or a recipe describes, e.g. `{"kind": "top-k", "k": 64, …}`.
-
-    `basis` is the file by which kinds that calibrate are read; without it they know their columns alone. Raises `CacheError`
-    for a kind of a later version, `CacheDamaged` when the file is no basis.
-    """
-    kind = KINDS.get(settings.get("kind", ""))
-    if kind is None:
-        raise CacheError(
-            f"this cache stores targets of kind {settings.get('kind')!r}, which this version of teachercache cannot read "
-            f"(it reads: {', '.join(KINDS)}); install a newer version"
-        )
-    described = kind.from_settings(settings, vocabulary_size=vocabulary_size)
-    return described.with_basis(SketchBasis.load(basis)) if basis and calibrates(described) else described
-
 
 __all__ = [
     "KINDS",

@@ -13,15 +13,15 @@ from typing import Any
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheError
-from teachercache.targets.attention_maps import AttentionMaps
-from teachercache.targets.attention_relations import QueriesKeys, Relations
-from teachercache.targets.boundary import BOUNDARY_MASS, BoundaryMass
-from teachercache.targets.boundary import SECTION as BOUNDARY
-from teachercache.targets.columns import Column
-from teachercache.targets.kind import TargetKind, calibrates
-from teachercache.targets.layer_file import LayerFile, no_layer_file
-from teachercache.targets.layer_kind import LayerKind
-from teachercache.targets.states import HiddenStates
+from teachercache.targets.coding.columns import Column
+from teachercache.targets.layers.attention_maps import AttentionMaps
+from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
+from teachercache.targets.layers.hidden_states import HiddenStates
+from teachercache.targets.layers.kind import LayerKind
+from teachercache.targets.layers.layer_file import LayerFile, no_layer_file
+from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS, BoundaryMass
+from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
+from teachercache.targets.logits.kind import TargetKind, calibrates
 
 # Section of `targets` in a manifest, and kind in it.
 LAYER_KINDS: dict[tuple[str, str], Callable[[Mapping[str, Any]], LayerKind]] = {

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from teachercache.errors import ModelError
 from teachercache.targets import CalibratedKind
-from teachercache.targets.basis import SketchBasis
-from teachercache.targets.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
-from teachercache.targets.hidden import Hidden
-from teachercache.targets.largest import largest
-from teachercache.targets.tail import fit_node_weights, node_sums
+from teachercache.targets.coding.grouped_topk import largest
+from teachercache.targets.logits.basis import SketchBasis
+from teachercache.targets.logits.final_hidden import Hidden
+from teachercache.targets.logits.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
+from teachercache.targets.logits.tail import fit_node_weights, node_sums
 from teachercache.teacher.output_layer import OutputLayer
 from teachercache.teacher.sketch_choice import candidate_ranks, choose, held_apart
 

@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teachercache.activations import Activations, check_recorded, recorded
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
-from teachercache.memory import NoMemory, first_line, free_memory, is_out_of_memory
-from teachercache.models import Layout, input_layout, load_causal_lm, model_inputs, target_places
-from teachercache.probes import check_causal, check_length, check_rows_alone, isolates_packed_segments
-from teachercache.rotary import rotate_by_own_length
+from teachercache.models.activations import Activations, check_recorded, recorded
+from teachercache.models.loading import Layout, input_layout, load_causal_lm, model_inputs, target_places
+from teachercache.models.memory import NoMemory, first_line, free_memory, is_out_of_memory
+from teachercache.models.probes import check_causal, check_length, check_rows_alone, isolates_packed_segments
+from teachercache.models.rotary import rotate_by_own_length
 from teachercache.targets import CalibratedKind, StoredTargets, TargetKind, calibrates
-from teachercache.targets.draws import position_seeds
-from teachercache.targets.layer_file import LayerFile
-from teachercache.targets.layer_kind import RowActivations
+from teachercache.targets.coding.counter_rng import position_seeds
+from teachercache.targets.layers.kind import RowActivations
+from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift

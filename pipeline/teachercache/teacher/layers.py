@@ -1,8 +1,8 @@
 """What the teacher makes before its layers are captured: the layer file, from a sample of the corpus and from its weights.
 
 Means, spreads and principal directions come from a sample, without the first token of each segment and without tokens
-that are far larger than the rest (massive activations, see targets/states.py). How a block makes queries and keys is read
-off the model and tried: rebuilt from hidden states they must be those that its attention kernel got.
+that are far larger than the rest (massive activations, see targets/layers/hidden_states.py). How a block makes queries and keys
+is read off the model and tried: rebuilt from hidden states they must be those that its attention kernel got.
 
 Shapes: B rows, S tokens, N tokens of a sample, D width, H heads of queries, K of keys, E a head's width.
 """
@@ -19,15 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachercache.activations import Activations, Heads, blocks_of, check_attention, recorded
 from teachercache.errors import ModelError
-from teachercache.models import row_places
+from teachercache.models.activations import Activations, Heads, blocks_of, check_attention, recorded
+from teachercache.models.loading import row_places
 from teachercache.targets import StoredTargets
-from teachercache.targets.attention import BlockEntry, HeadShape
-from teachercache.targets.attention_maps import AttentionMaps
-from teachercache.targets.attention_relations import PARTS, QueriesKeys, Relations
-from teachercache.targets.layer_file import LayerFile
-from teachercache.targets.layer_kind import RowActivations
+from teachercache.targets.layers.attention import BlockEntry, HeadShape
+from teachercache.targets.layers.attention_maps import AttentionMaps
+from teachercache.targets.layers.attention_relations import PARTS, QueriesKeys, Relations
+from teachercache.targets.layers.kind import RowActivations
+from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.tokens.rows import TokenRow
 
 LARGE = 5.0  # times the median norm: a token that is no longer one of the sample

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.errors import ModelError
-from teachercache.targets.basis import SketchBasis
-from teachercache.targets.head_sketch import HeadSketch, quantise_coefficients
+from teachercache.targets.logits.basis import SketchBasis
+from teachercache.targets.logits.head_sketch import HeadSketch, quantise_coefficients
 from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer
 

@@ -1,1 +1,12 @@
+"""Tokens and the bytes that they stand for. No torch.
 
+rows.py            the token sequence that flows from the corpus to the teacher, into shards and out to the student
+prefix.py          how rows begin: tokens in front of a text
+fingerprint.py     whether two tokenizers turn every text into the same ids
+claims.py          what a tokenizer's files say of themselves, looked at before a library reads them
+token_bytes.py     the bytes of each token of a vocabulary
+spans.py           where each token of a text ends in its bytes
+alignment.py       which tokens of two tokenizers stand for the same bytes
+vocabulary_map.py  from a teacher's tokens to a student's
+pretokens.py       which tokens begin a new pre-token
+"""

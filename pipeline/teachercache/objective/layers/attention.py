@@ -22,7 +22,7 @@ from torch import Tensor
 from teachercache.objective.layers.heads import HeadMixture
 from teachercache.objective.layers.map_loss import Comparison, Distance, map_loss
 from teachercache.objective.layers.term import LayerBatch
-from teachercache.targets.attention import TaughtAttention, sees
+from teachercache.targets.layers.attention import TaughtAttention, sees
 
 DISTANCES: dict[str, Distance] = {"attention-kl": "kl", "attention-mse": "mse"}
 

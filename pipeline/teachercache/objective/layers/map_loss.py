@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from teachercache.objective.layers.heads import mixed
-from teachercache.targets.attention import TaughtAttention
+from teachercache.targets.layers.attention import TaughtAttention
 
 CPU_CHUNK_BYTES = 2 * 2**20  # a thread, of one map [B, h, C, S], float32: a few of them stay in the processor's cache
 DEVICE_CHUNK_BYTES = 64 * 2**20

@@ -6,7 +6,7 @@
     last      counted from the end: the student's last block with the teacher's
     {3: 6}    said: the student's layer 3 with the teacher's 6
 
-Layers are numbered as in `teachercache.activations`: 0 is the embeddings, i what block i gives, or its attention.
+Layers are numbered as in `teachercache.models.activations`: 0 is the embeddings, i what block i gives, or its attention.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from torch import Tensor
 from teachercache.errors import CacheError
 from teachercache.objective.layers.map_loss import Comparison, map_loss
 from teachercache.objective.layers.term import LayerBatch
-from teachercache.targets.attention import HeadShape, sees
-from teachercache.targets.attention_relations import StoredHeads
+from teachercache.targets.layers.attention import HeadShape, sees
+from teachercache.targets.layers.attention_relations import StoredHeads
 
 PARTS = {"query-relations": "queries_BHSE", "key-relations": "keys_BKSE", "value-relations": "values_BKSE"}
 

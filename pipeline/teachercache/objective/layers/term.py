@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from teachercache.targets.attention import TaughtAttention
+from teachercache.targets.layers.attention import TaughtAttention
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,18 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teachercache.cache import Cache
+from teachercache.cache.alignment import TOKENIZER
+from teachercache.cache.files.column_groups import Group
+from teachercache.cache.manifest.alignment_manifest import (
+    FORMAT_VERSION,
+    SIDECAR,
+    reader_of,
+    sidecar_folder,
+    sidecar_group,
+)
+from teachercache.cache.manifest.manifest import WORK_FOLDER
+from teachercache.cache.shards.shard_set import Split
 from teachercache.errors import CacheError, ModelError
 from teachercache.files import write_whole
-from teachercache.models import load_tokenizer, portable_name, save_tokenizer
+from teachercache.models.loading import load_tokenizer, portable_name, save_tokenizer
 from teachercache.precompute.align.turns import with_turn_ends
-from teachercache.shards import Cache
-from teachercache.shards.groups import Group
-from teachercache.shards.manifest import WORK_FOLDER
-from teachercache.shards.shard_set import Split
-from teachercache.shards.sidecar import TOKENIZER
-from teachercache.shards.sidecar_manifest import FORMAT_VERSION, SIDECAR, reader_of, sidecar_folder, sidecar_group
 from teachercache.stream.tokenizers import teacher_tokenizer
-from teachercache.targets.boundary import BoundaryMass
+from teachercache.targets.logits.boundary_mass import BoundaryMass
 from teachercache.tokens.fingerprint import (
     require_fast,
     template_fingerprint,

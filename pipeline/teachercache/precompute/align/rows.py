@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.cache import StoredRow
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.precompute.align.reading import NO_CONTENTS, NO_TEXT, Read, Reader
-from teachercache.shards import StoredRow
 from teachercache.tokens.alignment import LARGEST_COUNT, Alignment, Region, align
 from teachercache.tokens.prefix import begins_with, row_prefix
 from teachercache.tokens.rows import Segment, TokenRow

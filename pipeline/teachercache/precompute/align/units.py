@@ -8,12 +8,12 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from teachercache.cache import Cache, write_shard
+from teachercache.cache.alignment import TOKENIZER
 from teachercache.files import write_whole
-from teachercache.models import load_tokenizer
+from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.align.plan import AlignPlan
 from teachercache.precompute.align.rows import AlignedRow, Aligner
-from teachercache.shards import Cache, write_shard
-from teachercache.shards.sidecar import TOKENIZER
 from teachercache.stream.tokenizers import teacher_tokenizer
 
 BATCH = 256  # rows that are tokenised in one call: bounds memory, changes no result

@@ -1,0 +1,150 @@
+"""`Sidecar`: a cache's rows in the tokens of one student, and how these align with the teacher's; joined to the cache by id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from teachercache.cache.files.entries import FileInfo, ShardInfo
+from teachercache.cache.manifest.alignment_manifest import (
+    ALIGNMENTS,
+    SIDECAR,
+    SidecarManifest,
+    parse_sidecar,
+    reader_of,
+    sidecar_folder,
+)
+from teachercache.cache.reader import Cache
+from teachercache.cache.shards.shard import Shard, StoredRow
+from teachercache.cache.shards.shard_set import ShardSet, Split
+from teachercache.cache.storage.source import loadable, private_folder
+from teachercache.cache.token_texts import listed_token_texts
+from teachercache.errors import CacheDamaged, CacheError
+from teachercache.targets.coding.chunk_columns import ChunkColumns
+from teachercache.targets.logits.boundary_mass import BoundaryMass
+from teachercache.tokens.vocabulary_map import VocabularyMap
+
+TOKENIZER = "tokenizer"  # folder of the student's tokenizer files
+
+
+class Sidecar(ShardSet):
+    """The alignment of a cache with one student's tokenizer. Row `index` of a split is that row of the cache."""
+
+    def __init__(self, cache: Cache, manifest: SidecarManifest) -> None:
+        super().__init__(manifest.shards, cache.source)
+        self.manifest = manifest
+        self._cache_name, self._teacher_tokens = cache.name, cache.manifest.vocabulary_size
+        self._vocabulary: VocabularyMap | None = None
+        self._begins_V: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def open(
+        cls, cache: Cache, tokenizer_fingerprint: str, *, student: str, chat_template: str | None = None
+    ) -> Sidecar:
+        """The alignment with the tokenizer of this fingerprint, and of conversations with the chat template of that one;
+        messages call it `student`.
+
+        Raises `CacheError` when there is none, `CacheDamaged` when it cannot be trusted.
+        """
+        reader = reader_of(tokenizer_fingerprint, chat_template)
+        name = f"{sidecar_folder(reader)}/{SIDECAR}"
+        data = cache.source.read(name)
+        if data is None:
+            raise CacheError(
+                f"{cache.name} has no alignment with the tokenizer of {student}; make it, without the teacher: "
+                f"`teachercache align {cache.name} --student {student}`"
+            )
+        manifest = parse_sidecar(data, cache.source.read_listed, cache=cache.manifest, name=f"{cache.name}/{name}")
+        if manifest.reader != reader:
+            raise CacheDamaged(f"{cache.name}/{name} is of another tokenizer; delete its folder and align again")
+        return cls(cache, manifest)
+
+    @classmethod
+    def all_of(cls, cache: Cache) -> list[Sidecar]:
+        """Every finished alignment of a cache. Raises `CacheDamaged` for one that cannot be trusted."""
+        found = []
+        for name in cache.source.names(ALIGNMENTS):
+            data = cache.source.read(name) if name.count("/") == 2 and name.endswith(f"/{SIDECAR}") else None
+            if data is not None:
+                read = cache.source.read_listed
+                found.append(cls(cache, parse_sidecar(data, read, cache=cache.manifest, name=f"{cache.name}/{name}")))
+        return found
+
+    @property
+    def vocabulary(self) -> VocabularyMap:
+        """Which of the student's tokens stand for which of the teacher's; loaded once."""
+        if self._vocabulary is None:
+            with loadable(self.source, self._info("file")) as path:
+                found = VocabularyMap.load(path)
+            if (len(found.first_Vt), len(found.emitted_Vs)) != (self._teacher_tokens, self.manifest.vocabulary_size):
+                raise CacheDamaged(f"{self._cache_name}: its vocabulary map is of other vocabularies; align again")
+            self._vocabulary = found
+        return self._vocabulary
+
+    @property
+    def begins_V(self) -> NDArray[np.bool_]:
+        """Which of the student's tokens begin a new pre-token."""
+        if self._begins_V is None:
+            described = self.manifest.vocabulary["begins"]
+            mass = BoundaryMass.from_settings(described, vocabulary_size=self.manifest.vocabulary_size)
+            with loadable(self.source, self._info("begins_file")) as path:
+                self._begins_V = mass.with_set(path).begins_V
+        assert self._begins_V is not None
+        return self._begins_V
+
+    def _info(self, role: str) -> FileInfo:
+        name = self.manifest.vocabulary[role]
+        info = next((info for info in self.manifest.files if info.file == name), None)
+        if info is None:
+            raise CacheDamaged(f"{self._cache_name}: its alignment lists no {name}; align again")
+        return info
+
+    def tokenizer_folder(self) -> AbstractContextManager[Path]:
+        """The student's tokenizer files, as `Cache.teacher_folder` gives the teacher's."""
+        return private_folder(self.source, self._tokenizer_files, within=self._tokenizer_within)
+
+    def token_texts(self) -> dict[int, str]:
+        """Readable texts of the student's tokens by id."""
+        return listed_token_texts(self.source, self._tokenizer_files, within=self._tokenizer_within)
+
+    @property
+    def _tokenizer_within(self) -> str:
+        return f"{self.manifest.folder}/{TOKENIZER}"
+
+    @property
+    def _tokenizer_files(self) -> list[FileInfo]:
+        return [info for info in self.manifest.files if info.file.startswith(f"{self._tokenizer_within}/")]
+
+    def opened(self, info: ShardInfo, mapped: Callable[[FileInfo], pa.MemoryMappedFile]) -> Shard:
+        """See `ShardSet`."""
+        return Shard(
+            info,
+            mapped,
+            groups=(self.manifest.group,),
+            payload=ChunkColumns(),
+            vocabulary_size=self.manifest.vocabulary_size,
+            longest=self.manifest.sequence_length,
+        )
+
+    def joined(self, split: Split, index: int, of: StoredRow, *, segments: bool = True) -> StoredRow:
+        """The row in the student's tokens that belongs to the row `of` of the cache, which stands at the same place.
+
+        Raises `CacheDamaged` where it belongs to another row, or its chunks do not hold the teacher's tokens.
+        """
+        row = self.read_row(split, index, segments=segments)
+        if row.row.row_id != of.row.row_id:
+            raise CacheDamaged(
+                f"{self._cache_name}: its alignment has row {row.row.row_id} in the place of {of.row.row_id}; align again"
+            )
+        counted = int(row.targets["teacher_counts"].sum(dtype=np.int64))
+        if counted != of.row.length:
+            raise CacheDamaged(
+                f"{self._cache_name}: row {of.row.row_id} has {of.row.length} tokens, its alignment holds {counted}; "
+                "align again"
+            )
+        return row

@@ -1,0 +1,129 @@
+"""Column groups: which file of a shard holds which columns, and what that file says of itself.
+
+A shard has one file a group, all with the same rows in the same order: `shards/` holds the columns of every row and what is
+stored of logits, `targets/hidden/` hidden states, and so on. A part of a cache can be fetched, verified, added or removed
+without the others. Each file carries the digest of the settings that its rows were made with, and of those of its targets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from teachercache.cache.files.digests import fingerprint_of
+from teachercache.cache.files.entries import ROWS_GROUP
+from teachercache.cache.files.schema import READ_BY, ROW_FIELDS, check_schema, shard_metadata
+from teachercache.errors import CacheDamaged
+from teachercache.targets.coding.columns import Column
+from teachercache.targets.stored import BOUNDARY, LOGITS, StoredTargets
+
+TARGETS = "targets"  # folder of the groups of further targets
+_FOLDER = re.compile(rf"{ROWS_GROUP}|{TARGETS}/[a-z][a-z0-9_-]*")
+READ_BY_OF = {LOGITS: ("basis",), "hidden": ("layers",), "attention": ("layers",)}  # roles in `calibration`
+ID_FIELD = ROW_FIELDS[0]  # what a file without the columns of every row names its rows by
+
+
+def target_digests(targets: Mapping[str, Any], read_by: Mapping[str, str]) -> dict[str, str]:
+    """What decides the numbers of each target, by section: its settings, and the files that it is read by, whose sha256
+    `read_by` gives by role."""
+    return {
+        section: fingerprint_of(
+            {
+                "target": section,
+                "settings": settings,
+                "read_by": {role: read_by[role] for role in READ_BY_OF.get(section, ()) if role in read_by},
+            }
+        )
+        for section, settings in targets.items()
+    }
+
+
+def check_groups(groups: Mapping[str, Sequence[str]], targets: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for column groups that no cache has: every section of targets stands in one of them at most."""
+    sections = [section for each in groups.values() for section in each]
+    if ROWS_GROUP not in groups or not all(_FOLDER.fullmatch(folder) for folder in groups):
+        raise ValueError(f"its groups are {', '.join(groups)[:200]}")
+    if len(set(sections)) < len(sections) or not set(sections) <= set(targets):
+        raise ValueError(f"its groups hold {', '.join(sections)[:200]}, its targets are {', '.join(targets)[:200]}")
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One column group of a cache or an alignment. `settings` is the digest of what its rows were made with, `targets` those
+    of its targets by section, `read_by` the files by which their numbers are read, by role."""
+
+    folder: str
+    columns: tuple[Column, ...]
+    settings: str
+    targets: Mapping[str, str] = field(default_factory=dict)
+    read_by: Mapping[str, str] = field(default_factory=dict)
+    has_rows: bool = True
+
+    @property
+    def fields(self) -> tuple[pa.Field, ...]:
+        """Arrow's fields before the payload."""
+        return ROW_FIELDS if self.has_rows else (ID_FIELD,)
+
+    def metadata(self) -> dict[str, Any]:
+        """What its files say of themselves, their columns apart."""
+        return {"settings_fingerprint": self.settings, "targets": dict(self.targets), **self.read_by}
+
+    def checked(self, schema: pa.Schema) -> dict[str, Any]:
+        """The metadata of a file of this group; raises `CacheDamaged` for that of another cache, or with other columns."""
+        metadata = shard_metadata(schema)
+        # Format 1 has the cache's fingerprint there, and no digests of targets.
+        if metadata.get("settings_fingerprint", metadata.get("fingerprint")) != self.settings:
+            raise CacheDamaged("it belongs to another cache")
+        check_schema(schema, self.fields, [column.name for column in self.columns])
+        for section, digest in self.targets.items():
+            if metadata.get("targets", {}).get(section) != digest:
+                raise CacheDamaged(f"its {section} are of other settings than the manifest's")
+        for role in READ_BY:
+            if metadata.get(role) != self.read_by.get(role):
+                raise CacheDamaged(
+                    f"it is read by the {role} {metadata.get(role)}, the manifest names {self.read_by.get(role)}"
+                )
+        return metadata
+
+
+def layout_of(targets: StoredTargets) -> dict[str, tuple[str, ...]]:
+    """Which group holds which sections of targets when a cache is written: folder to sections."""
+    layout: dict[str, tuple[str, ...]] = {ROWS_GROUP: ()}
+    for section, kind in targets.sections.items():
+        if kind.columns:
+            folder = ROWS_GROUP if section in (LOGITS, BOUNDARY) else f"{TARGETS}/{section}"
+            layout[folder] = (*layout.get(folder, ()), section)
+    return layout
+
+
+def groups_of(
+    targets: StoredTargets,
+    *,
+    layout: Mapping[str, Sequence[str]],
+    settings: str,
+    digests: Mapping[str, str],
+    read_by: Mapping[str, str],
+) -> tuple[Group, ...]:
+    """The groups of a cache, that of all rows first. `read_by` are the cache's files by role. Groups of targets that this
+    version does not know are left out: what reads a cache needs none of them, or its manifest would require it."""
+    kinds = targets.sections
+    groups = []
+    known = [folder for folder in layout if folder == ROWS_GROUP or set(layout[folder]) <= set(kinds)]
+    for folder in sorted(known, key=lambda name: name != ROWS_GROUP):
+        sections = [section for section in kinds if section in layout[folder]]
+        roles = [role for section in sections for role in READ_BY_OF.get(section, ())]
+        groups.append(
+            Group(
+                folder=folder,
+                columns=tuple(column for section in sections for column in kinds[section].columns),
+                settings=settings,
+                targets={section: digests[section] for section in sections if section in digests},
+                read_by={role: read_by[role] for role in READ_BY if role in roles and role in read_by},
+                has_rows=folder == ROWS_GROUP,
+            )
+        )
+    return tuple(groups)

@@ -1,0 +1,9 @@
+"""What a cache says of itself, and the checks that hold it against what it can be.
+
+manifest.py            manifest.json: what the cache holds, committed last
+manifest_v1.py         manifests of format 1 as those of today
+alignment_manifest.py  alignment.json: what an alignment with a student's tokenizer holds
+index.py               the lists of shards and files that both name
+checks.py              what they claim, checked before anything relies on it
+card.py                the generated README.md of a cache
+"""

@@ -1,0 +1,80 @@
+"""The lists of a cache's shards and of its many small files, in files of bounded size, which manifest.json names with their
+digests: a manifest stays small and is read in parts, however many shards there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teachercache.cache.files.content_files import write_named
+from teachercache.cache.files.digests import canonical_json
+from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable, check_inside
+
+INDEX = "index"
+FORMAT = "teachercache-index"
+INDEX_SHARDS = 4096  # in one file: with two groups about 1 MB
+MOST_INDEX_BYTES = 2**25  # of one file
+
+Read = Callable[[str, int], bytes]  # (file, its size) to its bytes
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What index files list: shards, and files that belong to no shard, such as those of quarantined rows."""
+
+    shards: ShardTable
+    files: FileTable
+    index: tuple[FileInfo, ...] = ()
+
+
+def write_index(
+    folder: Path, shards: ShardTable, files: Sequence[FileInfo], *, within: str = INDEX
+) -> list[dict[str, Any]]:
+    """Write the index files of a cache at `folder`; returns their entries for the manifest. Equal lists give equal files, and
+    shards that are added later leave full files as they are."""
+    table, entries = FileTable.of(files), []
+    for number in range(-(-max(len(shards), len(table)) // INDEX_SHARDS)):
+        chosen = slice(number * INDEX_SHARDS, (number + 1) * INDEX_SHARDS)
+        columns: dict[str, Any] = {
+            "format": FORMAT,
+            "shards": shards.to_columns(chosen),
+            "files": table.to_columns(chosen),
+        }
+        info = write_named(folder, within, f"part-{number:05d}", ".json", canonical_json(columns) + b"\n")
+        entries.append({**vars(info), "first": chosen.start, "shards": len(columns["shards"]["rows"])})
+    return entries
+
+
+def read_index(entries: Iterable[dict[str, Any]], read: Read, *, groups: Sequence[str]) -> Indexed:
+    """What the index files hold that a manifest names, for these column groups; keys and groups that it does not name are
+    ignored. Raises `ValueError`, `KeyError` or `TypeError` for files that are not those that the manifest promises."""
+    shards, files, infos = [], [], []
+    count = 0
+    for entry in entries:
+        info = FileInfo(entry["file"], entry["bytes"], entry["sha256"])
+        data = _checked_bytes(info, read)
+        if data["format"] != FORMAT:
+            raise ValueError(f"{info.file} is no index")
+        held = len(data["shards"]["rows"])
+        if (entry["first"], entry["shards"]) != (count, held):
+            raise ValueError(f"{info.file} does not list the shards that its entry says")
+        shards.append(data["shards"])
+        files.append(data["files"])
+        infos.append(info)
+        count += held
+    return Indexed(ShardTable.from_columns(shards, groups), FileTable.from_columns(files), tuple(infos))
+
+
+def _checked_bytes(info: FileInfo, read: Read) -> dict[str, Any]:
+    check_inside(info.file)
+    if not (type(info.bytes) is int and 0 < info.bytes <= MOST_INDEX_BYTES):
+        raise ValueError(f"{info.file} claims {info.bytes} bytes, at most {MOST_INDEX_BYTES} are possible")
+    data = read(info.file, info.bytes)
+    if hashlib.sha256(data).hexdigest() != info.sha256:
+        raise ValueError(f"{info.file} differs from its sha256 in the manifest (damaged bytes)")
+    return json.loads(data)

@@ -1,0 +1,9 @@
+"""Shards: rows in Arrow files, one file a column group.
+
+writer.py         one work unit to one shard
+shard.py          one shard: rows by index, checked before they are handed out
+shard_set.py      many shards, opened when they are needed
+row_batch.py      rows of a record batch in memory
+ipc_blocks.py     what a record batch claims to take in memory, before it is decompressed
+decompressed.py   record batches in memory, bounded
+"""

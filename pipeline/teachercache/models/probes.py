@@ -1,0 +1,173 @@
+"""What a loaded model is asked before its numbers are trusted: a few tokens tell what no config says for sure.
+
+Teacher and student alike. Each probe costs two to five forward passes of at most 32 tokens, and draws nothing at random.
+
+Shapes: S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachercache.errors import ModelError
+from teachercache.models.loading import input_layout, model_inputs, row_places
+from teachercache.models.memory import first_line, free_memory, is_out_of_memory
+from teachercache.models.rotary import original_context
+from teachercache.tokens.rows import Segment, TokenRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Root mean square of a difference, in standard deviations of the logits. A causal model gives the same bits; one without a
+# mask moves by 2e-3 even when its weights are random and small. Other shapes, or other expert loads, round differently.
+TOLERANCE = {"float32": 5e-4, "float64": 5e-4}
+HALF_TOLERANCE = 2e-2
+RESHAPED_TOLERANCE = 0.1  # half precision and another shape of batch: routing of experts may flip
+
+HALF_LENGTH = 8
+SHORTEST_CONTEXT = 2048  # of models whose config does not say
+PACKED = ((5, 9, 2), (7, 3))  # lengths of the segments of two rows, of which one is padded
+
+
+def check_causal(model: Any, *, name: str, vocabulary_size: int) -> None:
+    """Raise `ModelError` for a model whose predictions change with later tokens: its targets would have seen their labels."""
+    if sees_later_tokens(model, vocabulary_size=vocabulary_size):
+        raise ModelError(
+            f"{name} ({type(model).__name__}) sees later tokens: its predictions change with tokens that follow, as those of "
+            "masked and bidirectional language models do, so it would be shown every label; use a causal language model"
+        )
+
+
+def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
+    """Whether logits of the first tokens move when later ones change, or are not there."""
+    ids_S = _tokens(2 * HALF_LENGTH, vocabulary_size)
+    half = slice(0, HALF_LENGTH)
+    changed_S = ids_S.copy()
+    changed_S[HALF_LENGTH:] = (ids_S[HALF_LENGTH:] + vocabulary_size // 2 + 1) % vocabulary_size
+    with _evaluated(model):
+        whole_SV, changed_SV, alone_SV = (_logits(model, [_row(each)])[0] for each in (ids_S, changed_S, ids_S[half]))
+    return _differ(whole_SV[half], changed_SV[half], reshaped=False) or _differ(whole_SV[half], alone_SV, reshaped=True)
+
+
+def check_length(model: Any, *, name: str, longest: int) -> None:
+    """Raise `ModelError` for a model with fewer positions than the longest row has tokens. One whose factors grow with a
+    document, or whose config does not say how many it has, passes."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions and original_context(model) is None:
+        raise ModelError(
+            f"{name} ({type(model).__name__}) takes at most {positions} tokens, rows have up to {longest}; "
+            "lower sequence.length"
+        )
+
+
+def check_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> None:
+    """Raise `ModelError` for a model that computes a short row otherwise beside a long one, as by rotary embeddings of its own
+    that scale with the batch. `longest` is the number of tokens in the longest row.
+
+    It costs a forward pass of two rows of that length, without the output projection, and only where rows are longer than any
+    model was first trained on.
+    """
+    if longest <= (original_context(model) or SHORTEST_CONTEXT):
+        return
+    if not computes_rows_alone(model, vocabulary_size=vocabulary_size, longest=longest):
+        raise ModelError(
+            f"{type(model).__name__} computes a short row otherwise when a row of {longest} tokens stands beside it, so that "
+            "targets would depend on the batch; set sequence.length to the context that the model was first trained on"
+        )
+
+
+def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bool:
+    """Whether what a short row gives is the same with a row of `longest` tokens beside it. Raises `ModelError` for a model that
+    has no positions for so many."""
+    short, long = (_row(_tokens(count, vocabulary_size)) for count in (HALF_LENGTH, longest))
+
+    def hidden(rows: Sequence[TokenRow]) -> Tensor:
+        places, inputs = _inputs(model, rows, layout="documents")
+        found = model.base_model(**inputs, use_cache=False)
+        return found.logits[places[0]] if model.base_model is model else found[0][places[0]]
+
+    with _evaluated(model):
+        try:
+            return not _differ(hidden([short]), hidden([short, long]), reshaped=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        except IndexError as error:  # learned positions, of which the config does not say how many there are
+            raise ModelError(
+                f"{type(model).__name__} cannot run a row of {longest} tokens ({first_line(error)}); lower sequence.length"
+            ) from error
+    free_memory()
+    return True  # two such rows never meet here either
+
+
+def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
+    """Whether a model keeps segments of packed rows apart, in a batch of rows of unequal length: each must give what it gives
+    alone."""
+    rows = [_row(_tokens(sum(lengths), vocabulary_size, first=index), lengths) for index, lengths in enumerate(PACKED)]
+    with _evaluated(model):
+        try:
+            packed = _logits(model, rows, layout="packed")
+        except TypeError:  # takes no positions
+            return False
+        for row, logits_SV in zip(rows, packed, strict=True):
+            for start, end in pairwise([*(segment.start for segment in row.segments), row.length]):
+                [alone_SV] = _logits(model, [_row(row.input_ids_S[start:end])])
+                if _differ(alone_SV, logits_SV[start:end], reshaped=True):
+                    return False
+    return True
+
+
+def _logits(model: Any, rows: Sequence[TokenRow], *, layout: str = "documents") -> list[Tensor]:
+    """Of each row, [S, V]."""
+    places, inputs = _inputs(model, rows, layout=layout)
+    logits_BSV = model(**inputs, use_cache=False).logits
+    return [logits_BSV[place] for place in places]
+
+
+def _inputs(model: Any, rows: Sequence[TokenRow], *, layout: str) -> tuple[list[tuple[int, slice]], dict[str, Tensor]]:
+    """Where rows are, and what the model is called with."""
+    import torch
+
+    layout = input_layout(model, layout, longest=max(row.length for row in rows))
+    arrays = model_inputs(rows, pad_id=0, layout=layout)
+    inputs = {name: torch.from_numpy(values).to(model.device) for name, values in arrays.items()}
+    return row_places(rows, layout=layout), inputs
+
+
+def _differ(one_SV: Tensor, other_SV: Tensor, *, reshaped: bool) -> bool:
+    """By more than rounding. Logits that are no numbers say nothing: capture quarantines them."""
+    name = str(one_SV.dtype).removeprefix("torch.")
+    tolerance = TOLERANCE.get(name, RESHAPED_TOLERANCE if reshaped else HALF_TOLERANCE)
+    one_SV, other_SV = one_SV.float(), other_SV.float()
+    return bool((one_SV - other_SV).square().mean().sqrt() > tolerance * one_SV.std().clamp_min(1e-9))
+
+
+def _row(ids_S: NDArray[np.int32], lengths: Sequence[int] = ()) -> TokenRow:
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    segments = tuple(Segment("", 0, 0, 0, start) for start in starts)
+    return TokenRow("", False, ids_S, np.zeros(len(ids_S), dtype=np.bool_), segments)
+
+
+def _tokens(count: int, vocabulary_size: int, *, first: int = 0) -> NDArray[np.int32]:
+    """From the middle of the vocabulary, where no special tokens are."""
+    ids_S = vocabulary_size // 3 + 7 * np.arange(first, first + count)
+    return (ids_S % vocabulary_size).astype(np.int32)
+
+
+@contextmanager
+def _evaluated(model: Any) -> Iterator[None]:
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

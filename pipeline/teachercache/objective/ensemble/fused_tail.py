@@ -1,0 +1,174 @@
+"""Several teachers' distributions as one, formed a block of positions at a time: no [N, V] tensor of a whole batch.
+
+    arithmetic    log Σ_i w_i p_i(v)    a mixture: what any teacher finds likely stays likely
+    geometric     Σ_i w_i log p_i(v)    a product of experts: what one teacher rules out is ruled out
+
+p_i is what teacher i says at the current temperature, however it is stored: heads differ in size and kind, and each fills
+in its own tail. Mixtures of teachers: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, where
+the geometric mean is named as well; products: Hinton, "Products of Experts", 1999.
+
+**Another vocabulary.** A teacher with another tokenizer can emit only some of the student's tokens in one step, the set E.
+About the others it says nothing, which is not the same as giving them no mass: held against zeros there a student would
+lose the long tokens that its vocabulary is made of. So its distribution is completed by `base`, that of the teachers which
+speak the student's tokens: inside E what it says, scaled to the mass that they give to E, and outside what they say,
+
+    p̂(v) = base(E) · p(v) / p(E)  for v in E,    p̂(v) = base(v)  outside.
+
+Of all distributions that agree with the teacher inside E it is the nearest to `base` in KL(base ‖ ·): by the chain rule
+that is a KL of E's mass, one outside of E, both of which can be 0, and one inside, which is given. Jeffrey, "The Logic of
+Decision", 1965, calls it probability kinematics.
+
+What a step costs with two teachers beside one, tests/bench/fusion_cost.py measures.
+
+Shapes: N positions of a batch, C of a block, c of these at which a voice speaks, V student's tokens, U a teacher's own, K
+voices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from teachercache.objective.ensemble.teacher_view import FLOOR, Said, Voice
+from teachercache.objective.logits.blocks import block_rows
+from teachercache.objective.logits.tail_logits import write_logits
+from teachercache.targets.logits.softened import UniformTail
+
+Fusion = Literal["arithmetic", "geometric"]
+
+
+@dataclass(frozen=True, eq=False)
+class FusedTail:
+    """See `targets.softened.Tail`. The first voice speaks the student's tokens, at every position.
+
+    `weight_NK` are each position's weights: they sum to 1, and are 0 where a voice is silent. A position whose weights are
+    all 0 gets numbers without a meaning.
+    """
+
+    voices: Sequence[Voice]
+    weight_NK: Tensor
+    fusion: Fusion
+    vocabulary_size: int
+
+    def logits(self, part: slice, xp: Any) -> Any:
+        """Log-probabilities of all V tokens at some of the positions, up to a constant of each, [C, V]."""
+        start, stop, _ = part.indices(len(self.weight_NK))
+        logits_CV = self.weight_NK.new_empty(stop - start, self.vocabulary_size)
+        self.expander()(slice(start, stop), logits_CV)
+        return logits_CV
+
+    def at(self, part: slice) -> FusedTail:
+        """The tail of some of the positions."""
+        start, stop, _ = part.indices(len(self.weight_NK))
+        voices = [voice.at(start, stop) for voice in self.voices]
+        return replace(self, voices=voices, weight_NK=self.weight_NK[start:stop])
+
+    def expander(self) -> Callable[[slice, Tensor], None]:
+        """What writes logits into a buffer, with scratch that it keeps from one call to the next."""
+        return _Expander(self)
+
+
+class _Expander:
+    """Sketches are multiplied out for many positions at once, as one teacher's are (tail_logits.py); the passes over what
+    comes of it run over few, which stay in a processor's cache."""
+
+    def __init__(self, tail: FusedTail) -> None:
+        self._tail = tail
+        self._scratch: dict[str, Tensor] = {}
+
+    def __call__(self, part: slice, logits_CV: Tensor) -> None:
+        tail = self._tail
+        expanded = [self._expanded(number, part, logits_CV) for number in range(len(tail.voices))]
+        rows = block_rows(tail.vocabulary_size, logits_CV.dtype, logits_CV.device)
+        fuse = self._mixture if tail.fusion == "arithmetic" else self._product
+        for start in range(part.start, part.stop, rows):
+            stop = min(start + rows, part.stop)
+            said = []
+            for number, (voice, logits_nU) in enumerate(zip(tail.voices, expanded, strict=True)):
+                own, skipped = voice.own(start, stop), int(voice.before[part.start])
+                logits_cU = None if logits_nU is None else logits_nU[own.start - skipped : own.stop - skipped]
+                said.append(voice.said(start, stop, logits_cU, tail.weight_NK[:, number]))
+            native = [each for each in said if len(each) and each.projection is None]
+            others = [each for each in said if len(each) and each.projection is not None]
+            fuse(native, others, logits_CV[start - part.start : stop - part.start])
+
+    def _expanded(self, number: int, part: slice, like: Tensor) -> Tensor | None:
+        """The logits of a voice's tail where it speaks in a chunk, [n, U]; None for one that has none."""
+        voice = self._tail.voices[number]
+        own, tail = voice.own(part.start, part.stop), voice.softened.tail
+        if tail is None or isinstance(tail, UniformTail):
+            return None
+        logits_nU = self._buffer(f"tail {number}", like, own.stop - own.start, voice.tokens(like.shape[1]))
+        write_logits(tail, own, logits_nU)
+        return logits_nU
+
+    def _mixture(self, native: Sequence[Said], others: Sequence[Said], out_CV: Tensor) -> None:
+        self._sum(native, out_CV, Said.add)
+        if others:
+            base_CV = self._buffer("base", out_CV, *out_CV.shape)
+            torch.div(out_CV, _weights(native, len(out_CV)), out=base_CV)
+            for each in others:
+                completed_cV = self._completed(each, base_CV)
+                _add_rows(out_CV, each.rows, completed_cV.mul_(each.weight_c1))
+        out_CV.clamp_min_(torch.finfo(out_CV.dtype).tiny).log_()
+
+    def _product(self, native: Sequence[Said], others: Sequence[Said], out_CV: Tensor) -> None:
+        self._sum(native, out_CV, Said.add_log)
+        if others:
+            base_CV = self._buffer("base", out_CV, *out_CV.shape)
+            torch.softmax(out_CV / _weights(native, len(out_CV)), -1, out=base_CV)
+            for each in others:
+                log_cV = self._completed(each, base_CV).log_().clamp_min_(FLOOR)
+                _add_rows(out_CV, each.rows, log_cV.mul_(each.weight_c1))
+
+    def _sum(self, native: Sequence[Said], out_CV: Tensor, add: Callable[[Said, Tensor, Tensor, Tensor], None]) -> None:
+        """Of the voices that speak the student's tokens."""
+        out_CV.zero_()
+        share_CV = self._buffer("share", out_CV, *out_CV.shape)
+        for each in native:
+            if each.rows is None:
+                add(each, out_CV, each.weight_c1, share_CV)
+            else:
+                sum_cV = out_CV[each.rows]
+                add(each, sum_cV, each.weight_c1, share_CV[: len(sum_cV)])
+                out_CV[each.rows] = sum_cV
+
+    def _completed(self, said: Said, base_CV: Tensor) -> Tensor:
+        """p̂ of a voice in another vocabulary, [c, V]."""
+        assert said.projection is not None
+        shape = len(said), len(said.projection.first_U)
+        own_cU = self._buffer(f"own {shape[1]}", base_CV, *shape).zero_()
+        share_cU = self._buffer(f"own share {shape[1]}", base_CV, *shape)
+        said.add(own_cU, torch.ones_like(said.weight_c1), share_cU)
+        projected_cV = said.projection(own_cU)
+        base_cV = base_CV if said.rows is None else base_CV[said.rows]
+        emitted_V = said.projection.emitted_V.to(base_cV.dtype)
+        tiny = torch.finfo(base_cV.dtype).tiny
+        scale_c1 = (base_cV @ emitted_V)[:, None] / projected_cV.sum(-1, keepdim=True).clamp_min(tiny)
+        return projected_cV.mul_(scale_c1).addcmul_(base_cV, 1 - emitted_V)
+
+    def _buffer(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Scratch [rows, tokens]; of one name tokens are always as many."""
+        kept = self._scratch.get(name)
+        if kept is None or len(kept) < shape[0]:
+            kept = self._scratch[name] = like.new_empty(shape)
+        return kept[: shape[0]]
+
+
+def _weights(native: Sequence[Said], positions: int) -> Tensor:
+    """What the weights of some voices add up to at each position, [C, 1]; more than 0."""
+    weight_C1 = native[0].weight_c1.clone()
+    for each in native[1:]:
+        _add_rows(weight_C1, each.rows, each.weight_c1)
+    return weight_C1.clamp_min_(torch.finfo(weight_C1.dtype).tiny)
+
+
+def _add_rows(sum_CA: Tensor, rows: Tensor | None, values_cA: Tensor) -> None:
+    if rows is None:
+        sum_CA.add_(values_cA)
+    else:
+        sum_CA.index_add_(0, rows, values_cA)

@@ -1,0 +1,5 @@
+"""Which positions count more.
+
+weights.py  weights of positions from the entropy of what student or teacher expect there
+entropy.py  ... the entropies
+"""

@@ -1,0 +1,10 @@
+"""The precompute job: corpus → staged units → tokens → teacher actors → shards → manifest.
+
+job.py         the whole job, `run_precompute`
+plan.py        what the job is: identity (fingerprint); decides between new, resumed and finished
+input_form.py  whether rows begin as the teacher is used to
+layers.py      what a recipe asks for of layers, with the teacher's numbers
+staging.py     the corpus as files of raw documents, one a work unit
+units.py       one unit through its two stages, as plain functions: tokenise; capture and write
+commit.py      records of finished units → audit, digests, card, manifest
+"""

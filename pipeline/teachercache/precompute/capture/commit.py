@@ -1,0 +1,146 @@
+"""From the records of finished units to a cache: audit, digests, card, and the manifest as the last step."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from teachercache import __version__
+from teachercache.cache import Audit, FileInfo, Manifest, ShardInfo
+from teachercache.cache.files.column_groups import layout_of
+from teachercache.cache.files.digests import fingerprint_of
+from teachercache.cache.files.entries import ShardTable, file_info
+from teachercache.cache.manifest.card import render_card
+from teachercache.cache.manifest.manifest import QUARANTINE, TEACHER_IDENTITY, cache_fingerprint, commit_manifest
+from teachercache.cache.verify import CARD
+from teachercache.errors import JobFailed
+from teachercache.precompute.capture.plan import Plan
+
+
+def commit(plan: Plan) -> Manifest:
+    """Commit the cache. Raises `JobFailed` when rows are unaccounted for, a unit is missing, or nothing was stored."""
+    records = [record for unit in range(plan.units) if (record := plan.record(unit)) is not None]
+    if len(records) < plan.units:
+        missing = plan.units - len(records)
+        raise JobFailed(f"{missing} of {plan.units} units have no result; run the same command again to do them")
+    manifest = _manifest(plan, records)
+    if not manifest.shards:
+        raise JobFailed(
+            f"all {plan.rows_in} rows were quarantined, so there is nothing to store; "
+            f"their reasons are in {plan.folder / 'quarantine'}"
+        )
+    (plan.folder / CARD).write_text(render_card(manifest), encoding="utf-8")
+    _remove_leftovers(plan, manifest)
+    commit_manifest(manifest, plan.folder)
+    shutil.rmtree(plan.work)
+    return manifest
+
+
+def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
+    column_bytes: Counter[str] = Counter()
+    for record in records:
+        column_bytes.update(record["column_bytes"])
+    teacher_files = [file_info(plan.folder, path) for path in _teacher_files(plan)]
+    quarantine = [FileInfo(**record["quarantine"]) for record in records if record["quarantine"]]
+    model, identity, layout = _loaded_teacher(records), plan.identity, layout_of(plan.targets)
+    settings, digests = plan.settings(model["dtype"]), plan.target_digests()
+    settings_fingerprint = fingerprint_of(settings)
+    return Manifest(
+        fingerprint=cache_fingerprint(settings_fingerprint, digests, identity["corpus"], identity["units"]),
+        settings_fingerprint=settings_fingerprint,
+        settings=settings,
+        target_digests=digests,
+        groups=layout,
+        described_teacher={key: value for key, value in identity["teacher"].items() if key not in TEACHER_IDENTITY},
+        model=model,
+        **{key: identity[key] for key in ("targets", "corpus", "units")},
+        audit=_audit(plan, records),
+        shards=ShardTable.of((ShardInfo.from_json(r["shard"]) for r in records if r["shard"]), groups=layout),
+        files=[*teacher_files, *quarantine],
+        column_bytes=dict(column_bytes),
+        calibration=plan.calibration() or {},
+        input_form=plan.input_form(),
+        fidelity=_fidelity(records, drifts=plan.targets.logits.needs_calibration),
+        created_by=f"teachercache {__version__}",
+    )
+
+
+def _loaded_teacher(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the actors loaded. Raises `JobFailed` where they did not load the same; libraries and kernels are noted alone."""
+    model: dict[str, Any] = records[0]["teacher"]
+    differs = [
+        key for key in ("architecture", "parameters", "dtype") if any(r["teacher"][key] != model[key] for r in records)
+    ]
+    if differs:
+        raise JobFailed(
+            f"units were computed by teachers that were loaded differently ({', '.join(differs)}); set teacher.dtype, delete "
+            "the cache's folder and run again"
+        )
+    return model
+
+
+def _teacher_files(plan: Plan) -> list[Path]:
+    return sorted(path for path in (plan.folder / "teacher").iterdir() if path.suffix != ".tmp")
+
+
+def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
+    total = Counter({name: sum(record[name] for record in records) for name in _COUNTED})
+    staged = plan.rows_in - plan.deduplicated
+    if total["documents"] != staged:
+        raise JobFailed(
+            f"{staged} rows were staged, but units account for {total['documents']}; delete {plan.folder} and run again"
+        )
+    return Audit(
+        rows_in=plan.rows_in,
+        stored=staged - total["quarantined_documents"],
+        quarantined=total["quarantined_documents"],
+        deduplicated=plan.deduplicated,
+        windowed_documents=total["windowed_documents"],
+        extra_windows=total["extra_windows"],
+        windows_without_targets=total["windows_without_targets"],
+        windows_quarantined=total["windows_quarantined"],
+    )
+
+
+def _fidelity(records: list[dict[str, Any]], *, drifts: bool) -> dict[str, Any]:
+    """KL(teacher ‖ stored) measured while capturing: means over all units; where a basis can drift, units that stand out."""
+    units = [(unit, record["fidelity"]) for unit, record in enumerate(records) if record.get("fidelity")]
+    if not units:
+        return {}
+    positions = sum(measured["positions"] for _, measured in units)
+    kl = {T: sum(measured["kl"][T] for _, measured in units) / positions for T in units[0][1]["kl"]}
+    fidelity = {"positions": positions, "tail": units[0][1]["tail"], "kl": kl}
+    if not drifts:
+        return fidelity
+    worse = [
+        {"unit": unit, "positions": measured["positions"], "kl": measured["kl"][DRIFT_AT] / measured["positions"]}
+        for unit, measured in units
+        if measured["positions"] >= DRIFT_POSITIONS
+        and measured["kl"][DRIFT_AT] / measured["positions"] > DRIFT_FACTOR * kl[DRIFT_AT]
+    ]
+    return {**fidelity, "drifting_units": worse}
+
+
+DRIFT_AT = "2"  # temperature
+DRIFT_FACTOR = 2.0
+DRIFT_POSITIONS = 20  # measured ones, below which a unit's mean says little
+
+_COUNTED = (
+    "documents",
+    "quarantined_documents",
+    "windowed_documents",
+    "extra_windows",
+    "windows_without_targets",
+    "windows_quarantined",
+)
+
+
+def _remove_leftovers(plan: Plan, manifest: Manifest) -> None:
+    """Temp files of killed writers: everything in the data folders that no record names."""
+    listed = {info.file for info in manifest.all_files}
+    for folder in (*manifest.groups, QUARANTINE, "teacher"):
+        for path in Path(plan.folder / folder).glob("*"):
+            if path.relative_to(plan.folder).as_posix() not in listed:
+                path.unlink()

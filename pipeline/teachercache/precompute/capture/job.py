@@ -1,0 +1,235 @@
+"""The precompute job from a recipe to a committed cache."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from teachercache.cache import Manifest
+from teachercache.cache.manifest.manifest import MANIFEST, read_manifest
+from teachercache.config import Recipe
+from teachercache.errors import RecipeError
+from teachercache.files import locked
+from teachercache.models.loading import load_tokenizer
+from teachercache.precompute.capture.commit import DRIFT_AT, commit
+from teachercache.precompute.capture.input_form import input_warning
+from teachercache.precompute.capture.plan import Plan, make_plan
+from teachercache.precompute.engine.placement import placed
+from teachercache.tokens.fingerprint import require_fast, tokenizer_fingerprint
+
+
+def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
+    """Run the job, or what is left of it; returns the summary that `--json` prints.
+
+    Running it again when it is finished changes nothing. Raises `UserError` before compute is spent, `JobFailed` when it
+    could not be completed; finished units are kept either way.
+    """
+    start = time.perf_counter()
+    source = recipe.corpus.source if recipe.corpus else ""
+    console.print(f"planning: reading {source} …", markup=False)
+    _check_paths(recipe)
+    _check_students(recipe)
+    with locked(_lock_file(recipe.cache_folder), job="precompute job", folder=recipe.cache_folder):
+        result = _run_locked(recipe, console, start)
+    if recipe.align:
+        from teachercache.precompute.align.job import run_align
+
+        address = recipe.precompute.address
+        result["alignments"] = [
+            run_align(recipe.cache_folder, student=student, address=address, console=console)
+            for student in recipe.align
+        ]
+    return result
+
+
+def _check_students(recipe: Recipe) -> None:
+    """Before the teacher runs for hours: tokenizers that cannot be used, and text that would be missing."""
+    if not recipe.align or recipe.corpus is None or recipe.teacher is None:
+        return
+    from teachercache.precompute.align.plan import check_tokenizer
+
+    if not recipe.corpus.store_text:
+        raise RecipeError("align needs the text of the corpus; set corpus.store_text: true, or leave align out")
+    teacher = recipe.teacher
+    own = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    for student in recipe.align:
+        check_tokenizer(
+            require_fast(load_tokenizer(student)),
+            student,
+            teacher_fingerprint=tokenizer_fingerprint(own),
+            chats=recipe.corpus.messages_field is not None,
+        )
+
+
+def _check_paths(recipe: Recipe) -> None:
+    """On a cluster, a relative path means another place in every process (a submitted job runs in a copy of the sources)."""
+    if (recipe.precompute.address or os.environ.get("RAY_ADDRESS")) and not recipe.cache_folder.is_absolute():
+        raise RecipeError(
+            f"cache: {recipe.cache} is a relative path, which nodes of a cluster do not share; "
+            f"set it to a folder that all of them see, e.g. -s cache=/shared/{recipe.cache_folder.name}"
+        )
+
+
+def _lock_file(cache: Path) -> Path:
+    """Beside the cache: a finished cache holds nothing that its manifest does not list."""
+    return cache.parent / f".{cache.name}.lock"
+
+
+def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any]:
+    plan = make_plan(recipe)
+    if (plan.folder / MANIFEST).is_file():
+        console.print(f"{plan.folder} is complete: nothing to do", markup=False)
+        shutil.rmtree(plan.work, ignore_errors=True)  # of a job that was killed between its last two steps
+        return summary(plan, read_manifest(plan.folder), Timing(), seconds=time.perf_counter() - start)
+    pending = plan.pending()
+    if len(pending) < plan.units:
+        console.print(f"resuming: {plan.units - len(pending)} of {plan.units} units are done")
+    timing = _run(recipe, plan, pending, console)
+    manifest = commit(plan)
+    result = summary(plan, manifest, timing, seconds=time.perf_counter() - start)
+    _print_closing(console, result, manifest)
+    return result
+
+
+@dataclass
+class Timing:
+    """Of the units that this run computed: wall seconds from the first position to the last, and before the first."""
+
+    positions: int = 0
+    teacher_seconds: float = 0.0
+    working_seconds: float = 0.0
+    start_up_seconds: float = 0.0
+    batches_halved: int = 0
+
+
+def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Timing:
+    timing = Timing()
+    if not pending:
+        return timing
+    console.print("starting Ray and loading the teacher …")
+    from teachercache.precompute.engine.cluster import Job, cluster_nodes, connected, run_calibration, run_units
+
+    began = time.time()
+    first = math.inf
+    with connected(recipe.precompute), progress_bar(console) as progress:
+        placement = placed(recipe.precompute, cluster_nodes(), units=len(pending))
+        console.print(placement.describe(), highlight=False)
+        job = Job.of(recipe, plan, placement)
+        if plan.calibration() is None:
+            console.print("calibrating: fitting what targets are read by to a sample of the corpus …")
+            run_calibration(job)
+            record = plan.calibration()
+            assert record is not None
+            console.print(
+                f"fitted to {record['positions']:,} positions of {len(record['sources'])} documents"
+                + _describe_choice(record.get("chosen"))
+            )
+            began = time.time()
+        told = _tell_input(plan, console)
+        bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
+        for done in run_units(job, pending):
+            told = told or _tell_input(plan, console)
+            first = min(first, done.started)
+            timing.positions += done.positions
+            timing.teacher_seconds += done.teacher_seconds
+            timing.batches_halved += done.batches_halved
+            timing.working_seconds = time.time() - first
+            rate = f"{timing.positions:,} positions, {timing.positions / timing.working_seconds:,.0f}/s"
+            progress.update(bar, advance=1, rate=rate)
+    timing.start_up_seconds = first - began
+    return timing
+
+
+def _tell_input(plan: Plan, console: Console) -> bool:
+    """Whether it was measured by now how the teacher takes the rows' beginnings; warns where another form is better."""
+    found = plan.input_form()
+    line = input_warning(found)
+    if line is not None:
+        console.print(line, markup=False, soft_wrap=True)
+    return bool(found)
+
+
+def _describe_choice(chosen: dict[str, Any] | None) -> str:
+    if chosen is None:
+        return ""
+    left = f"{chosen['kl']:.3g} nats, about {chosen['sketch_bytes']:.0f} bytes a position"
+    return f"; for target_kl {chosen['target_kl']:g}: rank {chosen['rank']}, step {chosen['step']:g} ({left})"
+
+
+def progress_bar(console: Console) -> Progress:
+    """Units done, with a rate."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("units  {task.fields[rate]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -> dict[str, Any]:
+    """What the job made; `positions_per_second` leaves start-up out."""
+    working = timing.working_seconds
+    return {
+        "cache": str(plan.folder),
+        "rows": manifest.rows,
+        "positions": manifest.positions,
+        "quarantined": manifest.audit.quarantined,
+        "windows_quarantined": manifest.audit.windows_quarantined,
+        "audit": vars(manifest.audit),
+        "bytes": manifest.shard_bytes,
+        "bytes_per_position": manifest.bytes_per_position(),
+        "positions_computed": timing.positions,
+        "positions_per_second": round(timing.positions / working, 1) if working else 0.0,
+        "teacher_seconds": round(timing.teacher_seconds, 2),
+        "start_up_seconds": round(timing.start_up_seconds, 2),
+        "batches_halved": timing.batches_halved,
+        "input_form": manifest.input_form,
+        "seconds": round(seconds, 2),
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _print_closing(console: Console, result: dict[str, Any], manifest: Manifest) -> None:
+    size = result["bytes_per_position"]
+    held_out = manifest.held_out_rows
+    lost = "".join(
+        f", {result[name]:,} {what} quarantined"
+        for name, what in (("quarantined", "rows of the corpus"), ("windows_quarantined", "windows of other rows"))
+        if result[name]
+    )
+    console.print(
+        f"cached {result['rows'] - held_out:,} rows to train on and {held_out:,} held-out ones, {result['positions']:,} "
+        f"positions{lost}, {size['logits']:.0f} bytes per position for logits ({size['total']:.0f} in all), "
+        f"{result['positions_per_second']:,.0f} positions/s → {result['cache']}",
+        markup=False,
+    )
+    if held_out in (0, result["rows"]):
+        missing = "no row is held out: there will be no evaluation" if not held_out else "all rows are held out"
+        console.print(f"warning: {missing}; change corpus.held_out, or use a larger corpus", markup=False)
+    for line in _drift_warnings(manifest):
+        console.print(f"warning: {line}", markup=False)
+    if result["batches_halved"]:
+        console.print(
+            f"warning: {result['batches_halved']} batches ran out of memory and were halved; "
+            "lower precompute.positions_per_batch to spare these attempts",
+            markup=False,
+        )
+
+
+def _drift_warnings(manifest: Manifest) -> list[str]:
+    drifting = manifest.fidelity.get("drifting_units", [])
+    if not drifting:
+        return []
+    worst = max(drifting, key=lambda entry: entry["kl"])
+    mean = manifest.fidelity["kl"][DRIFT_AT]
+    return [
+        f"the sketch fits {len(drifting)} of {len(manifest.shards)} units less than the rest (KL at T={DRIFT_AT} up to "
+        f"{worst['kl']:.2f} nats in unit {worst['unit']}, {mean:.2f} on average): their text differs from the calibration "
+        "sample; raise targets.logits.calibration_positions, or cache that text apart"
+    ]

@@ -1,0 +1,176 @@
+"""One work unit through its two stages. Plain functions of the unit and the job: no Ray, no order, no state.
+
+    tokenise_unit → compute_unit (teacher, shard, record)
+
+Shards hold no time and no name of a machine, so equal units give equal files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from teachercache.cache import write_shard
+from teachercache.cache.files.content_files import write_named
+from teachercache.cache.files.schema import READ_BY
+from teachercache.cache.manifest.manifest import QUARANTINE
+from teachercache.config import PrecomputeConfig, SequenceConfig
+from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
+from teachercache.files import write_whole
+from teachercache.models.loading import load_tokenizer
+from teachercache.precompute.capture.input_form import check_input
+from teachercache.precompute.capture.plan import Plan
+from teachercache.precompute.capture.staging import read_unit, salted_hash, sample_file
+from teachercache.targets import calibrates
+from teachercache.teacher import Captured, Teacher
+from teachercache.tokens.rows import TokenRow
+
+
+def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text: bool) -> tuple[Tokenised, int]:
+    """Staged documents to token rows, and how many documents there were."""
+    staged = read_unit(plan.unit_file(unit))
+    tokenizer = _tokenizer(str(plan.folder / "teacher"))
+    tokenised = tokenise(staged, tokenizer=tokenizer, sequence=sequence, store_text=store_text, prefix=plan.prefix_ids)
+    return tokenised, len(staged)
+
+
+def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positions_per_batch: int) -> None:
+    """Make what targets are read by from rows drawn from the whole corpus by content hash; writes basis and layer file, then
+    the record of them.
+
+    At most half of what the drawn documents hold is used, so that rows remain on which fidelity can be measured.
+    """
+    check_input(teacher, plan, positions_per_batch=positions_per_batch)
+    rows = _calibration_rows(plan, sequence=sequence)
+    layers = teacher.prepare(rows, positions_per_batch=positions_per_batch, longest=sequence.length)
+    basis = teacher.kind.basis if calibrates(teacher.kind) else None
+    files = {
+        role: made.save(plan.folder / "teacher") for role, made in zip(READ_BY, (basis, layers), strict=True) if made
+    }
+    record: dict[str, Any] = {
+        **{role: path.relative_to(plan.folder).as_posix() for role, path in files.items()},
+        "positions": sum(row.positions for row in rows),
+        "rows": sorted(row.row_id for row in rows),
+        "sources": sorted({segment.source_id for row in rows for segment in row.segments}),
+    }
+    if basis is not None and basis.chosen is not None:
+        record["chosen"] = basis.chosen
+    write_whole(plan.calibration_file, json.dumps(record, sort_keys=True))
+
+
+def _calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
+    documents = read_unit(sample_file(plan.unit_file(0).parent))
+    tokenised = tokenise(
+        documents,
+        tokenizer=_tokenizer(str(plan.folder / "teacher")),
+        sequence=sequence,
+        store_text=False,
+        prefix=plan.prefix_ids,
+    )
+    rows = sorted((row for row in tokenised.rows if row.positions), key=lambda row: salted_hash(row.row_id))
+    wanted = min(plan.targets.calibration_positions, sum(row.positions for row in rows) // 2)
+    taken = np.cumsum([row.positions for row in rows])
+    return rows[: int(np.searchsorted(taken, wanted)) + 1]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: str) -> Any:
+    return load_tokenizer(folder)
+
+
+def actor_threads(settings: PrecomputeConfig) -> int:
+    """CPU threads of one teacher actor. They decide the last bit of its logits, so the number of actors must not change
+    them: without a setting an actor takes all cores that it may run on."""
+    return settings.threads_per_actor or len(os.sched_getaffinity(0))
+
+
+def compute_unit(
+    teacher: Teacher, plan: Plan, unit: int, tokenised: Tokenised, *, documents: int, positions_per_batch: int
+) -> UnitReport:
+    """Capture a unit's rows and write them: shard, quarantine file and, last, the record.
+
+    Both happen where the teacher is: payloads of hundreds of MB stay in one process.
+    """
+    check_input(teacher, plan, positions_per_batch=positions_per_batch)
+    started, start, halved = time.time(), time.perf_counter(), teacher.batches_halved
+    teacher.drift.reset()
+    captured = teacher.capture(tokenised.rows, positions_per_batch=positions_per_batch)
+    seconds = time.perf_counter() - start
+    record = _write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher)
+    positions = record["shard"]["positions"] if record["shard"] else 0
+    return UnitReport(positions, started, seconds, teacher.batches_halved - halved)
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """How a unit went; nothing of it is stored. `started` is wall clock."""
+
+    positions: int
+    started: float
+    teacher_seconds: float
+    batches_halved: int
+
+
+def _write_unit(
+    plan: Plan, unit: int, tokenised: Tokenised, captured: list[Captured], *, documents: int, teacher: Teacher
+) -> dict[str, Any]:
+    stored = [item for item in captured if item.columns is not None]
+    quarantined = [*tokenised.quarantined, *_quarantined_rows(captured)]
+    record: dict[str, Any] = {
+        "documents": documents,
+        **_audit(tokenised, stored, quarantined),
+        "teacher": teacher.describe(),
+        "fidelity": teacher.drift.result(),
+        "read_by": plan.read_by(),
+        "shard": None,
+        "quarantine": None,
+        "column_bytes": {},
+    }
+    if stored:
+        shard, record["column_bytes"] = write_shard(
+            plan.folder,
+            unit,
+            rows=[item.row for item in stored],
+            payload=[item.columns or {} for item in stored],
+            groups=plan.groups(record["teacher"]["dtype"], targets=teacher.targets),
+        )
+        record["shard"] = shard.to_json()
+    if quarantined:
+        record["quarantine"] = vars(_write_quarantine(plan, unit, quarantined))
+    write_whole(plan.record_file(unit), json.dumps(record, sort_keys=True))
+    return record
+
+
+def _audit(tokenised: Tokenised, stored: list[Captured], quarantined: list[Quarantined]) -> dict[str, int]:
+    """Documents with at least one stored window are stored, the others are quarantined."""
+    windows = [(segment.source_id, segment.occurrence) for item in stored for segment in item.row.segments]
+    whole = set(windows)
+    lost = [(item.source_id, item.occurrence) for item in quarantined]
+    return {
+        "quarantined_documents": len(set(lost) - whole),
+        "windowed_documents": tokenised.windowed_documents,
+        "extra_windows": len(windows) - len(whole),
+        "windows_without_targets": tokenised.windows_without_targets,
+        "windows_quarantined": sum(key in whole for key in lost),
+    }
+
+
+def _quarantined_rows(captured: list[Captured]) -> list[Quarantined]:
+    """A row without targets takes all its documents with it into quarantine, once each."""
+    return [
+        Quarantined(segment.source_id, segment.occurrence, item.problem, (segment.text or "")[:200])
+        for item in captured
+        if item.problem is not None
+        for segment in item.row.segments
+    ]
+
+
+def _write_quarantine(plan: Plan, unit: int, quarantined: list[Quarantined]) -> Any:
+    lines = "".join(json.dumps(vars(item), sort_keys=True) + "\n" for item in quarantined)
+    return write_named(plan.folder, QUARANTINE, f"part-{unit:05d}", ".jsonl", lines.encode())

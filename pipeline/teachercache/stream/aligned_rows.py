@@ -1,0 +1,139 @@
+"""Rows in a student's tokens joined to what the teacher said of the same text: what a loss across tokenizers compares.
+
+A chunk of the alignment counts where both sides predict all of its tokens. Before it both have read the same bytes, so that
+their next tokens can be compared; its likelihood is that of its tokens, one after the other.
+
+Shapes: S tokens, N positions of a row, M chunks, A aligned tokens. Of the teacher's side: T tokens, P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachercache.cache import StoredRow
+from teachercache.targets import StoredTargets
+from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
+from teachercache.targets.logits.kind import ACTUAL
+from teachercache.tokens.rows import TokenRow
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedRow:
+    """`row` in the student's tokens, the cache's row, and the columns of their alignment."""
+
+    row: TokenRow
+    teacher: StoredRow
+    alignment: Mapping[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side of all chunks of a row: first token and number of tokens of each, and which of them are wholly predicted."""
+
+    first_M: Array
+    count_M: Array
+    positions_S: Array  # how many positions come before each token
+    mask_S: Array
+
+    @classmethod
+    def of(cls, row: TokenRow, count_M: Array) -> Side:
+        """From the chunks' numbers of tokens, which together are the row's."""
+        count_M = count_M.astype(np.int64)
+        before = np.concatenate([[0], np.cumsum(row.target_mask_S)])
+        return cls(np.cumsum(count_M) - count_M, count_M, before, row.target_mask_S)
+
+    @property
+    def is_predicted_M(self) -> Array:
+        """Token j is predicted at token j - 1."""
+        starts = np.maximum(self.first_M - 1, 0)
+        predicted = self.positions_S[np.maximum(self.first_M + self.count_M - 1, 0)] - self.positions_S[starts]
+        return (self.first_M > 0) & (self.count_M > 0) & (predicted == self.count_M)
+
+    def position_M(self, chosen: Array) -> Array:
+        """The position that predicts the first token of each chosen chunk, among the row's."""
+        return self.positions_S[self.first_M[chosen] - 1]
+
+    def last_M(self, chosen: Array) -> Array:
+        """The last token of each chosen chunk."""
+        return self.first_M[chosen] + self.count_M[chosen] - 1
+
+
+def chunk_arrays(
+    rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(what the kind of logits decodes, where each chunk begins [M, …]; the arrays of `objective.across.Chunks`), for the
+    rows of a micro-batch, whose positions follow each other."""
+    of_logits = [column.name for column in targets.logits.columns if column.name in columns]
+    decoded, chunks, before = [], [], 0
+    count = 0
+    for stored in rows:
+        arrays = targets.logits.decoded({name: stored.teacher.targets[name] for name in of_logits}) if of_logits else {}
+        boundary_P = _boundary(stored, targets, columns)
+        at_begin, found = _row_chunks(stored, arrays, boundary_P)
+        for name in ("first", "last"):
+            found[name] = np.where(found[name] < 0, -1, found[name] + before)
+        found["of"] = np.where(found["of"] < 0, -1, found["of"] + count)
+        before, count = before + stored.row.positions, count + len(found["first"])
+        decoded.append(at_begin)
+        chunks.append(found)
+    joined = {name: np.concatenate([each[name] for each in chunks]) for name in chunks[0]}
+    joined["last"] = np.where(joined["last"] < 0, before, joined["last"])
+    joined["of"] = np.where(joined["of"] < 0, count, joined["of"])
+    return {name: np.concatenate([each[name] for each in decoded]) for name in decoded[0]}, joined
+
+
+def _boundary(stored: JoinedRow, targets: StoredTargets, columns: Sequence[str]) -> Array | None:
+    if BOUNDARY_MASS not in columns:
+        return None
+    return targets.decoded({BOUNDARY_MASS: stored.teacher.targets[BOUNDARY_MASS]})[BOUNDARY_MASS]
+
+
+def _row_chunks(
+    stored: JoinedRow, arrays: Mapping[str, Array], boundary_P: Array | None
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    teacher = Side.of(stored.teacher.row, stored.alignment["teacher_counts"])
+    student = Side.of(stored.row, stored.alignment["student_counts"])
+    chosen = np.flatnonzero((stored.alignment["aligned"] > 0) & teacher.is_predicted_M & student.is_predicted_M)
+    first_M, begins_M = student.position_M(chosen), teacher.position_M(chosen)
+    of_N = np.full(stored.row.positions, -1, dtype=np.int64)
+    of_N[_ranges(first_M, student.count_M[chosen])] = np.repeat(np.arange(len(chosen)), student.count_M[chosen])
+    log_prob_M = np.zeros(len(chosen), dtype=np.float32)
+    if ACTUAL in arrays:
+        summed = np.concatenate([[0.0], np.cumsum(arrays[ACTUAL], dtype=np.float64)])
+        log_prob_M = (summed[begins_M + teacher.count_M[chosen]] - summed[begins_M]).astype(np.float32)
+    last_T, last_S = teacher.last_M(chosen), student.last_M(chosen)
+    goes_on = teacher.mask_S[last_T] & student.mask_S[last_S]
+    boundary_M = np.zeros(len(chosen), dtype=np.float32)
+    if boundary_P is not None:
+        boundary_M[goes_on] = boundary_P[teacher.positions_S[last_T[goes_on]]]
+    found = {
+        "first": first_M,
+        "last": np.where(goes_on, student.positions_S[last_S], -1),
+        "of": of_N,
+        "log_prob": log_prob_M,
+        "boundary": boundary_M,
+        "label_bytes": stored.alignment["token_bytes"][1:][stored.row.target_mask_S[:-1]].astype(np.int64),
+    }
+    return {name: values[begins_M] for name, values in arrays.items()}, found
+
+
+def _ranges(first_M: Array, count_M: Array) -> Array:
+    """first, first + 1, …, count of them, chunk after chunk."""
+    starts = np.repeat(first_M - np.cumsum(count_M) + count_M, count_M)
+    return starts + np.arange(int(count_M.sum()))
+
+
+def aligned_tokens(stored: JoinedRow) -> tuple[Array, Array]:
+    """(student's, teacher's) token that each aligned chunk ends with, [A] each: there both have read the same bytes."""
+    teacher = Side.of(stored.teacher.row, stored.alignment["teacher_counts"])
+    student = Side.of(stored.row, stored.alignment["student_counts"])
+    both = (stored.alignment["aligned"] > 0) & (teacher.count_M > 0) & (student.count_M > 0)
+    chosen = np.flatnonzero(both)
+    return student.last_M(chosen), teacher.last_M(chosen)

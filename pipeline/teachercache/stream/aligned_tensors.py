@@ -1,0 +1,88 @@
+"""Joined rows to the tensors that losses across tokenizers, and terms between layers at aligned tokens, are formed from.
+
+Shapes: B sequences, A aligned tokens of one, filled up; M chunks of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from teachercache.stream.aligned_rows import JoinedRow, aligned_tokens, chunk_arrays
+from teachercache.targets import StoredTargets
+from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
+from teachercache.targets.logits.kind import ACTUAL
+
+Array = NDArray[Any]
+
+
+def joined_tensors(
+    rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str], *, packed_with: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """`targets` and, with columns of layers, `layers`; `packed_with` says which rows, in order, share a sequence."""
+    of_logits = {column.name for column in targets.logits.columns} | {BOUNDARY_MASS}
+    batch: dict[str, Any] = {"targets": _targets(rows, targets, columns)}
+    of_layers = [name for name in columns if name not in of_logits]
+    if of_layers:
+        batch["layers"] = _layers(rows, targets, of_layers, packed_with)
+    return batch
+
+
+def _targets(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str]) -> dict[str, torch.Tensor]:
+    if rows:
+        decoded, chunks = chunk_arrays(rows, targets, columns)
+    else:
+        wanted = [column for column in targets.logits.columns if column.name in columns]
+        nothing = {column.name: np.empty((0, *column.shape), column.dtype) for column in wanted}
+        decoded = targets.logits.decoded(nothing) if nothing else {}
+        chunks = {name: np.empty(0, np.int64) for name in ("first", "last", "of", "label_bytes")}
+        chunks |= {name: np.empty(0, np.float32) for name in ("log_prob", "boundary")}
+    tensors = {f"chunk_{name}": torch.from_numpy(np.ascontiguousarray(values)) for name, values in chunks.items()}
+    for name, values in decoded.items():
+        if name == ACTUAL:  # is in the chunks' likelihoods
+            continue
+        tensors[name] = torch.from_numpy(values.astype(np.int64) if values.dtype == np.int32 else values)
+    return tensors
+
+
+def _layers(
+    rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str], packed_with: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Of aligned tokens: `student`, the token's index in its sequence; `teacher`, its place in the teacher's segment; `first`,
+    1 where it is the first token of either's segment; `segment`, -1 where there is none; and what layers decode to,
+    [B, A, …]."""
+    sequences = [_sequence([rows[index] for index in chosen], targets, columns) for chosen in packed_with]
+    sequences = sequences or [_nothing(targets, columns)]
+    longest = max(1, *(len(each["segment"]) for each in sequences))
+    batch = {}
+    for name, values in sequences[0].items():
+        filled = np.full((len(sequences), longest, *values.shape[1:]), -1 if name == "segment" else 0, values.dtype)
+        for place, each in zip(filled, sequences, strict=True):
+            place[: len(each[name])] = each[name]
+        batch[name] = torch.from_numpy(filled)
+    return batch
+
+
+def _sequence(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str]) -> dict[str, Array]:
+    parts: list[dict[str, Array]] = []
+    tokens = segments = 0
+    for stored in rows:
+        student_A, teacher_A = aligned_tokens(stored)
+        segment_T = stored.teacher.row.segment_S()
+        part = {"student": student_A + tokens, "segment": segment_T[teacher_A] + segments}
+        places = stored.teacher.row.position_ids_S()[teacher_A], stored.row.position_ids_S()[student_A]
+        part["teacher"], part["first"] = places[0], (np.minimum(*places) == 0).astype(np.int64)
+        decoded = targets.decoded({name: stored.teacher.targets[name] for name in columns})
+        parts.append({**part, **{name: values[teacher_A] for name, values in decoded.items()}})
+        tokens, segments = tokens + stored.row.length, segments + int(segment_T[-1]) + 1
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _nothing(targets: StoredTargets, columns: Sequence[str]) -> dict[str, Array]:
+    empty = {column.name: np.empty((0, *column.shape), column.dtype) for column in targets.columns}
+    decoded = targets.decoded({name: empty[name] for name in columns})
+    return {**{name: np.empty(0, np.int64) for name in ("student", "segment", "teacher", "first")}, **decoded}

@@ -1,0 +1,126 @@
+"""The contract of a target kind: what every file of a kind in this package provides.
+
+Shapes: N positions, V vocabulary, D width of the output layer's input. Arrays are numpy's unless `torch` or `xp` is an
+argument: a reader of caches needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Protocol, TypeGuard
+
+from numpy.typing import NDArray
+
+from teachercache.targets.coding.columns import Column
+from teachercache.targets.logits.basis import SketchBasis
+from teachercache.targets.logits.softened import Softened, TailPolicy
+
+Arrays = Mapping[str, Any]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+ACTUAL = (
+    "actual_log_prob"  # of the token that really follows, as every kind decodes it; the column that holds it begins so
+)
+
+
+class TargetKind(Protocol):
+    """Settings of a kind and what follows from them; immutable."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in recipes and manifests."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it is a `CalibratedKind`: a basis must be made from a sample of the corpus before anything is captured."""
+
+    @property
+    def tail_policies(self) -> tuple[TailPolicy, ...]:
+        """What `softened` accepts; the first is the default."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens of the teacher's tokenizer: distributions are over exactly these."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Payload columns, in the order in which shards store them."""
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], *, vocabulary_size: int) -> TargetKind:
+        """Rebuild from a recipe's or manifest's settings; raises `RecipeError` for settings that this vocabulary excludes."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the manifest keeps: the inverse of `from_settings`."""
+
+    def describe(self) -> str:
+        """One line for people."""
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raise `CacheError`, with the remedy, for a temperature at which nothing can be read."""
+
+    def capture(
+        self,
+        torch: Any,
+        logits_NV: Any,
+        labels_N: Any,
+        hidden_ND: Any = None,
+        seeds_N: Any = None,
+        *,
+        beside: Mapping[str, Any] = NOTHING,
+    ) -> dict[str, NDArray[Any]]:
+        """What is taken of N positions while their float32 logits [N, V or more] are at hand, which are overwritten.
+
+        `hidden_ND` entered the output layer; `seeds_N` (numpy, uint64) are each position's own, the same in any batch.
+        Tensors that are `beside` come along as they are: all is fetched from the device at once.
+        """
+
+    def is_usable(self, captured: Arrays) -> NDArray[Any]:
+        """Which positions hold numbers that a student can learn from, bool [N]."""
+
+    def finish(self, captured: Arrays) -> dict[str, NDArray[Any]]:
+        """One row's captured arrays, in order of positions, to its columns."""
+
+    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+        """Columns that `softened` needs; raises `CacheError` for a tail policy that the kind does not have."""
+
+    def check_stored(self, stored: Arrays) -> None:
+        """Raise `CacheDamaged` where a row's columns, those that are there, contradict each other. What each may hold by
+        itself its `Column` says, and what reads it has checked."""
+
+    def decoded(self, stored: Arrays) -> dict[str, NDArray[Any]]:
+        """One row's columns, those that are there, as arrays [N, …] ready for a batch: ids int32, other numbers float32."""
+
+    def softened(self, arrays: Arrays, temperature: float, *, tail: TailPolicy = ..., xp: Any = ...) -> Softened:
+        """The distribution at a temperature, from what `decoded` gives (numpy's or torch's)."""
+
+
+class CalibratedKind(TargetKind, Protocol):
+    """A kind whose numbers are coefficients in a basis (basis.py), a file of the cache."""
+
+    @property
+    def calibration_positions(self) -> int:
+        """Size of the sample that the basis is made from."""
+
+    @property
+    def basis(self) -> SketchBasis | None:
+        """The basis, once there is one."""
+
+    def with_basis(self, basis: SketchBasis) -> CalibratedKind:
+        """The kind, ready to capture and to read; raises `CacheDamaged` for a basis of other settings."""
+
+
+def calibrates(kind: TargetKind | None) -> TypeGuard[CalibratedKind]:
+    """Whether the kind, if there is one, has a basis."""
+    return kind is not None and kind.needs_calibration
+
+
+def first_choice_tail(kind: TargetKind) -> TailPolicy:
+    """The tail policy to read first choices by: they are in the head, where there is one, so the tail's shape is not needed."""
+    return "ghost" if "ghost" in kind.tail_policies else kind.tail_policies[0]
+
+
+def first_choices(kind: TargetKind, arrays: Arrays, *, xp: Any) -> Any:
+    """The teacher's most probable token at each position at T = 1, [N], from what `decoded` gives of the columns
+    `objective_columns(first_choice_tail(kind))`."""
+    return kind.softened(arrays, 1.0, tail=first_choice_tail(kind), xp=xp).topk(1)[0][:, 0]

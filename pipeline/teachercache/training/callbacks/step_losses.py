@@ -1,0 +1,117 @@
+"""What of a run follows its losses: told them after every step, logged at every step, saved with every checkpoint.
+
+The losses are those of the global batch, so that every process settles on the same numbers, however many there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from teachercache.files import write_whole
+from teachercache.objective import LossTerms
+from teachercache.objective.logits.operands import Weights
+from teachercache.objective.schedule.objective_schedule import Course
+
+STATE = "objective_state.json"
+
+
+class Adaptive(Protocol):
+    """Something that a run remembers, beyond what Trainer saves."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state`."""
+
+
+class StepLosses(TrainerCallback):
+    """Sums of a step's losses over its micro-batches. After the last one the course hears their means over all processes: one
+    small collective a step, and only where something follows them. Add it to a trainer's callbacks."""
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+        self.accelerator: Any = None  # once the trainer has one
+        self._sums_3: Tensor | None = None  # what alpha weighs, cross-entropy, positions
+
+    def add(self, terms: LossTerms) -> None:
+        """One micro-batch."""
+        if not self.course.adapts:
+            return
+        weighed = terms.divergence if terms.weighed is None else terms.weighed
+        sums_3 = torch.stack(
+            [weighed.detach(), terms.ce.detach(), terms.ce.new_tensor(float(terms.positions))]
+        ).double()
+        self._sums_3 = sums_3 if self._sums_3 is None else self._sums_3 + sums_3
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._sums_3 is None:
+            return
+        weighed, ce, positions = self.accelerator.reduce(self._sums_3, "sum").tolist()
+        self._sums_3 = None
+        if positions:
+            self.course.learn(state.global_step - 1, distillation=weighed / positions, ce=ce / positions)
+
+
+class CourseFile(TrainerCallback):
+    """What holds in each step, a line of JSON each. A resumed run first goes back to its checkpoint's step."""
+
+    def __init__(self, path: Path, course: Course) -> None:
+        self._path, self._course = path, course
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        kept = _lines_until(self._path, state.global_step) if self._path.is_file() else []
+        write_whole(self._path, "".join(line + "\n" for line in kept))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        step = state.global_step
+        record = {"step": step + 1, **course_record(self._course, self._course.at(step), step=step)}
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Those of the first `step` steps; of a file that a full disk or a power cut left damaged, those before the damage."""
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        kept.append(line.decode("utf-8"))
+    return kept
+
+
+def course_record(course: Course, weights: Weights, *, step: int) -> dict[str, Any]:
+    """What held in a step, by the names that logs give it."""
+    phase = course.phase_at(step)
+    return {
+        **({"phase": phase} if phase is not None else {}),
+        "alpha": weights.alpha,
+        **({"temperature": weights.temperature} if weights.alpha > 0 else {}),
+        **{f"weight_{name}": weight for name, weight in weights.terms.items()},
+    }
+
+
+def save_state(checkpoint: Path, adaptive: Mapping[str, Adaptive]) -> None:
+    """Into a checkpoint's folder; nothing where nothing remembers anything."""
+    found = {name: state for name, each in adaptive.items() if (state := each.state())}
+    if found:
+        write_whole(checkpoint / STATE, json.dumps(found, indent=1) + "\n")
+
+
+def load_state(checkpoint: Path, adaptive: Mapping[str, Adaptive]) -> None:
+    """Inverse of `save_state`."""
+    path = checkpoint / STATE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, each in adaptive.items():
+        if name in found:
+            each.load(found[name])

@@ -1,0 +1,174 @@
+"""Several teachers in one run: their caches joined to the run's own, what they weigh, and what they say of themselves.
+
+The run's own caches are `cache` and those of `stream.mix`; rows, layers and held-out rows are theirs. Evaluation compares with
+the teacher of `cache` (`eval_kl`, `eval_top1_agreement`), so that runs with other teachers compare with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from teachercache.cache import Cache
+from teachercache.cache.reader import Split
+from teachercache.config import ObjectiveConfig, Recipe, TeachersConfig
+from teachercache.config.section import folder_name
+from teachercache.errors import RecipeError
+from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
+from teachercache.objective.ensemble import FusedTeacher, Member, TeacherWeights
+from teachercache.objective.schedule.objective_schedule import Extent
+from teachercache.stream.ensemble_rows import FurtherCache, FurtherTargets
+from teachercache.training.supervision.ensemble_fit import (
+    check_distinct,
+    check_held_out,
+    check_missing,
+    joined,
+    priors_of,
+)
+from teachercache.training.supervision.teacher_losses import held_out_losses
+
+
+@dataclass(frozen=True, eq=False)
+class Teachers:
+    """The recipe's section for the caches of a run. `priors` are the recipe's weights in rows of each of the run's own
+    caches."""
+
+    config: TeachersConfig
+    own: tuple[Cache, ...]
+    further: tuple[FurtherCache, ...]
+    priors: tuple[tuple[float, ...], ...]
+    shared: TeacherWeights
+
+    @classmethod
+    def of(
+        cls, config: TeachersConfig, own: Sequence[Cache], caches: Sequence[Cache], *, names: Sequence[str] = ()
+    ) -> Teachers:
+        """Join `caches`, those of `config.caches`, to a run's own, which `config.domains` calls by `names` (default: by their
+        folders).
+
+        Reads every row's id, in three seconds for a million rows of a cache. Raises `CacheError` or `RecipeError` for what
+        cannot be learned from together.
+        """
+        names = names or [folder_name(cache.name) for cache in own]
+        priors = priors_of(config, names)
+        check_distinct(own, caches)
+        further = tuple(joined(own, cache) for cache in caches)
+        check_missing(own, further, policy=config.missing)
+        shared = TeacherWeights(len(caches) + 1, tau=config.tau, adapts=config.weights == "validation-student")
+        if config.weights.startswith("validation"):
+            check_held_out(own, further, weights=config.weights)
+        if config.weights == "validation":
+            shared.learn(held_out_losses(own, further))
+        return cls(config, tuple(own), further, priors, shared)
+
+    # ------------------------------------------------------------------ for the trainer
+
+    def fused(self, number: int, objective: ObjectiveConfig) -> FusedTeacher:
+        """The teachers in rows of one of the run's own caches."""
+        cache = self.own[number]
+        members = [Member(cache.kind, cache.name)]
+        members += [Member(each.cache.kind, each.cache.name, _projection(cache, each)) for each in self.further]
+        return FusedTeacher(members, self.config, objective=objective, prior=self.priors[number], shared=self.shared)
+
+    def read(self, split: Split, objective: ObjectiveConfig) -> dict[str, Any]:
+        """What a `CacheDataset` reads of further caches; evaluation only needs them where weights follow it."""
+        if split == "held-out" and not self.shared.adapts:
+            return {}
+        return {"further": self.further, "further_columns": self.fused(0, objective).further_columns}
+
+    def collated(self, split: Split, objective: ObjectiveConfig) -> tuple[FurtherTargets, ...]:
+        """How a `Collator` makes arrays of it."""
+        read = self.read(split, objective)
+        paired = zip(self.further, read.get("further_columns", ()), strict=bool(read))
+        return tuple(FurtherTargets(each.cache.targets, names) for each, names in paired)
+
+    @property
+    def remote(self) -> int:
+        """How many further caches are in object stores."""
+        return sum(each.cache.is_remote for each in self.further)
+
+    def prefetch(self, shards: Sequence[Sequence[int]], *, caches: int, objective: ObjectiveConfig) -> None:
+        """Have fetched what an objective reads that goes with some shards of each of the run's own caches, of `caches` in
+        object stores in all."""
+        if not self.remote:
+            return
+        for each, columns in zip(self.further, self.fused(0, objective).further_columns, strict=True):
+            if each.cache.is_remote:
+                beside = [each.shards_beside(n, numbers, self.own[n]) for n, numbers in enumerate(shards)]
+                found = list(dict.fromkeys(number for numbers in beside for number in numbers))
+                infos = each.sidecar.infos if each.sidecar else None
+                each.cache.prefetch(found, columns=columns, caches=caches, with_infos=infos)
+
+    def heed(self, metrics: Mapping[str, float], *, prefix: str) -> None:
+        """Hear the student's distance from each teacher on held-out rows, where weights follow it."""
+        if self.shared.adapts:
+            self.shared.learn([metrics[f"{prefix}_kl_teacher_{number}"] for number in range(len(self.further) + 1)])
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides what is learned, as JSON: caches by their content, wherever they lie."""
+        return {
+            **self.config.model_dump(mode="json", include={"fusion", "weights", "tau", "missing"}),
+            "caches": [each.cache.manifest.fingerprint for each in self.further],
+            "alignments": [each.sidecar and each.sidecar.manifest.fingerprint for each in self.further],
+            "shares": [list(prior) for prior in self.priors],
+        }
+
+    # ------------------------------------------------------------------ what they have
+
+    def report(self, log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """`cache`, `rows` to train on that it has, how many are `missing`, and its `weight`: the mean over the positions of the
+        last logging window. The run's own cache first."""
+        last: Mapping[str, Any] = next((each for each in reversed(log_history) if "weight_teacher_0" in each), {})
+        total = sum(cache.rows_of("train") for cache in self.own)
+        found = [(self.own[0].name, total), *((each.cache.name, each.found("train")) for each in self.further)]
+        return [
+            {"cache": name, "rows": rows, "missing": total - rows, "weight": last.get(f"weight_teacher_{number}")}
+            for number, (name, rows) in enumerate(found)
+        ]
+
+    def lines(self) -> list[str]:
+        """The same for people, of the further ones."""
+        policy = {"others": "learned from the others", "skip": "learned from their labels alone", "refuse": ""}
+        said = []
+        for each, further in zip(self.report([])[1:], self.further, strict=True):
+            missing = f"; {each['missing']:,} are missing and {policy[self.config.missing]}" if each["missing"] else ""
+            if missing and "packed" in (self.own[0].manifest.layout, further.cache.manifest.layout):
+                missing += " (packed rows join only where they were packed alike)"
+            elif missing and further.sidecar is not None:
+                missing += " (another tokenizer cuts documents that are longer than a row elsewhere)"
+            said.append(f"teacher {each['cache']}: has {each['rows']:,} of the rows to train on{missing}")
+        return said
+
+
+def teachers_of(recipe: Recipe, own: Sequence[Cache], *, has_sidecars: bool, extent: Extent) -> Teachers | None:
+    """The teachers that a recipe asks for beside its caches'; None where it asks for none. Raises as `Teachers.of`."""
+    if recipe.teachers is None:
+        return None
+    if has_sidecars:
+        raise RecipeError(
+            "teachers: the student has another tokenizer than `cache`; give as `cache` one of the student's tokenizer and "
+            "align the others with it, or leave teachers out"
+        )
+    if not extent.uses_teacher:
+        raise RecipeError("teachers: objective.alpha is 0, so nothing is learned from them; leave teachers out")
+    stream = recipe.stream
+    caches = [
+        Cache.open(each.cache, local=stream.local, local_bytes=stream.local_bytes) for each in recipe.teachers.caches
+    ]
+    names = [folder_name(each) for each in (recipe.cache, *(each.cache for each in stream.mix))]
+    return Teachers.of(recipe.teachers, own, caches, names=names)
+
+
+def _projection(cache: Cache, further: FurtherCache) -> VocabularyProjection | None:
+    """From a teacher's tokens to the student's; None where they are the same."""
+    if further.sidecar is not None:
+        vocabulary = further.sidecar.vocabulary
+        return VocabularyProjection(torch.from_numpy(vocabulary.first_Vt), torch.from_numpy(vocabulary.emitted_Vs))
+    size, own_size = further.cache.manifest.vocabulary_size, cache.manifest.vocabulary_size
+    if size == own_size:
+        return None
+    numbers_U = torch.arange(size)  # the same tokens at the same ids, and more of them on one side
+    return VocabularyProjection(torch.where(numbers_U < own_size, numbers_U, -1), torch.arange(own_size) < size)

@@ -1,0 +1,111 @@
+"""Whether caches can teach together: everything that is refused before the first step, each in a line with its remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+
+from teachercache.cache import Cache
+from teachercache.cache.reader import SPLITS
+from teachercache.cache.storage.source import TEACHER
+from teachercache.config import TeachersConfig
+from teachercache.errors import CacheError, RecipeError
+from teachercache.stream.alignment import alignment_for
+from teachercache.stream.ensemble_rows import FurtherCache
+from teachercache.stream.tokenizers import teacher_tokenizer
+from teachercache.training.supervision.teacher_losses import held_out_of_all
+
+TRIED_ROWS = 8  # of each further cache, read before training
+
+
+def priors_of(config: TeachersConfig, names: Sequence[str]) -> tuple[tuple[float, ...], ...]:
+    """The recipe's weights in rows of each of a run's own caches. Raises `RecipeError` for domains that none is called."""
+    for name in config.domains:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the run's own caches are {', '.join(names)}"
+            raise RecipeError(f"teachers.domains names {name}, which is no folder of `cache` or stream.mix; {hint}")
+        if list(names).count(name) > 1:
+            raise RecipeError(f"teachers.domains names {name}, and two caches are called so; rename a folder")
+    return tuple(config.domains.get(name, config.shares()) for name in names)
+
+
+def check_distinct(own: Sequence[Cache], caches: Sequence[Cache]) -> None:
+    """Raise `CacheError` where a cache is there twice."""
+    met = {cache.manifest.fingerprint: cache.name for cache in own}
+    for cache in caches:
+        same = met.get(cache.manifest.fingerprint)
+        if same is not None:
+            raise CacheError(f"teachers.caches: {cache.name} is the same cache as {same}; take it out")
+        met[cache.manifest.fingerprint] = cache.name
+
+
+def joined(own: Sequence[Cache], cache: Cache) -> FurtherCache:
+    """A further teacher's cache, its rows found; of one with another tokenizer, through its alignment.
+
+    Raises `CacheError` where there is none, or the same text has other tokens.
+    """
+    sidecar = None
+    if cache.manifest.tokenizer_fingerprint != own[0].manifest.tokenizer_fingerprint:
+        name = own[0].manifest.teacher["model"] if own[0].is_remote else str(own[0].folder / TEACHER)
+        sidecar = alignment_for(cache, teacher_tokenizer(own[0]), student=name)
+    found = FurtherCache.joined_to(own, cache, sidecar=sidecar)
+    _check_tokens(own, found)
+    return found
+
+
+def _check_tokens(own: Sequence[Cache], further: FurtherCache) -> None:
+    """Raise `CacheError` where the same text has other tokens in the first rows that are looked at."""
+    tried = same = 0
+    for source, cache in enumerate(own):
+        for split in SPLITS:
+            for index in np.flatnonzero(further.rows[source][split] >= 0)[:TRIED_ROWS].tolist():
+                row = cache.read_row(split, index, columns=(), segments=False).row
+                found = further.read(source, split, index, row_id=row.row_id, columns=())
+                tried += 1
+                same += found is not None and np.array_equal(found.row.input_ids_S, row.input_ids_S)
+    if tried and not same:
+        raise CacheError(
+            f"teachers: {further.cache.name} has other tokens for the text of {own[0].name}, in all of {tried} rows; "
+            "precompute both with one chat template and the same sequence settings"
+        )
+
+
+def _nothing_in_common(cache: Cache, further: Cache) -> str:
+    packed = "packed" in (cache.manifest.layout, further.manifest.layout)
+    remedy = (
+        "packed rows join only where they were packed alike: precompute both with sequence.layout: documents"
+        if packed
+        else "precompute it from the same corpus, with the same sequence.length"
+    )
+    return f"teachers: {further.name} has none of the rows to train on of {cache.name}; {remedy}"
+
+
+def check_missing(own: Sequence[Cache], further: Sequence[FurtherCache], *, policy: str) -> None:
+    """Raise `CacheError` for a cache without a row to train on, or, where the recipe refuses that, lacking one."""
+    for each in further:
+        if not each.found("train"):
+            raise CacheError(_nothing_in_common(own[0], each.cache))
+        lacking = [
+            (cache, cache.rows_of("train") - each.found("train", source=source)) for source, cache in enumerate(own)
+        ]
+        cache, count = max(lacking, key=lambda pair: pair[1])
+        if policy == "refuse" and count:
+            raise CacheError(
+                f"teachers: {each.cache.name} lacks {count} of the {cache.rows_of('train')} rows to train on of "
+                f"{cache.name}; precompute it from all of its text, or set teachers.missing to others or skip"
+            )
+
+
+def check_held_out(own: Sequence[Cache], further: Sequence[FurtherCache], *, weights: str) -> None:
+    """Raise `CacheError` where there is no row to validate on."""
+    if not len(held_out_of_all(own, further)):
+        lacking = [each.name for each in own[:1] if not each.rows_of("held-out")]
+        lacking = lacking or [each.cache.name for each in further if not len(held_out_of_all(own, [each]))]
+        whose = f"in {lacking[0]}" if lacking else "that are in all of them at once"
+        raise CacheError(
+            f"teachers.weights: {weights} needs held-out rows of {own[0].name} that all caches have, and there are none "
+            f"{whose}; precompute the caches from one corpus with a larger corpus.held_out, or use weights: fixed or confidence"
+        )

@@ -1,0 +1,107 @@
+"""Whether the terms of the loss agree: cosines between their gradients with respect to activations that they share.
+
+    cosine_kl_ce        divergence (as the log calls it; `across` for the terms across tokenizers) and cross-entropy, at what
+                        enters the output layer (at the logits, for students whose loss is formed outside of it): two more
+                        passes over the output layer, each with one of the terms alone
+    cosine_TERM_above   a term between layers, and all that pulls the same activations from above: see `objective.layers.pulls`;
+                        no pass more than training makes
+    gradient_…          their lengths, the root mean square over positions, with the weights that terms have in the loss
+
+Below 0 what one term gains the other loses: a conflict in the sense of Yu et al., "Gradient Surgery for Multi-Task Learning",
+2020, who compare gradients of parameters. Those of activations decide them, cost no backward pass of their own, and are
+whole in each process, whatever shards the parameters. Dot products and squares are added up over micro-batches and processes,
+so that a cosine is that of the global batch, over the positions that were measured in a logging window. With `routing`
+gradients are those of distillation's turn: from above comes nothing of the task.
+
+Shapes: B rows, S tokens, N positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachercache.config import ObjectiveConfig
+from teachercache.objective import NO_TARGET, LossTerms
+from teachercache.objective.layers.objective import LayerObjective
+from teachercache.objective.layers.pulls import Pulls, products
+from teachercache.objective.logits.operands import Weights
+from teachercache.training.callbacks.meter import LOGGED_AS
+
+ABOVE = "above"
+
+
+def cosines_of(
+    config: ObjectiveConfig, accelerator: Any, *, layers: Sequence[LayerObjective], across: bool
+) -> GradientCosines | None:
+    """Of a recipe that asks for them."""
+    if config.gradient_cosines is None:
+        return None
+    first = "across" if across else LOGGED_AS[config.divergence]
+    terms = layers[0].names if layers else ()
+    return GradientCosines(accelerator, every=config.gradient_cosines, first=first, terms=terms)
+
+
+class GradientCosines:
+    """Measured at every `every`-th optimizer step, summed over a logging window. `first` is what the log calls the divergence,
+    `terms` are the names of those between layers."""
+
+    def __init__(self, accelerator: Any, *, every: int, first: str, terms: Sequence[str]) -> None:
+        self._accelerator, self._every = accelerator, every
+        self._pairs = ((first, "ce"), *((name, f"{ABOVE}_{name}") for name in terms))
+        self._sums = torch.zeros(len(self._pairs), 4, dtype=torch.float64, device=accelerator.device)
+        self._open: tuple[Pulls, Tensor] | None = None  # of the last micro-batch, whose backward pass comes after it
+
+    def pulls_at(self, step: int, shift_labels_BS: Tensor) -> Pulls | None:
+        """What takes a micro-batch's gradients in a step, counted from 0; None where it is not measured."""
+        self._settle()
+        if (step + 1) % self._every:
+            return None
+        self._open = (Pulls(), (shift_labels_BS != NO_TARGET).sum())
+        return self._open[0]
+
+    def add(self, loss: Callable[..., LossTerms], operands: Sequence[Tensor | None], weights: Weights) -> None:
+        """Both terms of a micro-batch: `loss(weights, *operands)`, the first of which are the activations that they share."""
+        if weights.alpha in (0, 1):
+            return
+        shared, *others = (None if each is None else each.detach() for each in operands)
+        assert shared is not None
+        gradients = []
+        for alpha, share in ((1.0, weights.alpha), (0.0, 1 - weights.alpha)):
+            with torch.enable_grad():
+                leaf = shared.detach().requires_grad_()
+                terms = loss(replace(weights, alpha=alpha), leaf, *others)
+            [gradient] = torch.autograd.grad(terms.total, leaf)
+            gradients.append(gradient.float() * share)
+        self._add(0, products(*gradients), terms.positions)
+
+    def _settle(self) -> None:
+        if self._open is not None:
+            (pulls, positions), self._open = self._open, None
+            for place, (first, _) in enumerate(self._pairs):
+                if first in pulls.sums():
+                    self._add(place, pulls.sums()[first], positions)
+
+    def _add(self, place: int, sums: Tensor, positions: Tensor | int) -> None:
+        # Where a loss scale has overflowed there are no gradients, and no optimizer step either.
+        sums = torch.where(sums.isfinite().all(), sums, 0.0).to(self._sums)
+        self._sums[place] += torch.cat([sums, torch.as_tensor(positions).to(sums).view(1)])
+
+    def take(self) -> dict[str, float]:
+        """Figures of a window over all processes; none where nothing was measured in it. A collective."""
+        self._settle()
+        reduced = self._accelerator.reduce(self._sums, "sum").tolist()
+        self._sums = torch.zeros_like(self._sums)
+        figures: dict[str, float] = {}
+        for (first, second), (dot, first_square, second_square, positions) in zip(self._pairs, reduced, strict=True):
+            if positions and first_square and second_square:
+                name = f"{first}_{ABOVE}" if second.startswith(ABOVE) else f"{first}_{second}"
+                figures[f"cosine_{name}"] = dot / math.sqrt(first_square * second_square)
+                for which, square in ((first, first_square), (second, second_square)):
+                    figures[f"gradient_{which}"] = math.sqrt(square / positions)
+        return figures

@@ -1,0 +1,204 @@
+"""Evaluation on the held-out split of a cache.
+
+All metrics are over positions, and at temperature 1 whatever the training temperature is, so that runs compare. The student
+is measured as it would be sampled: over all columns of its logits, also those that no token has.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachercache.cache import Cache
+from teachercache.cache.alignment import Sidecar
+from teachercache.config import ObjectiveConfig
+from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
+from teachercache.objective.cross_tokenizer.objective import AcrossObjective
+from teachercache.objective.logits.projected import chunk_logits, chunk_rows
+from teachercache.objective.schedule.objective_schedule import Extent
+from teachercache.targets import TargetKind
+from teachercache.targets.logits.kind import first_choices
+from teachercache.training.trainer.output_layer import loss_for_logits
+
+Layer = tuple[Tensor, Tensor | None, float | None]  # the output layer: weight, bias, soft cap
+
+# Both terms are measured: neither weight may be zero.
+_BOTH = 0.5
+
+
+class Measure(ABC):
+    """Sums over the positions of some batches; add batches of every process, then `metrics` of the reduced sums."""
+
+    columns: tuple[str, ...]
+    sums: Tensor
+
+    @staticmethod
+    @abstractmethod
+    def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
+        """From the sums of all batches."""
+
+    @abstractmethod
+    def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
+        """Add a batch by its logits."""
+
+    @abstractmethod
+    def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
+        """Add positions by what enters the output layer."""
+
+    def add(self, model: Any, batches: Iterable[dict[str, Any]], *, in_layer_of: Any = None) -> None:
+        """One forward pass for each batch. The model is called as it is given: under ZeRO 3 it gathers its weights.
+
+        `in_layer_of` is the same model unwrapped, if `takes_loss` accepts it: then no logits of a whole batch are formed.
+        """
+        with torch.no_grad():
+            for batch in batches:
+                labels_BS, targets = batch.pop("shift_labels"), batch.pop("targets")
+                if in_layer_of is None:
+                    self.add_logits(model(**batch, use_cache=False).logits, labels_BS, targets)
+                    continue
+                with loss_for_logits(in_layer_of, partial(self._add_hidden, labels_BS, targets)):
+                    model(**batch, use_cache=False)
+
+    def _add_hidden(
+        self,
+        labels_BS: Tensor,
+        targets: dict[str, Tensor],
+        hidden_BSD: Tensor,
+        weight_LD: Tensor,
+        bias_L: Tensor | None,
+        softcap: float | None,
+    ) -> Tensor:
+        is_position_BS = labels_BS != NO_TARGET
+        self.add_hidden(hidden_BSD[is_position_BS], (weight_LD, bias_L, softcap), labels_BS[is_position_BS], targets)
+        return hidden_BSD.new_zeros(())
+
+
+def _blocks(hidden_ND: Tensor, layer: Layer) -> Iterator[tuple[slice, Tensor]]:
+    """Positions and their logits, a block at a time."""
+    rows = chunk_rows(layer[0])
+    for start in range(0, len(hidden_ND), rows):
+        part = slice(start, start + rows)
+        yield part, chunk_logits(hidden_ND[part], *layer)
+
+
+class HeldOutMeasure(Measure):
+    """Of a student with the teacher's tokenizer."""
+
+    def __init__(self, kind: TargetKind, *, tail: str, device: torch.device) -> None:
+        config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail})
+        self._kind = kind
+        self._objective = DistillationObjective(config, kind=kind)
+        self.columns = self._objective.columns
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+
+    def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
+        """See `Measure`."""
+        for part, logits_CL in _blocks(hidden_ND, layer):
+            self.add_logits(logits_CL[None], labels_N[None, part], {n: values[part] for n, values in targets.items()})
+
+    def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
+        """See `Measure`."""
+        terms = self._objective(logits_BSL, labels_BS, targets)
+        is_position_BS = labels_BS != NO_TARGET
+        choice_N = logits_BSL.argmax(-1)[is_position_BS]
+        correct = (choice_N == labels_BS[is_position_BS]).sum()
+        agreeing = (choice_N == first_choices(self._kind, targets, xp=torch).to(choice_N)).sum()
+        positions = torch.tensor(terms.positions, device=self.sums.device)
+        self.sums += torch.stack([item.double() for item in (terms.ce, terms.divergence, correct, agreeing, positions)])
+
+    @staticmethod
+    def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
+        """`loss` (CE, nats per position), `perplexity`, `kl` (to the teacher), `accuracy`, `top1_agreement`."""
+        ce, kl, correct, agreeing, positions = sums.tolist()
+        values = {
+            "loss": ce / positions,
+            "perplexity": math.exp(min(ce / positions, 700.0)),
+            "kl": kl / positions,
+            "accuracy": correct / positions,
+            "top1_agreement": agreeing / positions,
+        }
+        return {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+class AcrossMeasure(Measure):
+    """Of a student with another tokenizer, whose rows are joined to the cache's.
+
+    Agreement and KL are measured where chunks begin: there both have read the same bytes.
+    """
+
+    def __init__(self, cache: Cache, sidecar: Sidecar, *, tail: str, device: torch.device) -> None:
+        across = [{"match": "projected-kl"}]
+        config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail, "across": across})
+        self._kind, vocabulary = cache.kind, sidecar.vocabulary
+        self._objective = across_objective(config, cache, sidecar)
+        self._first_U = torch.from_numpy(vocabulary.first_Vt).long().to(device)
+        self.columns = self._objective.columns
+        self.sums = torch.zeros(8, dtype=torch.float64, device=device)
+
+    def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
+        """See `Measure`."""
+        choices = [logits_CL.argmax(-1) for _, logits_CL in _blocks(hidden_ND, layer)]
+        terms = self._objective.projected(
+            hidden_ND[None], layer[0], layer[1], labels_N[None], targets, softcap=layer[2]
+        )
+        self._add(terms, torch.cat(choices or [labels_N[:0]]), labels_N, targets)
+
+    def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
+        """See `Measure`."""
+        is_position_BS = labels_BS != NO_TARGET
+        choice_N = logits_BSL.argmax(-1)[is_position_BS]
+        self._add(self._objective(logits_BSL, labels_BS, targets), choice_N, labels_BS[is_position_BS], targets)
+
+    def _add(self, terms: LossTerms, choice_N: Tensor, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
+        first_M = targets["chunk_first"]
+        teachers = {name: values for name, values in targets.items() if not name.startswith("chunk_")}
+        # Where the teacher's choice has no token of the student's there is nothing to agree with.
+        choice_M = self._first_U[first_choices(self._kind, teachers, xp=torch).long().to(self._first_U.device)]
+        found = (
+            terms.ce,
+            (choice_N == labels_N).sum(),
+            torch.tensor(terms.positions),
+            targets["chunk_label_bytes"].sum(),
+            terms.named["projected-kl"],
+            (choice_N[first_M] == choice_M.to(choice_N)).sum(),
+            torch.tensor(len(first_M)),
+            (choice_M >= 0).sum(),
+        )
+        self.sums += torch.stack([item.double().to(self.sums.device) for item in found])
+
+    @staticmethod
+    def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
+        """`loss` (CE, nats per position of the student's), `perplexity`, `bits_per_byte` (which compares across tokenizers),
+        `accuracy`; and where chunks begin `kl` (to the teacher, projected) and `top1_agreement`."""
+        ce, correct, positions, size, kl, agreeing, chunks, compared = sums.tolist()
+        chunks, positions = max(chunks, 1), max(positions, 1)
+        values = {
+            "loss": ce / positions,
+            "perplexity": math.exp(min(ce / positions, 700.0)),
+            "bits_per_byte": ce / max(size, 1) / math.log(2),
+            "kl": kl / chunks,
+            "accuracy": correct / positions,
+            "top1_agreement": agreeing / max(compared, 1),
+        }
+        return {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+def across_objective(
+    config: ObjectiveConfig, cache: Cache, sidecar: Sidecar, *, extent: Extent | None = None
+) -> AcrossObjective:
+    """The objective of a recipe for a cache and its alignment with the student's tokenizer; `extent` is what a run asks for."""
+    vocabulary = sidecar.vocabulary
+    return AcrossObjective(
+        config,
+        targets=cache.targets,
+        first_U=vocabulary.first_Vt,
+        emitted_V=vocabulary.emitted_Vs,
+        begins_V=sidecar.begins_V,
+        extent=extent,
+    )

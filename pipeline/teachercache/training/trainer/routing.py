@@ -1,0 +1,143 @@
+"""Decoupling of what is shared from what is specific: chosen parts of the student learn from the terms of distillation alone,
+others from the task's cross-entropy alone, and the rest from both.
+
+The gradients are masked (gradient routing: Cloud et al., "Gradient Routing: Masking Gradients to Localize Computation in
+Neural Networks", 2024), not the forward pass: every part sees what all others compute. One backward pass cannot tell which
+term a gradient came from, so each micro-batch takes two *turns*, with the distillation's share of the loss and with the
+task's, and a hook on each routed parameter drops what comes in the other's turn. What is shared gets both, which add up to
+the gradient that it has without routing. Gradients are dropped before any engine sees them: ZeRO 0-3, DDP and one process
+are all the same to it.
+
+A step costs two forward and two backward passes. With dropout the two turns draw masks of their own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from teachercache.config import RoutingConfig
+from teachercache.errors import RecipeError
+from teachercache.models.activations import ADAPTERS, blocks_of
+from teachercache.objective import LossTerms
+from teachercache.objective.logits.operands import Weights
+
+Turn = Literal["distillation", "task"]
+TURNS: tuple[Turn, ...] = get_args(Turn)
+TURN = "turn"  # in a micro-batch
+
+
+class Routing:
+    """Masks the gradients of a model's routed parameters, by the `turn` that is set.
+
+    Raises `RecipeError` for a block or name that the model does not have, and for a parameter that is in both lists.
+    """
+
+    def __init__(self, model: Any, config: RoutingConfig) -> None:
+        self.turn: Turn | None = None
+        for turn, parameters in routed_parameters(model, config).items():
+            for parameter in parameters:
+                parameter.register_hook(self._mask(turn))
+
+    def _mask(self, own: Turn) -> Any:
+        def mask(gradient: Tensor) -> Tensor:
+            return gradient if self.turn in (own, None) else torch.zeros_like(gradient)  # 0 · inf would be nan
+
+        return mask
+
+    @staticmethod
+    def presented(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Each micro-batch once a turn."""
+        return [{**batch, TURN: turn} for batch in batches for turn in TURNS]
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether it is distillation's turn."""
+        return self.turn == "distillation"
+
+    def weights(self, weights: Weights) -> Weights:
+        """Those at which an objective's total is this turn's terms alone, unweighted."""
+        # Where alpha is 0 in a step there is no temperature either.
+        return replace(weights, alpha=1.0 if self.learns_from_teacher and weights.alpha else 0.0)
+
+    def of_turn(self, terms: LossTerms, weights: Weights) -> LossTerms:
+        """A total at `weights(…)` as its part of the loss; what is logged, terms and positions, comes in one turn each."""
+        nothing = torch.zeros_like(terms.ce)
+        if self.learns_from_teacher:
+            return replace(terms, total=terms.total * weights.alpha, ce=nothing)
+        total = terms.total * (1 - weights.alpha)
+        return replace(terms, total=total, divergence=nothing, weighed=nothing, positions=0, named={}, counts={})
+
+
+def routing_of(model: Any, config: RoutingConfig | None, args: Any) -> Routing | None:
+    """Of a recipe that has one; its training loop is told of the turns."""
+    if config is None:
+        return None
+    present_twice(args)
+    return Routing(model, config)
+
+
+def present_twice(args: Any) -> None:
+    """To the training loop, and to DeepSpeed, a micro-batch in each turn is one of accumulation."""
+    args.gradient_accumulation_steps *= len(TURNS)
+    if args.deepspeed:
+        steps, settings = args.gradient_accumulation_steps, args.hf_deepspeed_config.config
+        settings["gradient_accumulation_steps"] = steps
+        settings["train_batch_size"] = args.world_size * args.per_device_train_batch_size * steps
+
+
+def routed_parameters(model: Any, config: RoutingConfig) -> dict[Turn, list[torch.nn.Parameter]]:
+    """The parameters of each list, those that learn at all."""
+    names = _names_of(model)
+    chosen: dict[Turn, dict[int, str]] = {turn: {} for turn in TURNS}
+    for turn in TURNS:
+        for item in getattr(config, turn):
+            for name in _matching(model, item, names, where=f"objective.routing.{turn}"):
+                chosen[turn].setdefault(id(names[name]), name)
+    for key, name in chosen["distillation"].items():
+        if key in chosen["task"]:
+            other = chosen["task"][key]
+            one = f"{name} and {other} are one weight, which" if other != name else name
+            raise RecipeError(f"objective.routing: {one} is in both lists; keep it in one of them")
+    return {turn: [names[name] for name in found.values()] for turn, found in chosen.items()}
+
+
+def _names_of(model: Any) -> dict[str, torch.nn.Parameter]:
+    """All names of what learns, a shared weight under each of its own; adapters are no part of the student."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: weights for name, weights in named if weights.requires_grad and name.partition(".")[0] != ADAPTERS}
+
+
+def _matching(model: Any, item: int | str, names: dict[str, torch.nn.Parameter], *, where: str) -> list[str]:
+    if isinstance(item, int):
+        owned = {id(weights) for weights in _layer(model, item, where=where).parameters()}
+        found = [name for name, weights in names.items() if id(weights) in owned]
+    else:
+        found = [name for name in names if any(fnmatchcase(part, item) for part in _prefixes(name))]
+    if found:
+        return found
+    known = {part for name in names for part in _prefixes(name)}
+    near = difflib.get_close_matches(str(item), sorted(known), n=1, cutoff=0.0)
+    raise RecipeError(f"{where}: nothing that learns matches {item}; the nearest name is {near[0]}")
+
+
+def _layer(model: Any, number: int, *, where: str) -> Any:
+    blocks = blocks_of(model)
+    if not 0 <= number <= len(blocks):
+        raise RecipeError(
+            f"{where}: there is no block {number}; the student has blocks 1 to {len(blocks)}, and 0 is its embeddings"
+        )
+    return blocks[number - 1] if number else model.get_input_embeddings()
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The names of a weight and of all modules around it."""
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        yield ".".join(parts[:count])

@@ -1,0 +1,390 @@
+"""`DistillationTrainer`: `transformers.Trainer` on a cache.
+
+Checkpoints, schedules, callbacks and trackers are the library's. What is different here:
+
+- The whole run is one pass over a `BatchPlan`, so that the optimizer step is the only cursor: resuming is a seek.
+- A loss is divided by the positions of the *global* batch, over micro-batches and processes, so that the number of
+  processes does not change what is learned.
+- The loss is formed inside the student's output layer, in chunks: a batch's logits never exist, in training or evaluation,
+  unless the student does more to them than a soft cap.
+- A checkpoint counts only once its last file is written, and the best one by held-out loss is kept.
+
+Shapes: B rows, S tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from teachercache.cache import Cache
+from teachercache.cache.alignment import Sidecar
+from teachercache.config import ObjectiveConfig
+from teachercache.errors import JobFailed, RecipeError
+from teachercache.models.loading import takes_one_row
+from teachercache.models.rotary import original_context, rotate_by_own_length
+from teachercache.objective import NO_TARGET, DistillationObjective
+from teachercache.objective.cross_tokenizer.objective import AcrossObjective
+from teachercache.objective.schedule.objective_schedule import Course
+from teachercache.objective.token_weighting.weights import EFFECTIVE
+from teachercache.stream.dataset import Rows
+from teachercache.stream.order.batch_plan import BatchPlan, Plan, PlanSampler
+from teachercache.stream.sources import Mixed, check_mix, train_order
+from teachercache.stream.withheld import Trained, trained_rows
+from teachercache.training.callbacks.cadence import Cadence
+from teachercache.training.callbacks.meter import LossMeter
+from teachercache.training.callbacks.record import training_record
+from teachercache.training.callbacks.step_losses import Adaptive, StepLosses, course_record, load_state, save_state
+from teachercache.training.callbacks.stop_on_divergence import DivergenceGuard
+from teachercache.training.checkpoints.completion import (
+    Checkpoint,
+    checkpoint_folder,
+    mark_complete,
+    rotate,
+    whole_checkpoint,
+)
+from teachercache.training.checkpoints.elastic import any_number_of_processes
+from teachercache.training.checkpoints.resuming import damage_of, intact_checkpoint, written_files
+from teachercache.training.initialise.partitioned import exact_buffers, like_partitioned
+from teachercache.training.supervision.ensemble import Teachers
+from teachercache.training.supervision.fit import Fit, check_joined
+from teachercache.training.supervision.reading import Reading
+from teachercache.training.trainer.batch_loss import BatchLoss
+from teachercache.training.trainer.gradient_cosines import cosines_of
+from teachercache.training.trainer.held_out import across_objective
+from teachercache.training.trainer.held_out_pass import HeldOutPass
+from teachercache.training.trainer.layers import check_trainer, layer_objectives, names_logged
+from teachercache.training.trainer.learning_rate import with_factors
+from teachercache.training.trainer.routing import TURN, TURNS, routing_of
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationTrainer(Trainer):
+    """Train `model` on the train split of `cache`, and evaluate on its held-out split.
+
+    `plan` says which rows make a step; by default it follows from `args`: micro-batches of
+    `per_device_train_batch_size` rows, `gradient_accumulation_steps` of them on each process, order by `seed`.
+    `args.max_steps`, else `args.num_train_epochs`, ends the run. The latest `keep_checkpoints` checkpoints are kept and
+    the best one besides: leave `args.save_total_limit` alone. `pack` puts short rows of a micro-batch into one sequence
+    (isolated, by students that keep them apart), which changes the time of a step, not its loss.
+    Documents that any of the caches holds out train in none: `trained` says which rows are left (default: as
+    `stream.withheld.trained_rows` finds them), and a `plan` of one's own is made of these (`train_order(…, trained=…)`).
+    `mix` adds further caches of the same tokenizer, whatever their kinds of targets; a micro-batch is of one cache.
+    `course` says what the objective is at each step, by default what `objective` says; what `adaptive` holds is saved with
+    checkpoints.
+    `sidecars`, one a cache, are alignments with the tokenizer of a student that has another one than the teacher.
+    `teachers` are further ones of the same rows (`student.teachers`), learned from together with those of the caches.
+    Works under DeepSpeed ZeRO 0-3, DDP and in one process.
+
+    Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `ModelError` for a student that
+    cannot learn from them (`fit.Fit`), `JobFailed` when training diverges.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        cache: Cache,
+        args: TrainingArguments,
+        objective: ObjectiveConfig,
+        mix: Sequence[Mixed] = (),
+        plan: Plan | None = None,
+        trained: Trained | None = None,
+        course: Course | None = None,
+        sidecars: Sequence[Sidecar] = (),
+        teachers: Teachers | None = None,
+        keep_checkpoints: int = 2,
+        pack: bool = False,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        check_mix(cache, mix)
+        exact_buffers(model)
+        self.caches = (cache, *(mixed.cache for mixed in mix))
+        self.objective_config = objective
+        self.sidecars = tuple(sidecars)
+        self.fit = Fit(self.caches, self.sidecars, pack=pack)
+        self.fit.check(model)
+        self.teachers = teachers
+        self.trained = trained or _trained(self.caches, teachers, plan)
+        rotate_by_own_length(model)
+        self.reading = Reading(
+            self.caches, self.sidecars, teachers, objective, args, self.trained, one_row=takes_one_row(model),
+            context=original_context(model),
+        )  # fmt: skip
+        self.plan = plan or _plan_of(args, cache, mix, self.trained)
+        self.keep_checkpoints = keep_checkpoints
+        _run_as_one_pass(args, self.plan)
+        self.routing = routing_of(model, objective.routing, args)
+        self.course = course or Course(objective, steps=args.max_steps, across=bool(self.sidecars))
+        self.weights = self.course.at(0)  # of the step that is under way
+        self.adaptive: dict[str, Adaptive] = {"course": self.course}
+        if teachers is not None:
+            self.adaptive["teachers"] = teachers.shared
+        self.step_losses = StepLosses(self.course)
+        self.objectives = [self._objective(number) for number in range(len(self.caches))]
+        self.layer_objectives = layer_objectives(model, objective, self.caches, seed=args.seed)
+        columns = [objective.columns for objective in self.objectives]
+        if self.layer_objectives:
+            columns = [(*names, *each.columns) for names, each in zip(columns, self.layer_objectives, strict=True)]
+        if self.sidecars:
+            for each, names in zip(self.caches, columns, strict=True):
+                check_joined(each, names)
+        self._columns = columns  # that are read of each cache
+        like_partitioned(model)
+        held_out = sum(each.rows_of("held-out") for each in self.caches)
+        use_cache = vars(model.config).get("use_cache")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self.reading.collator("train", columns, pack=pack),  # type: ignore[arg-type]  # of `Rows`, not a list
+            train_dataset=self.reading.dataset("train", columns),
+            eval_dataset=self.reading.dataset("held-out", columns) if held_out else None,
+            callbacks=[self.step_losses, Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
+        )
+        _restore_use_cache(model.config, use_cache)
+        self.remove_callback(PrinterCallback)  # it prints to stdout
+        self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
+        self.step_losses.accelerator = self.accelerator
+        check_trainer(self, self.layer_objectives)
+        of_logits = [name for each in self.objectives for name in each.names]
+        emphasis = (EFFECTIVE,) if objective.emphasis is not None else ()
+        names = (*dict.fromkeys(of_logits), *names_logged(self.layer_objectives), *emphasis)
+        self.meter = LossMeter(self.accelerator, names)
+        self.cosines = cosines_of(objective, self.accelerator, layers=self.layer_objectives, across=bool(self.sidecars))
+        self.batch_loss = BatchLoss(
+            self.model, self.objectives, self.layer_objectives, self.routing, self.cosines,
+            replicated=args.n_gpu > 1, speaks=self.is_world_process_zero(),
+        )  # fmt: skip
+        self.held_out_pass = HeldOutPass(self.reading)
+        self._fetching: list[list[int]] = []  # shards of each cache
+        self._checked: Path | None = None  # the checkpoint whose bytes were found to be as they were written
+
+    def _objective(self, number: int) -> DistillationObjective | AcrossObjective:
+        """Of one cache."""
+        if self.sidecars:
+            return across_objective(
+                self.objective_config, self.caches[number], self.sidecars[number], extent=self.course.extent
+            )
+        config, kind = self.objective_config, self.caches[number].kind
+        teacher = None if self.teachers is None else self.teachers.fused(number, config)
+        return DistillationObjective(config, kind=kind, extent=self.course.extent, teacher=teacher)
+
+    def get_train_dataloader(self) -> DataLoader[Rows]:
+        """This process's micro-batches from the current step on; accelerate must not shard them again."""
+        sampler = PlanSampler(
+            self.plan,
+            rank=self.args.process_index,
+            steps=self.args.max_steps,
+            first_step=lambda: self.state.global_step,
+            upcoming=self._prefetch,
+            turns=1 if self.routing is None else len(TURNS),
+        )
+        return self.reading.loader(self.train_dataset, sampler, self.data_collator)
+
+    def _prefetch(self, step: int) -> None:
+        """Have the shards of this window and the next one fetched, where caches are in an object store."""
+        shards = self.plan.shards_at(step)
+        if shards != self._fetching:
+            self._fetching = shards
+            self.reading.prefetch(shards, self._columns)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of one optimizer step, and the positions of all of its micro-batches on all processes.
+
+        Trainer counts on as many in every step: one with fewer begins with empty ones, which are not run.
+        """
+        self.weights = self.course.at(self.state.global_step)
+        count = self.plan.micro_steps_at(self.state.global_step)
+        with self.meter.waiting():
+            batches = [batch for _, batch in zip(range(count), epoch_iterator, strict=False)]
+        if not batches:
+            return [], None
+        positions = sum(int((batch["shift_labels"] != NO_TARGET).sum()) for batch in batches)
+        if self.routing is not None:
+            batches = self.routing.presented(batches)
+        not_run: list[Any] = [{} for _ in range(num_batches - len(batches))]
+        return not_run + batches, self.accelerator.reduce(torch.tensor(positions, device=device), "sum")
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch, but for those that only fill up a step."""
+        if not inputs:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Trainer estimates them."""
+        return super().floating_point_ops(inputs) if inputs else 0
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Trainer would also cast the teacher's targets to the student's precision, and bf16 ruins log-partitions.
+        return _to_device(inputs, self.args.device)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the global batch's mean loss. Calls the wrapped model, never `model.module`."""
+        self.fit.check_wrapped(model, self.model)
+        inputs = dict(inputs)
+        if self.routing is not None:
+            self.routing.turn = inputs.pop(TURN)
+        terms, outputs = self.batch_loss.of(model, inputs, self.weights, step=self.state.global_step)
+        self.meter.add(terms)
+        self.step_losses.add(terms)
+        positions = terms.positions if num_items_in_batch is None else num_items_in_batch
+        # DeepSpeed and DDP average gradients over processes where the mean over positions needs their sum.
+        loss = terms.total * (self.accelerator.num_processes / _at_least_one(positions))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; training records carry the loss by term, per position, over the window and all processes."""
+        if "train_runtime" in logs:
+            return  # Trainer's closing summary counts a resumed run's earlier steps as if they had run now
+        if "loss" in logs:
+            held = course_record(self.course, self.weights, step=self.state.global_step - 1)
+            record = training_record(self.meter.take(), self.objective_config, held, across=bool(self.sidecars))
+            logs = {**logs, **record, **({} if self.cosines is None else self.cosines.take())}
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out metrics over all processes, logged and handed to callbacks; see `held_out.HeldOutMeasure`."""
+        if eval_dataset is not None:
+            raise ValueError("evaluation is on the cache's held-out split; open another cache for other rows")
+        began = time.perf_counter()
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        metrics = self.held_out_pass.metrics(
+            model, in_layer_of=self.model if self.batch_loss.forms_in_layer(model) else None,
+            prepare=self._prepare_inputs, accelerator=self.accelerator, prefix=metric_key_prefix,
+        )  # fmt: skip
+        model.train(was_training)
+        if self.teachers is not None:
+            self.teachers.heed(metrics, prefix=metric_key_prefix)
+        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's, times the factor of each step's phase."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        return with_factors(scheduler, self.course.learning_rate_factor)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = checkpoint_folder(self._run, self.state.global_step)
+        if self.args.should_save:
+            save_state(folder, self.adaptive)
+        self.accelerator.wait_for_everyone()
+        files = written_files(folder)
+        if self.args.should_save:
+            mark_complete(folder, world_size=self.args.world_size, files=files)
+            rotate(self._run, keep=self.keep_checkpoints, best_step=self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # DeepSpeed hands over copies, in which tied weights are no longer seen to be one and would be stored twice.
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if state_dict is not None:
+            state_dict = {name: weights for name, weights in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the newest undamaged checkpoint, if there is one. Any number of
+        processes may go on from a checkpoint of any other, see elastic.py. Raises `JobFailed` for a damaged one."""
+        if resume_from_checkpoint is True:
+            found = self.newest_checkpoint()
+            resume_from_checkpoint = str(found.folder) if found else None
+        if resume_from_checkpoint:
+            self._check(Path(resume_from_checkpoint))
+            load_state(Path(resume_from_checkpoint), self.adaptive)
+        try:
+            with any_number_of_processes(self, resume_from_checkpoint or None):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.held_out_pass.close()
+
+    def newest_checkpoint(self, *, say: Callable[[str], None] = logger.warning) -> Checkpoint | None:
+        """The newest undamaged checkpoint of the run; see `resuming.intact_checkpoint`. All processes must ask."""
+        found = intact_checkpoint(self._run, say=say)
+        self._checked = found.folder if found else None
+        return found
+
+    def _check(self, folder: Path) -> None:
+        found = whole_checkpoint(folder)
+        damage = damage_of(found) if found is not None and folder != self._checked else None
+        if damage is not None:
+            raise JobFailed(f"{folder} is damaged ({damage}); go on from another checkpoint")
+
+    @property
+    def _run(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+
+def _trained(caches: Sequence[Cache], teachers: Teachers | None, plan: Plan | None) -> Trained:
+    found = trained_rows(caches, [each.cache for each in teachers.further] if teachers else [])
+    if plan is not None and found.lines:
+        raise RecipeError(
+            f"{found.lines[0]}; the plan was made of all rows: make it with train_order(…, trained=trained_rows(…)), and give "
+            "`trained` too"
+        )
+    for line in found.lines:
+        logger.warning("%s", line)
+    return found
+
+
+def _plan_of(args: TrainingArguments, cache: Cache, mix: Sequence[Mixed], trained: Trained) -> BatchPlan:
+    micro_batch = args.per_device_train_batch_size
+    return BatchPlan(
+        order=train_order(cache, mix, seed=args.seed, trained=trained),
+        global_batch=micro_batch * args.gradient_accumulation_steps * args.world_size,
+        micro_batch=micro_batch,
+        world_size=args.world_size,
+    )
+
+
+def _restore_use_cache(config: Any, before: bool | None) -> None:
+    """Trainer turns it off, and would export a student that generates slowly; a composite config has it in its text config."""
+    if before is None:
+        vars(config).pop("use_cache", None)
+    else:
+        config.use_cache = before
+
+
+def _run_as_one_pass(args: TrainingArguments, plan: Plan) -> None:
+    """Settings without which the plan would not be what is run."""
+    if args.max_steps <= 0:
+        args.max_steps = plan.steps(args.num_train_epochs)
+    args.gradient_accumulation_steps = plan.micro_steps
+    args.ignore_data_skip = True  # the sampler itself begins at the restored step
+    args.remove_unused_columns = False
+    args.logging_nan_inf_filter = False  # it would hide a diverging run
+
+
+def _to_device(data: Any, device: torch.device) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _to_device(value, device) for name, value in data.items()}
+    return data.to(device, non_blocking=True) if isinstance(data, torch.Tensor) else data
+
+
+def _at_least_one(positions: torch.Tensor | int) -> Any:
+    return positions.clamp_min(1) if isinstance(positions, torch.Tensor) else max(positions, 1)

@@ -50,7 +50,7 @@ def found(build_tokenizer):
             if "{" in template:
                 tokenizer.chat_template = template
             renderers[template] = ChatRenderer(tokenizer)
-        text = renderers[template]._render(messages)[0]
+        text = renderers[template].text_if_any(messages)
         contents = contents_of(renderers[template], messages, text)
         places = [place for _, start, end in contents for place in (start, end)]
         assert places == sorted(places) and all(start < end for _, start, end in contents)
@@ -179,7 +179,7 @@ def test_all_messages_at_once_are_found_as_one_by_one(build_tokenizer):
         renderer = ChatRenderer(tokenizer)
         for said_twice in ("Paris.", " Paris. ", "What is the capital of France?", "a\n\nb"):
             messages = [SYSTEM, QUESTION, {"role": "assistant", "content": said_twice}, QUESTION, ANSWER]
-            text = renderer._render(messages)[0]
+            text = renderer.text_if_any(messages)
             together = module._together(renderer, messages, text)
             if together is None:
                 continue

@@ -15,23 +15,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from teachercache.errors import ModelError
+from teachercache.bounded import ChatTemplate, Text, Unrenderable
 
 Message = dict[str, Any]
 Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers recognises it
 THOUGHT = "</think>"
-# Templates that print today's date would render another text tomorrow, and a job could not be resumed.
-_TODAY = datetime(2024, 7, 26)
-
-
-class Unrenderable(Exception):
-    """The template refuses a conversation, or does not show where the assistant speaks; `str()` is the reason."""
 
 
 class Rendered(NamedTuple):
@@ -45,52 +38,25 @@ class ChatRenderer:
     """Renders conversations with a tokenizer's chat template. Raises `ModelError` if it has none, or a broken one."""
 
     def __init__(self, tokenizer: Any) -> None:
-        try:
-            self.template: str = tokenizer.get_chat_template()
-        except ValueError:
-            raise ModelError(
-                "the tokenizer has no chat template; take a chat model's tokenizer, or text rows (corpus.text_field)"
-            ) from None
-        self._variables = {**tokenizer.special_tokens_map, "strftime_now": _TODAY.strftime}
+        self._template = ChatTemplate(tokenizer)
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """The text of a conversation and its assistant spans.
 
         Raises `Unrenderable`. A conversation without assistant turns has no spans.
         """
-        declared = _GENERATION.search(self.template) is not None
-        text, spans = self._render(messages, track=declared)
-        if not declared:
-            by_prefix = self._prefix_spans(messages, text)
+        turns = [] if _GENERATION.search(self._template.template) else _assistant_turns(messages)
+        first = self._template.rendered_all([(messages, False), *_parts_of(messages, turns[:1])])
+        text, spans = _found(first[0])
+        if turns:
+            by_prefix = self._prefix_spans(messages, text, turns, first[1:])
             spans = self._skeleton_spans(messages, text) if by_prefix is None else by_prefix
         spans = [(start, end) for start, end in spans if start < end]
         _check_complete(messages, [text[start:end] for start, end in spans])
         return Rendered(text, spans)
 
-    def _render(
-        self, messages: Sequence[Message], *, prompt: bool = False, track: bool = False
-    ) -> tuple[str, list[Span]]:
-        from jinja2 import TemplateSyntaxError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            # declared to return a string; it returns the texts and, of each, the spans
-            rendered: Any = render_jinja_template(
-                [list(messages)],
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=track,
-                **self._variables,
-            )
-        except TemplateSyntaxError as error:
-            raise ModelError(f"the tokenizer's chat template does not parse: {error}") from None
-        except Exception as error:  # a template is a program of the model's author: it may raise anything
-            raise Unrenderable(f"the chat template refuses it: {' '.join(str(error).split())}") from None
-        texts, spans = rendered
-        return texts[0], list(spans[0]) if track else []
-
     def _text(self, messages: Sequence[Message]) -> str:
-        return self._render(messages)[0]
+        return self._template.rendered(messages).text
 
     def text_if_any(self, messages: Sequence[Message]) -> str | None:
         """The text of a part of a conversation; templates may refuse parts of what they render whole."""
@@ -101,22 +67,17 @@ class ChatRenderer:
 
     def _prompt(self, messages: Sequence[Message]) -> str | None:
         """The text before a reply to these messages, or None when the template cannot say."""
-        try:
-            prompt = self._render(messages, prompt=True)[0]
-        except Unrenderable:
-            return None
-        # a template without support for it renders the same, which says nothing about where a reply begins
-        return prompt if messages and prompt != self.text_if_any(messages) else None
+        return _prompt_of(messages, *self._template.rendered_all([(messages, True), (messages, False)]))
 
-    def _prefix_spans(self, messages: Sequence[Message], text: str) -> list[Span] | None:
-        spans = []
-        for index in _assistant_turns(messages):
-            prompt, through = self._prompt(messages[:index]), self.text_if_any(messages[: index + 1])
-            if prompt is None or through is None or not through.startswith(prompt) or not text.startswith(through):
-                return None
-            turn = through[len(prompt) :]
-            spans.append((len(prompt), len(through) - _padding(turn, said(messages[index]))))
-        return spans
+    def _prefix_spans(
+        self, messages: Sequence[Message], text: str, turns: Sequence[int], first: Sequence[Text | Unrenderable]
+    ) -> list[Span] | None:
+        """By the texts around each turn; `first` are those of the first one, for templates that already part there."""
+        spans = _spans_around(messages, text, turns[:1], first)
+        if spans is None or len(turns) == 1:
+            return spans
+        others = _spans_around(messages, text, turns[1:], self._template.rendered_all(_parts_of(messages, turns[1:])))
+        return None if others is None else [*spans, *others]
 
     def _skeleton_spans(self, messages: Sequence[Message], text: str) -> list[Span]:
         try:
@@ -157,6 +118,48 @@ class ChatRenderer:
         if marker != closing:  # they part inside a special token, which then is no part of either
             marker = re.sub(r"[<\[][^>\]]*$", "", marker)
         return marker.rstrip() or marker
+
+
+def _found(text: Text | Unrenderable) -> Text:
+    if isinstance(text, Unrenderable):
+        raise text
+    return text
+
+
+def _parts_of(messages: Sequence[Message], turns: Sequence[int]) -> list[tuple[Sequence[Message], bool]]:
+    """What is rendered to find each of these turns: the prompt before it, the conversation before it and with it."""
+    return [
+        part
+        for index in turns
+        for part in ((messages[:index], True), (messages[:index], False), (messages[: index + 1], False))
+    ]
+
+
+def _prompt_of(messages: Sequence[Message], prompt: Text | Unrenderable, before: Text | Unrenderable) -> str | None:
+    """The text before a reply, or None when the template cannot say."""
+    if isinstance(prompt, Unrenderable) or not messages:
+        return None
+    # a template without support for it renders the same, which says nothing about where a reply begins
+    same = isinstance(before, Text) and before.text == prompt.text
+    return None if same else prompt.text
+
+
+def _spans_around(
+    messages: Sequence[Message], text: str, turns: Sequence[int], parts: Sequence[Text | Unrenderable]
+) -> list[Span] | None:
+    """The spans of turns, `parts` being those of `_parts_of`; None where these are no prefixes of the text."""
+    spans = []
+    for number, index in enumerate(turns):
+        asked, before, whole = parts[3 * number : 3 * number + 3]
+        prompt = _prompt_of(messages[:index], asked, before)
+        if prompt is None or isinstance(whole, Unrenderable):
+            return None
+        through = whole.text
+        if not through.startswith(prompt) or not text.startswith(through):
+            return None
+        turn = through[len(prompt) :]
+        spans.append((len(prompt), len(through) - _padding(turn, said(messages[index]))))
+    return spans
 
 
 def said(message: Message) -> str:

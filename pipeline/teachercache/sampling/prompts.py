@@ -7,6 +7,7 @@ import heapq
 from dataclasses import dataclass
 from typing import Any
 
+from teachercache.bounded import ChatTemplate, Unrenderable
 from teachercache.config import CorpusConfig, RowPrefix
 from teachercache.corpus.documents import Document, documents
 from teachercache.corpus.readers import read_rows
@@ -63,6 +64,10 @@ def _of(document: Document, tokenizer: Any, prompt_tokens: int, before: list[int
     if not last:
         return None
     messages = document.messages[:last]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    try:
+        text = ChatTemplate(tokenizer).rendered(messages, prompt=True).text
+    except Unrenderable:
+        return None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = list(ids) if begins_with(ids, before) else [*before, *ids]
     return Prompt(ids, messages) if len(ids) <= prompt_tokens else None

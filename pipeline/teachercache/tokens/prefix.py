@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from teachercache.bounded import ChatTemplate, Unrenderable
 from teachercache.config import RowPrefix
 from teachercache.errors import RecipeError
 
@@ -65,9 +66,10 @@ def template_prefix(tokenizer: Any) -> tuple[int, ...]:
 def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """A conversation as the template writes it; empty where it refuses."""
     try:
-        return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True)["input_ids"])
-    except Exception:  # a template is a program of the model's author: it may raise anything
+        text = ChatTemplate(tokenizer).rendered(messages).text
+    except Unrenderable:
         return []
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def begins_with(ids_S: Any, prefix: Sequence[int]) -> bool:

@@ -1,0 +1,19 @@
+"""Programs that strangers wrote, in a process of their own with bounded time and memory.
+
+A chat template is a program, which comes with a model or a cache. Jinja's sandbox keeps it from files and from Python's
+objects, but not from running without end or from making a text of gigabytes. Nothing inside a process bounds that: limits on
+loops and on multiplication leave filters, recursion, big numbers and C code that no Python code can interrupt. So the kernel
+does it, of a child process that is reused for many rows:
+
+    process.py     BoundedProcess       asks the child, and starts another one after a child that was ended
+    child.py                            what runs there: one request after the other, under the kernel's limits
+    templates.py   answer(request)      there: renders a chat template, as transformers does
+    rendering.py   ChatTemplate         here: a template's text for a conversation
+
+The first answer costs about 0.2 s. A conversation asks for all texts that its spans need once or twice, whatever the number
+of its turns.
+"""
+
+from teachercache.bounded.rendering import ChatTemplate, Text, Unrenderable
+
+__all__ = ["ChatTemplate", "Text", "Unrenderable"]

@@ -1,0 +1,59 @@
+"""What runs in a child: one request after the other, each under limits that the kernel holds.
+
+A request's processor time is bounded by a timer whose signal ends the process, also in the middle of C code; its memory by
+the size of the address space, which Python's allocations meet as a `MemoryError`. Files cannot be written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from teachercache.bounded.process import HEAD
+
+
+def main(task: str) -> None:
+    """Answer requests from stdin on stdout until stdin ends."""
+    answer = importlib.import_module(f"teachercache.bounded.{task}").answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks gets it too, and decides
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    before = _address_space()
+    while len(head := source.read(HEAD.size)) == HEAD.size:
+        asked = pickle.loads(source.read(HEAD.unpack(head)[0]))
+        most = resource.RLIM_INFINITY if before is None else before + asked["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
+        data = json.dumps(_answered(answer, asked.pop("request"))).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with contextlib.suppress(BrokenPipeError):
+            sink.write(HEAD.pack(len(data)) + data)
+            sink.flush()
+
+
+def _answered(answer: Any, request: Any) -> Any:
+    try:
+        return answer(request)
+    except MemoryError:
+        return {"exhausted": "memory"}
+    except RecursionError:
+        return {"exhausted": "stack"}
+
+
+def _address_space() -> int | None:
+    """Bytes; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        return None
+    return pages * resource.getpagesize()

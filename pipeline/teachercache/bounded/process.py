@@ -1,0 +1,124 @@
+"""Asking a child process that may not take more time and memory than is said."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from typing import IO, Any
+
+HEAD = struct.Struct("<Q")  # bytes that follow
+WAITS = 10  # times the processor time that a child may take, on a busy machine, before it is given up
+_KEPT = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "PYTHONDONTWRITEBYTECODE",
+)  # credentials are not for strangers
+_CHILD = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from teachercache.bounded.child import main
+main(sys.argv[2])
+"""
+_WHY = {signal.SIGPROF: "time", signal.SIGALRM: "time", signal.SIGSEGV: "stack", signal.SIGABRT: "memory"}
+
+
+class Exhausted(Exception):
+    """The child was ended: `str()` says of what it took too much, "time", "memory", "stack" or "text"."""
+
+
+class BoundedProcess:
+    """A child that answers requests of one kind, `task` (a module of this package), one at a time. It starts with the first
+    request, ends with this object or this process, and is followed by another one where it had to be ended."""
+
+    def __init__(self, task: str) -> None:
+        self._task, self._lock = task, threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: Any, *, seconds: float, memory: int, most: int) -> Any:
+        """The child's answer to a request (anything that pickle knows; the answer is JSON of at most `most` bytes), made within
+        so many seconds of processor time and bytes of memory above those that the child had before the first request.
+
+        Raises `Exhausted` where there is none within these.
+        """
+        data = pickle.dumps({"request": request, "seconds": seconds, "memory": memory})
+        with self._lock:
+            process = self._process or self._start()
+            try:
+                return json.loads(_exchanged(process, data, seconds=seconds, most=most))
+            except BaseException:  # also of Ctrl-C: an answer that nobody took must not be the next one's
+                self._process = None
+                raise
+            finally:
+                if self._process is None:
+                    _end(process)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-X", "utf8", "-P", "-c", _CHILD, json.dumps(sys.path), self._task]
+        kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=kept
+        )
+        weakref.finalize(self, _end_own, self._process, os.getpid())
+        return self._process
+
+
+def _exchanged(process: subprocess.Popen[bytes], data: bytes, *, seconds: float, most: int) -> bytes:
+    assert process.stdin is not None and process.stdout is not None
+    until = time.monotonic() + WAITS * seconds
+    try:
+        process.stdin.write(HEAD.pack(len(data)) + data)
+        process.stdin.flush()
+        (size,) = HEAD.unpack(_read(process.stdout, HEAD.size, until))
+        if size > most:
+            raise Exhausted("text")
+        return _read(process.stdout, size, until)
+    except (BrokenPipeError, EOFError):
+        raise Exhausted(_why_ended(process)) from None
+
+
+def _read(stream: IO[bytes], size: int, until: float) -> bytes:
+    """So many bytes of a pipe."""
+    pieces, poll = [], select.poll()
+    poll.register(stream, select.POLLIN)
+    while size:
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            raise Exhausted("time")
+        piece = os.read(stream.fileno(), min(size, 2**20))
+        if not piece:
+            raise EOFError
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def _why_ended(process: subprocess.Popen[bytes]) -> str:
+    status = process.wait()
+    return _WHY.get(signal.Signals(-status), "memory") if status < 0 else "memory"
+
+
+def _end_own(process: subprocess.Popen[bytes], pid: int) -> None:
+    if os.getpid() == pid:  # a fork has the object, but the child is its parent's
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        process.kill()
+    with contextlib.suppress(OSError, ValueError):
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+        process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -17,6 +18,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Several processes on few cores crawl when each of them spins on all cores; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_out_of_collections() -> None:
+    """What lives before a file's first test, torch and transformers above all, is not looked through again by each garbage
+    collection: trainers call for one at the end of each run, which took half of a tiny run's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

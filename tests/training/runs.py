@@ -50,6 +50,11 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+def modules_of(_: Any) -> set[str]:
+    """What the process that runs this has imported; in the place of a collator."""
+    return set(sys.modules)
+
+
 def log_of(run: Path) -> list[dict[str, Any]]:
     """Log records of a run without what a clock put there."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from teachercache.cache import Cache
+from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.evaluation.measure import measure
 from teachercache.evaluation.recipe import run_evaluation
 from teachercache.training.job.train import run_training
-from training.runs import log_of
+from teachercache.training.supervision.reading import Reading
+from training.runs import log_of, modules_of
 
 from builders import tiny_teacher
 from s3_server import Server
@@ -56,6 +59,16 @@ def test_room_for_one_shard_is_enough(make_recipe: Any, uploaded: str, tmp_path:
     run_training(there)
     run_training(make_recipe(output=tmp_path / "here"))
     assert log_of(there.train.output) == log_of(tmp_path / "here")
+
+
+def test_a_loading_process_imports_no_trainer(uploaded: str, tmp_path: Path) -> None:
+    """It is spawned: seconds, and hundreds of megabytes, for each of them."""
+    cache = Cache.open(uploaded, local=tmp_path / "copies", local_bytes=10**9)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=1)
+    reading = Reading((cache,), (), None, ObjectiveConfig(), arguments)
+    [imported] = reading.loader(reading.dataset("train", [()]), [[0]], modules_of)
+    assert {"torch", "teachercache.stream.dataset"} <= imported
+    assert not imported & {"transformers", "deepspeed", "accelerate", "teachercache.training"}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -3,6 +3,7 @@
     order/              which rows each step sees: permutation, shuffle windows, mixtures, phases
     sources.py          the caches of a run, in order
     dataset.py          rows by index, decoded by the processes that load data
+    loading_process.py  what these processes do with signals
     collate.py          rows to tensors
     packing.py          short rows in one sequence, isolated from each other
     alignment.py        through which alignment a model with its own tokenizer reads a cache

@@ -7,7 +7,6 @@ from the last whole checkpoint.
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from teachercache.stream.loading_process import heed_parent_alone
 
 # Steps between agreements of several processes: each costs a collective, and waits for the device.
 AGREE_EVERY = 4
@@ -46,22 +47,6 @@ def sigterm_as_request() -> Iterator[Request]:
         yield request
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def heed_parent_alone(*_: Any) -> None:
-    """In a loading process: from now on SIGTERM ends it only if its parent sent it.
-
-    A loader's worker that died of anybody else's would take its parent along before the checkpoint. It cannot just
-    ignore the signal: that is also how its parent ends it, and then waits for it.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class StopWhenAsked(TrainerCallback):

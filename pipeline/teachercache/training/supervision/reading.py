@@ -16,9 +16,9 @@ from teachercache.cache.reader import Split
 from teachercache.config import ObjectiveConfig
 from teachercache.stream.collate import Collator, MixedCollator
 from teachercache.stream.dataset import CacheDataset, Rows
+from teachercache.stream.loading_process import heed_parent_alone
 from teachercache.stream.order.batch_plan import spread
 from teachercache.stream.withheld import Trained
-from teachercache.training.callbacks.preemption import heed_parent_alone
 from teachercache.training.supervision.ensemble import Teachers
 
 Columns = Sequence[tuple[str, ...]]  # of each cache

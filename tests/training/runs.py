@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,20 @@ def kill(process: subprocess.Popen[str]) -> None:
     for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         member.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def cut_back(run: Path, step: int) -> None:
+    """What a finished run was when the checkpoint of a step had just become whole."""
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "student")
+    for checkpoint in run.glob("checkpoint-*"):
+        if int(checkpoint.name.partition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+
+
+def cut_copy(run: Path, copy: Path, step: int) -> None:
+    """As if a job with the same settings in another folder had died right after the checkpoint of a step."""
+    cut_back(Path(shutil.copytree(run, copy)), step)
 
 
 def modules_of(_: Any) -> set[str]:

@@ -18,7 +18,7 @@ from teachercache.objective.schedule.objective_schedule import Course
 from teachercache.training.callbacks.step_losses import STATE
 from teachercache.training.job.train import run_training
 from training.processes import TORCHRUN, compare_with_one
-from training.runs import kill_after, log_of, losses_of, start_job
+from training.runs import cut_copy, kill_after, log_of, losses_of, start_job
 
 from builders import sentences, tiny_cache, tiny_teacher
 
@@ -63,15 +63,6 @@ def make(make_recipe: Any, full: Path) -> Any:
 
 def course_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "course.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _cut_back(run: Path, step: int) -> None:
-    """To one of its checkpoints, as a job that died after it."""
-    for checkpoint in run.glob("checkpoint-*"):
-        if int(checkpoint.name.partition("-")[2]) > step:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(run / "student")
-    (run / "summary.json").unlink()
 
 
 def phases_over(domain: Path) -> dict[str, Any]:
@@ -128,8 +119,7 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(
     settings |= {"save_every": 3, "keep_checkpoints": 9}
     whole, killed = (make(output=tmp_path / each, **settings) for each in ("whole", "killed"))
     run_training(whole)
-    run_training(killed)
-    _cut_back(killed.train.output, 6)
+    cut_copy(whole.train.output, killed.train.output, 6)
     assert run_training(killed)["resumed_from"] == 6
     assert log_of(killed.train.output) == log_of(whole.train.output)
     assert course_of(killed.train.output) == course_of(whole.train.output)
@@ -152,8 +142,7 @@ def test_a_last_line_that_a_full_disk_left_half_written_is_written_again(make: A
     settings = {"objective": CHANGES["cosine"], "save_every": 3, "keep_checkpoints": 9}
     whole, damaged = (make(output=tmp_path / each, **settings) for each in ("whole", "damaged"))
     run_training(whole)
-    run_training(damaged)
-    _cut_back(damaged.train.output, 6)
+    cut_copy(whole.train.output, damaged.train.output, 6)
     path = damaged.train.output / "course.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     run_training(damaged)

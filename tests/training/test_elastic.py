@@ -26,7 +26,7 @@ from teachercache.errors import JobFailed, RecipeError
 from teachercache.training.checkpoints import universal
 from teachercache.training.checkpoints.completion import mark_complete
 from teachercache.training.job.train import run_training
-from training.runs import kill, kill_after, log_of, losses_of, start_job
+from training.runs import cut_back, kill, kill_after, log_of, losses_of, start_job
 
 from builders import tiny_model
 
@@ -52,21 +52,12 @@ def by_two(written: dict[str, Path], make_recipe: Any, plain_student: Path, tmp_
             made = make_recipe(output=written[""] / str(len(written)), **settings)
             job = start_job(made, tmp_path, processes=2)
             assert job.communicate()[1] is not None and job.returncode == 0
-            _cut_back(made.train.output, 3)
+            cut_back(made.train.output, 3)
             written[key] = made.train.output
         shutil.copytree(written[key], tmp_path / name)
         return make_recipe(output=tmp_path / name, **settings)
 
     return copied
-
-
-def _cut_back(run: Path, step: int) -> None:
-    """What a run was when the checkpoint of a step had just become whole."""
-    (run / "summary.json").unlink()
-    shutil.rmtree(run / "student")
-    for folder in run.glob("checkpoint-*"):
-        if folder.name != f"checkpoint-{step}":
-            shutil.rmtree(folder)
 
 
 def _uninterrupted(recipe: Recipe, folder: Path) -> Recipe:

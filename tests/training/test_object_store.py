@@ -37,7 +37,7 @@ def test_training_from_a_url_is_training_from_the_folder(
 ) -> None:
     stream = {"local": str(tmp_path / "copies"), "local_bytes": "1 GB"}
     there = make_recipe(output=tmp_path / "there", cache_folder=uploaded, stream=stream, loader_workers=workers)
-    here = make_recipe(output=tmp_path / "here", loader_workers=workers)
+    here = make_recipe(output=tmp_path / "here")
     s3.break_next(match="shards/", kind="status", status=503, times=2)
     result = run_training(there)
     assert run_training(here)["losses"] == result["losses"]

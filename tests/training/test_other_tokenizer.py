@@ -305,7 +305,7 @@ def test_inspect_shows_both_sides(shared: tuple[Path, Path], capfd: pytest.Captu
     assert "student's tokens" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_training_from_an_object_store_is_training_from_the_folder(
     shared: tuple[Path, Path], s3: Server, tmp_path: Path, workers: int
 ) -> None:
@@ -319,6 +319,7 @@ def test_training_from_an_object_store_is_training_from_the_folder(
     s3.break_next(match="alignments/", kind="status", status=503, times=2)
     stream = {"local": str(tmp_path / "copies"), "local_bytes": "1 GB"}
     run_training(recipe_of((url, student), tmp_path / "there", objective=objective, train=train, stream=stream))  # type: ignore[arg-type]
+    train["loader_workers"] = 0  # who loads changes nothing
     run_training(recipe_of(shared, tmp_path / "here", objective=objective, train=train))
     assert losses_of(tmp_path / "there") == losses_of(tmp_path / "here")
     assert verify(url) == []

@@ -19,7 +19,7 @@ from teachercache.errors import CacheError, RecipeError, UserError
 from teachercache.models.loading import load_causal_lm
 from teachercache.training.job.train import run_training
 from teachercache.training.supervision.ensemble import Teachers
-from training.runs import kill_after, log_of, losses_of, start_job
+from training.runs import cut_copy, log_of, losses_of, start_job
 
 from builders import (
     aligned,
@@ -249,15 +249,14 @@ def test_validation_weighs_teachers_by_their_own_losses(make_recipe: Any, second
 
 def test_a_killed_run_goes_on_with_the_weights_that_it_had(make_recipe: Any, second: Path, tmp_path: Path) -> None:
     teachers = _teachers(second, weights="validation-student", tau=0.05)
-    settings = {"epochs": 5, "save_every": 3, "evaluate_every": 3}
+    settings = {"epochs": 2, "save_every": 3, "evaluate_every": 3, "keep_checkpoints": 9}
     whole = _taught(make_recipe, teachers, output=tmp_path / "whole", **settings)
     killed = _taught(make_recipe, teachers, output=tmp_path / "killed", loader_workers=1, **settings)
     run_training(whole)
-    kill_after(start_job(killed, tmp_path), killed.train.output, 6)
-    newest = max(int(path.parent.name.split("-")[1]) for path in killed.train.output.glob("checkpoint-*/complete.json"))
-    state = json.loads((killed.train.output / f"checkpoint-{newest}" / "objective_state.json").read_text())
+    cut_copy(whole.train.output, killed.train.output, 6)
+    state = json.loads((killed.train.output / "checkpoint-6" / "objective_state.json").read_text())
     assert state["teachers"]["factors"] != [1, 1]
-    run_training(killed)
+    assert run_training(killed)["resumed_from"] == 6
     assert log_of(killed.train.output) == log_of(whole.train.output)
     assert _bytes_of(killed) == _bytes_of(whole)
 

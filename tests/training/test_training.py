@@ -46,7 +46,20 @@ def _row_terms(model: Any, stored: StoredRow, recipe: Recipe, kind: TargetKind) 
     return alpha * temperature**2 * kl + (1 - alpha) * ce, row.positions
 
 
+LEARNED: dict[str, list[float]] = {}  # by the loop, once for recipes that mean the same to it
+
+
 def _plain_loop(recipe: Recipe, steps: int) -> list[float]:
+    same = recipe.train.model_copy(
+        update={"output": Path(), "zero_stage": 0, "precision": "fp32", "micro_batch": 1, "pack": False}
+    )
+    key = f"{recipe.model_copy(update={'train': same}).model_dump_json()}, {steps}"
+    if key not in LEARNED:
+        LEARNED[key] = _looped(recipe, steps)
+    return LEARNED[key]
+
+
+def _looped(recipe: Recipe, steps: int) -> list[float]:
     from transformers import get_scheduler
 
     assert recipe.train is not None and recipe.student is not None

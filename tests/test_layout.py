@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+PACKAGE = ROOT / "pipeline" / "teachercache"
 
 
 def imported_by(path: Path) -> set[str]:
@@ -29,3 +32,40 @@ def test_no_file_imports_a_test_module_or_a_conftest() -> None:
         if modules.intersection(name.split("."))
     }
     assert not found
+
+
+def named_in(path: Path) -> set[str]:
+    """Dotted names of our package in a file, those inside programs and patches too."""
+    return set(re.findall(r"\bteachercache(?:\.[a-zA-Z]\w*)+", path.read_text(encoding="utf-8")))
+
+
+def exists(name: str) -> bool:
+    """Whether it is a module, or a word of the module that its beginning names."""
+    place = PACKAGE
+    for part in name.split(".")[1:]:
+        if (place / part).is_dir():
+            place = place / part
+        elif (place / f"{part}.py").is_file():
+            place = place / f"{part}.py"
+        else:
+            text = (place / "__init__.py" if place.is_dir() else place).read_text(encoding="utf-8")
+            return re.search(rf"\b{part}\b", text) is not None
+    return True
+
+
+def test_names_of_modules_in_programs_and_patches_exist() -> None:
+    """A move rewrites imports; what stands in a string fails only where it runs, in a slow test or on a user's machine."""
+    assert exists("teachercache.files.locked") and not exists("teachercache.nothing")
+    files = [
+        *TESTS.rglob("*.py"),
+        *(ROOT / "infra").rglob("*.py"),
+        *(ROOT / "jobs").rglob("*.py"),
+        *PACKAGE.rglob("*.py"),
+    ]
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in named_in(path) - {"teachercache.nothing"}
+        if not exists(name)
+    }
+    assert not missing

@@ -364,7 +364,7 @@ def test_an_evicted_shard_stays_readable_for_those_that_have_it_open(made: Path,
 READER = """
 import sys, json
 from pathlib import Path
-from teachercache.shards import Cache
+from teachercache.cache import Cache
 url, local, limit = sys.argv[1:]
 cache = Cache.open(url, local=Path(local), local_bytes=int(limit))
 print("open", flush=True)
@@ -550,7 +550,7 @@ def test_fetching_ahead_takes_no_more_than_half_of_the_room(uploaded: str, s3: S
 EXIT = """
 import sys
 from pathlib import Path
-from teachercache.shards import Cache
+from teachercache.cache import Cache
 cache = Cache.open(sys.argv[1], local=Path(sys.argv[2]))
 cache.prefetch(range(5))
 """

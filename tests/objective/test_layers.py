@@ -128,8 +128,8 @@ def test_attention_is_compared_map_by_map(
     first_key: bool, window: int | None, chunk_bytes: int | None, monkeypatch: Any
 ) -> None:
     if chunk_bytes:
-        monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.CPU_CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.FEWEST", 1)
+        monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("teachercache.objective.layers.map_loss.FEWEST", 1)
     made = batch(window=window)
     ours, theirs = made.attention[1], made.teacher_attention[2]
     student = dense_map(ours.queries_BHSE, ours.keys_BKSE, 0.5, window, first_key)
@@ -154,8 +154,8 @@ def test_attention_is_compared_map_by_map(
 def test_learned_mixtures_and_soft_caps_have_the_gradients_of_plain_autograd(
     match: str, softcap: float | None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.FEWEST", 2)  # queries at a time
+    monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("teachercache.objective.layers.map_loss.FEWEST", 2)  # queries at a time
     made = batch()
     heads = replace(made.attention[1], softcap=softcap)
     made = replace(made, attention={1: heads})

@@ -157,7 +157,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in (MODE, TOKEN, TOKEN_PATH)}
     environment |= {"PYTHONPATH": python_path, "COLUMNS": "400"}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 

@@ -72,7 +72,7 @@ def test_any_number_of_actors_gives_identical_shards(tmp_path, teacher):
         for n in (1, 2, 3)
     ]
     process = command("-c", code, *map(str, files))
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     alone = tiny_recipe(
         tmp_path / "alone", teacher=teacher, texts=texts, targets=SKETCH, precompute={"threads_per_actor": None}
@@ -92,7 +92,7 @@ def test_a_killed_job_resumes_where_it_was(tmp_path, teacher):
     path = recipe_file(tmp_path / "killed", teacher=teacher, texts=texts, precompute=settings)
     cache = tmp_path / "killed" / "cache"
     process = command("-m", "teachercache", "precompute", str(path), "--json")
-    deadline = time.time() + 180
+    deadline = time.time() + 600
     while not list(cache.glob(".work/done/*.json")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
@@ -100,7 +100,7 @@ def test_a_killed_job_resumes_where_it_was(tmp_path, teacher):
     done = len(list(cache.glob(".work/done/*.json")))
     assert not (cache / "manifest.json").exists(), "killed too late to show anything"
     resumed = command("-m", "teachercache", "precompute", str(path), "--json")
-    out, err = resumed.communicate(timeout=240)
+    out, err = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, err
     summary = json.loads(out)
     # Workers may finish a unit more before they notice that their driver is gone.
@@ -148,7 +148,7 @@ def test_the_script_runs_under_ray_job_submit(tmp_path, teacher):
         submitted = subprocess.run(
             [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT / "jobs"), "--",
              sys.executable, "precompute_teacher.py", str(path), "--json"],
-            env=environment, capture_output=True, text=True, timeout=240, check=False,
+            env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert '"positions_per_second"' in submitted.stdout
@@ -162,7 +162,7 @@ def test_an_error_inside_an_actor_is_one_line(tmp_path, teacher):
     path = recipe_file(tmp_path, teacher=broken)
     (broken / "model.safetensors").write_bytes(b"these are no weights")
     process = command("-m", "teachercache", "precompute", str(path), "--json")
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 2, err
     assert json.loads(out)["error"].startswith(f"model of {broken} cannot be loaded")
     assert "Traceback" not in err

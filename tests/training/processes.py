@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT / "pipeline"),
     "OMP_NUM_THREADS": "1",
 }
-TIMEOUT_SECONDS = 240  # processes that do not find each other would wait for half an hour
+TIMEOUT_SECONDS = 600  # processes that do not find each other would wait for half an hour
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 

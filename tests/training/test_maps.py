@@ -95,8 +95,8 @@ def test_maps_give_the_terms_that_queries_and_keys_give(caches: dict[str, Path],
     maps, vectors = (sums(Cache.open(caches[name]), pupil, rows) for name in ("maps", "queries-keys"))
     torch.testing.assert_close(maps, vectors, rtol=3e-3, atol=1e-3)
     whole = [sums(Cache.open(caches[name]), pupil, rows) for name in ("maps", "top")]
-    monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr("teachercache.objective.layers.objective.map_loss.FEWEST", 1)  # a query at a time
+    monkeypatch.setattr("teachercache.objective.layers.map_loss.CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("teachercache.objective.layers.map_loss.FEWEST", 1)  # a query at a time
     for name, expected in zip(("maps", "top"), whole, strict=True):
         torch.testing.assert_close(sums(Cache.open(caches[name]), pupil, rows), expected)
 

@@ -57,7 +57,7 @@ def test_a_student_that_scales_its_logits_learns_in_processes_without_a_share(
 PROGRAM = """
 import sys
 from teachercache.config import load_recipe
-from teachercache.student.train import run_training
+from teachercache.training.job.train import run_training
 run_training(load_recipe(sys.argv[1]))
 forbidden = ("ray", "datasets", "teachercache.teacher", "teachercache.precompute", "teachercache.corpus")
 print([name for name in forbidden if name in sys.modules])

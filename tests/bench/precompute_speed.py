@@ -22,7 +22,7 @@ from pathlib import Path
 
 from provenance import add_output_options, provenance, publish
 
-from teachercache.precompute.engine.cluster import KEEP_FREED_MEMORY
+from teachercache.precompute.capture.stages import KEEP_FREED_MEMORY
 
 
 def whole_job(work: Path, overrides: list[str]) -> dict:

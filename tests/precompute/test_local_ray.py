@@ -21,7 +21,8 @@ from rich.console import Console
 
 from teachercache.config import PrecomputeConfig
 from teachercache.errors import ModelError, RecipeError
-from teachercache.precompute.engine.cluster import KEEP_FREED_MEMORY, _resources, cluster_nodes, connected
+from teachercache.precompute.capture.stages import KEEP_FREED_MEMORY, _resources
+from teachercache.precompute.engine.cluster import cluster_nodes, connected
 from teachercache.precompute.engine.local_ray import local_cluster
 from teachercache.precompute.engine.placement import placed
 

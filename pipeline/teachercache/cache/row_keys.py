@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from teachercache.cache.files.bounds import MOST_BATCH_BYTES
 from teachercache.cache.files.entries import ShardInfo
 from teachercache.cache.files.regular_files import path_of_open
-from teachercache.cache.manifest.checks import MOST_BATCH_BYTES
 from teachercache.cache.reader import Cache
 from teachercache.cache.shards.ipc_blocks import Blocks
 from teachercache.cache.shards.row_batch import offsets

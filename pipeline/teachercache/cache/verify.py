@@ -21,6 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from teachercache.cache.files.bounds import MOST_BATCH_BYTES
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.digests import hash_file
 from teachercache.cache.files.entries import FileInfo, ShardInfo
@@ -32,7 +33,6 @@ from teachercache.cache.files.regular_files import (
     read_regular,
 )
 from teachercache.cache.manifest.alignment_manifest import ALIGNMENTS, SIDECAR, SidecarManifest, parse_sidecar
-from teachercache.cache.manifest.checks import MOST_BATCH_BYTES
 from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, Manifest, read_listed, read_manifest
 from teachercache.cache.problem import Problem
 from teachercache.cache.reader import groups_of_cache

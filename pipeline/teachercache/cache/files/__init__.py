@@ -1,5 +1,6 @@
 """The files that a cache is made of: their names, digests and schemas, and how they are opened.
 
+bounds.py          how large what a cache says may be
 digests.py         of values, by one byte string for equal ones, and of files
 entries.py         what a manifest lists: files, and shards by the hundred thousand
 regular_files.py   opening regular files below a folder, and nothing else

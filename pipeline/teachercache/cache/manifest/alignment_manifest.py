@@ -24,11 +24,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from teachercache.cache.files.bounds import MOST_LENGTH, MOST_PREFIX, MOST_TOKENS, Count, check_files, validated
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable
 from teachercache.cache.manifest import manifest_v1
-from teachercache.cache.manifest.checks import MOST_LENGTH, MOST_PREFIX, MOST_TOKENS, Count, check_files, validated
 from teachercache.cache.manifest.index import INDEX, Indexed, Read, read_index, write_index
 from teachercache.cache.manifest.manifest import UPGRADE, Manifest, check_requires
 from teachercache.errors import CacheDamaged, CacheError

@@ -40,7 +40,7 @@ def _segment(*, contents: Sequence[Mapping[str, Any]] = (), **fields: Any) -> Se
 
 
 class RowBatch:
-    """Rows of a record batch that holds all of `ROW_COLUMNS`, or all but segments; its checks have run (manifest/checks.py)."""
+    """Rows of a record batch that holds all of `ROW_COLUMNS`, or all but segments; its checks have run (row_checks.py)."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._batch = batch

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from teachercache.cache.files.bounds import MOST_BATCH_BYTES
 from teachercache.cache.files.column_groups import ID_FIELD, Group
 from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.files.schema import ROW_COLUMNS, tables_of
-from teachercache.cache.manifest.checks import MOST_BATCH_BYTES, check_rows, check_values
 from teachercache.cache.shards.decompressed import Decompressed
 from teachercache.cache.shards.ipc_blocks import Blocks
 from teachercache.cache.shards.row_batch import RowBatch
+from teachercache.cache.shards.row_checks import check_rows, check_values
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.columns import Column, Decoder, check_row_bytes
 from teachercache.tokens.rows import TokenRow

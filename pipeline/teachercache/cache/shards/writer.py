@@ -102,7 +102,7 @@ def _open_writer(sink: Any, schema: pa.Schema) -> pa.RecordBatchFileWriter:
 
 def _rows_per_batch(pages: Sequence[Sequence[bytes]], rows: Sequence[TokenRow]) -> int:
     targets = sum(len(page) for column in pages for page in column)
-    # Where few tokens have targets, ids and text outweigh them: readers bound what a batch takes (manifest/checks.py).
+    # Where few tokens have targets, ids and text outweigh them: readers bound what a batch takes (row_checks.py).
     tokens = sum(5 * row.length + sum(len(segment.text or "") for segment in row.segments) for row in rows)
     count = len(rows) or max((len(column) for column in pages), default=0)
     return count * BATCH_BYTES // max(1, targets, tokens // 4)

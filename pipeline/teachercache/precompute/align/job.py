@@ -21,6 +21,7 @@ from teachercache.config import PrecomputeConfig, is_url
 from teachercache.errors import CacheError, JobFailed
 from teachercache.files import locked
 from teachercache.precompute.align.plan import AlignPlan, make_plan
+from teachercache.precompute.engine.progress import progress_bar
 from teachercache.targets.coding.chunk_columns import ChunkColumns
 
 
@@ -64,7 +65,6 @@ def _run(plan: AlignPlan, address: str | None, console: Console) -> float:
         return 0.0
     if len(pending) < plan.units:
         console.print(f"resuming: {plan.units - len(pending)} of {plan.units} shards are done")
-    from teachercache.precompute.capture.job import progress_bar
     from teachercache.precompute.engine.cluster import connected, run_tasks
 
     first, tokens = math.inf, 0

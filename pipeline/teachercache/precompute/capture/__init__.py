@@ -5,6 +5,7 @@ plan.py        what the job is: identity (fingerprint); decides between new, res
 input_form.py  whether rows begin as the teacher is used to
 layers.py      what a recipe asks for of layers, with the teacher's numbers
 staging.py     the corpus as files of raw documents, one a work unit
+stages.py      the two stages on Ray: tokenising tasks, teacher actors
 units.py       one unit through its two stages, as plain functions: tokenise; capture and write
 commit.py      records of finished units → audit, digests, card, manifest
 """

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from teachercache.cache import Manifest
 from teachercache.cache.manifest.manifest import MANIFEST, read_manifest
@@ -23,6 +22,7 @@ from teachercache.precompute.capture.commit import DRIFT_AT, commit
 from teachercache.precompute.capture.input_form import input_warning
 from teachercache.precompute.capture.plan import Plan, make_plan
 from teachercache.precompute.engine.placement import placed
+from teachercache.precompute.engine.progress import progress_bar
 from teachercache.tokens.fingerprint import require_fast, tokenizer_fingerprint
 
 
@@ -115,7 +115,8 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
     if not pending:
         return timing
     console.print("starting Ray and loading the teacher …")
-    from teachercache.precompute.engine.cluster import Job, cluster_nodes, connected, run_calibration, run_units
+    from teachercache.precompute.capture.stages import Job, run_calibration, run_units
+    from teachercache.precompute.engine.cluster import cluster_nodes, connected
 
     began = time.time()
     first = math.inf
@@ -162,14 +163,6 @@ def _describe_choice(chosen: dict[str, Any] | None) -> str:
         return ""
     left = f"{chosen['kl']:.3g} nats, about {chosen['sketch_bytes']:.0f} bytes a position"
     return f"; for target_kl {chosen['target_kl']:g}: rank {chosen['rank']}, step {chosen['step']:g} ({left})"
-
-
-def progress_bar(console: Console) -> Progress:
-    """Units done, with a rate."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("units  {task.fields[rate]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=console,
-    )  # fmt: skip
 
 
 def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -> dict[str, Any]:

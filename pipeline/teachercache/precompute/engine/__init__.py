@@ -1,6 +1,8 @@
 """Ray under the precompute jobs.
 
-cluster.py    join a cluster or start one, and run units through it
+cluster.py    join a cluster or start one, and run tasks on it
 local_ray.py  a cluster on this machine for one job: nobody else can speak to it
 placement.py  where the teacher runs: how many actors, and whether each has a GPU
+carried_errors.py  exceptions of stages, as a part of rows
+progress.py   what users see meanwhile
 """

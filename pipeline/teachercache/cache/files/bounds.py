@@ -1,0 +1,36 @@
+"""How large what a cache says of itself may be, and checks of it in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from teachercache.cache.files.entries import MOST_COUNT
+
+MOST_TOKENS = 2**24  # of a vocabulary
+MOST_LENGTH = 2**24  # tokens of a row
+MOST_PREFIX = 64  # tokens that every row begins with
+MOST_BATCH_BYTES = 2**29  # decompressed; see `writer.BATCH_BYTES`, a single row may be larger
+
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+
+
+def validated(validate: Any, value: Any) -> None:
+    """Run a check of pydantic's; raises `ValueError` with the first thing that is wrong, in one line."""
+    try:
+        validate(value)
+    except ValidationError as error:
+        wrong = [each for each in error.errors() if each["type"] != "extra_forbidden"]  # keys of a later version
+        if not wrong:
+            return
+        first = wrong[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{place}: {first['msg'][:200]}") from None
+
+
+def check_files(names: Sequence[str]) -> None:
+    """Raise `ValueError` for a file that is listed twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("it lists a file twice")

@@ -30,6 +30,19 @@ def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Completed
     )  # fmt: skip
 
 
+@pytest.fixture
+def run_here(capfd, monkeypatch):
+    """The same in this process, which has imported the libraries."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run_it(*arguments: str | Path) -> subprocess.CompletedProcess:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(each) for each in arguments])
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capfd.readouterr())
+
+    return run_it
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tiny_cache(tmp_path_factory.mktemp("cli"))
@@ -155,13 +168,21 @@ def test_anything_unexpected_keeps_its_traceback_and_is_json_too(error, capfd):
 
 
 @pytest.mark.parametrize("command", ["precompute", "train", "evaluate"])
-def test_a_missing_recipe(command):
-    assert_one_readable_line(run(command, "nowhere.yaml"), "nowhere.yaml", "does not exist")
+def test_a_missing_recipe(command, run_here):
+    assert_one_readable_line(run_here(command, "nowhere.yaml"), "nowhere.yaml", "does not exist")
 
 
-def test_an_unknown_key_names_the_nearest_valid_one(tmp_path):
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    """As all of them are met; nothing but our line is in its stderr."""
+    path = write_recipe(tmp_path, teacher={"model": "./missing-model"})
+    done = run("precompute", path)
+    assert_one_readable_line(done, "./missing-model", "does not exist")
+    assert done.stdout == "" and "WARNING" not in done.stderr
+
+
+def test_an_unknown_key_names_the_nearest_valid_one(tmp_path, run_here):
     path = write_recipe(tmp_path, precompute={"actorz": 2})
-    assert_one_readable_line(run("precompute", path), "unknown key `precompute.actorz`", "did you mean `actors`?")
+    assert_one_readable_line(run_here("precompute", path), "unknown key `precompute.actorz`", "did you mean `actors`?")
 
 
 @pytest.mark.parametrize(
@@ -173,17 +194,17 @@ def test_an_unknown_key_names_the_nearest_valid_one(tmp_path):
         ({"targets": {"logits": {"kind": "top-k", "k": 10**6}}}, ["targets.logits.k is 1000000", "300 tokens"]),
     ],
 )
-def test_mistakes_in_a_precompute_recipe(tmp_path, changes, parts):
-    assert_one_readable_line(run("precompute", write_recipe(tmp_path, **changes)), *parts)
+def test_mistakes_in_a_precompute_recipe(tmp_path, changes, parts, run_here):
+    assert_one_readable_line(run_here("precompute", write_recipe(tmp_path, **changes)), *parts)
 
 
-def test_an_empty_corpus(tmp_path):
+def test_an_empty_corpus(tmp_path, run_here):
     path = write_recipe(tmp_path)
     (tmp_path / "corpus.jsonl").write_text("")
-    assert_one_readable_line(run("precompute", path), "empty")
+    assert_one_readable_line(run_here("precompute", path), "empty")
 
 
-def test_a_model_with_code_of_its_own_says_what_to_do(tmp_path):
+def test_a_model_with_code_of_its_own_says_what_to_do(tmp_path, run_here):
     teacher = tiny_teacher(tmp_path / "remote")
     settings = json.loads((teacher / "config.json").read_text())
     settings |= {
@@ -193,19 +214,19 @@ def test_a_model_with_code_of_its_own_says_what_to_do(tmp_path):
     (teacher / "config.json").write_text(json.dumps(settings))
     (teacher / "code.py").write_text("raise SystemExit('this code must not run')")
     path = write_recipe(tmp_path, teacher={"model": str(teacher)})
-    assert_one_readable_line(run("precompute", path), "Python code of its own", "teacher.trust_remote_code: true")
+    assert_one_readable_line(run_here("precompute", path), "Python code of its own", "teacher.trust_remote_code: true")
 
 
-def test_a_half_written_cache_is_not_trained_on(tmp_path):
+def test_a_half_written_cache_is_not_trained_on(tmp_path, run_here):
     from teachercache.precompute.capture.plan import make_plan
 
     make_plan(tiny_recipe(tmp_path))
     path = write_recipe(tmp_path, student={"model": str(tmp_path / "teacher")}, train={"output": str(tmp_path / "run")})
-    assert_one_readable_line(run("train", path), "half written (0 of 3 units are done)", "teachercache precompute")
+    assert_one_readable_line(run_here("train", path), "half written (0 of 3 units are done)", "teachercache precompute")
 
 
-def test_a_section_that_a_command_needs(tmp_path):
-    assert_one_readable_line(run("train", write_recipe(tmp_path)), "no `student:` section")
+def test_a_section_that_a_command_needs(tmp_path, run_here):
+    assert_one_readable_line(run_here("train", write_recipe(tmp_path)), "no `student:` section")
 
 
 # --------------------------------------------------------------------------- recipes

@@ -32,6 +32,28 @@ NO_PROMPT = (
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
     "{{ ' ' + message['content'].strip() + '<|endoftext|>' }}{% endif %}{% endfor %}"
 )
+# begins with two special tokens, none of which is BOS (GLM 4, but for its tools); writes nothing after the last turn
+GLM = """[gMASK]<sop>
+{%- for msg in messages %}
+    {%- if msg.role == 'system' %}
+<|system|>
+{{ msg.content }}
+    {%- endif %}
+{%- endfor %}
+
+{%- for message in messages if message.role != 'system' %}
+    {%- set role = message['role'] %}
+    {%- set content = message['content'] %}
+    {%- if role == 'user' %}
+<|user|>
+{{ content }}
+    {%- elif role == 'assistant' %}
+<|assistant|>
+{{ content }}
+    {%- endif %}
+{%- endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+GLM_TOKENS = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
 UPPERCASE = "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
 DATED = "{{ strftime_now('%d %b %Y') }}{% for message in messages %}{{ '\n' + message['content'] }}{% endfor %}"
 

@@ -17,6 +17,7 @@ from teachercache.errors import RecipeError
 from teachercache.tokens.prefix import own_prefix, row_prefix, template_prefix
 from teachercache.tokens.rows import TokenRow
 
+from chat_templates import GLM, GLM_TOKENS, TEMPLATES
 from tokenizer_families import REAL, wordpiece
 
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -210,6 +211,44 @@ def test_a_beginning_that_ends_answers_too_is_one(build_tokenizer):
     assert template_prefix(tokenizer) == (tokenizer.eos_token_id,)
     rows = chat_rows(tokenizer, length=24).rows
     assert len(rows) > 2 and {row.input_ids_S[0] for row in rows} == {tokenizer.eos_token_id}
+
+
+MARKED = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+OWN_SYSTEM = "<|system|>\nReasoning effort: max"
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        (GLM, ["[gMASK]", "<sop>"]),
+        (GLM.replace("<sop>", "<sop>" + OWN_SYSTEM), ["[gMASK]", "<sop>"]),  # as GLM 5.3's
+        (MARKED, []),
+        (OWN_SYSTEM + MARKED, []),  # the mark of the system's turn is none
+        ("{{ bos_token }}" + OWN_SYSTEM + MARKED, ["<s>"]),
+        (LLAMA_2, ["<s>"]),
+        ("{{ bos_token + '<sop>' }}" + TEMPLATES["chatml"], ["<s>", "<sop>"]),
+    ],
+    ids=["GLM", "GLM-system", "marked", "marked-system", "bos-system", "llama-2", "bos-sop-chatml"],
+)
+def test_all_special_tokens_that_a_conversation_begins_with_and_no_turn(build_tokenizer, template, begins):
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": GLM_TOKENS})
+    tokenizer.chat_template = template
+    if template.startswith("[gMASK]"):
+        tokenizer.bos_token = None
+    expected = tokenizer.convert_tokens_to_ids(begins)
+    assert list(template_prefix(tokenizer)) == expected
+    rows = chat_rows(tokenizer, length=26).rows
+    assert len(rows) > 2
+    for row in rows:
+        assert row.input_ids_S[: len(expected)].tolist() == expected
+        assert not set(expected) & {*row.labels_N().tolist(), *row.input_ids_S[len(expected) :].tolist()}
+    learned = [label for row in rows for label in row.labels_N().tolist()]
+    assert tokenizer.decode(learned, skip_special_tokens=True).split() == ANSWER["content"].split()
 
 
 def test_a_beginning_that_the_template_does_not_write_is_put_before_every_window(build_tokenizer):

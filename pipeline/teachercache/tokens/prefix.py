@@ -1,14 +1,15 @@
 """How rows begin: the tokens that stand before a text where a model reads one.
 
 The tokenizer says it. Its post-processor puts BOS (Llama, Gemma) or CLS (BERT) before a text, or nothing (GPT-2, Qwen,
-SmolLM2); a chat template writes BOS by itself, or does without. Models that were trained with BOS in front lose much
+SmolLM2); a chat template writes BOS or more by itself, or does without. Models that were trained with BOS in front lose much
 without it: Gemma 3 270M 1.4 nats a token. So every row begins with it, windows from the middle of a document too, and no
 row is to predict it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -47,29 +48,46 @@ def own_prefix(tokenizer: Any) -> tuple[int, ...]:
 
 
 def template_prefix(tokenizer: Any) -> tuple[int, ...]:
-    """BOS, where the chat template begins a conversation with it; () where it does not, or there is no template.
+    """The special tokens that the chat template begins a conversation with, and its turns not: BOS, or several (GLM's
+    [gMASK]<sop>); () where there are none, or no template.
 
-    ChatML's <|im_start|> is BOS to some tokenizers, but begins every turn: it begins the answer too, and says nothing about
-    where a conversation begins. Where BOS is the end token as well (OLMo 2), it comes again at the end of the answer.
+    They are what the first question has in front and a later one has not. Where more stands between them (the system's turn
+    that many templates write by themselves), they are the special tokens in front of it, without the last one, which is the
+    mark of that turn, unless it is BOS (also where every question has it, as Llama 2's).
     """
-    bos = tokenizer.bos_token_id
-    if bos is None or not getattr(tokenizer, "chat_template", None):
+    if not getattr(tokenizer, "chat_template", None):
         return ()
-    whole, question = _rendered(tokenizer, _EXCHANGE), _rendered(tokenizer, _EXCHANGE[:1])
-    if whole[:1] != [bos]:
-        return ()
-    answered = bool(question) and whole[: len(question)] == question
-    of_turns = whole[len(question) : len(question) + 1] == [bos] if answered else whole.count(bos) > 1
-    return () if of_turns else (int(bos),)
+    question, answered, again = _rendered(tokenizer, [_EXCHANGE[:1], _EXCHANGE, [*_EXCHANGE, _EXCHANGE[0]]])
+    special = special_ids(tokenizer)
+    later = again[len(answered) :] if answered and again[: len(answered)] == answered else []
+    before = question[: -len(later)] if later and question[-len(later) :] == later else []
+    if before and special.issuperset(before):
+        return tuple(before)
+    run = list(takewhile(special.__contains__, answered))
+    if run[-1:] != [tokenizer.bos_token_id]:
+        run = run[:-1]
+    return tuple(takewhile(lambda index: not _is_of_turns(index, question, answered, special), run))
 
 
-def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """A conversation as the template writes it; empty where it refuses."""
-    try:
-        text = ChatTemplate(tokenizer).rendered(messages).text
-    except Unrenderable:
-        return []
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def special_ids(tokenizer: Any) -> set[int]:
+    """Of all tokens that are no text."""
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    return {index for index, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def _is_of_turns(index: int, question: Sequence[int], answered: Sequence[int], special: Container[int]) -> bool:
+    """Whether a special token begins the answer too. ChatML's <|im_start|> is BOS to some tokenizers, but says nothing about
+    where a conversation begins. A BOS that is the end token as well (OLMo 2) comes again at the end of the answer alone."""
+    if not question or answered[: len(question)] != question:
+        return answered.count(index) > 1
+    return index in takewhile(special.__contains__, answered[len(question) :])
+
+
+def _rendered(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
+    """Conversations as the template writes them; empty where it refuses."""
+    found = ChatTemplate(tokenizer).rendered_all([(each, False) for each in conversations])
+    texts = ["" if isinstance(each, Unrenderable) else each.text for each in found]
+    return [list(map(int, tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts]
 
 
 def begins_with(ids_S: Any, prefix: Sequence[int]) -> bool:

@@ -24,6 +24,7 @@ from teachercache.cache.alignment import Sidecar
 from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer
 from teachercache.tokens.fingerprint import vocabulary_size
+from teachercache.tokens.prefix import special_ids
 
 ROWS = 256  # of a cache of conversations, to see what ends their turns
 RARE = 0.02  # a window may end anywhere, also at a special token that ends no turn
@@ -43,8 +44,7 @@ class Ends:
     def of(cls, caches: Sequence[Cache], sidecars: Sequence[Sidecar], *, tokenizer_folder: Path) -> Ends:
         """Of a run over some caches; `sidecars`, one a cache or none, have its rows in the student's own tokens."""
         tokenizer = load_tokenizer(str(tokenizer_folder))
-        added: dict[int, Any] = tokenizer.added_tokens_decoder
-        special = {index for index, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        special = special_ids(tokenizer)
         rows: list[int] = []
         for number, cache in enumerate(caches):
             rows += _ends_in(cache, sidecars[number] if sidecars else None, special)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from teachercache.config import Recipe
 from teachercache.errors import RecipeError, TeachercacheError
-from teachercache.training.checkpoints.completion import MARKER, complete_checkpoints, marked_checkpoints
+from teachercache.training.checkpoints.completion import MARKER, complete_checkpoints, marked_checkpoints, set_aside
 from teachercache.training.job.train import run_training
 from training.runs import log_of, start_job
 
@@ -91,6 +92,8 @@ DAMAGES: dict[str, Damage] = {
     "empty": lambda path, _: path.write_bytes(b""),
     "missing": lambda path, _: path.unlink(),
     "another file": _swap,
+    "a pipe": lambda path, _: (path.unlink(), os.mkfifo(path)),
+    "a link to zeros": lambda path, _: (path.unlink(), path.symlink_to("/dev/zero")),
     "a folder": lambda path, _: (path.unlink(), path.mkdir()),
 }
 MARKERS = [
@@ -117,6 +120,17 @@ def test_a_damaged_optimizer_is_left_for_the_checkpoint_before(stopped: Recipe, 
     assert (
         f"checkpoint-6 is damaged ({name} {reason}): going on from the one before it\nresuming at step 3 of 9" in said
     )
+    assert [path.name for path in run.glob("damaged-*")] == ["damaged-checkpoint-6"]
+    assert (run / "damaged-checkpoint-6" / "model.safetensors").is_file(), "what is whole in it is kept"
+
+
+def test_one_damaged_checkpoint_is_kept(stopped: Recipe) -> None:
+    run = stopped.train.output
+    for step in (6, 3):
+        [checkpoint] = [each for each in marked_checkpoints(run) if each.step == step]
+        assert set_aside(checkpoint) == run / f"damaged-checkpoint-{step}"
+        assert [path.name for path in run.glob("damaged-*")] == [f"damaged-checkpoint-{step}"]
+    assert not marked_checkpoints(run)
 
 
 def test_damage_of_every_checkpoint_ends_in_a_line(stopped: Recipe) -> None:
@@ -135,6 +149,13 @@ def test_a_marker_that_is_none_counts_as_damage(stopped: Recipe, text: str) -> N
     run = stopped.train.output
     (run / "checkpoint-6" / MARKER).write_bytes(text.encode("latin-1"))
     assert [each.step for each in complete_checkpoints(run)] == [3]
+    assert [bool(each.damage) for each in marked_checkpoints(run)] == [False, True]
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a link to zeros", "a folder"])
+def test_a_marker_that_is_no_regular_file_counts_as_damage(stopped: Recipe, what: str) -> None:
+    run = stopped.train.output
+    DAMAGES[what](run / "checkpoint-6" / MARKER, random.Random(0))
     assert [bool(each.damage) for each in marked_checkpoints(run)] == [False, True]
 
 

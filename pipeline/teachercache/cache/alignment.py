@@ -22,7 +22,7 @@ from teachercache.cache.manifest.alignment_manifest import (
 from teachercache.cache.reader import Cache
 from teachercache.cache.shards.shard import Shard, StoredRow
 from teachercache.cache.shards.shard_set import ShardSet, Split
-from teachercache.cache.storage.source import loadable, private_folder
+from teachercache.cache.storage.source import MOST_CALIBRATION_BYTES, loadable, private_folder
 from teachercache.cache.token_texts import listed_token_texts
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.coding.chunk_columns import ChunkColumns
@@ -79,7 +79,7 @@ class Sidecar(ShardSet):
     def vocabulary(self) -> VocabularyMap:
         """Which of the student's tokens stand for which of the teacher's; loaded once."""
         if self._vocabulary is None:
-            with loadable(self.source, self._info("file")) as path:
+            with loadable(self.source, self._info("file"), most=MOST_CALIBRATION_BYTES) as path:
                 found = VocabularyMap.load(path)
             if (len(found.first_Vt), len(found.emitted_Vs)) != (self._teacher_tokens, self.manifest.vocabulary_size):
                 raise CacheDamaged(f"{self._cache_name}: its vocabulary map is of other vocabularies; align again")
@@ -92,7 +92,7 @@ class Sidecar(ShardSet):
         if self._begins_V is None:
             described = self.manifest.vocabulary["begins"]
             mass = BoundaryMass.from_settings(described, vocabulary_size=self.manifest.vocabulary_size)
-            with loadable(self.source, self._info("begins_file")) as path:
+            with loadable(self.source, self._info("begins_file"), most=MOST_CALIBRATION_BYTES) as path:
                 self._begins_V = mass.with_set(path).begins_V
         assert self._begins_V is not None
         return self._begins_V

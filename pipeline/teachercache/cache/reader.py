@@ -15,7 +15,15 @@ from teachercache.cache.files.schema import READ_BY
 from teachercache.cache.manifest.manifest import Manifest
 from teachercache.cache.shards.shard import Shard, StoredRow
 from teachercache.cache.shards.shard_set import SPLITS, ShardSet, Split
-from teachercache.cache.storage.source import TEACHER, LocalFiles, Source, loadable, private_folder, source_of
+from teachercache.cache.storage.source import (
+    MOST_CALIBRATION_BYTES,
+    TEACHER,
+    LocalFiles,
+    Source,
+    loadable,
+    private_folder,
+    source_of,
+)
 from teachercache.cache.token_texts import listed_token_texts
 from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import CacheDamaged, CacheError
@@ -124,7 +132,7 @@ class Cache(ShardSet):
             raise CacheDamaged(
                 f"{self.name}: the manifest names the {role} {name}, but no such file; fetch the cache again"
             )
-        with loadable(self.source, info) as path:
+        with loadable(self.source, info, most=MOST_CALIBRATION_BYTES) as path:
             yield path
 
     def teacher_folder(self) -> AbstractContextManager[Path]:

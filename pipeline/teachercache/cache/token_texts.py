@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from teachercache.bounded.strangers_json import parse_json
 from teachercache.cache.files.entries import FileInfo
 from teachercache.cache.storage.source import MOST_TOKENIZER_BYTES, Source, read_checked
 from teachercache.errors import CacheDamaged
+from teachercache.tokens.claims import MOST_VALUES
 from teachercache.tokens.token_bytes import BYTE_OF
 
 _BYTE_TOKEN = re.compile(r"<0x([0-7][0-9A-F])>")  # SentencePiece's, as far as the byte is a character by itself
@@ -29,7 +30,7 @@ def token_texts(data: bytes, *, name: str) -> dict[int, str]:
     `data` is a tokenizer.json, which messages call `name`. Raises `CacheDamaged` for one that is none.
     """
     try:
-        return _texts(json.loads(data))
+        return _texts(parse_json(data, most=MOST_VALUES))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CacheDamaged(f"{name} is no tokenizer ({error}); fetch the cache again") from None
 

@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from teachercache.bounded.tokenizers import try_tokenizer
 from teachercache.cache import Cache
 from teachercache.cache.alignment import Sidecar
 from teachercache.errors import CacheDamaged, ModelError
 from teachercache.models.loading import is_panic, load_tokenizer
-from teachercache.tokens.claims import check_tokenizer_files
+from teachercache.tokens.claims import DESCRIPTION, check_tokenizer_files
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 
 TRIED = "A text, 1 of 2:\n\té"
@@ -48,6 +49,7 @@ def _loaded(folder: AbstractContextManager[Path], described: Mapping[str, Any], 
     try:
         with folder as path:
             check_tokenizer_files(path, vocabulary_size=described["vocabulary_size"])
+            try_tokenizer((path / DESCRIPTION).read_bytes())
             tokenizer = load_tokenizer(str(path))
         _try(tokenizer)
         found = tokenizer_fingerprint(tokenizer)

@@ -4,6 +4,7 @@ rows.py            the token sequence that flows from the corpus to the teacher,
 prefix.py          how rows begin: tokens in front of a text
 fingerprint.py     whether two tokenizers turn every text into the same ids
 claims.py          what a tokenizer's files say of themselves, looked at before a library reads them
+rules.py           what a tokenizer's rules may do to a text, of its description alone
 token_bytes.py     the bytes of each token of a vocabulary
 spans.py           where each token of a text ends in its bytes
 alignment.py       which tokens of two tokenizers stand for the same bytes

@@ -6,14 +6,17 @@ gigabytes, and a tokenizer that somebody else wrote can name any. So its ids are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-DESCRIPTION = "tokenizer.json"
+from teachercache.bounded.strangers_json import parse_json
+from teachercache.tokens.rules import check_rules
+
+DESCRIPTION, CONFIG = "tokenizer.json", "tokenizer_config.json"
+MOST_VALUES = 2**22  # of one file; Gemma's 262,000 tokens and their merges are 2 million
 # Files with tokens and their ids: a dict of tokens, or of ids as text under this key.
-_FURTHER = {"vocab.json": None, "added_tokens.json": None, "tokenizer_config.json": "added_tokens_decoder"}
+_FURTHER = {"vocab.json": None, "added_tokens.json": None, CONFIG: "added_tokens_decoder"}
 
 
 def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
@@ -23,17 +26,27 @@ def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
         raise ValueError(f"there is no {DESCRIPTION}")
     description = _json(folder / DESCRIPTION)
     _check(DESCRIPTION, _described_ids(description), vocabulary_size)
+    check_rules(description, vocabulary_size=vocabulary_size)
     for name, key in _FURTHER.items():
         if (folder / name).is_file():
             found = _json(folder / name)
             ids = found.values() if key is None else map(_number, found.get(key, {}))
             _check(name, iter(ids), vocabulary_size)
+    if (folder / CONFIG).is_file():
+        _check_paths(_json(folder / CONFIG))
+
+
+def _check_paths(config: dict[str, Any]) -> None:
+    """transformers opens files that the configuration names, wherever they are, before those of the folder."""
+    named = [key for key in config if key.endswith("_file") and key != "special_tokens_map_file" and config[key]]
+    if named:
+        raise ValueError(f"{CONFIG} names a file of its own ({named[0][:40]})")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        found = parse_json(path.read_bytes(), most=MOST_VALUES)
+    except ValueError as error:
         raise ValueError(f"{path.name} is no JSON ({' '.join(str(error).split())[:100]})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is no description of a tokenizer")

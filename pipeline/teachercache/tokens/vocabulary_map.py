@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.bounded.strangers_json import parse_json
 from teachercache.errors import CacheDamaged
 from teachercache.tokens.token_bytes import CHARACTER_OF, TokenBytes
 
+_MOST_METADATA_VALUES = 99
 # Tokens that fill a vocabulary up to a round size, as model makers name them.
 _FILLER = re.compile(
     r"\[PAD\d*\]|\[unused\d+\]|<pad_?\d*>|<(unused|extra_id_|reserved_)\d+>|<\|(extra|reserved|unused|dummy|placeholder)\w*\|>"
@@ -55,9 +57,9 @@ class VocabularyMap:
         try:
             with safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in ("first", "exact", "emitted")}
-                described = json.loads((file.metadata() or {})[_KEY])
+                described = parse_json((file.metadata() or {})[_KEY].encode(), most=_MOST_METADATA_VALUES)
             version, identical, coverage = (described[name] for name in ("version", "identical", "coverage"))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, MemoryError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CacheDamaged(f"{path} is no vocabulary map ({reason}); {_REMEDY}") from None
         problem = _problem(version, identical, coverage, **arrays)

@@ -7,6 +7,7 @@ byte is read. The cache's folder itself may be a link: who names it chose it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -20,6 +21,7 @@ from teachercache.errors import CacheDamaged, CacheError
 NO_FILE = "it is no regular file (but a link, a device, a pipe or a folder), or lies behind a link"
 COPY_AGAIN = "copy the cache again as plain files (`cp -rL`, `rsync -L`)"
 MOST_MANIFEST_BYTES = 2**25  # of manifest.json and of alignment.json; 100,000 shards take 25 MB
+_OTHER = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV)  # links, sockets, devices that are not there
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -52,12 +54,10 @@ def _below(parent: int, name: str, flags: int) -> int:
     """Open an entry of an open folder, which is closed."""
     try:
         return os.open(name, _FLAGS | flags, dir_fd=parent)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno in _OTHER:
+            raise NoRegularFile from None
         raise
-    except PermissionError:
-        raise
-    except OSError:  # ELOOP, ENOTDIR: a link; ENXIO: a socket
-        raise NoRegularFile from None
     finally:
         os.close(parent)
 

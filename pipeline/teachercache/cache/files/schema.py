@@ -12,11 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from teachercache.bounded.strangers_json import parse_json
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.columns import Column
 from teachercache.tokens.rows import Segment, TokenRow
 
 METADATA_KEY = b"teachercache"
+MOST_METADATA_BYTES = 2**26  # of a file's; codecs keep a few KB a column there
+MOST_METADATA_VALUES = 2**18
 
 _SEGMENT = (
     pa.field("source_id", pa.string(), nullable=False),
@@ -74,7 +77,9 @@ def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
     if raw is None:
         raise CacheDamaged("it is an Arrow file, but no shard of teachercache")
     try:
-        metadata = json.loads(raw)
+        if len(raw) > MOST_METADATA_BYTES:
+            raise ValueError
+        metadata = parse_json(raw, most=MOST_METADATA_VALUES)
         rows, columns, targets = metadata["rows_per_batch"], metadata["columns"], metadata.get("targets", {})
         sound = type(rows) is int and rows >= 1 and type(columns) is dict and type(targets) is dict
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from teachercache.bounded.strangers_json import parse_json
 from teachercache.cache.files.bounds import MOST_LENGTH, MOST_PREFIX, MOST_TOKENS, Count, check_files, validated
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.digests import fingerprint_of
@@ -189,7 +190,7 @@ def parse_sidecar(data: bytes, read_file: Read, *, cache: Manifest, name: str) -
     later version.
     """
     try:
-        claims = json.loads(data)
+        claims = parse_json(data)
         if claims.pop("format") != FORMAT:
             raise ValueError("it describes no alignment of teachercache")
         version, digest = claims["format_version"], claims.pop("digest")

@@ -5,12 +5,12 @@ digests: a manifest stays small and is read in parts, however many shards there 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teachercache.bounded.strangers_json import parse_json, values_of
 from teachercache.cache.files.content_files import write_named
 from teachercache.cache.files.digests import canonical_json
 from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable, check_inside
@@ -19,6 +19,8 @@ INDEX = "index"
 FORMAT = "teachercache-index"
 INDEX_SHARDS = 4096  # in one file: with two groups about 1 MB
 MOST_INDEX_BYTES = 2**25  # of one file
+MOST_INDEX_VALUES = 2**20  # in one file: 4096 shards of 40 groups have half of that
+MOST_VALUES = 2**23  # in all of them: half a million shards of two groups
 
 Read = Callable[[str, int], bytes]  # (file, its size) to its bytes
 
@@ -54,10 +56,12 @@ def read_index(entries: Iterable[dict[str, Any]], read: Read, *, groups: Sequenc
     """What the index files hold that a manifest names, for these column groups; keys and groups that it does not name are
     ignored. Raises `ValueError`, `KeyError` or `TypeError` for files that are not those that the manifest promises."""
     shards, files, infos = [], [], []
-    count = 0
+    count, left = 0, MOST_VALUES
     for entry in entries:
         info = FileInfo(entry["file"], entry["bytes"], entry["sha256"])
-        data = _checked_bytes(info, read)
+        text = _checked_bytes(info, read)
+        left -= values_of(text)
+        data = parse_json(text, most=MOST_INDEX_VALUES if left >= 0 else 0)
         if data["format"] != FORMAT:
             raise ValueError(f"{info.file} is no index")
         held = len(data["shards"]["rows"])
@@ -70,11 +74,11 @@ def read_index(entries: Iterable[dict[str, Any]], read: Read, *, groups: Sequenc
     return Indexed(ShardTable.from_columns(shards, groups), FileTable.from_columns(files), tuple(infos))
 
 
-def _checked_bytes(info: FileInfo, read: Read) -> dict[str, Any]:
+def _checked_bytes(info: FileInfo, read: Read) -> bytes:
     check_inside(info.file)
     if not (type(info.bytes) is int and 0 < info.bytes <= MOST_INDEX_BYTES):
         raise ValueError(f"{info.file} claims {info.bytes} bytes, at most {MOST_INDEX_BYTES} are possible")
     data = read(info.file, info.bytes)
     if hashlib.sha256(data).hexdigest() != info.sha256:
         raise ValueError(f"{info.file} differs from its sha256 in the manifest (damaged bytes)")
-    return json.loads(data)
+    return data

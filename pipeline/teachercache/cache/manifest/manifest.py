@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from teachercache import __version__
+from teachercache.bounded.strangers_json import parse_json
 from teachercache.cache.files.column_groups import check_groups, target_digests
 from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable
@@ -268,7 +269,7 @@ def parse_manifest(read: Callable[[], bytes], read_file: Callable[[str, int], by
     """The manifest from the bytes that `read` gives, its index from those that `read_file(file, size)` gives; `name` is what
     errors call it. Raises as `read_manifest` does."""
     try:
-        data = json.loads(read())  # read in here: nobody else then holds the text
+        data = parse_json(read())  # read in here: nobody else then holds the text
         if data.pop("format") != "teachercache":
             raise ValueError("it is not a teachercache manifest")
         version, digest = data["format_version"], data.pop("digest")

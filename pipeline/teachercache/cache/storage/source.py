@@ -34,6 +34,9 @@ from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError
 
 TEACHER = "teacher"
+MOST_CALIBRATION_BYTES = (
+    2**32
+)  # of a basis, a layer file or a vocabulary map; matrices of a layer of width 8192 have 600 MB
 MOST_TOKENIZER_BYTES = 2**26  # of all files of a tokenizer; the largest that we know has 33 MB
 REMEDY = "fetch it again, or delete the cache and run `teachercache precompute` again"
 
@@ -86,16 +89,22 @@ def source_of(location: str | Path, *, local: str | Path, local_bytes: int) -> S
 
 def read_checked(source: Source, info: FileInfo, *, most: int) -> bytes:
     """The bytes of a small file, checked. Raises `CacheDamaged`, also for a file of more than `most` bytes."""
-    if info.bytes > most:
-        raise CacheDamaged(f"{source.name_of(info)} has {info.bytes} bytes, at most {most} are possible; {REMEDY}")
+    _check_size(source, info, most)
     with source.opened(info) as stream:
         return stream.read()
 
 
+def _check_size(source: Source, info: FileInfo, most: int) -> None:
+    """Before a byte is hashed, which takes minutes where somebody claims a terabyte of zeros."""
+    if info.bytes > most:
+        raise CacheDamaged(f"{source.name_of(info)} has {info.bytes} bytes, at most {most} are possible; {REMEDY}")
+
+
 @contextlib.contextmanager
-def loadable(source: Source, info: FileInfo) -> Iterator[Path]:
+def loadable(source: Source, info: FileInfo, *, most: int) -> Iterator[Path]:
     """While it is open, a path of the file for libraries that open it themselves, which is the file that was checked.
-    Errors that name the path name the file."""
+    Errors that name the path name the file. Raises `CacheDamaged`, also for a file of more than `most` bytes."""
+    _check_size(source, info, most)
     with source.opened(info) as stream:
         path = path_of_open(stream)
         try:

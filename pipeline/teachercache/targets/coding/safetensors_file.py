@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from teachercache.bounded.strangers_json import parse_json
+
+MOST_METADATA_VALUES = 2**16
 
 
 def save_named(
@@ -42,9 +45,9 @@ def load_named(path: Path, *, key: str) -> tuple[dict[str, Any], dict[str, Any]]
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            described = json.loads((file.metadata() or {})[key])
+            described = parse_json((file.metadata() or {})[key].encode(), most=MOST_METADATA_VALUES)
         version = described["version"]
-    except (OSError, SafetensorError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, MemoryError) as error:
         raise ValueError(next(iter(str(error).splitlines()), type(error).__name__)) from None
     if version != 1:
         raise ValueError(f"it is of version {version!r}, this version of teachercache reads 1")

@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from teachercache.cache.files.regular_files import read_regular
 from teachercache.errors import JobFailed
 from teachercache.training.checkpoints import universal
 from teachercache.training.checkpoints.digests import (
-    NO_FILE,
     StoredFile,
     first_damage,
     read_digests,
@@ -30,6 +30,7 @@ from teachercache.training.checkpoints.digests import (
 )
 
 MARKER = "complete.json"
+DAMAGED = "damaged-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -79,9 +80,7 @@ def _marked(folder: Path, step: int) -> Checkpoint:
         settings, files = read_digests(folder / MARKER)
         return Checkpoint(folder, step, settings["world_size"], files)
     except OSError as error:
-        if error.errno not in NO_FILE:
-            raise unreadable(folder, error) from error
-        processes = None
+        raise unreadable(folder, error) from error
     except (ValueError, KeyError):
         processes = _of_earlier_version(folder / MARKER)
     if processes is None:
@@ -92,8 +91,8 @@ def _marked(folder: Path, step: int) -> Checkpoint:
 def _of_earlier_version(marker: Path) -> int | None:
     """How many processes wrote a checkpoint whose marker says only that."""
     try:
-        data = json.loads(marker.read_bytes())
-    except (ValueError, OSError):
+        data = json.loads(read_regular(marker.parent, marker.name, most=2**16))
+    except (ValueError, OSError, RecursionError):
         return None
     processes = data["world_size"] if isinstance(data, dict) and data.keys() == {"world_size"} else None
     return processes if type(processes) is int and processes > 0 else None
@@ -139,6 +138,19 @@ def remove(checkpoint: Checkpoint) -> None:
     """Delete a checkpoint."""
     (checkpoint.folder / MARKER).unlink()  # first, so that a half deleted folder does not count as whole
     shutil.rmtree(checkpoint.folder)
+
+
+def set_aside(checkpoint: Checkpoint) -> Path | None:
+    """Rename a damaged checkpoint to `damaged-checkpoint-N`: what is whole in it may be all that somebody has. One is kept in a
+    run, and none where the disk would have no room for another checkpoint; returns where it is, or None once it is deleted."""
+    run = checkpoint.folder.parent
+    for earlier in run.glob(f"{DAMAGED}checkpoint-*"):
+        shutil.rmtree(earlier, ignore_errors=True)
+    size = sum(path.lstat().st_size for path in checkpoint.folder.rglob("*"))
+    if shutil.disk_usage(run).free < size:
+        remove(checkpoint)
+        return None
+    return checkpoint.folder.rename(run / f"{DAMAGED}{checkpoint.name}")
 
 
 def rotate(run: Path, *, keep: int, best_step: int | None) -> None:

@@ -5,17 +5,20 @@ sha256 runs at about 1.4 GB/s a process on an ordinary core.
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from teachercache.bounded.strangers_json import parse_json
 from teachercache.cache.files.digests import fingerprint_of, hash_file
+from teachercache.cache.files.regular_files import NoRegularFile, open_regular, read_regular
 from teachercache.files import sync, sync_folder, write_whole
 
-NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # something else has taken its place
+MOST_MARKER_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,17 @@ def first_damage(folder: Path, files: Mapping[str, StoredFile]) -> str | None:
     Raises `OSError` where a file cannot be read now, as when a file system does not answer: that says nothing about its bytes.
     """
     for name, stored in files.items():
-        path = folder / name
         try:
-            if path.stat().st_size != stored.bytes:
-                return f"{name} holds {path.stat().st_size} bytes, {stored.bytes} were written"
-            if hash_file(path) != stored.sha256:
-                return f"{name} differs from its sha256"
+            with open_regular(folder, name) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size != stored.bytes:
+                    return f"{name} holds {size} bytes, {stored.bytes} were written"
+                if hashlib.file_digest(stream, "sha256").hexdigest() != stored.sha256:
+                    return f"{name} differs from its sha256"
         except FileNotFoundError:
             return f"{name} is missing"
-        except OSError as error:
-            if error.errno not in NO_FILE:
-                raise
-            return f"{name} is no file any more: {error.strerror}"
+        except NoRegularFile:
+            return f"{name} is no file any more"
     return None
 
 
@@ -69,10 +71,10 @@ def read_digests(path: Path) -> tuple[dict[str, Any], dict[str, StoredFile]]:
     """Inverse of `write_digests`: the settings and the files. Raises `ValueError` for anything else than what was written,
     `OSError` where it cannot be read."""
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(read_regular(path.parent, path.name, most=MOST_MARKER_BYTES))
         if data.pop("digest") != fingerprint_of(data):
             raise ValueError("its digest does not match")
         files = {name: StoredFile(**entry) for name, entry in data.pop("files").items()}
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it holds no digests: {error}") from None
     return data, files

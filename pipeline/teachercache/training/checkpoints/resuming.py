@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from teachercache.errors import JobFailed
-from teachercache.training.checkpoints.completion import Checkpoint, marked_checkpoints, names_of, remove, unreadable
+from teachercache.training.checkpoints.completion import Checkpoint, marked_checkpoints, names_of, set_aside, unreadable
 from teachercache.training.checkpoints.digests import StoredFile, first_damage, stored_files
 
 Result = TypeVar("Result")
@@ -22,8 +22,8 @@ Result = TypeVar("Result")
 def intact_checkpoint(run: Path, *, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is as it was written; None where the run has none yet.
 
-    A damaged one is left behind for the one before it, and deleted: the run makes it again. `say` gets a line about each.
-    Raises `JobFailed` when all are damaged, and deletes nothing.
+    A damaged one is left behind for the one before it, which makes it again, and is set aside. `say` gets a line about each.
+    Raises `JobFailed` when all are damaged, and changes nothing.
     """
     damaged: list[tuple[Checkpoint, str]] = []
     for checkpoint in reversed(_from_main(lambda: marked_checkpoints(run))):
@@ -64,10 +64,10 @@ def written_files(folder: Path) -> dict[str, StoredFile]:
 
 
 def _leave_behind(damaged: list[tuple[Checkpoint, str]], *, say: Callable[[str], None]) -> None:
-    for checkpoint, damage in damaged:
+    for checkpoint, damage in reversed(damaged):  # the newest one is kept
         say(f"{checkpoint.name} is damaged ({damage}): going on from the one before it")
         if PartialState().is_main_process:
-            remove(checkpoint)
+            set_aside(checkpoint)
 
 
 def _share(sizes: Mapping[str, int]) -> list[str]:

@@ -1,0 +1,36 @@
+"""Whether a tokenizer loads and reads texts within bounds, found out where nothing else can be harmed."""
+
+from __future__ import annotations
+
+import functools
+
+from teachercache.bounded.process import BoundedProcess, Exhausted
+
+SECONDS = 8.0  # of processor time; 262,000 tokens load in 2
+MEMORY = 2**29
+_LARGER = 24  # times a file's size in memory, above that
+
+
+def try_tokenizer(data: bytes, *, memory: int = MEMORY) -> None:
+    """Load a tokenizer.json in another process and give it texts.
+
+    Raises `ValueError`, in one line, where that fails or takes more than `SECONDS`, or than `memory` bytes and some for its
+    size. Costs 0.2 s and the time of loading, once in a process for equal bytes.
+    """
+    reason = _why_not(data, memory + _LARGER * len(data))
+    if reason is not None:
+        raise ValueError(reason)
+
+
+@functools.lru_cache(8)
+def _why_not(data: bytes, memory: int) -> str | None:
+    try:
+        found = BoundedProcess("trial").ask({"data": data}, seconds=SECONDS, memory=memory, most=2**16)
+    except Exhausted as error:
+        found = {"exhausted": str(error)}
+    if "refused" in found:
+        return f"they read no text ({found['refused']})"
+    if "exhausted" in found:
+        most = f"{SECONDS:g} s" if found["exhausted"] == "time" else f"{memory >> 20} MiB"
+        return f"to load them and read a few lines takes more than {most}"
+    return None

@@ -32,7 +32,7 @@ from teachercache.models.loading import load_causal_lm, load_tokenizer, model_in
 from teachercache.targets import HiddenStates, StoredTargets, TopK
 from teachercache.targets.layers.attention_maps import AttentionMaps
 from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
-from teachercache.teacher.layers import LayerSample, make_layer_file, rows_of
+from teachercache.teacher.layers import LayerSample, make_layer_files, rows_of
 from teachercache.tokens.rows import TokenRow
 
 STEPS = {"int8": (0.06, 0.08, 0.11, 0.16), "projected": (0.3, 0.45, 0.6, 0.8), "bf16": (0.0,)}
@@ -87,7 +87,10 @@ class Bench:
 
     def targets(self, **kinds: Any) -> StoredTargets:
         targets = StoredTargets(self.logits, **kinds)
-        return targets.with_layer_file(make_layer_file(self.model, targets, self.sample, longest=self.length))
+        made = make_layer_files(self.model, targets, self.sample, longest=self.length)
+        for section, layers in made.items():
+            targets = targets.with_layer_file(section, layers, longest=self.length)
+        return targets
 
     def stored(self, kind: Any) -> tuple[list[dict[str, Any]], float]:
         """Columns of each row as a reader gets them, and bytes of a token."""

@@ -127,8 +127,8 @@ def _write(folder: Path, kind: TargetKind, *, count: int, length: int, payload: 
         {"source": "synthetic", "rows": count},
         {"rows": ROWS_PER_SHARD},
     )
-    read_by = {} if basis is None else {"basis": basis.relative_to(folder).as_posix()}
-    digests = target_digests(targets, {role: hash_file(folder / name) for role, name in read_by.items()})
+    read_by = {} if basis is None else {"logits": {"basis": basis.relative_to(folder).as_posix()}}
+    digests = target_digests(targets, {} if basis is None else {"logits": {"basis": hash_file(basis)}})
     stored = StoredTargets(kind)
     layout = layout_of(stored)
     groups = groups_of(stored, layout=layout, settings=fingerprint, digests=digests, read_by=read_by)
@@ -155,7 +155,7 @@ def _write(folder: Path, kind: TargetKind, *, count: int, length: int, payload: 
         shards=ShardTable.of(shards),
         files=[] if basis is None else [file_info(folder, basis)],
         column_bytes=dict(column_bytes),
-        calibration=read_by,
+        read_by=read_by,
         created_by=f"teachercache {__version__}",
     )
     commit_manifest(manifest, folder)

@@ -48,8 +48,9 @@ def sign(folder: Path, edit: Callable[[Data], Any] = lambda data: None) -> None:
     write_signed(folder, data)
 
 
-def write_signed(folder: Path, data: Data) -> None:
-    """Write a manifest as `manifest_of` gives it; what can be made right of it is."""
+def write_signed(folder: Path, data: Data, *, digests: Mapping[str, str] | None = None) -> None:
+    """Write a manifest as `manifest_of` gives it; what can be made right of it is. `digests` are of targets, in the place of
+    the right ones."""
     wrong = (TypeError, AttributeError, KeyError, ValueError, OverflowError)
     with contextlib.suppress(*wrong):
         entries = [*data["files"], *(info for shard in data["shards"] for info in shard["files"].values())]
@@ -65,11 +66,11 @@ def write_signed(folder: Path, data: Data) -> None:
         }
         data["totals"]["bytes"] = sum(info["bytes"] for shard in data["shards"] for info in shard["files"].values())
     with contextlib.suppress(*wrong):
-        digests = {info["file"]: info["sha256"] for info in data["files"]}
-        roles = {
-            role: digests[data["calibration"][role]] for role in ("basis", "layers") if role in data["calibration"]
+        listed = {info["file"]: info["sha256"] for info in data["files"]}
+        read_by = {
+            section: {role: listed[name] for role, name in files.items()} for section, files in data["read_by"].items()
         }
-        data["target_digests"] = target_digests(data["targets"], roles)
+        data["target_digests"] = target_digests(data["targets"], read_by) | dict(digests or {})
     with contextlib.suppress(*wrong):
         data["settings_fingerprint"] = fingerprint_of(data["settings"])
     with contextlib.suppress(*wrong):

@@ -45,6 +45,10 @@ def without_group(folder: Path, section: str) -> None:
     data = manifest_of(folder)
     [group] = [name for name, sections in data["groups"].items() if section in sections]
     del data["groups"][group], data["targets"][section]
+    files = data["read_by"].pop(section, {}).values()
+    data["files"] = [entry for entry in data["files"] if entry["file"] not in files]
+    for name in files:
+        (folder / name).unlink()
     for shard in data["shards"]:
         del shard["files"][group]
     shutil.rmtree(folder / group)
@@ -84,6 +88,23 @@ def test_a_target_is_taken_out_without_touching_the_rest(layers: Path) -> None:
     assert not [name for name in after.columns if name.startswith("hidden")]
     assert reading(after)["rows"] == before["rows"] and reading(after)["alignments"] == before["alignments"]
     assert all(path.read_bytes() == data for path, data in rest.items())
+
+
+@pytest.mark.parametrize("section", ["hidden", "attention"])
+def test_layers_are_added_beside_others_of_the_same_rows(layers: Path, section: str) -> None:
+    """What each section is read by is a file of its own: none of the others' bytes or digests knows of it."""
+    before, whole = reading(Cache.open(layers)), manifest_of(layers)
+    without_group(layers, section)
+    fewer = manifest_of(layers)
+    assert problems(layers) == []
+    assert fewer["target_digests"] == {
+        name: digest for name, digest in whole["target_digests"].items() if name != section
+    }
+    shutil.copytree(LAYERS / "targets" / section, layers / "targets" / section)
+    for name in whole["read_by"][section].values():
+        shutil.copy(LAYERS / name, layers / name)
+    write_signed(layers, whole)
+    assert problems(layers) == [] and reading(Cache.open(layers)) == before
 
 
 def test_files_of_a_shard_whose_rows_differ_are_refused(layers: Path) -> None:
@@ -263,6 +284,9 @@ def test_a_further_target_that_it_does_not_know_is_left_alone_and_still_verified
     before = logits_of(Cache.open(layers))
     data = manifest_of(layers)
     data["targets"]["gradients"] = {"rank": 3}
+    data["read_by"]["gradients"] = {"projection": "teacher/projection-0123.safetensors"}
+    (layers / "teacher" / "projection-0123.safetensors").write_bytes(b"read by a later version")
+    data["files"].append({"file": "teacher/projection-0123.safetensors"})
     data["groups"]["targets/gradients"] = ["gradients"]
     for number, shard in enumerate(data["shards"]):
         shard["files"]["targets/gradients"] = vars(
@@ -274,6 +298,17 @@ def test_a_further_target_that_it_does_not_know_is_left_alone_and_still_verified
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     part(layers, 1, group="targets/gradients").write_bytes(b"what a later version wrote.")
     assert [problem.file.rpartition("/")[0] for problem in verify(layers)] == ["targets/gradients"]
+
+
+def test_how_a_target_that_it_does_not_know_is_digested_is_for_later_versions_to_say(layers: Path) -> None:
+    before = logits_of(Cache.open(layers))
+    data = manifest_of(layers)
+    data["targets"]["gradients"] = {"rank": 3}
+    write_signed(layers, data, digests={"gradients": "of another rule"})
+    assert problems(layers) == [] and len(logits_of(Cache.open(layers))) == len(before)
+    write_signed(layers, data, digests={"hidden": "of another rule"})
+    with pytest.raises(CacheDamaged, match=r"its target_digests do not match its targets \(hidden\)"):
+        Cache.open(layers)
 
 
 RESERVED = ["croissant.json", "signatures/first.sig", "snapshots/first/manifest.json", "lease.json", ".work/plan.json"]

@@ -281,8 +281,9 @@ SKETCH = {
     "no columns": lambda data: data.update(columns=[]),
     "no rows in a batch": lambda data: data.update(rows_per_batch=0),
     "half rows": lambda data: data.update(rows_per_batch=0.5),
-    "another basis": lambda data: data.update(basis="teacher/other.safetensors"),
-    "basis in a list": lambda data: data.update(basis=[]),
+    "another basis": lambda data: data.update(read_by={"logits": {"basis": "teacher/other.safetensors"}}),
+    "basis in a list": lambda data: data.update(read_by={"logits": []}),
+    "files in a list": lambda data: data.update(read_by=[]),
     "another cache": lambda data: data.update(settings_fingerprint="0" * 64),
 }
 
@@ -433,8 +434,10 @@ LAYER_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_layer_files_that_lie_are_refused(copy: Any, name: str) -> None:
     attention, arrays = LAYER_FILES[name]
     folder = copy("relations")
-    [path] = (folder / "teacher").glob("layers-*.safetensors")
-    described = {"version": 1, "attention": {"2": {"shape": SHAPE, "entry": ENTRY}} if attention is None else attention}
+    section = "hidden" if any(array.startswith("hidden") for array in arrays) else "attention"
+    path = folder / manifest_of(folder)["read_by"][section]["layers"]
+    honest = {"2": {"shape": SHAPE, "entry": ENTRY}} if section == "attention" else {}
+    described = {"version": 1, "attention": honest if attention is None else attention}
     save_file({**load_file(path), **arrays}, path, {LAYERS_KEY: json.dumps(described)})
     sign(folder)
     with pytest.raises(CacheDamaged, match="is no layer file of this cache .*fetch the cache again") as caught:
@@ -559,7 +562,8 @@ MANIFESTS = [
     ("column_bytes", []), ("column_bytes.input_ids", -1),
     ("targets.boundary_mass", True), ("targets.boundary_mass", {"tokens": 3}), ("targets.boundary_mass.tokens", -1),
     ("targets.boundary_mass.set", "../../etc/passwd"), ("targets.boundary_mass.set", 7),
-    ("calibration", []), ("calibration", {"sources": 4}), ("calibration", {"basis": 4}), ("fidelity", {"kl": 3}),
+    ("calibration", []), ("calibration", {"sources": 4}), ("read_by", []), ("read_by", {"logits": 4}),
+    ("read_by", {"logits": {"basis": 4}}), ("read_by", {"boundary_mass": {"basis": "teacher/none"}}), ("fidelity", {"kl": 3}),
     ("audit.extra_windows", "x"), ("teacher", {}), ("model", {"parameters": "many"}), ("corpus", {"source": 1}),
     ("created_by", {}), ("shards", 3), ("files", None), ("units", 3),
 ]  # fmt: skip

@@ -118,9 +118,9 @@ def test_a_cache_with_layers_is_whole_and_says_what_it_holds(cache: Path) -> Non
     assert hidden is not None and hidden.layers == (0, 1, 2, 3)  # 1 and 3 enter the blocks whose attention is kept
     shown = describe(opened)
     assert set(shown["bytes_per_position"]) == {"logits", "boundary_mass", "hidden", "tokens", "total"}
-    assert shown["targets"]["attention"]["layers"] == [2, 4] and shown["calibration"]["layers"].startswith(
-        "teacher/layers-"
-    )
+    files = [shown["read_by"][section]["layers"] for section in ("hidden", "attention")]
+    assert shown["targets"]["attention"]["layers"] == [2, 4] and len(set(files)) == 2
+    assert all(file.startswith("teacher/layers-") for file in files)
     row = describe_row(opened, "train:0")
     assert row["tokens"][0]["target"]["top"]
     card = (cache / "README.md").read_text()
@@ -155,7 +155,7 @@ def test_logits_alone_are_read_without_layers(cache: Path) -> None:
 
 def test_a_manifest_without_its_layer_file_is_refused(cache: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(cache, tmp_path / "copied"))
-    sign(copied, lambda data: data["calibration"].pop("layers"))
+    sign(copied, lambda data: data["read_by"].pop("attention"))
     with pytest.raises(CacheDamaged, match="the manifest names no layer file"):
         Cache.open(copied).read_row("train", 0)
 

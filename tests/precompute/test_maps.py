@@ -66,7 +66,7 @@ def test_a_unit_that_is_made_again_is_the_same_file(teacher: Path, tmp_path: Pat
 
 def test_maps_without_the_layer_file_that_says_how_far_they_see_are_refused(cache: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(cache, tmp_path / "copied"))
-    sign(copied, lambda data: data["calibration"].pop("layers"))
+    sign(copied, lambda data: data["read_by"].pop("attention"))
     with pytest.raises(CacheDamaged, match="the manifest names no layer file"):
         Cache.open(copied).read_row("train", 0)
 

@@ -106,4 +106,4 @@ def test_a_whole_cache(tmp_path: Path) -> None:
     cache, _ = walk_through_a_cache(tmp_path, {"kind": "hidden", "calibration_positions": 200}, temperature=0.7)
     assert cache.kind.settings()["width"] == WIDTH
     assert max(cache.manifest.fidelity["kl"].values()) < 1e-3
-    assert cache.manifest.calibration["basis"].startswith("teacher/")
+    assert cache.manifest.read_by["logits"]["basis"].startswith("teacher/")

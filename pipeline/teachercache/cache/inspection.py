@@ -37,6 +37,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "bytes_per_position": manifest.bytes_per_position(),
         "column_bytes": manifest.column_bytes,
         "audit": vars(manifest.audit),
+        "read_by": manifest.read_by,
         "calibration": {name: value for name, value in manifest.calibration.items() if name not in ("rows", "sources")},
         "fidelity": manifest.fidelity,
         "alignments": [_describe_alignment(sidecar) for sidecar in Sidecar.all_of(cache)],

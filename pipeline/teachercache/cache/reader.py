@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from teachercache.cache.files.column_groups import Group, groups_of
 from teachercache.cache.files.entries import ROWS_GROUP, FileInfo, ShardInfo, ShardTable
-from teachercache.cache.files.schema import READ_BY
 from teachercache.cache.manifest.manifest import Manifest
 from teachercache.cache.shards.shard import Shard, StoredRow
 from teachercache.cache.shards.shard_set import SPLITS, ShardSet, Split
@@ -90,17 +89,27 @@ class Cache(ShardSet):
     def targets(self) -> StoredTargets:
         """How everything that is stored of the teacher is read, with the files that this needs; loaded once."""
         if self._targets is None:
-            manifest = self.manifest
-            with self._read_by("basis", manifest.calibration.get("basis")) as basis:
-                targets = manifest.stored_targets(basis=basis)
-            with self._read_by("layers", manifest.calibration.get("layers")) as layers:
-                if targets.needs_layer_file and layers is None:
-                    raise CacheDamaged(f"{self.name}: the manifest names no layer file; fetch the cache again")
-                if layers is not None:
-                    loaded = LayerFile.load(layers)
-                    targets = targets.with_layer_file(loaded, longest=manifest.sequence_length, name=layers)
-            self._targets = targets
+            name = self.manifest.read_by.get(LOGITS, {}).get("basis")
+            with self._read_by("basis", name) as basis:
+                self._targets = self._with_layer_files(self.manifest.stored_targets(basis=basis))
         return self._targets
+
+    def _with_layer_files(self, targets: StoredTargets) -> StoredTargets:
+        """The targets with the layer file of each kind of layers: its own, or in format 1 the same one."""
+        loaded: dict[str, LayerFile] = {}
+        for section in (kind.section for kind in targets.layers):
+            name = self.manifest.read_by.get(section, {}).get("layers")
+            if name is None:
+                raise CacheDamaged(
+                    f"{self.name}: the manifest names no layer file of its {section}; fetch the cache again"
+                )
+            with self._read_by("layers", name) as path:
+                assert path is not None
+                if name not in loaded:
+                    loaded[name] = LayerFile.load(path)
+                longest = self.manifest.sequence_length
+                targets = targets.with_layer_file(section, loaded[name], longest=longest, name=path)
+        return targets
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -146,7 +155,8 @@ class Cache(ShardSet):
 
     @property
     def _teacher_files(self) -> list[FileInfo]:
-        large = {self.manifest.calibration.get(role) for role in READ_BY}  # as large as shards, and read by themselves
+        # As large as shards, and read by themselves.
+        large = [name for files in self.manifest.read_by.values() for name in files.values()]
         return [info for info in self.manifest.files if info.file.startswith(f"{TEACHER}/") and info.file not in large]
 
     def positions_of(self, split: Split) -> int:

@@ -34,6 +34,11 @@ SECTIONS = ("hidden", "attention")
 LOGITS = "logits"
 
 
+def is_known(section: str, settings: Any) -> bool:
+    """Whether this version can read such targets."""
+    return section in (LOGITS, BOUNDARY, *SECTIONS)
+
+
 @dataclass(frozen=True, eq=False)
 class StoredTargets:
     """The kinds of one cache; immutable, picklable. `of_logits` is None where it stores none."""
@@ -83,8 +88,8 @@ class StoredTargets:
 
     @property
     def needs_layer_file(self) -> bool:
-        """Whether some kind is read by the layer file: by arrays in it, or by how it says that attention forms scores."""
-        return self.attention is not None or any(kind.arrays() for kind in self.layers)
+        """Whether some kind is read by a layer file: by arrays in it, or by how it says that attention forms scores."""
+        return bool(self.layers)
 
     @property
     def needs_preparation(self) -> bool:
@@ -125,17 +130,16 @@ class StoredTargets:
         return replace(self, of_logits=logits)
 
     def with_layer_file(
-        self, layers: LayerFile | None, *, longest: int, name: Path | str = "the layer file"
+        self, section: str, layers: LayerFile, *, longest: int, name: Path | str = "the layer file"
     ) -> StoredTargets:
-        """The same, its layers ready to capture and to read, for rows of up to `longest` tokens; raises `CacheDamaged` for a
-        file of other layers."""
-        if layers is None:
-            return self
+        """The same, the layers of a section ready to capture and to read, for rows of up to `longest` tokens; raises
+        `CacheDamaged` for a file of other layers."""
+        [kind] = [kind for kind in self.layers if kind.section == section]
         try:
             for table, values in layers.arrays.items():
                 if table.endswith((".cos", ".sin")) and len(values) < longest:
                     raise ValueError(f"{table} is for {len(values)} tokens, rows have up to {longest}")
-            return replace(self, **{kind.section: kind.with_layers(layers) for kind in self.layers})  # type: ignore[arg-type]
+            return replace(self, **{section: kind.with_layers(layers)})  # type: ignore[arg-type]  # one of `SECTIONS`
         except (ValueError, KeyError, TypeError) as error:
             raise no_layer_file(name, error) from None
 

@@ -35,7 +35,7 @@ from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift
-from teachercache.teacher.layers import LayerSample, make_layer_file, rows_of
+from teachercache.teacher.layers import LayerSample, make_layer_files, rows_of
 from teachercache.teacher.output_layer import OutputLayer, layer_after_body, recorded_input
 from teachercache.tokens.rows import TokenRow
 
@@ -144,9 +144,9 @@ class Teacher:
             parts.append(-log_probs_nV.gather(1, labels_n1)[:, 0].double().cpu().numpy())
         return np.split(np.concatenate(parts), np.cumsum([row.positions for row in rows])[:-1])
 
-    def prepare(self, rows: Sequence[TokenRow], *, positions_per_batch: int, longest: int) -> LayerFile | None:
+    def prepare(self, rows: Sequence[TokenRow], *, positions_per_batch: int, longest: int) -> dict[str, LayerFile]:
         """Make what the targets are read by, from a sample of rows: the basis of logits, which `targets.logits` has then,
-        and the layer file, which is returned as well. From here on this teacher captures with them.
+        and the layer files by section, which are returned as well. From here on this teacher captures with them.
 
         `longest` is the number of tokens in the longest row. Raises `ModelError` when logits or attention of this model cannot
         be rebuilt, or the sample is too small.
@@ -161,10 +161,9 @@ class Teacher:
             assert layer is not None
             self.targets = self.targets.with_logits(self._calibrated(layer, hidden))
             self.drift = Drift(self.kind)
-        if sample is None:
-            return None
-        made = make_layer_file(self.model, self.targets, sample, longest=longest)
-        self.targets = self.targets.with_layer_file(made, longest=longest)
+        made = {} if sample is None else make_layer_files(self.model, self.targets, sample, longest=longest)
+        for section, layers in made.items():
+            self.targets = self.targets.with_layer_file(section, layers, longest=longest)
         return made
 
     def _calibrated(self, layer: OutputLayer, hidden: Sequence[Any]) -> CalibratedKind:

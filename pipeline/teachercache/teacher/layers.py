@@ -1,4 +1,4 @@
-"""What the teacher makes before its layers are captured: the layer file, from a sample of the corpus and from its weights.
+"""What the teacher makes before its layers are captured: layer files, from a sample of the corpus and from its weights.
 
 Means, spreads and principal directions come from a sample, without the first token of each segment and without tokens
 that are far larger than the rest (massive activations, see targets/layers/hidden_states.py). How a block makes queries and keys
@@ -103,39 +103,46 @@ class LayerSample:
 
 
 @torch.inference_mode()
-def make_layer_file(model: Any, targets: StoredTargets, sample: LayerSample, *, longest: int) -> LayerFile:
-    """Everything that the kinds are read by. `longest` is the number of tokens in the longest row.
+def make_layer_files(model: Any, targets: StoredTargets, sample: LayerSample, *, longest: int) -> dict[str, LayerFile]:
+    """Everything that the kinds are read by: a file for each section. `longest` is the number of tokens in the longest row.
 
     Raises `ModelError` for attention that cannot be rebuilt, or has other heads than the settings say, and for a sample that
     is too small.
     """
+    made: dict[str, LayerFile] = {}
+    if (hidden := targets.hidden) is not None:
+        arrays: dict[str, NDArray[Any]] = {}
+        for layer in hidden.layers:
+            arrays |= _hidden_arrays(sample.of("hidden", layer), layer, rotated=hidden.codec == "projected")
+        made["hidden"] = LayerFile(arrays)
+    if targets.attention is not None:
+        made["attention"] = _attention_file(model, targets.attention, sample, longest=longest)
+    return made
+
+
+def _attention_file(model: Any, attention: Any, sample: LayerSample, *, longest: int) -> LayerFile:
     arrays: dict[str, NDArray[Any]] = {}
     described: dict[int, Any] = {}
-    if targets.hidden is not None and targets.hidden.arrays():
-        for layer in targets.hidden.layers:
-            arrays |= _hidden_arrays(sample.of("hidden", layer), layer, rotated=targets.hidden.codec == "projected")
-    attention = targets.attention
-    if attention is not None:
-        tried = _tried(model, attention.layers, longest=longest)
+    tried = _tried(model, attention.layers, longest=longest)
+    if isinstance(attention, Relations):
+        _check_rotary(tried, _recorded(model, attention.layers, length=min(longest, BRIEF)), model)
+    for layer in attention.layers:
+        _check_heads(attention, layer, tried.attention[layer])
+        described[layer] = {"shape": shape_of(tried.attention[layer]).to_metadata()}
         if isinstance(attention, Relations):
-            _check_rotary(tried, _recorded(model, attention.layers, length=min(longest, BRIEF)), model)
-        for layer in attention.layers:
-            _check_heads(attention, layer, tried.attention[layer])
-            described[layer] = {"shape": shape_of(tried.attention[layer]).to_metadata()}
-            if isinstance(attention, Relations):
-                entry, found = _entry(model, layer, tried, values=attention.values)
-                described[layer]["entry"] = asdict(entry)
-            else:
-                found = _spreads(attention, sample, layer) if attention.arrays() else {}
-            sinks_H = tried.attention[layer].sinks_H
-            if sinks_H is not None and isinstance(attention, AttentionMaps):
-                raise ModelError(
-                    f"the attention of block {layer} of {type(model).__name__} leaves mass to sinks, which maps of keys do not "
-                    f"hold; {REMEDY}"
-                )
-            if sinks_H is not None:
-                found["sinks"] = sinks_H
-            arrays |= {f"attention.{layer}.{name}": _numpy(values) for name, values in found.items()}
+            entry, found = _entry(model, layer, tried, values=attention.values)
+            described[layer]["entry"] = asdict(entry)
+        else:
+            found = _spreads(attention, sample, layer) if attention.arrays() else {}
+        sinks_H = tried.attention[layer].sinks_H
+        if sinks_H is not None and isinstance(attention, AttentionMaps):
+            raise ModelError(
+                f"the attention of block {layer} of {type(model).__name__} leaves mass to sinks, which maps of keys do not "
+                f"hold; {REMEDY}"
+            )
+        if sinks_H is not None:
+            found["sinks"] = sinks_H
+        arrays |= {f"attention.{layer}.{name}": _numpy(values) for name, values in found.items()}
     return LayerFile(arrays, described)
 
 

@@ -16,28 +16,25 @@ import pyarrow as pa
 
 from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.files.entries import ROWS_GROUP
-from teachercache.cache.files.schema import READ_BY, ROW_FIELDS, check_schema, shard_metadata
+from teachercache.cache.files.schema import ROW_FIELDS, check_schema, shard_metadata
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.columns import Column
 from teachercache.targets.stored import BOUNDARY, LOGITS, StoredTargets
 
 TARGETS = "targets"  # folder of the groups of further targets
 _FOLDER = re.compile(rf"{ROWS_GROUP}|{TARGETS}/[a-z][a-z0-9_-]*")
-READ_BY_OF = {LOGITS: ("basis",), "hidden": ("layers",), "attention": ("layers",)}  # roles in `calibration`
+READ_BY_IN_1 = {LOGITS: "basis", "hidden": "layers", "attention": "layers"}  # role of a section's file in format 1
 ID_FIELD = ROW_FIELDS[0]  # what a file without the columns of every row names its rows by
 
 
-def target_digests(targets: Mapping[str, Any], read_by: Mapping[str, str]) -> dict[str, str]:
+ReadBy = Mapping[str, Mapping[str, str]]  # by section of targets and role: `{"logits": {"basis": FILE}}`
+
+
+def target_digests(targets: Mapping[str, Any], read_by: ReadBy) -> dict[str, str]:
     """What decides the numbers of each target, by section: its settings, and the files that it is read by, whose sha256
-    `read_by` gives by role."""
+    `read_by` gives in the place of their names."""
     return {
-        section: fingerprint_of(
-            {
-                "target": section,
-                "settings": settings,
-                "read_by": {role: read_by[role] for role in READ_BY_OF.get(section, ()) if role in read_by},
-            }
-        )
+        section: fingerprint_of({"target": section, "settings": settings, "read_by": dict(read_by.get(section, {}))})
         for section, settings in targets.items()
     }
 
@@ -54,13 +51,13 @@ def check_groups(groups: Mapping[str, Sequence[str]], targets: Mapping[str, Any]
 @dataclass(frozen=True, eq=False)
 class Group:
     """One column group of a cache or an alignment. `settings` is the digest of what its rows were made with, `targets` those
-    of its targets by section, `read_by` the files by which their numbers are read, by role."""
+    of its targets by section, `read_by` the files by which the numbers of each section are read, by role."""
 
     folder: str
     columns: tuple[Column, ...]
     settings: str
     targets: Mapping[str, str] = field(default_factory=dict)
-    read_by: Mapping[str, str] = field(default_factory=dict)
+    read_by: ReadBy = field(default_factory=dict)
     has_rows: bool = True
 
     @property
@@ -70,7 +67,9 @@ class Group:
 
     def metadata(self) -> dict[str, Any]:
         """What its files say of themselves, their columns apart."""
-        return {"settings_fingerprint": self.settings, "targets": dict(self.targets), **self.read_by}
+        read_by = {section: dict(files) for section, files in self.read_by.items() if files}
+        beside = {"read_by": read_by} if read_by else {}
+        return {"settings_fingerprint": self.settings, "targets": dict(self.targets), **beside}
 
     def checked(self, schema: pa.Schema) -> dict[str, Any]:
         """The metadata of a file of this group; raises `CacheDamaged` for that of another cache, or with other columns."""
@@ -82,12 +81,18 @@ class Group:
         for section, digest in self.targets.items():
             if metadata.get("targets", {}).get(section) != digest:
                 raise CacheDamaged(f"its {section} are of other settings than the manifest's")
-        for role in READ_BY:
-            if metadata.get(role) != self.read_by.get(role):
-                raise CacheDamaged(
-                    f"it is read by the {role} {metadata.get(role)}, the manifest names {self.read_by.get(role)}"
-                )
+        for section, files in self.read_by.items():
+            if (found := _read_by(metadata, section)) != dict(files):
+                raise CacheDamaged(f"its {section} are read by {str(found)[:200]}, the manifest names {dict(files)}")
         return metadata
+
+
+def _read_by(metadata: Mapping[str, Any], section: str) -> Any:
+    """The files that a shard's file says its section is read by; format 1 says them by role alone."""
+    if "settings_fingerprint" in metadata:
+        return metadata.get("read_by", {}).get(section, {})
+    role = READ_BY_IN_1.get(section)
+    return {role: metadata[role]} if role is not None and role in metadata else {}
 
 
 def layout_of(targets: StoredTargets) -> dict[str, tuple[str, ...]]:
@@ -106,23 +111,22 @@ def groups_of(
     layout: Mapping[str, Sequence[str]],
     settings: str,
     digests: Mapping[str, str],
-    read_by: Mapping[str, str],
+    read_by: ReadBy,
 ) -> tuple[Group, ...]:
-    """The groups of a cache, that of all rows first. `read_by` are the cache's files by role. Groups of targets that this
+    """The groups of a cache, that of all rows first. Groups of targets that this
     version does not know are left out: what reads a cache needs none of them, or its manifest would require it."""
     kinds = targets.sections
     groups = []
     known = [folder for folder in layout if folder == ROWS_GROUP or set(layout[folder]) <= set(kinds)]
     for folder in sorted(known, key=lambda name: name != ROWS_GROUP):
         sections = [section for section in kinds if section in layout[folder]]
-        roles = [role for section in sections for role in READ_BY_OF.get(section, ())]
         groups.append(
             Group(
                 folder=folder,
                 columns=tuple(column for section in sections for column in kinds[section].columns),
                 settings=settings,
                 targets={section: digests[section] for section in sections if section in digests},
-                read_by={role: read_by[role] for role in READ_BY if role in roles and role in read_by},
+                read_by={section: read_by.get(section, {}) for section in sections},
                 has_rows=folder == ROWS_GROUP,
             )
         )

@@ -47,7 +47,6 @@ ROW_FIELDS = (
     pa.field("segments", pa.list_(SEGMENT), nullable=False),
 )
 ROW_COLUMNS = tuple(field.name for field in ROW_FIELDS)
-READ_BY = ("basis", "layers")  # files that targets are read by: of logits (logits/basis.py), of layers (layer_file.py)
 
 
 def file_schema(
@@ -80,8 +79,9 @@ def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
         if len(raw) > MOST_METADATA_BYTES:
             raise ValueError
         metadata = parse_json(raw, most=MOST_METADATA_VALUES)
-        rows, columns, targets = metadata["rows_per_batch"], metadata["columns"], metadata.get("targets", {})
-        sound = type(rows) is int and rows >= 1 and type(columns) is dict and type(targets) is dict
+        rows = metadata["rows_per_batch"]
+        described = [metadata["columns"], metadata.get("targets", {}), metadata.get("read_by", {})]
+        sound = type(rows) is int and rows >= 1 and all(type(each) is dict for each in described)
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:

@@ -110,8 +110,6 @@ _LAYER_CLAIMS: dict[tuple[str, str], type[_Layers]] = {
 
 
 class _Calibration(_Claim):
-    basis: str | None = None
-    layers: str | None = None
     positions: Count = 0
     rows: list[str] = []
     sources: list[str] = []
@@ -145,6 +143,7 @@ class _Described(_Claim):
     targets: _Targets
     units: dict[str, Any]
     column_bytes: dict[str, Count]
+    read_by: dict[str, dict[str, Any]]
     calibration: _Calibration
     fidelity: _Fidelity
     input_form: _InputForm

@@ -28,14 +28,14 @@ from teachercache.cache.files.regular_files import (
     refused_in_a_line,
     why_different,
 )
-from teachercache.cache.files.schema import READ_BY, ROW_COLUMNS
+from teachercache.cache.files.schema import ROW_COLUMNS
 from teachercache.cache.manifest import manifest_v1
 from teachercache.cache.manifest.checks import check_manifest
 from teachercache.cache.manifest.index import INDEX, read_index, write_index
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
 from teachercache.targets import StoredTargets, target_kind
-from teachercache.targets.stored import section_of
+from teachercache.targets.stored import is_known, section_of
 
 FORMAT_VERSION = 2
 FEATURES = frozenset[str]()  # what a manifest may require of a reader beside its format version
@@ -45,8 +45,8 @@ JOB_KEYS = manifest_v1.JOB_KEYS
 TEACHER_IDENTITY = ("weights_sha256", "commit", "code_sha256")  # of a job's `teacher`: what its numbers follow from
 WORK_FOLDER = ".work"  # plan, staged units and records of finished ones; gone when the manifest is committed
 _PLAIN_KEYS = (
-    "fingerprint", "settings_fingerprint", "settings", "targets", "target_digests", "groups", "teacher", "model", "corpus",
-    "units", "calibration", "fidelity", "column_bytes", "created_by",
+    "fingerprint", "settings_fingerprint", "settings", "targets", "target_digests", "read_by", "groups", "teacher", "model",
+    "corpus", "units", "calibration", "fidelity", "column_bytes", "created_by",
 )  # fmt: skip
 
 
@@ -92,7 +92,10 @@ class Manifest:
     files: list[FileInfo]
     column_bytes: dict[str, int]  # compressed bytes of each column over all shards
     created_by: str
-    calibration: dict[str, Any] = field(default_factory=dict)  # what the sketch was fitted to
+    read_by: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # files that targets are read by, by section and role
+    calibration: dict[str, Any] = field(default_factory=dict)  # the sample that these files were fitted to
     fidelity: dict[str, Any] = field(default_factory=dict)  # KL(teacher ‖ stored), measured while capturing
     input_form: dict[str, Any] = field(default_factory=dict)  # the teacher's loss by what rows begin with, on a sample
     index: tuple[FileInfo, ...] = ()  # files that list the shards, once they are written
@@ -185,11 +188,6 @@ class Manifest:
         size = self.vocabulary_size
         kind = target_kind(self.logits, vocabulary_size=size, basis=basis) if self.logits else None
         return StoredTargets.of(self.targets, kind, vocabulary_size=size)
-
-    @property
-    def read_by(self) -> dict[str, str]:
-        """The files that targets are read by, by role."""
-        return {role: name for role in READ_BY if (name := self.calibration.get(role)) is not None}
 
     def bytes_per_position(self) -> dict[str, float]:
         """On disk: `logits`, `boundary_mass`, `hidden` and `attention` where there are such columns, `tokens` (ids, masks,
@@ -332,16 +330,21 @@ def _built(fields: dict[str, Any]) -> Manifest:
 
 
 def _check_digests(manifest: Manifest) -> None:
-    """The digests of targets are those of their settings and files; format 1 has none."""
+    """The digests of targets are those of their settings and files. Targets that this version does not know may be digested
+    by other rules, and are not read; format 1 has no digests."""
+    known = {section: settings for section, settings in manifest.targets.items() if is_known(section, settings)}
+    listed = {info.file: info.sha256 for info in manifest.files}
+    read_by = {section: dict(manifest.read_by.get(section, {})) for section in known}
+    for section, files in read_by.items():
+        for role, name in files.items():
+            if not (type(name) is str and name in listed):
+                raise ValueError(f"its {section} are read by {str(name)[:200]!r}, which it does not list")
+            files[role] = listed[name]
     if manifest.format_version == manifest_v1.FORMAT_VERSION:
         return
-    digests = {info.file: info.sha256 for info in manifest.files}
-    missing = [name for name in manifest.read_by.values() if name not in digests]
-    if missing:
-        raise ValueError(f"its calibration names {missing[0]!r}, which it does not list")
-    read_by = {role: digests[name] for role, name in manifest.read_by.items()}
-    if manifest.target_digests != target_digests(manifest.targets, read_by):
-        raise ValueError("its target_digests do not match its targets")
+    wrong = [s for s, digest in target_digests(known, read_by).items() if manifest.target_digests.get(s) != digest]
+    if wrong:
+        raise ValueError(f"its target_digests do not match its targets ({wrong[0]})")
 
 
 def _explain_missing(folder: Path) -> str:

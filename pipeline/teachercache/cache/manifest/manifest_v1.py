@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from teachercache.cache.files.column_groups import READ_BY_IN_1
 from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.files.entries import COUNTS, ROWS_GROUP, FileTable, ShardTable
 
@@ -32,6 +33,11 @@ def fields_of(data: dict[str, Any]) -> dict[str, Any]:
         "files": FileTable.from_entries(data["files"])[:],
         "column_bytes": data["column_bytes"],
         "calibration": data["calibration"],
+        "read_by": {
+            section: {role: data["calibration"][role]}
+            for section, role in READ_BY_IN_1.items()
+            if section in data["targets"] and data["calibration"].get(role) is not None
+        },
         "fidelity": data["fidelity"],
         "input_form": data.get("input_form", {}),
         "audit": data["audit"],

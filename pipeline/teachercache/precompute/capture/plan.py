@@ -14,9 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from teachercache.cache.files.column_groups import Group, groups_of, layout_of, target_digests
+from teachercache.cache.files.column_groups import Group, ReadBy, groups_of, layout_of, target_digests
 from teachercache.cache.files.digests import fingerprint_of, hash_file
-from teachercache.cache.files.schema import READ_BY
 from teachercache.cache.manifest import manifest_v1
 from teachercache.cache.manifest.manifest import MANIFEST, TEACHER_IDENTITY, WORK_FOLDER, Manifest, read_manifest
 from teachercache.config import PrecomputeConfig, Recipe
@@ -36,6 +35,7 @@ from teachercache.precompute.capture.layers import layer_kinds
 from teachercache.precompute.capture.staging import Staged, empty_folder, stage, unit_name
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
 from teachercache.targets.coding.columns import MOST_ROW_BYTES
+from teachercache.targets.stored import LOGITS
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
 from teachercache.tokens.prefix import own_prefix, row_prefix
 from teachercache.tokens.pretokens import begins_pretoken
@@ -91,18 +91,19 @@ class Plan:
 
     @property
     def calibration_file(self) -> Path:
-        """Written once basis and layer file are in place."""
+        """Written once basis and layer files are in place."""
         return self.work / "calibration.json"
 
     def calibration(self) -> dict[str, Any] | None:
-        """Which rows basis and layer file were made from, and these files; {} for targets without, None when it is due."""
+        """Which rows basis and layer files were made from, and these files; {} for targets without, None when it is due."""
         if not self.targets.needs_preparation:
             return {}
         try:
             record = json.loads(self.calibration_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return record if all((self.folder / record[role]).is_file() for role in READ_BY if role in record) else None
+        names = [name for files in record["read_by"].values() for name in files.values()]
+        return record if all((self.folder / name).is_file() for name in names) else None
 
     @property
     def input_file(self) -> Path:
@@ -117,18 +118,24 @@ class Plan:
         except (OSError, ValueError):
             return {}
 
-    def read_by(self) -> dict[str, str]:
-        """Files that targets are read by, as far as they are made, by role."""
-        record = self.calibration() or {}
-        return {role: record[role] for role in READ_BY if role in record}
+    def read_by(self) -> dict[str, dict[str, str]]:
+        """Files that targets are read by, as far as they are made, by section and role."""
+        found: dict[str, dict[str, str]] = (self.calibration() or {}).get("read_by", {})
+        return found
 
     def loaded_targets(self) -> StoredTargets:
         """The targets with their files, if these have been made."""
-        files = {role: self.folder / name for role, name in self.read_by().items()}
-        kind = self.targets.logits
-        logits = target_kind(kind.settings(), vocabulary_size=kind.vocabulary_size, basis=files.get("basis"))
-        layers = LayerFile.load(files["layers"]) if "layers" in files else None
-        return self.targets.with_logits(logits).with_layer_file(layers, longest=self.identity["sequence"]["length"])
+        read_by, kind = self.read_by(), self.targets.logits
+        basis = read_by.get(LOGITS, {}).get("basis")
+        path = None if basis is None else self.folder / basis
+        targets = self.targets.with_logits(
+            target_kind(kind.settings(), vocabulary_size=kind.vocabulary_size, basis=path)
+        )
+        for section, files in read_by.items():
+            if "layers" in files:
+                layers = LayerFile.load(self.folder / files["layers"])
+                targets = targets.with_layer_file(section, layers, longest=self.identity["sequence"]["length"])
+        return targets
 
     def settings(self, dtype: str) -> dict[str, Any]:
         """What the cache's shards have in common, of a teacher that was loaded in this dtype; see `Manifest.settings`."""
@@ -142,7 +149,10 @@ class Plan:
 
     def target_digests(self) -> dict[str, str]:
         """See `Manifest.target_digests`; of targets whose files are made."""
-        read_by = {role: _sha256_of(self.folder / name) for role, name in self.read_by().items()}
+        read_by: ReadBy = {
+            section: {role: _sha256_of(self.folder / name) for role, name in files.items()}
+            for section, files in self.read_by().items()
+        }
         return target_digests(self.identity["targets"], read_by)
 
     def groups(self, dtype: str, *, targets: StoredTargets) -> tuple[Group, ...]:

@@ -18,7 +18,6 @@ import numpy as np
 
 from teachercache.cache import write_shard
 from teachercache.cache.files.content_files import write_named
-from teachercache.cache.files.schema import READ_BY
 from teachercache.cache.manifest.manifest import QUARANTINE
 from teachercache.config import PrecomputeConfig, SequenceConfig
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
@@ -27,7 +26,8 @@ from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.input_form import check_input
 from teachercache.precompute.capture.plan import Plan
 from teachercache.precompute.capture.staging import read_unit, salted_hash, sample_file
-from teachercache.targets import calibrates
+from teachercache.targets import LayerFile, SketchBasis, calibrates
+from teachercache.targets.stored import LOGITS
 from teachercache.teacher import Captured, Teacher
 from teachercache.tokens.rows import TokenRow
 
@@ -41,7 +41,7 @@ def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text
 
 
 def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positions_per_batch: int) -> None:
-    """Make what targets are read by from rows drawn from the whole corpus by content hash; writes basis and layer file, then
+    """Make what targets are read by from rows drawn from the whole corpus by content hash; writes basis and layer files, then
     the record of them.
 
     At most half of what the drawn documents hold is used, so that rows remain on which fidelity can be measured.
@@ -50,11 +50,14 @@ def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positio
     rows = _calibration_rows(plan, sequence=sequence)
     layers = teacher.prepare(rows, positions_per_batch=positions_per_batch, longest=sequence.length)
     basis = teacher.kind.basis if calibrates(teacher.kind) else None
-    files = {
-        role: made.save(plan.folder / "teacher") for role, made in zip(READ_BY, (basis, layers), strict=True) if made
-    }
+    made: list[tuple[str, str, LayerFile | SketchBasis]]
+    made = [(section, "layers", file) for section, file in layers.items()]
+    made += [(LOGITS, "basis", basis)] if basis is not None else []
     record: dict[str, Any] = {
-        **{role: path.relative_to(plan.folder).as_posix() for role, path in files.items()},
+        "read_by": {
+            section: {role: file.save(plan.folder / "teacher").relative_to(plan.folder).as_posix()}
+            for section, role, file in made
+        },
         "positions": sum(row.positions for row in rows),
         "rows": sorted(row.row_id for row in rows),
         "sources": sorted({segment.source_id for row in rows for segment in row.segments}),

@@ -1,8 +1,8 @@
 """The contract of a layer kind: what every kind of target in this package provides that is stored of a teacher's layers.
 
 A kind stores arrays by *token* (hidden states, queries, keys) or by *pair* of tokens (maps), of all tokens of a row: a map
-needs the keys of prompts, too. What its numbers are read by (means, steps, weights) is in one file a cache, the *layer
-file*, written once by the teacher before anything is captured.
+needs the keys of prompts, too. What its numbers are read by (means, steps, weights) is in one file of the cache, the *layer
+file* of its section, written once by the teacher before anything is captured.
 
 Shapes: S tokens of a row, P pairs of a token and one of its segment that is not after it, D width of the teacher.
 """

@@ -1,4 +1,4 @@
-"""The layer file: what stored layers are read by, as safetensors, named by its content.
+"""A layer file: what the stored layers of one section are read by, as safetensors, named by its content.
 
 Arrays go by `SECTION.LAYER.NAME`, as in `hidden.8.mean`; the header says of attention how scores are formed.
 """

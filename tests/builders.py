@@ -47,14 +47,21 @@ def sentences(count: int, *, seed: int = 0, words: int = 30) -> list[str]:
     ]
 
 
-def tiny_tokenizer(*, vocabulary: int = 300, chat_template: str | None = None) -> Any:
-    """A byte-level BPE tokenizer with an end-of-sequence token, trained on `sentences`."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
+def byte_level_bpe(texts: list[str], *, vocabulary: int, special: list[str]) -> Any:
+    """A `tokenizers.Tokenizer` trained on texts; special tokens have the first ids."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(sentences(200), vocab_size=vocabulary, special_tokens=["<eos>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<eos>", pad_token="<eos>")
+    trained.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    return Tokenizer.from_str(trained.to_str())
+
+
+def tiny_tokenizer(*, vocabulary: int = 300, chat_template: str | None = None) -> Any:
+    """A byte-level BPE tokenizer with an end-of-sequence token, trained on `sentences`."""
+    from transformers import PreTrainedTokenizerFast
+
+    trained = byte_level_bpe(sentences(200), vocabulary=vocabulary, special=["<eos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<eos>", pad_token="<eos>")
     tokenizer.chat_template = chat_template
     return tokenizer
 
@@ -104,13 +111,10 @@ def tiny_teacher(
 
 def other_tokenizer(*, vocabulary: int = 340, seed: int = 9, chat_template: str | None = None) -> Any:
     """A byte-level tokenizer with other tokens than the teacher's, at other ids."""
-    from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    trained = ByteLevelBPETokenizer()
-    texts = sentences(50, seed=seed)
-    trained.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=["<pad>", "</s>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>", pad_token="<pad>")
+    trained = byte_level_bpe(sentences(50, seed=seed), vocabulary=vocabulary, special=["<pad>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = chat_template
     return tokenizer
 

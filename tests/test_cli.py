@@ -295,7 +295,7 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
     from transformers import LlamaModel
 
     from teachercache.precompute.capture.commit import commit
-    from teachercache.precompute.capture.job import Timing, _print_closing, summary
+    from teachercache.precompute.capture.job import Timing, print_closing, summary
     from teachercache.precompute.capture.plan import make_plan
     from teachercache.precompute.capture.units import compute_unit, tokenise_unit
     from teachercache.teacher import Teacher
@@ -321,7 +321,7 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
     result = summary(plan, manifest, Timing(), seconds=1.0)
     assert (result["quarantined"], result["windows_quarantined"]) == (0, 1)
     with (tmp_path / "said").open("w") as stream:
-        _print_closing(Console(file=stream, width=1000), result, manifest)
+        print_closing(Console(file=stream, width=1000), result, manifest)
     assert ", 1 windows of other rows quarantined," in (tmp_path / "said").read_text()
     told = CliRunner().invoke(cli.app, ["verify", str(plan.folder), "--json"])
     assert json.loads(told.stdout)["windows_quarantined"] == 1 and told.exit_code == 0

@@ -17,7 +17,7 @@ from teachercache.objective.logits.operands import Weights, no_teacher
 from teachercache.objective.logits.projected import projected_sums
 from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.targets.coding.counter_rng import position_seeds
-from teachercache.targets.coding.transfer import _unpacked, to_host
+from teachercache.targets.coding.transfer import to_host, unpacked
 from teachercache.targets.logits.boundary_mass import BoundaryMass
 from teachercache.targets.logits.final_hidden import Hidden
 from teachercache.targets.logits.full import Full
@@ -161,6 +161,6 @@ def test_what_is_packed_comes_back_as_it_was() -> None:
     }  # fmt: skip
     names = sorted(taken, key=lambda name: -taken[name].element_size())
     packed = torch.cat([taken[name].reshape(-1).view(torch.uint8) for name in names])
-    found, expected = _unpacked(packed, {name: taken[name] for name in names}), to_host(torch, taken)
+    found, expected = unpacked(packed, {name: taken[name] for name in names}), to_host(torch, taken)
     for name, values in expected.items():
         assert found[name].dtype == values.dtype and np.array_equal(found[name], values), name

@@ -193,12 +193,12 @@ def test_overwriting_replaces_an_earlier_student(llama: Path, tmp_path: Path) ->
 
 def test_an_architecture_without_a_list_of_layers_is_refused(llama: Path, tmp_path: Path) -> None:
     """Mamba-like and recurrent models vary; here a config that counts layers otherwise than the model does."""
-    from teachercache.training.initialise.init_student import _path_of_layers
+    from teachercache.training.initialise.init_student import path_of_layers
 
     model: Any = load_causal_lm(str(llama))
     model.config.num_hidden_layers = LAYERS + 1
     with pytest.raises(ModelError, match="does not keep its layers in one list"):
-        _path_of_layers(model, "some/model")
+        path_of_layers(model, "some/model")
 
 
 def test_layers_whose_kind_depends_on_their_index_are_refused_in_one_line(tmp_path: Path) -> None:

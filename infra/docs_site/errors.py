@@ -19,7 +19,8 @@ ERRORS = {
     ),
 }
 STAGES = (
-    ("config", "Recipes"), ("corpus", "Corpus"), ("tokens", "Tokens"), ("models", "Models"), ("teacher", "Teacher"),
+    ("config", "Recipes"), ("corpus", "Corpus"), ("tokens", "Tokens"), ("bounded", "Chat templates"),
+    ("models", "Models"), ("teacher", "Teacher"),
     ("targets", "Targets"), ("precompute", "Precompute"), ("cache", "The cache on disk"), ("stream", "Reading a cache"),
     ("objective", "Objective"), ("training", "Training"), ("evaluation", "Evaluation"), ("sampling", "Sampling"),
 )  # fmt: skip
@@ -47,7 +48,7 @@ class Message:
 
 def page(sources: Path) -> str:
     """The whole page, from the package's sources."""
-    messages = set(_messages(sources))
+    messages = set(messages_of(sources))
     parts = [HEAD]
     for error, (status, meaning) in ERRORS.items():
         parts.append(f"## {error}\n\nExit status {status}. {meaning}\n")
@@ -58,7 +59,7 @@ def page(sources: Path) -> str:
     return "\n".join(parts).rstrip("\n")
 
 
-def _messages(sources: Path) -> Iterator[Message]:
+def messages_of(sources: Path) -> Iterator[Message]:
     for path in sorted(sources.rglob("*.py")):
         stage = path.relative_to(sources).parts[0].removesuffix(".py")
         stage = {"files": "cache", "quickstart": "evaluation"}.get(stage, stage)

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from teachercache.config import HeadSketchConfig, Recipe
-from teachercache.config.recipe import _models_in
+from teachercache.config.recipe import models_in
 from teachercache.config.targets import SKETCH_PRESETS
 
 HEAD = """# Recipe keys
@@ -31,7 +31,7 @@ def page() -> str:
     seen: dict[type[BaseModel], str] = {Recipe: ""}
     parts = [HEAD, "## The whole recipe\n", _table(Recipe)]
     for name, field in Recipe.model_fields.items():
-        for section in _models_in(field.annotation):
+        for section in models_in(field.annotation):
             parts += _sections(section, name, seen)
     return "\n".join(parts)
 
@@ -48,7 +48,7 @@ def _sections(section: type[BaseModel], path: str, seen: dict[type[BaseModel], s
         _table(section),
     ]
     for name, field in section.model_fields.items():
-        for inner in _models_in(field.annotation):
+        for inner in models_in(field.annotation):
             parts += _sections(inner, f"{path}.{name}", seen)
     return parts
 

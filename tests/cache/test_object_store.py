@@ -28,7 +28,7 @@ from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.inspection import describe_row
 from teachercache.cache.manifest.manifest import MANIFEST
 from teachercache.cache.storage.local_copies import LocalCopies
-from teachercache.cache.storage.object_store import ObjectStore, _requests
+from teachercache.cache.storage.object_store import ObjectStore, in_flight
 from teachercache.cache.storage.source import RemoteFiles
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
 
@@ -590,7 +590,7 @@ def test_a_fork_waits_until_running_requests_are_over() -> None:
     begun, end, over = threading.Event(), threading.Event(), threading.Event()
 
     def request() -> None:
-        with _requests.running():
+        with in_flight.running():
             begun.set()
             end.wait()
             over.set()

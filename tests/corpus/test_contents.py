@@ -170,7 +170,7 @@ def test_windows_and_packed_rows_hold_the_contents_that_lie_in_them(build_tokeni
 
 def test_all_messages_at_once_are_found_as_one_by_one(build_tokenizer):
     """Where the one rendering shows the places, they are those that a rendering for each message shows."""
-    from teachercache.corpus import contents as module
+    from teachercache.corpus.contents import found_together, span_of
 
     taken = 0
     for template in (DEFAULT_SYSTEM, MOVES, REPEATS):
@@ -180,10 +180,10 @@ def test_all_messages_at_once_are_found_as_one_by_one(build_tokenizer):
         for said_twice in ("Paris.", " Paris. ", "What is the capital of France?", "a\n\nb"):
             messages = [SYSTEM, QUESTION, {"role": "assistant", "content": said_twice}, QUESTION, ANSWER]
             text = renderer.text_if_any(messages)
-            together = module._together(renderer, messages, text)
+            together = found_together(renderer, messages, text)
             if together is None:
                 continue
-            spans = [module._span(renderer, messages, index, text) for index in range(len(messages))]
+            spans = [span_of(renderer, messages, index, text) for index in range(len(messages))]
             assert [(start, end) for _, start, end in together] == spans
             taken += 1
     assert taken >= 4

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from docs_site import errors
 from docs_site.generate import generated
 from docs_site.results import RUNS
 from teachercache.config import Recipe
-from teachercache.config.recipe import _models_in
+from teachercache.config.recipe import models_in
 
 from pages import ROOT, text_of
 
@@ -43,7 +44,7 @@ def test_every_key_is_described() -> None:
         undescribed += [
             f"{section.__name__}.{name}" for name, field in section.model_fields.items() if not field.description
         ]
-        inner = [model for field in section.model_fields.values() for model in _models_in(field.annotation)]
+        inner = [model for field in section.model_fields.values() for model in models_in(field.annotation)]
         sections += [model for model in dict.fromkeys(inner) if model not in sections]
     assert undescribed == []
 
@@ -60,3 +61,8 @@ def test_every_recorded_result_is_on_a_page() -> None:
     recorded = {path.stem for path in (ROOT / "tests" / "bench" / "results").glob("*.json")}
     assert {run.file for run in RUNS.values()} == recorded
     assert [name for name in RUNS if f"<!-- generated: {name} -->" not in told] == []
+
+
+def test_the_messages_of_every_folder_are_listed() -> None:
+    stages = {message.stage for message in errors.messages_of(ROOT / "pipeline" / "teachercache")}
+    assert stages <= {stage for stage, _ in errors.STAGES}

@@ -17,7 +17,7 @@ from rich.console import Console
 from teachercache.config import Recipe
 from teachercache.errors import CacheError, JobFailed, ModelError, RecipeError
 from teachercache.evaluation import ModelSpec, evaluate, render, run_evaluation
-from teachercache.evaluation.table import _failure, _same_imports
+from teachercache.evaluation.table import failure_of, same_imports
 from teachercache.models.loading import load_causal_lm, load_tokenizer
 
 from builders import other_student, sentences, tiny_cache, tiny_recipe, tiny_teacher
@@ -129,7 +129,7 @@ def test_a_mistake_in_the_measuring_process_comes_back_as_the_same_error(run: Pa
 
 def test_the_command_prints_one_json_object_and_exits_with_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "teachercache.evaluation.measure", "--model=x", f"--cache={tmp_path / 'none'}"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=_same_imports())
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=same_imports())
     assert finished.returncode == 2
     assert json.loads(finished.stdout)["error"]["type"] == "CacheError"
     assert "Traceback" not in finished.stderr
@@ -139,7 +139,7 @@ def test_the_command_prints_one_json_object_and_exits_with_2(tmp_path: Path) -> 
     ("status", "lines", "message"), [(-9, [], "memory"), (1, ["no json"], "status 1"), (0, [], "0")]
 )
 def test_a_measuring_process_that_dies_is_a_failed_job(status: int, lines: list[str], message: str) -> None:
-    error = _failure("some/model", status, lines)
+    error = failure_of("some/model", status, lines)
     assert isinstance(error, JobFailed) and message in str(error) and "some/model" in str(error)
 
 

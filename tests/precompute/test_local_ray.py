@@ -21,7 +21,7 @@ from rich.console import Console
 
 from teachercache.config import PrecomputeConfig
 from teachercache.errors import ModelError, RecipeError
-from teachercache.precompute.capture.stages import KEEP_FREED_MEMORY, _resources
+from teachercache.precompute.capture.stages import KEEP_FREED_MEMORY, resources_of
 from teachercache.precompute.engine.cluster import cluster_nodes, connected
 from teachercache.precompute.engine.local_ray import local_cluster
 from teachercache.precompute.engine.placement import placed
@@ -121,7 +121,7 @@ def test_one_teacher_a_gpu(cluster: object, tmp_path: Path) -> None:
     with connected(PrecomputeConfig()):  # the one that is there
         placement = placed(PrecomputeConfig(), cluster_nodes(), units=9)
     assert placement.describe() == "teacher: 2 actors with a GPU each"
-    gpus = ray.remote(**_resources(placement))(lambda: ray.get_gpu_ids())
+    gpus = ray.remote(**resources_of(placement))(lambda: ray.get_gpu_ids())
     assert sorted(ray.get([gpus.remote(), gpus.remote()]))[0] in ([0], [1], ["0"], ["1"])
     with pytest.raises(RecipeError, match="room for an actor with 9 CPUs and a GPU"):
         placed(PrecomputeConfig(threads_per_actor=9), cluster_nodes(), units=9)
@@ -149,7 +149,7 @@ def test_a_gpu_that_torch_cannot_use_is_said_in_a_line(cluster: object, tmp_path
 def test_processes_with_a_teacher_keep_freed_memory(cluster: object) -> None:
     """In the environment before they start: glibc reads it once."""
     placement = placed(PrecomputeConfig(gpus_per_actor=0), cluster_nodes(), units=1)
-    task = ray.remote(**_resources(placement))(lambda: dict(os.environ))
+    task = ray.remote(**resources_of(placement))(lambda: dict(os.environ))
     assert ray.get(task.remote()).items() >= KEEP_FREED_MEMORY.items()
 
 

@@ -34,9 +34,9 @@ def row_of(hidden_SD: torch.Tensor) -> RowActivations:
 
 
 def kind_of(codec: str, *, step: float, dtype: str = "float32") -> HiddenStates:
-    from teachercache.teacher.layers import _hidden_arrays
+    from teachercache.teacher.layers import hidden_arrays
 
-    arrays = _hidden_arrays(states(massive=False), 5, rotated=codec == "projected")
+    arrays = hidden_arrays(states(massive=False), 5, rotated=codec == "projected")
     kind = HiddenStates(layers=(5,), width=D, blocks=8, codec=codec, step=step, calibration_positions=64)
     return kind.with_layers(LayerFile(arrays))
 

@@ -19,7 +19,7 @@ from teachercache.targets import HeadSketch, SketchBasis, target_kind
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer
-from teachercache.teacher.sketch_choice import STEPS, _Trial, candidate_ranks, held_apart
+from teachercache.teacher.sketch_choice import STEPS, Trial, candidate_ranks, held_apart
 
 from builders import sentences, tiny_cache, tiny_model, tiny_teacher
 
@@ -112,7 +112,7 @@ def test_rank_and_step_are_the_cheapest_that_meet_a_target() -> None:
     everything = calibrate(sketch(rank=32, step=STEPS[-1]), layer, others)
     assert isinstance(everything, HeadSketch) and everything.basis is not None
     unbiased = replace(everything.basis, bias_constant_V=np.zeros(V, "<f2"), bias_slope_V=np.zeros(V, "<f2"))
-    trial = _Trial(sketch(target_kl=0.02), unbiased, layer, hidden, measured)
+    trial = Trial(sketch(target_kl=0.02), unbiased, layer, hidden, measured)
     ranks = candidate_ranks(sketch(target_kl=0.02), width=32, positions=2 * 48)
     every = [trial(rank, step) for rank in ranks for step in STEPS]
     meeting = [tried for tried in every if tried.kl <= 0.02]

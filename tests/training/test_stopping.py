@@ -19,7 +19,7 @@ from teachercache.training.job.stopping import Ends
 from teachercache.training.job.train import run_training
 from teachercache.training.supervision.fit import sidecars_of, tokenizer_to_export
 
-from builders import aligned, other_student, other_tokenizer, sentences, tiny_cache
+from builders import aligned, byte_level_bpe, other_student, other_tokenizer, sentences, tiny_cache
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 HEADS = {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
@@ -86,21 +86,17 @@ FAMILIES = {
 
 
 def tokenizer_of(family: Family, *, instruct: bool) -> Any:
-    from tokenizers import ByteLevelBPETokenizer, processors
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    trained = ByteLevelBPETokenizer()
-    texts = [*sentences(60), *QUESTIONS]
-    trained.train_from_iterator(texts, vocab_size=300, special_tokens=[*family.special], show_progress=False)
+    trained = byte_level_bpe([*sentences(60), *QUESTIONS], vocabulary=300, special=[*family.special])
     roles = family.instruct if instruct else family.base
     if family.begins:
-        trained._tokenizer.post_processor = processors.TemplateProcessing(
+        trained.post_processor = processors.TemplateProcessing(
             single=f"{roles['bos_token']} $A",
             special_tokens=[(roles["bos_token"], family.special.index(roles["bos_token"]))],
         )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, additional_special_tokens=[*family.special], **roles
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, additional_special_tokens=[*family.special], **roles)
     tokenizer.chat_template = family.template if instruct else None
     return tokenizer
 

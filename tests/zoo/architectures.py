@@ -96,16 +96,12 @@ class Architecture:
 
 def tokenizer(*, begins: bool) -> Any:
     """A byte-level tokenizer of `VOCABULARY` tokens that ends rows with `END`, and begins them with `<s>` if it should."""
-    from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    from builders import sentences
+    from builders import byte_level_bpe, sentences
 
-    trained = ByteLevelBPETokenizer()
-    special = [END, "<s>"]
-    trained.train_from_iterator(sentences(200), vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    inner = trained._tokenizer
+    inner = byte_level_bpe(sentences(200), vocabulary=VOCABULARY, special=[END, "<s>"])
     if begins:
         inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END, bos_token="<s>")

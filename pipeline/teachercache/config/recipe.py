@@ -181,7 +181,7 @@ def _keys_at(parents: Sequence[str]) -> list[str]:
         # Where several sections may stand at a key, the path of an error names which as well: targets.logits.top-k.
         named = [section for section in sections if _is_called(section, part)]
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        sections = named or [model for field in fields for model in _models_in(field.annotation)]
+        sections = named or [model for field in fields for model in models_in(field.annotation)]
     return list(sections[0].model_fields) if sections else []
 
 
@@ -191,10 +191,10 @@ def _is_called(section: type[BaseModel], name: str) -> bool:
     return any(name in (field.default, *get_args(field.annotation)) for field in chosen_by)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Through unions, lists and `Annotated`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     inner = (getattr(annotation, "__origin__", None), *get_args(annotation))
-    found = [model for each in inner if each is not None and each is not annotation for model in _models_in(each)]
+    found = [model for each in inner if each is not None and each is not annotation for model in models_in(each)]
     return list(dict.fromkeys(found))

@@ -19,12 +19,12 @@ def contents_of(renderer: ChatRenderer, messages: Sequence[Message], text: str) 
 
     Costs a rendering of the conversation, where the template treats no message by what it says; else one for each message.
     """
-    together = _together(renderer, messages, text)
+    together = found_together(renderer, messages, text)
     if together is not None:
         return together
     found = []
     for index, message in enumerate(messages):
-        span = _span(renderer, messages, index, text) if said(message).strip() else None
+        span = span_of(renderer, messages, index, text) if said(message).strip() else None
         if span is not None:
             found.append(Content(str(message["role"]), *span))
     found.sort(key=lambda content: content.start)  # some templates move what the system says
@@ -35,7 +35,7 @@ def contents_of(renderer: ChatRenderer, messages: Sequence[Message], text: str) 
     return disjoint
 
 
-def _together(renderer: ChatRenderer, messages: Sequence[Message], text: str) -> list[Content] | None:
+def found_together(renderer: ChatRenderer, messages: Sequence[Message], text: str) -> list[Content] | None:
     """With placeholders for all messages at once; None unless they stand once each and in order, and what is between them is
     what was said, to the end of the text."""
     spoken = [index for index, message in enumerate(messages) if said(message).strip()]
@@ -66,7 +66,7 @@ def _together(renderer: ChatRenderer, messages: Sequence[Message], text: str) ->
     return found if cursor == len(text) else None
 
 
-def _span(renderer: ChatRenderer, messages: Sequence[Message], index: int, text: str) -> Span | None:
+def span_of(renderer: ChatRenderer, messages: Sequence[Message], index: int, text: str) -> Span | None:
     whole = said(messages[index]).strip()
     answer = whole.rpartition(THOUGHT)[2].strip()
     for keep_reasoning in (False, True) if THOUGHT in whole else (False,):

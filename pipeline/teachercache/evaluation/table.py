@@ -93,20 +93,20 @@ def _measure_apart(spec: ModelSpec, cache: str | Path, **options: Any) -> dict[s
             command.append(f"--{name.replace('_', '-')}")
         elif value not in (None, False):
             command.append(f"--{name.replace('_', '-')}={value}")
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=_same_imports())
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=same_imports())
     lines = finished.stdout.strip().splitlines()
     if finished.returncode == 0 and lines:
         return json.loads(lines[-1])
-    raise _failure(spec.model, finished.returncode, lines)
+    raise failure_of(spec.model, finished.returncode, lines)
 
 
-def _same_imports() -> dict[str, str]:
+def same_imports() -> dict[str, str]:
     """Environment in which the measuring process finds this very package, also where it is not installed."""
     root = Path(__file__).parents[2]
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def _failure(model: str, status: int, lines: list[str]) -> TeachercacheError:
+def failure_of(model: str, status: int, lines: list[str]) -> TeachercacheError:
     """The measuring process's own error, or a `JobFailed` for one that died."""
     try:
         error = json.loads(lines[-1])["error"]

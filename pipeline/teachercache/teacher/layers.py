@@ -113,7 +113,7 @@ def make_layer_files(model: Any, targets: StoredTargets, sample: LayerSample, *,
     if (hidden := targets.hidden) is not None:
         arrays: dict[str, NDArray[Any]] = {}
         for layer in hidden.layers:
-            arrays |= _hidden_arrays(sample.of("hidden", layer), layer, rotated=hidden.codec == "projected")
+            arrays |= hidden_arrays(sample.of("hidden", layer), layer, rotated=hidden.codec == "projected")
         made["hidden"] = LayerFile(arrays)
     if targets.attention is not None:
         made["attention"] = _attention_file(model, targets.attention, sample, longest=longest)
@@ -150,7 +150,7 @@ def _numpy(values: Tensor) -> NDArray[Any]:
     return values.detach().float().cpu().numpy()
 
 
-def _hidden_arrays(tokens_ND: Tensor, layer: int, *, rotated: bool) -> dict[str, NDArray[Any]]:
+def hidden_arrays(tokens_ND: Tensor, layer: int, *, rotated: bool) -> dict[str, NDArray[Any]]:
     tokens_ND = tokens_ND.double()
     mean_D = tokens_ND.mean(0)
     spread_D = tokens_ND.std(0, correction=0)

@@ -85,7 +85,7 @@ def choose(
     """
     assert kind.target_kl is not None
     target, steps = kind.target_kl, STEPS if "step" in kind.chosen else (kind.step,)
-    trial = _Trial(kind, basis, layer, rows_hidden_ND, measured_ND)
+    trial = Trial(kind, basis, layer, rows_hidden_ND, measured_ND)
     best: Tried | None = None
     coarsest = 0  # that may do
     for rank in sorted(ranks, reverse=True):
@@ -105,7 +105,7 @@ def choose(
     return {"target_kl": target, **vars(best), "tried": [vars(tried) for tried in trial.all]}
 
 
-class _Trial:
+class Trial:
     """What a rank and a step cost and leave; each pair is measured once."""
 
     def __init__(

@@ -100,7 +100,7 @@ class ObjectStore:
             if self._closed.is_set():
                 raise Closed
             try:
-                with _requests.running():
+                with in_flight.running():
                     return read()
             except OSError as error:
                 reason = textwrap.shorten(str(error), 300, placeholder=" …")
@@ -202,7 +202,9 @@ class _Requests:
         self._changed.release()
 
 
-_requests = _Requests()
+in_flight = _Requests()
 os.register_at_fork(
-    before=_requests.before_fork, after_in_parent=_requests.after_fork, after_in_child=_requests.after_fork
+    before=in_flight.before_fork,
+    after_in_parent=in_flight.after_fork,
+    after_in_child=in_flight.after_fork,
 )

@@ -54,7 +54,7 @@ def run_align(
     file = plan.folder / SIDECAR
     manifest = parse_sidecar(file.read_bytes(), cache.source.read_listed, cache=cache.manifest, name=str(file))
     result = summary(plan, manifest, working_seconds=seconds, seconds=time.perf_counter() - began)
-    _print_closing(console, result)
+    print_closing(console, result)
     return result
 
 
@@ -172,7 +172,7 @@ def summary(plan: AlignPlan, manifest: SidecarManifest, *, working_seconds: floa
     }
 
 
-def _print_closing(console: Console, result: dict[str, Any]) -> None:
+def print_closing(console: Console, result: dict[str, Any]) -> None:
     console.print(
         f"aligned {result['rows'] - result['rows_without_chunks']:,} of {result['rows']:,} rows with {result['student']}: "
         f"{result['student_tokens']:,} of its tokens for {result['teacher_tokens']:,} of the teacher's, "

@@ -95,7 +95,7 @@ def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any
     timing = _run(recipe, plan, pending, console)
     manifest = commit(plan)
     result = summary(plan, manifest, timing, seconds=time.perf_counter() - start)
-    _print_closing(console, result, manifest)
+    print_closing(console, result, manifest)
     return result
 
 
@@ -188,7 +188,7 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
     }
 
 
-def _print_closing(console: Console, result: dict[str, Any], manifest: Manifest) -> None:
+def print_closing(console: Console, result: dict[str, Any], manifest: Manifest) -> None:
     size = result["bytes_per_position"]
     held_out = manifest.held_out_rows
     lost = "".join(

@@ -107,7 +107,7 @@ def _load_teacher(job: Job) -> Teacher:
 
 def run_calibration(job: Job) -> None:
     """Fit the sketch, and make the layer file, in a process with the resources of one actor. Raises what the teacher raises."""
-    task = ray.remote(**_resources(job.placement), max_retries=1)(_calibrate)
+    task = ray.remote(**resources_of(job.placement), max_retries=1)(_calibrate)
     try:
         row = ray.get(task.remote(job))
     except ray.exceptions.RayError as error:
@@ -135,7 +135,7 @@ def _tokenise(row: Row, job: Job) -> Row:
     return carrying_errors(stage, row)
 
 
-def _resources(placement: Placement) -> dict[str, Any]:
+def resources_of(placement: Placement) -> dict[str, Any]:
     """What Ray gives to the process that holds a teacher."""
     if placement.gpus:
         return {"num_cpus": placement.cpus, "num_gpus": placement.gpus}
@@ -150,7 +150,7 @@ def run_units(job: Job, pending: list[int]) -> Iterator[UnitReport]:
     tokenise, compute = cast(Any, _tokenise), cast(Any, TeacherActor)
     pool = ray.data.ActorPoolStrategy(size=min(job.placement.actors, len(pending)), max_tasks_in_flight_per_actor=2)
     stages = units.map(tokenise, fn_args=(job,), num_cpus=TASK_CPUS).map(
-        compute, fn_constructor_args=(job,), compute=pool, **_resources(job.placement)
+        compute, fn_constructor_args=(job,), compute=pool, **resources_of(job.placement)
     )
     try:
         for row in stages.iter_rows():

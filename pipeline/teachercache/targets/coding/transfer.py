@@ -21,7 +21,7 @@ def to_host(torch: Any, taken: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     # The widest first: then each begins at a multiple of its own width.
     names = sorted(taken, key=lambda name: -taken[name].element_size())
     packed = torch.cat([taken[name].reshape(-1).view(torch.uint8) for name in names])
-    return _unpacked(_fetched(torch, packed), {name: taken[name] for name in names})
+    return unpacked(_fetched(torch, packed), {name: taken[name] for name in names})
 
 
 def _fetched(torch: Any, packed: Any) -> Any:
@@ -31,7 +31,7 @@ def _fetched(torch: Any, packed: Any) -> Any:
     return on_host
 
 
-def _unpacked(on_host: Any, like: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+def unpacked(on_host: Any, like: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """Arrays that lie one after the other, as those of `like`."""
     arrays, start = {}, 0
     for name, values in like.items():

@@ -55,7 +55,7 @@ def init_student(
         check_tokenizers({model: own, tokenizer: chosen})
     source: Any = load_causal_lm(model, revision=revision, dtype="auto")
     check_causal(source, name=model, vocabulary_size=vocabulary_size(own))
-    path = _path_of_layers(source, model)
+    path = path_of_layers(source, model)
     kept = chosen_layers(layers, count=len(source.get_submodule(path)))
     student = _keep_layers(source, model, path, kept)
     made: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def _check_output(output: Path, model: str, *, overwrite: bool) -> None:
         raise UserError(f"{output} is the model that the layers come from; choose another folder")
 
 
-def _path_of_layers(source: Any, model: str) -> str:
+def path_of_layers(source: Any, model: str) -> str:
     """Name of the one list of layers, e.g. `model.layers` or `transformer.h`."""
     if getattr(source, "hf_quantizer", None) is not None:
         raise ModelError(f"{model} is quantised, its layers cannot be copied; give the checkpoint in full precision")

@@ -18,6 +18,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Several processes on few cores crawl when each of them spins on all cores; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers stand behind everything else (nice 15): beside another test file they would hardly run at all.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="module", autouse=True)

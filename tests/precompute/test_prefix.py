@@ -12,11 +12,13 @@ import torch
 from cache.forgery import sign
 from teachercache.cache import SPLITS, Cache, verify
 from teachercache.cache.files.digests import fingerprint_of
+from teachercache.config import StudentConfig
 from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.precompute.capture.plan import make_plan
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.beginnings import warnings_of
 from teachercache.tokens.prefix import own_prefix
+from teachercache.training.supervision.fit import tokenizer_to_export
 
 from builders import (
     aligned,
@@ -26,6 +28,7 @@ from builders import (
     other_tokenizer,
     sentences,
     tiny_cache,
+    tiny_model,
     tiny_recipe,
     tiny_teacher,
     tiny_tokenizer,
@@ -151,6 +154,54 @@ def test_a_students_rows_begin_as_its_own_tokenizer_has_it(
             for part in segments_of(stored.row):
                 assert not aligned_T[part][: len(theirs)].any()
     assert later > 10 and verify(cache) == []
+
+
+@pytest.mark.parametrize(("choice", "begins"), [("bos", False), ("eos", True), ("none", True)])
+def test_a_students_rows_begin_as_the_recipe_says(tmp_path: Path, teacher: Path, choice: str, begins: bool) -> None:
+    """In its own tokens, whatever its tokenizer would put there; so does the tokenizer that an export gets, and by either the
+    alignment is found."""
+    tokenizer = other_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer = beginning_with(tokenizer, "<s>") if begins else tokenizer
+    student = other_student(tmp_path / "student", tokenizer=tokenizer)
+    cache = tiny_cache(tmp_path, teacher=teacher, texts=TEXTS[:4], sequence={"length": 24, "prefix": choice})
+    aligned(cache, student)
+    found = Cache.open(cache)
+    sidecar = alignment_for(found, load_tokenizer(str(student)), student="student")
+    assert sidecar is not None
+    index = getattr(tokenizer, f"{choice}_token_id", None)
+    prefix = [] if index is None else [index]
+    assert sidecar.manifest.tokenizer["prefix_ids"] == prefix and len(prefix) == (choice != "none")
+    with tokenizer_to_export(StudentConfig(model=str(student)), found, [sidecar]) as folder:
+        exported = load_tokenizer(str(folder))
+    again = alignment_for(found, exported, student="exported")
+    assert list(own_prefix(exported)) == prefix
+    assert again is not None and again.manifest.fingerprint == sidecar.manifest.fingerprint
+    for number in range(found.rows_of("train")):
+        stored = found.read_row("train", number)
+        ids = sidecar.joined("train", number, stored).row.input_ids_S.tolist()
+        begun = exported(stored.row.segments[0].text)["input_ids"]
+        assert ids[: len(begun)] == begun
+
+
+@pytest.mark.parametrize("choice", ["bos", "eos", "none"])
+def test_an_exported_tokenizer_begins_texts_as_the_rows_did(tmp_path: Path, teacher: Path, choice: str) -> None:
+    """Also that of a student which keeps its own, with further tokens; the cache takes both for its own."""
+    cache = Cache.open(tiny_cache(tmp_path, teacher=teacher, texts=TEXTS[:4], sequence={"prefix": choice}))
+    more = load_tokenizer(str(teacher))
+    more.add_tokens(["<more>"])
+    wider = tmp_path / "wider"
+    tiny_model(vocabulary=len(more)).save_pretrained(wider)
+    more.save_pretrained(wider)
+    for model in (teacher, wider):
+        with tokenizer_to_export(StudentConfig(model=str(model)), cache, []) as folder:
+            exported = load_tokenizer(str(folder))
+        row = cache.read_row("train", 0).row
+        assert own_prefix(exported) == cache.manifest.prefix_ids
+        assert ("<more>" in exported.get_vocab()) == (model == wider)
+        begun = exported(row.segments[0].text)["input_ids"]
+        assert row.input_ids_S.tolist()[: len(begun)] == begun
+        assert model == wider or alignment_for(cache, exported, student="exported") is None
 
 
 def test_a_cache_that_does_not_say_how_its_rows_begin_is_warned_of_once(tmp_path: Path, teacher: Path) -> None:

@@ -12,7 +12,8 @@ from teachercache.config import CorpusConfig, RowPrefix
 from teachercache.corpus.documents import Document, documents
 from teachercache.corpus.readers import read_rows
 from teachercache.errors import CorpusError
-from teachercache.tokens.prefix import begins_with, row_prefix
+from teachercache.tokens.carried_prefix import readers_prefix
+from teachercache.tokens.prefix import begins_with
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def prompts(
     usable = (document for document in documents(read_rows(config), config) if isinstance(document, Document))
     trained = (document for document in usable if document.problem is None and not document.held_out)
     drawn = heapq.nsmallest(rows, trained, key=lambda document: _draw(document, seed))
-    before = list(row_prefix(tokenizer, prefix, chats=bool(config.messages_field)))
+    before = list(readers_prefix(tokenizer, prefix, chats=bool(config.messages_field)))
     made = [_of(document, tokenizer, prompt_tokens, before) for document in drawn]
     found = [prompt for prompt in made if prompt is not None]
     if not found:

@@ -69,6 +69,15 @@ def template_prefix(tokenizer: Any) -> tuple[int, ...]:
     return tuple(takewhile(lambda index: not _is_of_turns(index, question, answered, special), run))
 
 
+def begins_conversations(tokenizer: Any, prefix: Sequence[int]) -> bool:
+    """Whether what the chat template writes begins with some tokens; where it refuses, or there is none, nothing can be
+    changed."""
+    if not prefix or not getattr(tokenizer, "chat_template", None):
+        return True
+    [answered] = _rendered(tokenizer, [_EXCHANGE])
+    return not answered or begins_with(answered, prefix)
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """Of all tokens that are no text."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder

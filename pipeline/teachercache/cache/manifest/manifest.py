@@ -32,6 +32,7 @@ from teachercache.cache.files.schema import ROW_COLUMNS
 from teachercache.cache.manifest import manifest_v1
 from teachercache.cache.manifest.checks import check_manifest
 from teachercache.cache.manifest.index import INDEX, read_index, write_index
+from teachercache.config import RowPrefix
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
 from teachercache.targets import StoredTargets, target_kind
@@ -151,6 +152,12 @@ class Manifest:
         """Tokens that every row and every packed segment begins with, never targets; caches of earlier versions do not
         say, and only the beginnings of documents may have them there."""
         return tuple(self.tokenizer.get("prefix_ids", ()))
+
+    @property
+    def row_prefix(self) -> RowPrefix:
+        """`sequence.prefix` of the recipe: auto, bos, eos or none."""
+        choice: RowPrefix = self.sequence.get("prefix", "auto")
+        return choice
 
     @property
     def layout(self) -> str:

@@ -29,13 +29,13 @@ from teachercache.models.loading import load_tokenizer, portable_name, save_toke
 from teachercache.precompute.align.turns import with_turn_ends
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.boundary_mass import BoundaryMass
+from teachercache.tokens.carried_prefix import readers_prefix, with_prefix
 from teachercache.tokens.fingerprint import (
     require_fast,
     template_fingerprint,
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from teachercache.tokens.prefix import row_prefix
 from teachercache.tokens.pretokens import begins_pretoken
 from teachercache.tokens.vocabulary_map import VocabularyMap, vocabulary_map
 
@@ -104,6 +104,8 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
     chats = bool(cache.manifest.corpus.get("messages_field"))
     tokenizer = require_fast(load_tokenizer(student, revision=revision))
     check_tokenizer(tokenizer, student, teacher_fingerprint=cache.manifest.tokenizer_fingerprint, chats=chats)
+    prefix = cache.manifest.row_prefix
+    tokenizer = with_prefix(tokenizer, prefix, chats=chats)
     if not cache.manifest.corpus.get("store_text", True):
         raise CacheError(
             f"{cache.name} keeps no text (corpus.store_text: false), so nothing can be aligned; precompute it again with "
@@ -116,7 +118,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
         "pad_id": _first_of(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
         "eos_id": tokenizer.eos_token_id,
         "chat_template": template_fingerprint(tokenizer) if chats else None,
-        "prefix_ids": list(row_prefix(tokenizer, chats=chats)),
+        "prefix_ids": list(readers_prefix(tokenizer, prefix, chats=chats)),
     }
     if chats and not _has_contents(cache):
         raise CacheError(

@@ -1,10 +1,10 @@
 """A row of a cache in a student's tokens, aligned with the teacher's: a pure function of the row and the two tokenizers.
 
-The student reads the text that the teacher read, segment by segment, with special tokens of its own: what its tokenizer puts
-before a text (`tokens.prefix`) before every segment, which is never aligned and never a target, and EOS where the teacher's
-segment ends in one. Of a conversation it reads what was said, as its own chat template writes
-it: what is said is aligned, the markup is not, but for the token that ends a turn on both sides. It learns the tokens that
-stand for what the teacher was to predict.
+The student reads the text that the teacher read, segment by segment, with special tokens of its own: what its tokenizer, or
+the recipe's `sequence.prefix`, puts before a text (`tokens.prefix`) before every segment, which is never aligned and never a
+target, and EOS where the teacher's segment ends in one. Of a conversation it reads what was said, as its own chat template
+writes it: what is said is aligned, the markup is not, but for the token that ends a turn on both sides. It learns the tokens
+that stand for what the teacher was to predict.
 
 Shapes: S tokens of a row, K chunks.
 """
@@ -65,14 +65,23 @@ class AlignedRow:
 
 class Aligner:
     """Two tokenizers, and what is known of each; built once in a process. `teacher_prefix` is what the cache's rows begin
-    with."""
+    with, `student_prefix` the same for the student (None: what its tokenizer puts in front)."""
 
-    def __init__(self, teacher: Any, student: Any, *, chats: bool = False, teacher_prefix: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        teacher: Any,
+        student: Any,
+        *,
+        chats: bool = False,
+        teacher_prefix: Sequence[int] = (),
+        student_prefix: Sequence[int] | None = None,
+    ) -> None:
         self.student, self._chats = student, chats
         self._reader = Reader(ChatRenderer(student) if chats else None)
         self._finders = {"teacher": SpanFinder.of(teacher), "student": SpanFinder.of(student)}
         self._eos = {"teacher": teacher.eos_token_id, "student": student.eos_token_id}
-        self._before = {"teacher": tuple(teacher_prefix), "student": row_prefix(student, chats=chats)}
+        begins = row_prefix(student, chats=chats) if student_prefix is None else student_prefix
+        self._before = {"teacher": tuple(teacher_prefix), "student": tuple(begins)}
         pad = student.pad_token_id if student.pad_token_id is not None else student.eos_token_id
         self.pad_id = int(pad) if pad is not None else 0
 

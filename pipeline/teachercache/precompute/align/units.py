@@ -30,7 +30,10 @@ class AlignReport:
 def align_shard(plan: AlignPlan, unit: int) -> AlignReport:
     """Write the alignment of a shard's rows and, last, its record."""
     started = time.time()
-    cache, aligner = _opened(str(plan.cache)), _aligner(str(plan.cache), str(plan.folder / TOKENIZER))
+    cache, aligner = (
+        _opened(str(plan.cache)),
+        _aligner(str(plan.cache), str(plan.folder / TOKENIZER), tuple(plan.tokenizer["prefix_ids"])),
+    )
     info = cache.manifest.shards[unit]
     rows: list[AlignedRow] = []
     for first in range(0, info.rows, BATCH):
@@ -63,7 +66,7 @@ def _opened(folder: str) -> Cache:
 
 
 @lru_cache(maxsize=1)
-def _aligner(cache: str, student: str) -> Aligner:
+def _aligner(cache: str, student: str, student_prefix: tuple[int, ...]) -> Aligner:
     opened = _opened(cache)
     chats = bool(opened.manifest.corpus.get("messages_field"))
     return Aligner(
@@ -71,4 +74,5 @@ def _aligner(cache: str, student: str) -> Aligner:
         load_tokenizer(student),
         chats=chats,
         teacher_prefix=opened.manifest.prefix_ids,
+        student_prefix=student_prefix,
     )

@@ -14,11 +14,19 @@ from teachercache.cache.alignment import Sidecar
 from teachercache.cache.manifest.alignment_manifest import SidecarManifest
 from teachercache.config import StudentConfig
 from teachercache.errors import CacheError, ModelError
-from teachercache.models.loading import find_model, load_config, load_tokenizer, takes_one_row, weights_identity
+from teachercache.models.loading import (
+    find_model,
+    load_config,
+    load_tokenizer,
+    save_tokenizer,
+    takes_one_row,
+    weights_identity,
+)
 from teachercache.models.probes import check_causal, isolates_packed_segments
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
-from teachercache.tokens.fingerprint import vocabulary_size
+from teachercache.tokens.carried_prefix import with_prefix
+from teachercache.tokens.fingerprint import tokenizer_fingerprint, vocabulary_size
 from teachercache.training.initialise.partitioned import rows_of, runnable
 
 REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
@@ -170,22 +178,25 @@ def tokenizer_to_export(student: StudentConfig, cache: Cache, sidecars: Sequence
 
     They are the teacher's, with its chat template and end token, also where the student has the same tokens and ends
     otherwise, as base models do. One that has further tokens keeps its own, with the teacher's template and end; one that
-    learned through an alignment keeps its own, whose template its rows were rendered with.
+    learned through an alignment keeps its own, whose template its rows were rendered with. All begin as its rows did, where
+    the recipe chose that (`sequence.prefix`).
     """
     own = None if sidecars else _tokenizer_of(student)
-    if sidecars:
-        with sidecars[0].tokenizer_folder() as files:
+    wider = own is not None and vocabulary_size(own) > cache.manifest.vocabulary_size
+    if sidecars or (cache.manifest.row_prefix == "auto" and not wider):
+        with sidecars[0].tokenizer_folder() if sidecars else cache.teacher_folder() as files:
             yield files
-    elif own is None or vocabulary_size(own) <= cache.manifest.vocabulary_size:
-        with cache.teacher_folder() as files:
-            yield files
-    else:
-        teacher = teacher_tokenizer(cache)
-        own.eos_token = teacher.eos_token or own.eos_token
-        own.chat_template = teacher.chat_template or own.chat_template
-        with tempfile.TemporaryDirectory() as folder:
-            own.save_pretrained(folder)
-            yield Path(folder)
+        return
+    exported = teacher = teacher_tokenizer(cache)
+    if own is not None and wider:
+        exported = own
+        exported.eos_token = teacher.eos_token or own.eos_token
+        exported.chat_template = teacher.chat_template or own.chat_template
+    chats = bool(cache.manifest.corpus.get("messages_field"))
+    exported = with_prefix(exported, cache.manifest.row_prefix, chats=chats)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder), exported, fingerprint=tokenizer_fingerprint(exported))
+        yield Path(folder)
 
 
 def check_joined(cache: Cache, columns: Sequence[str]) -> None:

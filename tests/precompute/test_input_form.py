@@ -11,7 +11,7 @@ import torch
 
 from teachercache.cache import Cache, verify
 from teachercache.models.loading import load_causal_lm, load_tokenizer
-from teachercache.precompute.capture.input_form import CERTAIN, MARGIN, compared, input_warning
+from teachercache.precompute.capture.input_form import CERTAIN, MARGIN, POSITIONS, WINDOW, compared, input_warning
 from teachercache.precompute.capture.plan import make_plan
 
 from builders import beginning_with, build_cache, sentences, tiny_model, tiny_recipe, tiny_tokenizer
@@ -69,16 +69,16 @@ def test_the_figures_are_the_teachers_own(tmp_path, teacher):
     """Against a plain forward pass over windows that are cut by hand; the same labels for each form."""
     from teachercache.precompute.capture.staging import read_unit, sample_file
 
-    recipe = tiny_recipe(tmp_path, teacher=teacher, texts=TEXTS[:3], sequence={"length": 48}, corpus={"held_out": 0})
+    recipe = tiny_recipe(tmp_path, teacher=teacher, texts=TEXTS[:1], sequence={"length": 48}, corpus={"held_out": 0})
     plan = make_plan(recipe)
     tokenizer, model = load_tokenizer(str(teacher)), load_causal_lm(str(teacher))
     bodies = []
     for document in read_unit(sample_file(plan.unit_file(0).parent)):
         ids = [*tokenizer(document.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        bodies += [ids[start : start + 47] for start in range(0, len(ids) - 1, 46)]
-    bodies = [body for body in bodies if len(body) > 47 // 2]
+        bodies += [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW - 1)]
+    bodies = [body for body in bodies if len(body) > WINDOW // 2]
     form = measured(recipe)
-    assert form["positions"] == sum(len(body) - 1 for body in bodies) < 256
+    assert form["positions"] == sum(len(body) - 1 for body in bodies) <= POSITIONS
     fronts = {"auto": [tokenizer.bos_token_id], "eos": [tokenizer.eos_token_id], "none": []}
     for name, front in fronts.items():
         nats = []

@@ -13,6 +13,7 @@ from cache.forgery import sign
 from teachercache.cache import Cache
 from teachercache.errors import CacheDamaged
 from teachercache.stream.tokenizers import teacher_tokenizer
+from teachercache.tokens.fingerprint import saved_fingerprint, tokenizer_fingerprint
 from teachercache.training.job.train import run_training
 
 from builders import aligned, other_student
@@ -62,6 +63,17 @@ def test_two_swapped_ids_of_the_tokenizer_are_refused_before_a_step(
     assert not [*recipe.train.output.glob("checkpoint-*")] and not (recipe.train.output / "student").exists()
     with pytest.raises(CacheDamaged, match=reason):
         teacher_tokenizer(Cache.open(copied))
+
+
+def test_a_tokenizer_that_the_library_describes_otherwise_is_known_by_its_files(copied: Path) -> None:
+    """As a later version of the library may: here it drops a member that it does not know."""
+    file = copied / "teacher" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["pre_tokenizer"]["of another version"] = 1
+    file.write_text(json.dumps(data))
+    said = saved_fingerprint(file.parent)
+    sign(copied, lambda manifest: manifest["settings"]["tokenizer"].update(fingerprint=said))
+    assert tokenizer_fingerprint(teacher_tokenizer(Cache.open(copied))) != said
 
 
 def test_alignment_refuses_a_changed_tokenizer(copied: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ rows.py            the token sequence that flows from the corpus to the teacher,
 prefix.py          how rows begin: tokens in front of a text
 carried_prefix.py  a tokenizer that begins texts as a recipe says
 fingerprint.py     whether two tokenizers turn every text into the same ids
+description.py     what of a tokenizer's description decides ids, in one form whatever version wrote it
 claims.py          what a tokenizer's files say of themselves, looked at before a library reads them
 rules.py           what a tokenizer's rules may do to a text, of its description alone
 token_bytes.py     the bytes of each token of a vocabulary

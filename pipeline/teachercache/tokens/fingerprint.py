@@ -4,28 +4,58 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from teachercache.errors import ModelError
+from teachercache.tokens.claims import CONFIG, DESCRIPTION
+from teachercache.tokens.description import decisive
 
-# What of a tokenizer.json decides text -> ids. Left out: padding and truncation (state of the last call), the decoder
-# (ids -> text), the version of the file format.
-_DECISIVE = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
+_NAMED = ("bos_token", "eos_token", "unk_token")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256, 64 hex digits, over vocabulary, merges, normalisation, added and special tokens.
 
     Equal for a tokenizer and its saved and reloaded copy, whatever its name, padding, truncation or chat template (see
-    `template_fingerprint`). Raises `ModelError` for a tokenizer without a fast backend.
+    `template_fingerprint`), and whatever version of the library writes it (`description`). Raises `ModelError` for a
+    tokenizer without a fast backend.
     """
     description = json.loads(require_fast(tokenizer).backend_tokenizer.to_str())
-    decisive: dict[str, Any] = {key: description.get(key) for key in _DECISIVE}
-    decisive["added_tokens"] = sorted(decisive["added_tokens"] or [], key=lambda token: token["id"])
-    decisive["model"] = _canonical_model(decisive["model"])
-    decisive["split_special_tokens"] = bool(getattr(tokenizer, "split_special_tokens", False))
-    decisive["begin_end_unknown"] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    return _sha256(decisive)
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    return _of_description(description, getattr(tokenizer, "split_special_tokens", False), named)
+
+
+def saved_fingerprint(folder: Path) -> str:
+    """The same of a saved tokenizer, from what its two files say: no version of the library can read another one into them.
+
+    Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for files that describe none.
+    """
+    description = json.loads((folder / DESCRIPTION).read_bytes())
+    settings = json.loads((folder / CONFIG).read_bytes()) if (folder / CONFIG).is_file() else {}
+    ids = _ids_of(description)
+    unknown = ids.get(_content(settings.get("unk_token")))
+    tokens = [_content(settings.get(name)) for name in _NAMED]
+    named = [None if token is None else ids.get(token, unknown) for token in tokens]
+    return _of_description(description, settings.get("split_special_tokens", False), named)
+
+
+def _of_description(description: dict[str, Any], split_special_tokens: Any, named: list[int | None]) -> str:
+    further = {"split_special_tokens": bool(split_special_tokens), "begin_end_unknown": named}
+    return _sha256({**decisive(description), **further})
+
+
+def _ids_of(description: dict[str, Any]) -> dict[str | None, int]:
+    """Token to id: of added tokens, and of the model's vocabulary, which may be a list in the order of ids."""
+    vocabulary = description["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return vocabulary | {token["content"]: token["id"] for token in description.get("added_tokens") or []}
+
+
+def _content(token: Any) -> str | None:
+    """Of a token in a tokenizer's settings, which is its text or an object with it."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def template_fingerprint(tokenizer: Any) -> str | None:
@@ -47,14 +77,6 @@ def require_fast(tokenizer: Any) -> Any:
             "convert it: AutoTokenizer.from_pretrained(...) must give a tokenizer with a tokenizer.json"
         )
     return tokenizer
-
-
-def _canonical_model(model: dict[str, Any]) -> dict[str, Any]:
-    """Merges as pairs: versions of tokenizers write them as "a b" or as ["a", "b"]."""
-    merges = model.get("merges")
-    if merges is None:
-        return model
-    return {**model, "merges": [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]}
 
 
 def _sha256(value: Any) -> str:

@@ -19,6 +19,7 @@ from teachercache.cache.files.entries import COUNTS, FILE_COLUMNS
 from teachercache.cache.files.schema import METADATA_KEY
 from teachercache.cache.inspection import describe
 from teachercache.cache.manifest.manifest import MANIFEST, cache_fingerprint
+from teachercache.cache.shards.row_ids import row_ids_digest
 from teachercache.targets.logits.kind import first_choice_tail
 
 Data = dict[str, Any]
@@ -124,7 +125,12 @@ def rewrite(
         if isinstance(whole.get("columns"), dict):
             said = {**said, "columns": {name: whole["columns"][name] for name in names if name in whole["columns"]}}
         _write(path, table, values, said, types or {})
-    sign(folder)
+
+    def named(data: Data) -> None:
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            data["shards"][0]["row_ids"] = row_ids_digest(values["row_id"])
+
+    sign(folder, named)
 
 
 def _table(path: Path) -> pa.Table:

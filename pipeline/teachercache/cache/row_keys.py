@@ -12,18 +12,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from teachercache.cache.files.bounds import MOST_BATCH_BYTES
 from teachercache.cache.files.entries import ShardInfo
 from teachercache.cache.files.regular_files import path_of_open
 from teachercache.cache.reader import Cache
-from teachercache.cache.shards.ipc_blocks import Blocks
-from teachercache.cache.shards.row_batch import offsets
+from teachercache.cache.shards.row_ids import row_ids_of
 from teachercache.cache.shards.shard import DAMAGE, damaged
 from teachercache.cache.shards.shard_set import SPLITS, Split
-from teachercache.errors import CacheDamaged
 
 Keys = NDArray[np.uint64]
-ID_DIGITS = 32
 
 
 def row_keys(cache: Cache) -> dict[Split, Keys]:
@@ -43,28 +39,9 @@ def row_keys(cache: Cache) -> dict[Split, Keys]:
 def _of_shard(cache: Cache, info: ShardInfo) -> Keys:
     try:
         with cache.source.unchecked(info.rows_file) as stream, pa.memory_map(str(path_of_open(stream))) as file:
-            blocks = Blocks(file.read_buffer())
-            file.seek(0)
-            options = pa.ipc.IpcReadOptions(included_fields=[0], use_threads=False)
-            reader = pa.ipc.open_file(file, options=options)
-            keys = [_of_batch(reader, blocks, number) for number in range(len(blocks))]
-        found = np.concatenate([np.empty(0, np.uint64), *keys])
+            found = np.frombuffer(row_ids_of(file), ">u8")[::2].astype(np.uint64)
         if len(found) != info.rows:
             raise ValueError(f"it holds {len(found)} rows, the manifest says {info.rows}")
         return found
     except DAMAGE as error:
         raise damaged(info.file, error) from None
-
-
-def _of_batch(reader: pa.RecordBatchFileReader, blocks: Blocks, number: int) -> Keys:
-    claimed = blocks.decompressed_bytes(number)
-    if claimed > MOST_BATCH_BYTES:
-        raise ValueError(f"record batch {number} claims {claimed} bytes, at most {MOST_BATCH_BYTES} are possible")
-    batch = reader.get_batch(number)
-    batch.validate(full=True)
-    column = batch.column("row_id")
-    ends = offsets(column)
-    if not pa.types.is_string(column.type) or (np.diff(ends) != ID_DIGITS).any():
-        raise CacheDamaged("its row ids are none")
-    digits = column.buffers()[2].slice(int(ends[0]), int(ends[-1] - ends[0])).to_pybytes() if len(column) else b""
-    return np.frombuffer(bytes.fromhex(digits.decode("ascii")), ">u8")[::2].astype(np.uint64)

@@ -38,6 +38,7 @@ from teachercache.cache.problem import Problem
 from teachercache.cache.reader import groups_of_cache
 from teachercache.cache.row_values import wrong_rows
 from teachercache.cache.shards.ipc_blocks import Blocks
+from teachercache.cache.shards.row_ids import check_row_ids
 from teachercache.cache.storage.object_store import AGAIN, ObjectStore
 from teachercache.cache.storage.source import read_listed_object, remote_manifest
 from teachercache.config import is_url
@@ -221,6 +222,8 @@ def _why_wrong_shard(path: Path, group: Group, shard: ShardInfo) -> str | None:
             schema = pa.ipc.open_file(source).schema
             group.checked(schema)
             rows, positions = _counts(source, schema, counted="positions" if group.has_rows else None)
+            if rows == shard.rows:
+                check_row_ids(source, shard.row_ids)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         return f"it cannot be read as a shard: {str(error).splitlines()[0]}"
     except CacheDamaged as error:

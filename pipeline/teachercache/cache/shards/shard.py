@@ -17,6 +17,7 @@ from teachercache.cache.shards.decompressed import Decompressed
 from teachercache.cache.shards.ipc_blocks import Blocks
 from teachercache.cache.shards.row_batch import RowBatch
 from teachercache.cache.shards.row_checks import check_rows, check_values
+from teachercache.cache.shards.row_ids import check_row_ids
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.columns import Column, Decoder, check_row_bytes
 from teachercache.tokens.rows import TokenRow
@@ -64,6 +65,13 @@ class ShardFile:
         self._decoders: dict[str, Decoder] = {}
         self._readers: dict[tuple[str, ...], pa.RecordBatchFileReader] = {}
         self._checked: set[tuple[tuple[str, ...], int]] = set()  # record batches whose rows are as they should be
+
+    def check_row_ids(self, row_ids: str) -> None:
+        """Raise `CacheDamaged` where its rows are not those of this digest."""
+        try:
+            check_row_ids(self._file, row_ids)
+        except DAMAGE as error:
+            raise damaged(self.name, error) from None
 
     def row_batch(
         self, index: int, fields: tuple[str, ...], recent: Decompressed[RowBatch], check: Check, *, rows: int
@@ -145,6 +153,10 @@ class Shard:
             info = self.info.files[group.folder]
             self._files[group.folder] = ShardFile(self._mapped(info), info.file, group)
         return self._files[group.folder]
+
+    def check_row_ids(self) -> None:
+        """Raise `CacheDamaged` where its rows are not those that the index says; other groups name theirs row by row."""
+        self.file(self._groups[0]).check_row_ids(self.info.row_ids)
 
     @property
     def columns(self) -> tuple[str, ...]:

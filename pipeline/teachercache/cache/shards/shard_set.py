@@ -44,6 +44,7 @@ class ShardSet(ABC):
         train = infos.counted("rows") - held_out
         self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
         self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._same_rows: set[int] = set()  # shards whose rows are those that the index says
         self.recent: Decompressed[RowBatch] = Decompressed(KEPT_BYTES)
 
     def rows_of(self, split: Split) -> int:
@@ -73,14 +74,18 @@ class ShardSet(ABC):
         """The shard of that number, opened if it was not."""
         shard = self._shards.get(number)
         if shard is None:
-            shard = self._shards[number] = self.opened(self.infos[number], partial(mapped, self.source))
+            shard = self.opened(self.infos[number], partial(mapped, self.source))
+            if number not in self._same_rows:
+                shard.check_row_ids()
+                self._same_rows.add(number)
+            self._shards[number] = shard
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return shard
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_shards": OrderedDict(), "recent": Decompressed(KEPT_BYTES)}
+        return {**vars(self), "_shards": OrderedDict(), "_same_rows": set(), "recent": Decompressed(KEPT_BYTES)}
 
 
 def mapped(source: Source, info: FileInfo) -> pa.MemoryMappedFile:

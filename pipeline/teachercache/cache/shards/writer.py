@@ -7,7 +7,6 @@ and only the record of a finished unit says which of them counts.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.content_files import NamedByContent
 from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.files.schema import file_schema, table_metadata, to_batch
+from teachercache.cache.shards.row_ids import row_ids_digest
 from teachercache.tokens.rows import TokenRow
 
 # A row is read by decompressing its record batch: about 1 MiB keeps that near a millisecond and still compresses well.
@@ -57,11 +57,6 @@ def write_shard(
         files=files,
     )
     return info, dict(column_bytes)
-
-
-def row_ids_digest(ids: Any) -> str:
-    """sha256 over the ids of rows, 16 bytes each, in their order."""
-    return hashlib.sha256(b"".join(map(bytes.fromhex, ids))).hexdigest()
 
 
 def _write_file(

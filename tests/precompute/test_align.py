@@ -230,6 +230,21 @@ def test_what_an_alignment_claims_is_checked(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("where", ["alignments", "its folder"])
+def test_a_link_does_not_lead_what_is_written_out_of_the_cache(
+    made: tuple[Path, Path], tmp_path: Path, where: str
+) -> None:
+    cache, student = made
+    folder = Path(shutil.copytree(cache, tmp_path / "cache"))
+    [own] = (folder / "alignments").iterdir()
+    shutil.rmtree(own if where == "its folder" else own.parent)
+    (tmp_path / "outside").mkdir()
+    (own if where == "its folder" else own.parent).symlink_to(tmp_path / "outside")
+    with pytest.raises(CacheError, match="is a link, which would lead"):
+        make_plan(Cache.open(folder), str(student))
+    assert not list((tmp_path / "outside").iterdir())
+
+
 def test_users_mistakes_are_one_line_before_any_work(tmp_path: Path) -> None:
     cache = tiny_cache(tmp_path / "a", texts=TEXTS)
     student = other_student(tmp_path / "student")

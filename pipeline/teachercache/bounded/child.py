@@ -27,15 +27,15 @@ def main(task: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    before = _address_space()
+    before, (_, hardest) = _address_space(), resource.getrlimit(resource.RLIMIT_AS)
     while len(head := source.read(HEAD.size)) == HEAD.size:
         asked = pickle.loads(source.read(HEAD.unpack(head)[0]))
-        most = resource.RLIM_INFINITY if before is None else before + asked["memory"]
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        most = hardest if before is None else before + asked["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (most if hardest < 0 else min(most, hardest), hardest))
         signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
         data = json.dumps(_answered(answer, asked.pop("request"))).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (hardest, hardest))
         with contextlib.suppress(BrokenPipeError):
             sink.write(HEAD.pack(len(data)) + data)
             sink.flush()

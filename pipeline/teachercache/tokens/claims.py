@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from teachercache.bounded.strangers_json import parse_json
+from teachercache.bounded.strangers_json import parse_json, values_of
 from teachercache.tokens.rules import check_rules
 
 DESCRIPTION, CONFIG = "tokenizer.json", "tokenizer_config.json"
+MOST_CONFIG_VALUES = 2**18  # of any other file; Gemma's 6,000 added tokens are 45,000
 MOST_VALUES = 2**22  # of one file; Gemma's 262,000 tokens and their merges are 2 million
 # Files with tokens and their ids: a dict of tokens, or of ids as text under this key.
 _FURTHER = {"vocab.json": None, "added_tokens.json": None, CONFIG: "added_tokens_decoder"}
+_LISTS = (DESCRIPTION, "vocab.json")
 
 
 def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
@@ -32,6 +34,9 @@ def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
             found = _json(folder / name)
             ids = found.values() if key is None else map(_number, found.get(key, {}))
             _check(name, iter(ids), vocabulary_size)
+    for path in sorted(folder.glob("*.json")):  # transformers copies what stands in them several times
+        if path.name not in _LISTS and (count := values_of(path.read_bytes())) > MOST_CONFIG_VALUES:
+            raise ValueError(f"{path.name} lists {count} values, at most {MOST_CONFIG_VALUES} are possible")
     if (folder / CONFIG).is_file():
         _check_paths(_json(folder / CONFIG))
 

@@ -20,6 +20,7 @@ from teachercache.cache.files.digests import hash_file
 ROWS_GROUP = "shards"  # the folder of the files that hold the columns of every row
 COUNTS = ("rows", "held_out_rows", "positions", "held_out_positions", "tokens")
 FILE_COLUMNS = ("file", "bytes", "sha256")
+MOST_NAME = 512  # characters of a file's name with its folders
 MOST_COUNT = 2**53  # of anything
 _PLAIN = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -247,11 +248,13 @@ def _checked_counts(name: str, values: Sequence[Any]) -> NDArray[np.int64]:
 
 def check_inside(file: Any) -> None:
     """Raise `ValueError` for a name of a file that is not below the cache's folder."""
-    if type(file) is str and _PLAIN.fullmatch(file):
+    if type(file) is str and len(file) <= MOST_NAME and _PLAIN.fullmatch(file):
         return
-    path = PurePosixPath(str(file))
-    if type(file) is not str or path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts:
-        raise ValueError(f"it names {str(file)[:200]!r}, which is outside the cache")
+    path = PurePosixPath(str(file)[: MOST_NAME + 1])
+    outside = path.is_absolute() or ".." in path.parts or not path.parts
+    # One name a file: `a//b` and `./a` are others for the file `a/b`.
+    if type(file) is not str or outside or path.as_posix() != file or "\\" in file or not file.isprintable():
+        raise ValueError(f"it names {str(file)[:200]!r}, which is outside the cache or no plain name")
 
 
 def file_info(folder: Path, path: Path) -> FileInfo:

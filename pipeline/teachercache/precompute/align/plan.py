@@ -126,6 +126,9 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
             "no other chat template can be applied; precompute it again"
         )
     plan = AlignPlan(cache.folder.resolve(), described, {}, len(cache.infos), cache.manifest.settings_fingerprint)
+    for path in (plan.folder.parent, plan.folder):
+        if path.is_symlink():
+            raise CacheError(f"{path} is a link, which would lead what is written out of the cache; delete it")
     if plan.is_finished():
         return plan
     return _prepared(plan, cache, tokenizer)

@@ -27,7 +27,7 @@ def validated(validate: Any, value: Any) -> None:
             return
         first = wrong[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{place}: {first['msg'][:200]}") from None
+        raise ValueError(f"{place}: {first['msg'][:200]}" if place else first["msg"][:200]) from None
 
 
 def check_files(names: Sequence[str]) -> None:

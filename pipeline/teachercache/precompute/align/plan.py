@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from teachercache.cache import Cache
 from teachercache.cache.alignment import TOKENIZER
+from teachercache.cache.files.bounds import Count
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.manifest.alignment_manifest import (
     FORMAT_VERSION,
@@ -23,10 +27,11 @@ from teachercache.cache.manifest.alignment_manifest import (
 )
 from teachercache.cache.manifest.manifest import WORK_FOLDER
 from teachercache.cache.shards.shard_set import Split
-from teachercache.errors import CacheError, ModelError
+from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer, portable_name, save_tokenizer
 from teachercache.precompute.align.turns import with_turn_ends
+from teachercache.precompute.engine.records import File, Shard, check_unchanged, described, read_shaped
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.boundary_mass import BoundaryMass
 from teachercache.tokens.carried_prefix import readers_prefix, with_prefix
@@ -41,6 +46,38 @@ from teachercache.tokens.vocabulary_map import VocabularyMap, vocabulary_map
 
 VOCABULARY = "vocabulary.safetensors"
 FIRST_ROWS = 256  # of which one must say where its messages stand
+
+
+class Vocabulary(TypedDict):
+    """As alignment.json has it."""
+
+    file: str
+    begins_file: str
+    begins: dict[str, Any]
+    coverage: float
+    identical: bool
+
+
+class Planned(TypedDict):
+    """plan.json. `files` are those that all shards share."""
+
+    identity: dict[str, Any]
+    vocabulary: Vocabulary
+    files: list[File]
+
+
+class Record(TypedDict):
+    """Of a shard that is done."""
+
+    shard: Shard
+    column_bytes: dict[str, Count]
+    totals: dict[str, Count]
+    unaligned: dict[str, Count]
+    longest: Count
+
+
+PLANNED: TypeAdapter[Any] = TypeAdapter(Planned)
+RECORD: TypeAdapter[Any] = TypeAdapter(Record)
 
 
 @dataclass(frozen=True)
@@ -79,12 +116,16 @@ class AlignPlan:
 
     def record(self, unit: int) -> dict[str, Any] | None:
         """What is known of a shard that is done, if its file is there in full."""
-        try:
-            record = json.loads((self.work / f"{unit:05d}.json").read_text(encoding="utf-8"))
-            [file] = record["shard"]["files"].values()
-            return record if (self.cache / file["file"]).stat().st_size == file["bytes"] else None
-        except (OSError, ValueError, KeyError):
+        source = self.work / f"{unit:05d}.json"
+        remedy = f"delete it (rm {source}) and run the same command again: this shard is aligned again"
+        record = read_shaped(source, RECORD, remedy=remedy)
+        if record is None:
             return None
+        if set(record["shard"]["files"]) != {self.within}:
+            raise CacheDamaged(f"{source} is of another alignment; {remedy}")
+        file = record["shard"]["files"][self.within]
+        path = self.cache / file["file"]
+        return record if path.is_file() and path.stat().st_size == file["bytes"] else None
 
     def pending(self) -> list[int]:
         """Shards that are still to be aligned."""
@@ -111,7 +152,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
             f"{cache.name} keeps no text (corpus.store_text: false), so nothing can be aligned; precompute it again with "
             "corpus.store_text: true"
         )
-    described = {
+    said = {
         "name": portable_name(student),
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "vocabulary_size": vocabulary_size(tokenizer),
@@ -125,7 +166,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
             f"{cache.name} does not say where messages stand in its conversations (an earlier version made it), so that "
             "no other chat template can be applied; precompute it again"
         )
-    plan = AlignPlan(cache.folder.resolve(), described, {}, len(cache.infos), cache.manifest.settings_fingerprint)
+    plan = AlignPlan(cache.folder.resolve(), said, {}, len(cache.infos), cache.manifest.settings_fingerprint)
     for path in (plan.folder.parent, plan.folder):
         if path.is_symlink():
             raise CacheError(f"{path} is a link, which would lead what is written out of the cache; delete it")
@@ -157,7 +198,8 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
     """With the files that all shards share; what an earlier job left is kept if it was the same."""
     identity = {"cache": cache.manifest.fingerprint, "tokenizer": plan.tokenizer, "format_version": FORMAT_VERSION}
     file = plan.work / "plan.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    remedy = f"delete {plan.folder} and run this command again"
+    known = read_shaped(file, PLANNED, remedy=remedy)
     if known is None or known["identity"] != identity:
         shutil.rmtree(plan.folder, ignore_errors=True)
         plan.work.mkdir(parents=True)
@@ -169,8 +211,10 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
         mapped.save(plan.folder / VOCABULARY)
         begins = BoundaryMass.of(begins_pretoken(tokenizer, cut_as=teacher))
         begins.save(plan.folder)
-        known = {"identity": identity, "vocabulary": _describe(plan, mapped, begins)}
+        files = described(plan.cache, plan.folder.rglob("*"))
+        known = {"identity": identity, "vocabulary": _describe(plan, mapped, begins), "files": files}
         write_whole(file, json.dumps(known, sort_keys=True))
+    check_unchanged(plan.cache, known["files"], remedy=remedy)
     return AlignPlan(plan.cache, plan.tokenizer, known["vocabulary"], plan.units, plan.settings)
 
 

@@ -3,6 +3,7 @@
 job.py         the whole job, `run_precompute`
 plan.py        what the job is: identity (fingerprint); decides between new, resumed and finished
 input_form.py  whether rows begin as the teacher is used to
+shapes.py      what files of an unfinished job look like
 layers.py      what a recipe asks for of layers, with the teacher's numbers
 staging.py     the corpus as files of raw documents, one a work unit
 stages.py      the two stages on Ray: tokenising tasks, teacher actors

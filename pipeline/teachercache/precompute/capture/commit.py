@@ -16,7 +16,7 @@ from teachercache.cache.manifest.card import render_card
 from teachercache.cache.manifest.manifest import QUARANTINE, TEACHER_IDENTITY, cache_fingerprint, commit_manifest
 from teachercache.cache.verify import CARD
 from teachercache.errors import JobFailed
-from teachercache.precompute.capture.plan import Plan
+from teachercache.precompute.capture.plan import Plan, check_teacher_files
 
 
 def commit(plan: Plan) -> Manifest:
@@ -42,7 +42,6 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
     column_bytes: Counter[str] = Counter()
     for record in records:
         column_bytes.update(record["column_bytes"])
-    teacher_files = [file_info(plan.folder, path) for path in _teacher_files(plan)]
     quarantine = [FileInfo(**record["quarantine"]) for record in records if record["quarantine"]]
     model, identity, layout = _loaded_teacher(records), plan.identity, layout_of(plan.targets)
     settings, digests = plan.settings(model["dtype"]), plan.target_digests()
@@ -58,7 +57,7 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
         **{key: identity[key] for key in ("targets", "corpus", "units")},
         audit=_audit(plan, records),
         shards=ShardTable.of((ShardInfo.from_json(r["shard"]) for r in records if r["shard"]), groups=layout),
-        files=[*teacher_files, *quarantine],
+        files=[*_teacher_files(plan), *quarantine],
         column_bytes=dict(column_bytes),
         read_by=plan.read_by(),
         calibration={name: value for name, value in (plan.calibration() or {}).items() if name != "read_by"},
@@ -82,8 +81,11 @@ def _loaded_teacher(records: list[dict[str, Any]]) -> dict[str, Any]:
     return model
 
 
-def _teacher_files(plan: Plan) -> list[Path]:
-    return sorted(path for path in (plan.folder / "teacher").iterdir() if path.suffix != ".tmp")
+def _teacher_files(plan: Plan) -> list[FileInfo]:
+    """Those that the job wrote, as it wrote them; whatever else lies there is none of the cache's."""
+    check_teacher_files(plan)
+    made = [file_info(plan.folder, plan.folder / name) for name in plan.made_files()]
+    return sorted([*(FileInfo(**info) for info in plan.files), *made], key=lambda info: info.file)
 
 
 def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
@@ -111,9 +113,10 @@ def _fidelity(records: list[dict[str, Any]], *, drifts: bool) -> dict[str, Any]:
     if not units:
         return {}
     positions = sum(measured["positions"] for _, measured in units)
-    kl = {T: sum(measured["kl"][T] for _, measured in units) / positions for T in units[0][1]["kl"]}
+    temperatures = [T for T in units[0][1]["kl"] if all(T in measured["kl"] for _, measured in units)]
+    kl = {T: sum(measured["kl"][T] for _, measured in units) / max(1, positions) for T in temperatures}
     fidelity = {"positions": positions, "tail": units[0][1]["tail"], "kl": kl}
-    if not drifts:
+    if not drifts or DRIFT_AT not in kl:
         return fidelity
     worse = [
         {"unit": unit, "positions": measured["positions"], "kl": measured["kl"][DRIFT_AT] / measured["positions"]}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,15 @@ from teachercache.models.loading import (
     without_paths,
 )
 from teachercache.precompute.capture.layers import layer_kinds
+from teachercache.precompute.capture.shapes import CALIBRATION, INPUT_FORM, PLANNED, RECORD
 from teachercache.precompute.capture.staging import Staged, empty_folder, stage, unit_name
+from teachercache.precompute.engine.records import (
+    check_named_by_content,
+    check_unchanged,
+    described,
+    read_json,
+    read_shaped,
+)
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
 from teachercache.targets.coding.columns import MOST_ROW_BYTES
 from teachercache.targets.stored import LOGITS
@@ -58,6 +66,9 @@ class Plan:
     units: int
     rows_in: int
     deduplicated: int
+    files: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # in teacher/, as planning wrote them: file, bytes, sha256
 
     @property
     def work(self) -> Path:
@@ -79,10 +90,13 @@ class Plan:
 
     def record(self, unit: int) -> dict[str, Any] | None:
         """The unit's record, if there is one and the files that it names are there in full."""
-        try:
-            record = json.loads(self.record_file(unit).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        file = self.record_file(unit)
+        remedy = f"delete it (rm {file}) and run the same command again: this unit is computed again"
+        record = read_shaped(file, RECORD, remedy=remedy)
+        if record is None:
             return None
+        if record["shard"] and set(record["shard"]["files"]) != set(layout_of(self.targets)):
+            raise CacheDamaged(f"{file} is of other column groups than this job has; {remedy}")
         if record["read_by"] != self.read_by():
             return None  # prepared anew: other files would read its codes as other numbers
         shard, quarantine = record["shard"], record["quarantine"]
@@ -98,12 +112,12 @@ class Plan:
         """Which rows basis and layer files were made from, and these files; {} for targets without, None when it is due."""
         if not self.targets.needs_preparation:
             return {}
-        try:
-            record = json.loads(self.calibration_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        record = read_shaped(
+            self.calibration_file, CALIBRATION, remedy="delete it and run the same command again: it calibrates anew"
+        )
+        if record is None:
             return None
-        names = [name for files in record["read_by"].values() for name in files.values()]
-        return record if all((self.folder / name).is_file() for name in names) else None
+        return record if all((self.folder / name).is_file() for name in _made(record)) else None
 
     @property
     def input_file(self) -> Path:
@@ -112,16 +126,16 @@ class Plan:
 
     def input_form(self) -> dict[str, Any]:
         """What was measured (input_form.py); {} where nothing was, so far."""
-        try:
-            found: dict[str, Any] = json.loads(self.input_file.read_text(encoding="utf-8"))
-            return found
-        except (OSError, ValueError):
-            return {}
+        return read_shaped(self.input_file, INPUT_FORM, remedy="delete it and run the same command again") or {}
 
     def read_by(self) -> dict[str, dict[str, str]]:
         """Files that targets are read by, as far as they are made, by section and role."""
         found: dict[str, dict[str, str]] = (self.calibration() or {}).get("read_by", {})
         return found
+
+    def made_files(self) -> list[str]:
+        """Their names, once they are made."""
+        return _made(self.calibration() or {})
 
     def loaded_targets(self) -> StoredTargets:
         """The targets with their files, if these have been made."""
@@ -169,6 +183,10 @@ class Plan:
     def pending(self) -> list[int]:
         """Units that are still to be computed."""
         return [unit for unit in range(self.units) if self.record(unit) is None]
+
+
+def _made(calibration: Mapping[str, Any]) -> list[str]:
+    return sorted({name for files in calibration.get("read_by", {}).values() for name in files.values()})
 
 
 @lru_cache(maxsize=8)
@@ -273,17 +291,19 @@ def _find_or_begin(
     folder, corpus, settings = recipe.cache_folder, recipe.corpus, _smaller_units(recipe.precompute, targets)
     assert corpus is not None
     # Where a corpus comes from is no part of its identity: what it holds is.
-    described = corpus.model_dump(exclude={"limit", "format", "streaming"})
-    described["source"] = _portable_source(corpus.source)
+    said = corpus.model_dump(exclude={"limit", "format", "streaming"})
+    said["source"] = _portable_source(corpus.source)
 
     def planned(staged: Staged) -> Plan:
-        whole = {**identity, "corpus": {**described, "digest": staged.digest}}
+        whole = {**identity, "corpus": {**said, "digest": staged.digest}}
         return Plan(folder, whole, targets, staged.units, staged.rows_in, staged.deduplicated)
 
     known = _known_job(folder)
     if known is not None:
         plan = planned(stage(corpus, settings, None))
         _check_same_job(known, plan.identity, folder)
+        plan = replace(plan, files=known.files)
+        check_teacher_files(plan)
         return plan
     with empty_folder(folder / WORK_FOLDER / "units") as staging:
         positions = targets.calibration_positions
@@ -292,7 +312,8 @@ def _find_or_begin(
         if targets.boundary is not None:
             targets.boundary.save(folder / "teacher")
         (plan.work / "done").mkdir()
-        job = {"format_version": PLAN_VERSION, "identity": plan.identity}
+        plan = replace(plan, files=described(folder, (folder / "teacher").iterdir()))
+        job = {"format_version": PLAN_VERSION, "identity": plan.identity, "files": plan.files}
         write_whole(plan.work / PLAN, json.dumps(job, indent=1, sort_keys=True))  # last: now there is a job
     return plan
 
@@ -310,6 +331,7 @@ class _Known:
 
     job: dict[str, Any]
     is_of_format_1: bool = False
+    files: list[dict[str, Any]] = field(default_factory=list)  # of an unfinished one: see `Plan.files`
 
 
 def _known_job(folder: Path) -> _Known | None:
@@ -329,16 +351,36 @@ def _known_job(folder: Path) -> _Known | None:
         raise CacheError(f"{folder} exists and holds no cache of ours; choose another `cache:` or empty it")
     plan = work / PLAN
     if plan.is_file() and any((folder / "shards").glob("part-*")):
-        job = json.loads(plan.read_text(encoding="utf-8"))
-        if job.get("format_version") != PLAN_VERSION:
-            raise CacheError(
-                f"the job in {folder} was begun by another version of teachercache, whose cache has another format; finish it "
-                f"with that version, or delete {folder} and run this command again"
-            )
-        return _Known(job["identity"])
+        job = _read_plan(plan, folder)
+        return _Known(job["identity"], files=job["files"])
     for name in OURS:
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
+
+
+def _read_plan(file: Path, folder: Path) -> dict[str, Any]:
+    """plan.json of an unfinished job; raises `CacheError` for that of another version, `CacheDamaged` for one that is none."""
+    found = read_json(file)
+    if isinstance(found, dict) and found.get("format_version") != PLAN_VERSION:
+        raise CacheError(
+            f"the job in {folder} was begun by another version of teachercache, whose cache has another format; finish it "
+            f"with that version, or {_start_over(folder)}"
+        )
+    job = read_shaped(file, PLANNED, remedy=_start_over(folder))
+    if job is None:
+        raise CacheDamaged(f"{file} is no JSON; {_start_over(folder)}")
+    return job
+
+
+def check_teacher_files(plan: Plan) -> None:
+    """Raise `CacheDamaged` where a file in teacher/, by which units of an unfinished job were made, has changed since."""
+    check_unchanged(plan.folder, plan.files, remedy=_start_over(plan.folder))
+    for name in plan.made_files():
+        check_named_by_content(plan.folder, name, remedy="delete it and run this command again: it is made anew")
+
+
+def _start_over(folder: Path) -> str:
+    return f"delete {folder} and run this command again"
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:

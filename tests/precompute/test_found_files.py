@@ -1,0 +1,136 @@
+"""What a resumed job finds of an earlier run: as that run wrote it, or refused in a line with what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache.golden_caches import GOLDEN, recipe
+from teachercache.cache import verify
+from teachercache.cache.manifest.manifest import read_manifest
+from teachercache.errors import CacheDamaged
+from teachercache.precompute.capture.plan import Plan, make_plan
+
+from builders import build_cache
+
+Edit = Callable[[Any], Any]
+INPUTS = GOLDEN / "v2"
+RECORD, PLAN = "done/00000.json", "plan.json"
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One unit of a job with a basis and layer files."""
+    return build_cache(recipe("layers", tmp_path_factory.mktemp("job") / "cache", inputs=INPUTS), units=1)
+
+
+@pytest.fixture
+def job(half_done: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(half_done, tmp_path / "cache"))
+
+
+def planned(job: Path) -> Plan:
+    return make_plan(recipe("layers", job, inputs=INPUTS))
+
+
+def edit_json(file: Path, edit: Edit) -> None:
+    data = json.loads(file.read_text())
+    changed = edit(data)
+    file.write_text(json.dumps(data if changed is None else changed))
+
+
+def refused(job: Path, message: str) -> None:
+    with pytest.raises(CacheDamaged, match=message) as caught:
+        planned(job).pending()
+    assert "\n" not in str(caught.value) and "delete" in str(caught.value)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def be_a_link(file: Path) -> None:
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "boundary-*", "sketch-*", "layers-*"])
+@pytest.mark.parametrize("damage", [flip, be_a_link], ids=["a flipped bit", "a link"])
+def test_a_changed_file_of_the_teacher_is_noticed(job: Path, name: str, damage: Callable[[Path], None]) -> None:
+    [file, *_] = sorted((job / "teacher").glob(name))
+    damage(file)
+    refused(job, rf"{file.name}, which an unfinished job goes on from, (has other bytes|is refused)")
+
+
+def test_a_missing_file_of_the_teacher_is_noticed(job: Path) -> None:
+    (job / "teacher" / "tokenizer.json").unlink()
+    refused(
+        job, r"tokenizer.json, which an unfinished job goes on from, is missing; delete \S+ and run this command again"
+    )
+
+
+def test_a_strangers_file_beside_them_is_no_part_of_the_cache(job: Path) -> None:
+    (job / "teacher" / "tokenizer_evil").write_text("not the job's")
+    build_cache(recipe("layers", job, inputs=INPUTS))
+    assert verify(job) == []
+    assert not [info.file for info in read_manifest(job).all_files if "evil" in info.file]
+
+
+FOREIGN: list[tuple[str, str, Edit]] = [
+    *(
+        (RECORD, f"without {key}", lambda data, key=key: data.pop(key) and None)
+        for key in ("shard", "read_by", "teacher", "documents", "column_bytes", "fidelity", "quarantine")
+    ),
+    (RECORD, "a list", lambda data: [data]),
+    (RECORD, "a number", lambda data: 3),
+    (RECORD, "rows as text", lambda data: data["shard"].update(rows="7")),
+    (RECORD, "true rows", lambda data: data["shard"].update(rows=True)),
+    (RECORD, "negative rows", lambda data: data["shard"].update(rows=-7)),
+    (RECORD, "files as a list", lambda data: data["shard"].update(files=[])),
+    (RECORD, "other groups", lambda data: data["shard"]["files"].pop("targets/hidden") and None),
+    (RECORD, "a file outside", lambda data: data["shard"]["files"]["shards"].update(file="../a")),
+    (RECORD, "a file without a digest", lambda data: data["shard"]["files"]["shards"].pop("sha256") and None),
+    (RECORD, "read by a list", lambda data: data.update(read_by=["basis"])),
+    (RECORD, "an odd teacher", lambda data: data["teacher"].update(parameters=None)),
+    (RECORD, "odd fidelity", lambda data: data.update(fidelity={"positions": 1})),
+    (PLAN, "a list", lambda data: [data]),
+    (PLAN, "without files", lambda data: data.pop("files") and None),
+    (PLAN, "without identity", lambda data: data.pop("identity") and None),
+    (PLAN, "files as text", lambda data: data.update(files="teacher")),
+    (PLAN, "a file outside", lambda data: data["files"][0].update(file="/etc/hostname")),
+    ("calibration.json", "a list", lambda data: [data]),
+    ("calibration.json", "without rows", lambda data: data.pop("rows") and None),
+    ("calibration.json", "read by text", lambda data: data.update(read_by="teacher/sketch")),
+    ("calibration.json", "a file outside", lambda data: data["read_by"]["logits"].update(basis="../basis")),
+]
+
+
+@pytest.mark.parametrize(("name", "edit"), [each[::2] for each in FOREIGN], ids=[f"{n}: {w}" for n, w, _ in FOREIGN])
+def test_records_of_another_shape_are_refused(job: Path, name: str, edit: Edit) -> None:
+    edit_json(job / ".work" / name, edit)
+    refused(job, rf"{Path(name).name} is (not as a job writes it|of other column groups)")
+
+
+@pytest.mark.parametrize("edit", [lambda data: [], lambda data: {"better": "bos"}], ids=["a list", "without nats"])
+def test_a_measurement_of_another_shape_is_refused(job: Path, edit: Edit) -> None:
+    edit_json(job / ".work" / "input.json", edit)
+    with pytest.raises(CacheDamaged, match="input.json is not as a job writes it"):
+        planned(job).input_form()
+
+
+def test_a_record_that_is_no_json_is_computed_again(job: Path) -> None:
+    assert 0 not in planned(job).pending()
+    (job / ".work" / RECORD).write_text("{")
+    assert 0 in planned(job).pending()
+
+
+def test_a_plan_that_is_no_json_is_refused(job: Path) -> None:
+    (job / ".work" / PLAN).write_text("{")
+    refused(job, "plan.json is no JSON")

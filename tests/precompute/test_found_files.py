@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from cache.golden_caches import GOLDEN, recipe
-from teachercache.cache import verify
+from teachercache.cache import Cache, verify
 from teachercache.cache.manifest.manifest import read_manifest
 from teachercache.errors import CacheDamaged
+from teachercache.precompute.align.plan import AlignPlan
+from teachercache.precompute.align.plan import make_plan as make_align_plan
+from teachercache.precompute.align.units import align_shard
 from teachercache.precompute.capture.plan import Plan, make_plan
 
-from builders import build_cache
+from builders import build_cache, other_student
 
 Edit = Callable[[Any], Any]
 INPUTS = GOLDEN / "v2"
@@ -134,3 +137,51 @@ def test_a_record_that_is_no_json_is_computed_again(job: Path) -> None:
 def test_a_plan_that_is_no_json_is_refused(job: Path) -> None:
     (job / ".work" / PLAN).write_text("{")
     refused(job, "plan.json is no JSON")
+
+
+@pytest.fixture(scope="module")
+def half_aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache, a student, and one shard of an alignment of both."""
+    folder = tmp_path_factory.mktemp("aligning")
+    shutil.copytree(INPUTS / "layers", folder / "cache", ignore=shutil.ignore_patterns("alignments"))
+    other_student(folder / "student")
+    align_shard(aligning(folder), 0)
+    return folder
+
+
+def aligning(folder: Path) -> AlignPlan:
+    return make_align_plan(Cache.open(folder / "cache"), str(folder / "student"))
+
+
+ALIGNED_FOREIGN: list[tuple[str, Edit]] = [
+    ("plan.json", lambda data: [data]),
+    ("plan.json", lambda data: data["vocabulary"].pop("coverage") and None),
+    ("plan.json", lambda data: data.pop("files") and None),
+    ("00000.json", lambda data: [data]),
+    ("00000.json", lambda data: data.update(shard=None)),
+    ("00000.json", lambda data: data["shard"].update(files={})),
+    ("00000.json", lambda data: data.update(longest="7")),
+]
+
+
+@pytest.mark.parametrize(("name", "edit"), ALIGNED_FOREIGN)
+def test_a_resumed_alignment_refuses_records_of_another_shape(
+    half_aligned: Path, tmp_path: Path, name: str, edit: Edit
+) -> None:
+    folder = Path(shutil.copytree(half_aligned, tmp_path / "copy"))
+    [work] = (folder / "cache" / "alignments").glob("*/.work")
+    edit_json(work / name, edit)
+    with pytest.raises(
+        CacheDamaged, match=rf"{name} is (not as a job writes it|of another alignment)[^\n]*delete[^\n]*$"
+    ):
+        aligning(folder).pending()
+
+
+@pytest.mark.parametrize("name", ["vocabulary.safetensors", "tokenizer/tokenizer.json", "boundary-*"])
+def test_a_resumed_alignment_checks_what_all_shards_share(half_aligned: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(half_aligned, tmp_path / "copy"))
+    assert 0 not in aligning(folder).pending()
+    [file] = (folder / "cache" / "alignments").glob(f"*/{name}")
+    flip(file)
+    with pytest.raises(CacheDamaged, match=r"has other bytes than the job wrote; delete [^\n]*$"):
+        aligning(folder)

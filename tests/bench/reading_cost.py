@@ -16,6 +16,7 @@ The result holds medians of the seconds over rounds, and the medians of the rati
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -55,8 +56,9 @@ def measure(folder: Path) -> dict[str, float]:
 def _names() -> tuple[Any, Any]:
     try:
         from teachercache.cache import Cache, verify
-    except ImportError:  # an earlier checkout
-        from teachercache.shards import Cache, verify
+    except ImportError:  # an earlier checkout, which had them elsewhere
+        earlier = importlib.import_module(".shards", "teachercache")
+        return earlier.Cache, earlier.verify
     return Cache, verify
 
 

@@ -125,7 +125,7 @@ def test_processes_train_it(cache: Path, tmp_path: Path, stage: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "OMP_NUM_THREADS": "1"}
     job = [str(ROOT / "jobs" / "train_student.py"), str(path), "--json"]
-    done = subprocess.run([*launcher, *job], capture_output=True, text=True, env=environment, check=False, timeout=240)
+    done = subprocess.run([*launcher, *job], capture_output=True, text=True, env=environment, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["zero_stage"] == stage
     assert load_causal_lm(str(tmp_path / "run" / "student")) is not None

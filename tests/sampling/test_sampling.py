@@ -152,7 +152,7 @@ def test_rounds_of_writing_asking_and_training(student: str, tmp_path: Path) -> 
     }  # fmt: skip
     command = ["bash", str(ROOT / "infra" / "on_policy"), str(path), student, "2", str(tmp_path / "rounds")]
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=400)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
     last = tmp_path / "rounds" / "2"
     assert f"the student after 2 round(s): {last / 'run' / 'student'}" in done.stderr

@@ -23,7 +23,7 @@ from training.runs import log_of, losses_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "infra" / "slurm" / "train.sbatch"
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 600
 
 # What Slurm 22.05 was seen to do: one task a node; a task that fails makes it send SIGTERM to every process of the
 # others; srun ends with the highest status.

@@ -14,7 +14,7 @@ import pytest
 from teachercache.training.checkpoints.completion import complete_checkpoints
 from training.runs import start_job
 
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 600
 
 
 def _family(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -5,9 +5,7 @@ A recipe is read, checked and changed as on the command line; errors say what is
 
 import sys
 
-from teachercache.config import load_recipe
-from teachercache.errors import TeachercacheError
-from teachercache.training.job.train import run_training
+from teachercache import TeachercacheError, load_recipe, run_training
 
 
 def main(path: str, *temperatures: str) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from teachercache.cache import Cache
+from teachercache import Cache
 
 
 def main(location: str) -> None:

@@ -8,9 +8,7 @@ import sys
 
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from teachercache.cache import Cache
-from teachercache.config import ObjectiveConfig
-from teachercache.training.trainer.trainer import DistillationTrainer
+from teachercache import Cache, DistillationTrainer, ObjectiveConfig
 
 
 def main(cache: str, student: str, output: str, steps: str = "100") -> None:

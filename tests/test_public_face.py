@@ -37,7 +37,6 @@ FACE = [
     "run_sampling",
     "run_training",
     "verify",
-    ,
 ]
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -71,3 +72,7 @@ def test_examples_import_from_the_face_alone(path: object) -> None:
     homes |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     ours = {home for home in homes if home.split(".")[0] == "teachercache"}
     assert ours <= {"teachercache"}, f"import from teachercache itself in place of {', '.join(sorted(ours))}"
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["version"] == teachercache.__version__

@@ -31,6 +31,7 @@ from teachercache.errors import (
     TeachercacheError,
     UserError,
 )
+from teachercache.version import __version__
 
 if TYPE_CHECKING:
     from teachercache.cache.reader import Cache
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from teachercache.training.job.train import run_training
     from teachercache.training.trainer.trainer import DistillationTrainer
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "Cache": "cache.reader",

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from teachercache import __version__
 from teachercache.bounded.strangers_json import parse_json
 from teachercache.cache.files.column_groups import check_groups, target_digests
 from teachercache.cache.files.digests import fingerprint_of
@@ -37,6 +36,7 @@ from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
 from teachercache.targets import StoredTargets, target_kind
 from teachercache.targets.stored import is_known, section_of
+from teachercache.version import __version__
 
 FORMAT_VERSION = 2
 FEATURES = frozenset[str]()  # what a manifest may require of a reader beside its format version

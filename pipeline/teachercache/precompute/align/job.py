@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from teachercache import __version__
 from teachercache.cache import Cache
 from teachercache.cache.files.entries import ShardInfo, ShardTable, file_info
 from teachercache.cache.manifest.alignment_manifest import SIDECAR, SidecarManifest, commit_sidecar, parse_sidecar
@@ -23,6 +22,7 @@ from teachercache.files import locked
 from teachercache.precompute.align.plan import AlignPlan, make_plan
 from teachercache.precompute.engine.progress import progress_bar
 from teachercache.targets.coding.chunk_columns import ChunkColumns
+from teachercache.version import __version__
 
 
 def run_align(

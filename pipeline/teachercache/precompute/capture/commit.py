@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from teachercache import __version__
 from teachercache.cache import Audit, FileInfo, Manifest, ShardInfo
 from teachercache.cache.files.column_groups import layout_of
 from teachercache.cache.files.digests import fingerprint_of
@@ -17,6 +16,7 @@ from teachercache.cache.manifest.manifest import QUARANTINE, TEACHER_IDENTITY, c
 from teachercache.cache.verify import CARD
 from teachercache.errors import JobFailed
 from teachercache.precompute.capture.plan import Plan, check_teacher_files
+from teachercache.version import __version__
 
 
 def commit(plan: Plan) -> Manifest:

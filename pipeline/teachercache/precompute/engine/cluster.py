@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import ray
 
-import teachercache
 from teachercache.config import PrecomputeConfig
 from teachercache.precompute.engine.carried_errors import Row, carrying_errors, stopped
 from teachercache.precompute.engine.local_ray import local_cluster
@@ -56,7 +55,7 @@ def connected(settings: PrecomputeConfig) -> Iterator[None]:
 
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
-    package = str(Path(teachercache.__file__).parent)
+    package = str(Path(__file__).parents[2])
     ray.init(address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield

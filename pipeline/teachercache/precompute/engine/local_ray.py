@@ -21,7 +21,6 @@ import ray
 import ray._raylet
 from ray._private import ray_constants
 
-import teachercache
 from teachercache.errors import RecipeError
 
 FIRST_WITH_TOKENS = "2.52"
@@ -45,7 +44,7 @@ def local_cluster(*, cpus: int, gpus: int | None = None) -> Iterator[None]:
 
 
 def _start(cpus: int, gpus: int | None) -> None:
-    source_root = str(Path(teachercache.__file__).parents[1])
+    source_root = str(Path(__file__).parents[3])
     python_path = os.pathsep.join(filter(None, [source_root, os.environ.get("PYTHONPATH")]))
     # Ray Data makes Ray's core report a restart caveat as an error at every start; real failures reach us as exceptions.
     with _environment({"RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")}):

@@ -132,5 +132,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "a file of its own": {"tokenizer_file": "/dev/zero"},
     "a vocabulary of its own": {"vocab_file": "/etc/passwd"},
     "another end": {"eos_token": "the"},
+    "a token that is one already": {"additional_special_tokens": ["the"]},
     "an added token": {"additional_special_tokens": ["<evil>"]},
 }

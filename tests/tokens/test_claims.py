@@ -16,6 +16,7 @@ from teachercache.errors import CacheDamaged, ModelError
 from teachercache.models.loading import load_tokenizer
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.tokens.claims import MOST_VALUES
+from teachercache.tokens.fingerprint import tokenizer_fingerprint
 from teachercache.tokens.rules import check_rules
 
 from builders import tiny_cache
@@ -49,7 +50,7 @@ def test_descriptions_that_lie_are_refused(cache: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_that_lie_are_refused_or_change_nothing(cache: Path, name: str) -> None:
+def test_configurations_that_lie_are_refused_or_change_nothing(made: Path, cache: Path, name: str) -> None:
     path = cache / "teacher" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **CONFIGS[name]}))
     (cache / "teacher" / "evil.py").write_text(f"open({str(cache / 'ran')!r}, 'w')\n")
@@ -59,7 +60,8 @@ def test_configurations_that_lie_are_refused_or_change_nothing(cache: Path, name
     except CacheDamaged as error:
         assert "\n" not in str(error)
     else:
-        assert len(tokenizer) == 300
+        own = Cache.open(made).manifest.tokenizer["fingerprint"]
+        assert len(tokenizer) == 300 and tokenizer_fingerprint(tokenizer) == own
     assert not (cache / "ran").exists(), "nothing is executed"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cache.forgery import manifest_of, problems, read_everything, rewrite, write_signed
@@ -309,6 +311,74 @@ def test_how_a_target_that_it_does_not_know_is_digested_is_for_later_versions_to
     write_signed(layers, data, digests={"hidden": "of another rule"})
     with pytest.raises(CacheDamaged, match=r"its target_digests do not match its targets \(hidden\)"):
         Cache.open(layers)
+
+
+FUTURE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "logits": ("logits", {"kind": "future"}, r"stores logits of kind 'future', this version reads top-k, .*; install"),
+    "boundary mass": ("boundary_mass", {"kind": "future"}, r"stores boundary_mass of kind 'future'.*; install a newer"),
+    "hidden states": (
+        "hidden",
+        {"kind": "future"},
+        r"stores hidden of kind 'future', this version reads hidden; install",
+    ),
+    "codec": ("hidden", {"codec": "future"}, r"hidden states coded as 'future', this version reads int8, .*; install"),
+    "attention": ("attention", {"kind": "future"}, r"stores attention of kind 'future'.*; install a newer version"),
+}
+
+
+@pytest.mark.parametrize("name", FUTURE)
+def test_a_kind_that_it_does_not_know_leaves_the_others_readable(layers: Path, name: str) -> None:
+    section, change, message = FUTURE[name]
+    whole = Cache.open(layers)
+    before = [whole.read_row("train", index) for index in range(3)]
+    data = manifest_of(layers)
+    data["targets"][section].update(change, width=[])  # its other settings may be anything
+    if section == "logits":
+        _renamed(layers, data["shards"], {"head_ranks": "future_ranks"})
+    write_signed(layers, data, digests={section: "of another rule"})
+    assert problems(layers) == []
+    cache = Cache.open(layers)
+    assert "of a later version" in render_card(cache.manifest) and describe(cache)["groups"]
+    for index, theirs in enumerate(before):
+        ours = cache.read_row("train", index).targets
+        assert ours and all(np.array_equal(ours[column], theirs.targets[column]) for column in ours)
+    kept = {column.name for kind in cache.targets.sections.values() for column in kind.columns}
+    assert kept == set(cache.columns) and section not in cache.targets.sections
+    with pytest.raises(CacheError, match=message) as caught:
+        cache.targets.check_known(section)
+    assert "\n" not in str(caught.value)
+    with contextlib.ExitStack() as stack:
+        if section == "logits":
+            stack.enter_context(pytest.raises(CacheError, match=message))
+        check_cache(cache)
+
+
+def _renamed(folder: Path, shards: list[Any], names: dict[str, str]) -> None:
+    """Give columns of the files of rows names that no kind of today has."""
+    for shard in shards:
+        path = folder / shard["files"]["shards"]["file"]
+        with pa.OSFile(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+            size = json.loads(table.schema.metadata[b"teachercache"])["rows_per_batch"]
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=3))
+        renamed = table.rename_columns([names.get(name, name) for name in table.column_names])
+        renamed = renamed.replace_schema_metadata(table.schema.metadata)  # renaming forgets it
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, renamed.schema, options=options) as writer:
+            writer.write_table(renamed, max_chunksize=size)
+
+
+def test_settings_that_it_does_not_know_are_ignored_where_the_kind_is_one_of_today(layers: Path) -> None:
+    data = manifest_of(layers)
+    for section in data["targets"].values():
+        section["noted"] = "by a later version"
+    digests = {name: data["target_digests"][name] for name in data["targets"]}
+    with pytest.raises(CacheDamaged, match="do not match"):  # they are hashed with it, as all settings of targets
+        write_signed(layers, data, digests=digests)
+        Cache.open(layers)
+    write_signed(layers, data)
+    assert Cache.open(layers).targets.settings().keys() == data["targets"].keys()
+    with pytest.raises(CacheDamaged, match="of other settings than the manifest's"):
+        Cache.open(layers).read_row("train", 0)
 
 
 RESERVED = ["croissant.json", "signatures/first.sig", "snapshots/first/manifest.json", "lease.json", ".work/plan.json"]

@@ -448,10 +448,10 @@ def test_layer_files_that_lie_are_refused(copy: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("section", "change"),
     [
-        ("hidden", {"width": 2**40}), ("hidden", {"codec": 3}), ("hidden", {"codec": "future"}), ("hidden", {"step": 0.0}),
+        ("hidden", {"width": 2**40}), ("hidden", {"codec": 3}), ("hidden", {"step": 0.0}),
         ("hidden", {"step": -1.0}), ("hidden", {"layers": []}), ("hidden", {"layers": [2, 2]}), ("hidden", {"layers": [1]}),
         ("hidden", {"layers": [1, 9]}), ("hidden", {"layers": "all"}), ("attention", {"heads": 3}),
-        ("attention", {"kind": "future"}), ("attention", {"kind": []}), ("attention", {"layers": [0]}),
+        ("attention", {"kind": []}), ("attention", {"layers": [0]}),
         ("attention", {"key_heads": 0}), ("attention", {"values": "yes"}),
     ],
 )  # fmt: skip

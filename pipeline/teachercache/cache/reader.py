@@ -27,7 +27,7 @@ from teachercache.cache.token_texts import listed_token_texts
 from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind
-from teachercache.targets.stored import LOGITS, section_of
+from teachercache.targets.stored import LOGITS, check_known
 
 __all__ = ["SPLITS", "Cache", "Split", "StoredRow"]
 
@@ -73,7 +73,8 @@ class Cache(ShardSet):
         return self.targets.logits
 
     def check_logits(self) -> None:
-        """Raise `CacheError` for a cache that stores no logits."""
+        """Raise `CacheError` for a cache that stores no logits, or of a kind that only later versions read."""
+        check_known(LOGITS, self.manifest.targets)
         if not self.manifest.logits:
             stored = ", ".join(sorted(self.manifest.targets)) or "tokens"
             raise CacheError(
@@ -170,12 +171,14 @@ class Cache(ShardSet):
         return not isinstance(self.source, LocalFiles)
 
     def folders_of(self, columns: Sequence[str] | None) -> list[str]:
-        """The groups whose files hold these columns (None: all of them) and those of every row."""
-        layout = self.manifest.groups
-        if columns is None:
-            return list(layout)
-        wanted = {section_of(column) or LOGITS for column in columns}
-        return [folder for folder in layout if folder == ROWS_GROUP or not wanted.isdisjoint(layout[folder])]
+        """The groups whose files hold these columns (None: all that this version knows) and those of every row."""
+        groups = groups_of_cache(self.manifest, self.manifest.stored_targets())
+        names = {group.folder: {column.name for column in group.columns} for group in groups}
+        return [
+            folder
+            for folder, held in names.items()
+            if folder == ROWS_GROUP or columns is None or not held.isdisjoint(columns)
+        ]
 
     @property
     def columns(self) -> tuple[str, ...]:

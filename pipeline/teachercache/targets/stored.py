@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from teachercache.errors import CacheError
 from teachercache.targets.coding.columns import Column
 from teachercache.targets.layers.attention_maps import AttentionMaps
 from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
-from teachercache.targets.layers.hidden_states import HiddenStates
+from teachercache.targets.layers.hidden_states import CODECS, HiddenStates
 from teachercache.targets.layers.kind import LayerKind
 from teachercache.targets.layers.layer_file import LayerFile, no_layer_file
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS, BoundaryMass
 from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
 from teachercache.targets.logits.kind import TargetKind, calibrates
+from teachercache.targets.logits.kinds import KINDS, target_kind
 
 # Section of `targets` in a manifest, and kind in it.
 LAYER_KINDS: dict[tuple[str, str], Callable[[Mapping[str, Any]], LayerKind]] = {
@@ -34,9 +35,38 @@ SECTIONS = ("hidden", "attention")
 LOGITS = "logits"
 
 
-def is_known(section: str, settings: Any) -> bool:
-    """Whether this version can read such targets."""
-    return section in (LOGITS, BOUNDARY, *SECTIONS)
+REMEDY = "install a newer version of teachercache"
+
+
+def why_unknown(section: str, targets: Mapping[str, Any]) -> str | None:
+    """Why this version cannot read a section of a manifest's `targets`, in a line; None where it can, or where its settings
+    are those of no version at all."""
+    settings = targets[section]
+    if section not in (LOGITS, BOUNDARY, *SECTIONS):
+        return f"this version cannot read the {section} that the cache stores; {REMEDY}"
+    if not isinstance(settings, Mapping):
+        return None
+    kind = settings.get("kind", "" if section == LOGITS else section)
+    known = {LOGITS: tuple(KINDS), BOUNDARY: (BOUNDARY,)}.get(section) or kinds_of(section)
+    if isinstance(kind, str) and kind not in known:
+        return f"the cache stores {section} of kind {kind!r}, this version reads {', '.join(known)}; {REMEDY}"
+    codec = settings.get("codec")
+    if section == "hidden" and isinstance(codec, str) and codec not in CODECS:
+        return f"the cache stores hidden states coded as {codec!r}, this version reads {', '.join(CODECS)}; {REMEDY}"
+    if section == "attention" and kind == Relations.kind and "hidden" in targets:
+        return why_unknown("hidden", targets)  # it is rebuilt from these
+    return None
+
+
+def check_known(section: str, targets: Mapping[str, Any]) -> None:
+    """Raise `CacheError` for a section that is there and that this version cannot read."""
+    if section in targets and (reason := why_unknown(section, targets)):
+        raise CacheError(reason)
+
+
+def kinds_of(section: str) -> tuple[str, ...]:
+    """The kinds of layers that this version reads."""
+    return tuple(kind for place, kind in LAYER_KINDS if place == section)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,18 +77,29 @@ class StoredTargets:
     hidden: HiddenStates | None = None
     attention: Any = None  # a kind of attention, or None
     boundary: BoundaryMass | None = None
+    unknown: Mapping[str, str] = field(default_factory=dict)  # sections that cannot be read, and why
 
     @classmethod
-    def of(cls, targets: Mapping[str, Any], logits: TargetKind | None, *, vocabulary_size: int) -> StoredTargets:
-        """From a manifest's `targets` and its kind of logits, if any. Raises `CacheError` for kinds of a later version."""
-        kinds = {section: layer_kind(section, targets[section]) for section in SECTIONS if section in targets}
-        of_boundary = targets.get(BOUNDARY)  # caches of earlier versions have none
+    def of(cls, targets: Mapping[str, Any], *, vocabulary_size: int, basis: Path | None = None) -> StoredTargets:
+        """From a manifest's `targets`; `basis` is the file of kinds of logits that calibrate: without it they know their
+        columns alone. Sections and kinds of a later version are `unknown`, until somebody asks for them."""
+        unknown = {section: why for section in targets if (why := why_unknown(section, targets))}
+        known = {section: settings for section, settings in targets.items() if settings and section not in unknown}
+        kinds = {section: layer_kind(section, known[section]) for section in SECTIONS if section in known}
+        logits, of_boundary = known.get(LOGITS), known.get(BOUNDARY)
+        kind = logits and target_kind(logits, vocabulary_size=vocabulary_size, basis=basis)
         boundary = of_boundary and BoundaryMass.from_settings(of_boundary, vocabulary_size=vocabulary_size)
-        return cls(logits, **kinds, boundary=boundary)  # type: ignore[arg-type]  # the section says which
+        return cls(kind, **kinds, boundary=boundary, unknown=unknown)  # type: ignore[arg-type]  # the section says which
+
+    def check_known(self, section: str) -> None:
+        """Raise `CacheError` for a section that is there and that this version cannot read."""
+        if section in self.unknown:
+            raise CacheError(self.unknown[section])
 
     @property
     def logits(self) -> TargetKind:
-        """How next-token distributions are read. Raises `CacheError` for a cache that stores none."""
+        """How next-token distributions are read. Raises `CacheError` for a cache that stores none, or of a later kind."""
+        self.check_known(LOGITS)
         if self.of_logits is None:
             raise CacheError(
                 f"the cache stores no logits, only {', '.join(self.sections) or 'tokens'}; use a cache that has them, or "
@@ -113,7 +154,8 @@ class StoredTargets:
 
     def describe(self) -> str:
         """One line for people."""
-        return "; ".join(kind.describe() for kind in self.sections.values())
+        later = [f"{section} of a later version" for section in self.unknown]
+        return "; ".join([*(kind.describe() for kind in self.sections.values()), *later])
 
     @property
     def sections(self) -> dict[str, TargetKind | BoundaryMass | LayerKind]:
@@ -179,21 +221,6 @@ def layer_kind(section: str, settings: Mapping[str, Any]) -> LayerKind:
     """The kind that a manifest's section describes; raises `CacheError` for one of a later version."""
     name = str(settings.get("kind", section))
     if (section, name) not in LAYER_KINDS:
-        known = ", ".join(kind for place, kind in LAYER_KINDS if place == section)
-        raise CacheError(
-            f"this cache stores {section} of kind {name!r}, which this version of teachercache cannot read (it reads: "
-            f"{known}); install a newer version"
-        )
+        known = ", ".join(kinds_of(section))
+        raise CacheError(f"the cache stores {section} of kind {name!r}, this version reads {known}; {REMEDY}")
     return LAYER_KINDS[section, name](settings)
-
-
-def section_of(column: str) -> str | None:
-    """The section of targets that a column belongs to, by its name: `hidden_8`, `map_keys_8`; None for logits."""
-    if column == BOUNDARY_MASS:
-        return BOUNDARY
-    what, _, layer = column.rpartition("_")
-    if not layer.isdigit():
-        return None
-    return (
-        "hidden" if what == "hidden" else "attention" if what in ("query", "key", "value", "map", "map_keys") else None
-    )

@@ -7,7 +7,6 @@ without the others. Each file carries the digest of the settings that its rows w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 import pyarrow as pa
 
 from teachercache.cache.files.digests import fingerprint_of
-from teachercache.cache.files.entries import ROWS_GROUP
+from teachercache.cache.files.entries import ROWS_GROUP, check_inside
 from teachercache.cache.files.schema import ROW_FIELDS, check_schema, shard_metadata
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.columns import Column
 from teachercache.targets.stored import BOUNDARY, LOGITS, StoredTargets
 
 TARGETS = "targets"  # folder of the groups of further targets
-_FOLDER = re.compile(rf"{ROWS_GROUP}|{TARGETS}/[a-z][a-z0-9_-]*")
 READ_BY_IN_1 = {LOGITS: "basis", "hidden": "layers", "attention": "layers"}  # role of a section's file in format 1
 ID_FIELD = ROW_FIELDS[0]  # what a file without the columns of every row names its rows by
 
@@ -39,13 +37,16 @@ def target_digests(targets: Mapping[str, Any], read_by: ReadBy) -> dict[str, str
     }
 
 
-def check_groups(groups: Mapping[str, Sequence[str]], targets: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for column groups that no cache has: every section of targets stands in one of them at most."""
+def check_groups(groups: Mapping[str, Sequence[str]]) -> None:
+    """Raise `ValueError` for column groups that no cache has: every section of targets stands in one of them at most. Those
+    of a later version may have any folder."""
     sections = [section for each in groups.values() for section in each]
-    if ROWS_GROUP not in groups or not all(_FOLDER.fullmatch(folder) for folder in groups):
+    for folder in groups:
+        check_inside(folder)
+    if ROWS_GROUP not in groups:
         raise ValueError(f"its groups are {', '.join(groups)[:200]}")
-    if len(set(sections)) < len(sections) or not set(sections) <= set(targets):
-        raise ValueError(f"its groups hold {', '.join(sections)[:200]}, its targets are {', '.join(targets)[:200]}")
+    if len(set(sections)) < len(sections):
+        raise ValueError(f"its groups hold {', '.join(sections)[:200]}: a section twice")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ class Group:
     targets: Mapping[str, str] = field(default_factory=dict)
     read_by: ReadBy = field(default_factory=dict)
     has_rows: bool = True
+    among_others: bool = False  # its files hold further columns, which only later versions know
 
     @property
     def fields(self) -> tuple[pa.Field, ...]:
@@ -77,7 +79,8 @@ class Group:
         # Format 1 has the cache's fingerprint there, and no digests of targets.
         if metadata.get("settings_fingerprint", metadata.get("fingerprint")) != self.settings:
             raise CacheDamaged("it belongs to another cache")
-        check_schema(schema, self.fields, [column.name for column in self.columns])
+        names = [column.name for column in self.columns]
+        check_schema(schema, self.fields, names, among_others=self.among_others)
         for section, digest in self.targets.items():
             if metadata.get("targets", {}).get(section) != digest:
                 raise CacheDamaged(f"its {section} are of other settings than the manifest's")
@@ -114,10 +117,11 @@ def groups_of(
     read_by: ReadBy,
 ) -> tuple[Group, ...]:
     """The groups of a cache, that of all rows first. Groups of targets that this
-    version does not know are left out: what reads a cache needs none of them, or its manifest would require it."""
+    version does not know are left out: what reads a cache needs none of them, or its manifest would require it. In a file
+    with others that it does know their columns are left alone."""
     kinds = targets.sections
     groups = []
-    known = [folder for folder in layout if folder == ROWS_GROUP or set(layout[folder]) <= set(kinds)]
+    known = [folder for folder in layout if folder == ROWS_GROUP or not set(kinds).isdisjoint(layout[folder])]
     for folder in sorted(known, key=lambda name: name != ROWS_GROUP):
         sections = [section for section in kinds if section in layout[folder]]
         groups.append(
@@ -128,6 +132,7 @@ def groups_of(
                 targets={section: digests[section] for section in sections if section in digests},
                 read_by={section: read_by.get(section, {}) for section in sections},
                 has_rows=folder == ROWS_GROUP,
+                among_others=not set(layout[folder]) <= set(kinds),
             )
         )
     return tuple(groups)

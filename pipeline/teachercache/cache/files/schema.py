@@ -89,15 +89,20 @@ def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
     return metadata
 
 
-def check_schema(schema: pa.Schema, fields: Sequence[pa.Field], columns: Sequence[str]) -> None:
-    """Raise `CacheDamaged` unless a file has these fields, and the columns of its targets, in order and type."""
+def check_schema(
+    schema: pa.Schema, fields: Sequence[pa.Field], columns: Sequence[str], *, among_others: bool = False
+) -> None:
+    """Raise `CacheDamaged` unless a file has these fields, and the columns of its targets, in order and type; `among_others`
+    allows for further columns, which only later versions know."""
     expected = [*(field.name for field in fields), *columns]
-    if schema.names != expected:
+    names = [name for name in schema.names if name in expected] if among_others else schema.names
+    if names != expected:
         raise CacheDamaged(
             f"its columns are {', '.join(schema.names)[:500]}; the manifest's settings ask for {', '.join(expected)}"
         )
     types = [*(field.type for field in fields), *(pa.binary() for _ in columns)]
-    for name, found, wanted in zip(expected, schema.types, types, strict=True):
+    for name, wanted in zip(expected, types, strict=True):
+        found = schema.field(name).type
         before_contents = name == "segments" and found.equals(pa.list_(pa.struct(_SEGMENT)))  # of earlier caches
         if not found.equals(wanted) and not before_contents:
             raise CacheDamaged(f"its column {name} is of type {str(found)[:200]}, not {wanted}")

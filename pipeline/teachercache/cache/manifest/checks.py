@@ -19,7 +19,7 @@ from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
 from teachercache.targets import target_kind
 from teachercache.targets.layers.attention_maps import check_length
-from teachercache.targets.stored import SECTIONS
+from teachercache.targets.stored import BOUNDARY, SECTIONS, why_unknown
 
 if TYPE_CHECKING:
     from teachercache.cache.manifest.manifest import Manifest
@@ -60,7 +60,7 @@ class _BoundaryMass(_Claim):
 
 class _Targets(_Claim):
     logits: dict[str, Any] | None = None
-    boundary_mass: _BoundaryMass | None = None
+    boundary_mass: dict[str, Any] | None = None
 
 
 Number = Annotated[int, Field(ge=1, le=2**20)]  # of layers, heads or channels
@@ -169,11 +169,15 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
         raise ValueError(f"column_bytes has no {min(missing)}")
     _check_counts("audit", vars(manifest.audit))
     check_files([*manifest.shards.names(), *(info.file for info in (*manifest.files, *manifest.index))])
-    if "logits" in manifest.targets:
+    targets = manifest.targets
+    known = {section for section in targets if why_unknown(section, targets) is None}
+    if "logits" in known:
         _check_settings(manifest.logits, manifest.vocabulary_size)
+    if targets.get(BOUNDARY) is not None and BOUNDARY in known:
+        validated(_BoundaryMass.model_validate, targets[BOUNDARY])
     for section in SECTIONS:
-        if section in manifest.targets:
-            _check_layers(section, manifest.targets, longest=manifest.sequence_length)
+        if section in known:
+            _check_layers(section, targets, longest=manifest.sequence_length)
 
 
 def _check_layers(section: str, targets: Mapping[str, Any], *, longest: int) -> None:

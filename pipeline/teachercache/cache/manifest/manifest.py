@@ -34,8 +34,8 @@ from teachercache.cache.manifest.index import INDEX, read_index, write_index
 from teachercache.config import RowPrefix
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
-from teachercache.targets import StoredTargets, target_kind
-from teachercache.targets.stored import is_known, section_of
+from teachercache.targets import StoredTargets
+from teachercache.targets.stored import why_unknown
 from teachercache.version import __version__
 
 FORMAT_VERSION = 2
@@ -192,19 +192,19 @@ class Manifest:
     def stored_targets(self, *, basis: Path | None = None) -> StoredTargets:
         """How its targets are read; `basis` is the file of kinds of logits that calibrate: without it they know their columns
         alone."""
-        size = self.vocabulary_size
-        kind = target_kind(self.logits, vocabulary_size=size, basis=basis) if self.logits else None
-        return StoredTargets.of(self.targets, kind, vocabulary_size=size)
+        return StoredTargets.of(self.targets, vocabulary_size=self.vocabulary_size, basis=basis)
 
     def bytes_per_position(self) -> dict[str, float]:
         """On disk: `logits`, `boundary_mass`, `hidden` and `attention` where there are such columns, `tokens` (ids, masks,
-        ids of rows, text), `total` (with Arrow's framing)."""
+        ids of rows, text), `other` columns, which only later versions know, `total` (with Arrow's framing)."""
         positions = max(1, self.positions)
         tokens = sum(self.column_bytes[name] for name in ROW_COLUMNS)
-        sections: dict[str, int] = {"logits": 0} if self.logits else {}
+        kinds = self.stored_targets().sections
+        section_of = {column.name: section for section, kind in kinds.items() for column in kind.columns}
+        sections = {section: 0 for section in ("logits",) if section in kinds}
         for name, size in self.column_bytes.items():
             if name not in ROW_COLUMNS:
-                section = section_of(name) or "logits"
+                section = section_of.get(name, "other")
                 sections[section] = sections.get(section, 0) + size
         sizes = {**sections, "tokens": tokens, "total": self.shard_bytes}
         return {name: round(size / positions, 2) for name, size in sizes.items()}
@@ -308,7 +308,7 @@ def check_requires(data: Mapping[str, Any], *, name: str) -> None:
 
 def _fields_of(data: dict[str, Any], read_file: Callable[[str, int], bytes]) -> dict[str, Any]:
     groups = {folder: tuple(sections) for folder, sections in data["groups"].items()}
-    check_groups(groups, data["targets"])
+    check_groups(groups)
     indexed = read_index(data["index"], read_file, groups=list(groups))
     if indexed.shards.totals() != {key: data["totals"][key] for key in indexed.shards.totals()}:
         raise ValueError("its totals are not those of its shards")
@@ -339,7 +339,8 @@ def _built(fields: dict[str, Any]) -> Manifest:
 def _check_digests(manifest: Manifest) -> None:
     """The digests of targets are those of their settings and files. Targets that this version does not know may be digested
     by other rules, and are not read; format 1 has no digests."""
-    known = {section: settings for section, settings in manifest.targets.items() if is_known(section, settings)}
+    targets = manifest.targets
+    known = {section: targets[section] for section in targets if not why_unknown(section, targets)}
     listed = {info.file: info.sha256 for info in manifest.files}
     read_by = {section: dict(manifest.read_by.get(section, {})) for section in known}
     for section, files in read_by.items():

@@ -26,6 +26,7 @@ from teachercache.objective.schedule.objective_schedule import Course, Extent
 from teachercache.targets import StoredTargets, TailPolicy
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
 from teachercache.targets.logits.kind import ACTUAL
+from teachercache.targets.stored import BOUNDARY
 
 
 class AcrossObjective:
@@ -69,6 +70,8 @@ class AcrossObjective:
                 "several tokens as well; leave it out, or use a student with the teacher's tokenizer"
             )
         with_boundaries = any(term.boundaries for term in self._chunk_terms)
+        if with_boundaries:
+            targets.check_known(BOUNDARY)
         if with_boundaries and targets.boundary is None:
             raise CacheError(
                 "objective.across: chunk-likelihood weighs chunks by the teacher's mass on what may follow them, which this "

@@ -174,6 +174,7 @@ def names_of(terms: Sequence[LayerTermConfig]) -> tuple[str, ...]:
 def term_of(config: LayerTermConfig, targets: StoredTargets, student: StudentShape) -> Any:
     """The term that a recipe describes, for one cache and student. Raises `CacheError` where they do not fit."""
     of_hidden = config.match.startswith("hidden-") or config.match in STRUCTURES
+    targets.check_known("hidden" if of_hidden else "attention")
     kind: Any = targets.hidden if of_hidden else targets.attention
     pairs = layer_pairs(
         config.pairs,

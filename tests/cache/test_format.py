@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ from cache.forgery import manifest_of, problems, read_everything, rewrite, write
 from cache.golden_caches import GOLDEN, reading, recipe
 from teachercache.cache import SPLITS, Cache, FileInfo, ShardInfo, verify
 from teachercache.cache.alignment import Sidecar
+from teachercache.cache.files.column_groups import groups_of
 from teachercache.cache.files.content_files import write_named
 from teachercache.cache.files.entries import ShardTable
 from teachercache.cache.inspection import describe
 from teachercache.cache.manifest.card import render_card
 from teachercache.cache.manifest.index import INDEX_SHARDS, read_index, write_index
-from teachercache.cache.manifest.manifest import MANIFEST, read_listed
+from teachercache.cache.manifest.manifest import MANIFEST, commit_manifest, read_listed, read_manifest
+from teachercache.cache.shards.writer import write_shard
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.training.supervision.fit import check_cache
 
@@ -153,7 +158,6 @@ def _rewritten_without(folder: Path, data: dict[str, Any], sections: set[str]) -
     """Write the files of rows anew, without the columns of these sections."""
     from teachercache.cache.files.column_groups import Group
     from teachercache.cache.files.schema import ROW_COLUMNS
-    from teachercache.cache.shards.writer import write_shard
 
     cache = Cache.open(folder)
     groups = [Group(folder="shards", columns=(), settings=cache.manifest.settings_fingerprint)]
@@ -166,6 +170,37 @@ def _rewritten_without(folder: Path, data: dict[str, Any], sections: set[str]) -
     kept = (*ROW_COLUMNS, "hidden_1", "hidden_2", "query_2", "key_2")
     data["column_bytes"] = {name: size for name, size in data["column_bytes"].items() if name in kept}
     write_signed(folder, data)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"shards": ("logits",), "targets/boundary_mass": ("boundary_mass",)},
+        {"shards": (), "targets/logits": ("logits",), "targets/boundary_mass": ("boundary_mass",)},
+    ],
+    ids=["boundary mass", "logits"],
+)
+def test_a_boundary_mass_that_is_added_later_has_files_of_its_own(layers: Path, layout: dict[str, Any]) -> None:
+    cache, data = Cache.open(layers), manifest_of(layers)
+    before, manifest = reading(cache), cache.manifest
+    groups = groups_of(
+        cache.targets,
+        layout=layout,
+        settings=manifest.settings_fingerprint,
+        digests=manifest.target_digests,
+        read_by=manifest.read_by,
+    )
+    for number, shard in enumerate(data["shards"]):
+        stored = [cache.shard(number).read_row(index, None, cache.recent) for index in range(shard["rows"])]
+        payload = [row.targets for row in stored]
+        info, _ = write_shard(layers, number, rows=[row.row for row in stored], payload=payload, groups=groups)
+        (layers / shard["files"].pop("shards")["file"]).unlink()
+        shard["files"] = {**{group: vars(file) for group, file in info.files.items()}, **shard["files"]}
+    data["groups"] = {**layout, **{name: held for name, held in data["groups"].items() if name != "shards"}}
+    write_signed(layers, data)
+    assert problems(layers) == [] and reading(Cache.open(layers)) == before
+    for group in layout:
+        assert (layers / group).is_dir()
 
 
 # --------------------------------------------------------------------------- fingerprints
@@ -381,7 +416,9 @@ def test_settings_that_it_does_not_know_are_ignored_where_the_kind_is_one_of_tod
         Cache.open(layers).read_row("train", 0)
 
 
-RESERVED = ["croissant.json", "signatures/first.sig", "snapshots/first/manifest.json", "lease.json", ".work/plan.json"]
+RESERVED = [
+    "croissant.json", "partial.json", "signatures/first.sig", "snapshots/first/manifest.json", "lease.json", ".work/plan.json",
+]  # fmt: skip
 
 
 def test_reserved_names_are_neither_listed_nor_read_and_bounded(layers: Path) -> None:
@@ -443,6 +480,36 @@ def test_an_index_file_that_was_changed_is_refused(layers: Path) -> None:
     path.unlink()
     with pytest.raises(CacheDamaged, match=f"{path.name} is missing"):
         Cache.open(layers)
+
+
+# --------------------------------------------------------------------------- one manifest after another
+
+
+@pytest.mark.parametrize("what", ["cache", "alignment"])
+def test_a_cache_whose_next_manifest_was_killed_at_any_moment_is_readable(layers: Path, what: str) -> None:
+    script = Path(__file__).with_name("killed_commits.py")
+    told = subprocess.run([sys.executable, script, what, layers], check=True, capture_output=True, text=True).stdout
+    found: list[dict[str, str]] = json.loads(told)
+    assert {each["found"] for each in found} == {"before", "after"}, found
+    events = [each["killed_before"] for each in found]
+    assert len(events) > 5 and events[-1] == "nothing" and any("remove" in event for event in events)
+    assert [each["found"] for each in found] == sorted(
+        (each["found"] for each in found), reverse=True
+    )  # once, for good
+    assert problems(layers) == []
+
+
+def test_a_snapshot_is_read_as_the_manifest_that_it_was(layers: Path) -> None:
+    first = read_manifest(layers)
+    kept = layers / "snapshots" / first.fingerprint
+    shutil.copytree(layers / "index", kept / "index")
+    shutil.copy(layers / MANIFEST, kept / MANIFEST)
+    fewer = ShardTable.of(list(first.shards)[:-1])
+    commit_manifest(replace(first, shards=fewer), layers)
+    now, then = read_manifest(layers), read_manifest(kept)
+    assert then == first and len(now.shards) == len(first.shards) - 1
+    assert not {info.file for info in now.index} & {info.file for info in then.index}
+    assert [path.name for path in (layers / "index").iterdir()] == [Path(info.file).name for info in now.index]
 
 
 # --------------------------------------------------------------------------- who writes

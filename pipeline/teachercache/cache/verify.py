@@ -45,7 +45,7 @@ from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError
 
 CARD = "README.md"  # people may add to it
-RESERVED_FILES = frozenset({CARD, "croissant.json", "lease.json"})
+RESERVED_FILES = frozenset({CARD, "croissant.json", "lease.json", "partial.json"})
 RESERVED_FOLDERS = ("signatures", "snapshots")
 MOST_RESERVED_BYTES = 2**26  # of one file with a reserved name
 MOST_RESERVED_FILES = 10_000
@@ -93,7 +93,7 @@ def _verify_files(location: str | Path, *, quick: bool) -> list[Problem]:
 
 def is_reserved(name: str) -> bool:
     """Whether a file's name belongs to people or to later steps, not to the data: the card, signatures, earlier manifests, a
-    lease, what an unfinished job left."""
+    lease, what a copy of parts holds, what an unfinished job left."""
     return name in RESERVED_FILES or name.partition("/")[0] in (*RESERVED_FOLDERS, WORK_FOLDER)
 
 

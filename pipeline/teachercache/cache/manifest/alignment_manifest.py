@@ -15,7 +15,6 @@ also where folders cannot be listed.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable
 from teachercache.cache.manifest import manifest_v1
-from teachercache.cache.manifest.index import INDEX, Indexed, Read, read_index, write_index
+from teachercache.cache.manifest.index import INDEX, Indexed, Read, read_index, remove_others, write_index
 from teachercache.cache.manifest.manifest import UPGRADE, Manifest, check_requires
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
@@ -124,11 +123,11 @@ class SidecarManifest:
 
 
 def commit_sidecar(manifest: SidecarManifest, cache: Path) -> None:
-    """Write the index files and, last, alignment.json of an alignment of the cache in a folder."""
+    """Write the index files, then alignment.json of an alignment of the cache in a folder; see `commit_manifest`."""
     within = f"{manifest.folder}/{INDEX}"
-    shutil.rmtree(cache / within, ignore_errors=True)  # of an attempt that was killed
     index = write_index(cache, manifest.shards, [], within=within)
     write_whole(cache / manifest.folder / SIDECAR, manifest.to_json(index))
+    remove_others(cache, index, within=within)
 
 
 def sidecar_group(

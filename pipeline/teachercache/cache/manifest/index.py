@@ -14,6 +14,7 @@ from teachercache.bounded.strangers_json import parse_json, values_of
 from teachercache.cache.files.content_files import write_named
 from teachercache.cache.files.digests import canonical_json
 from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable, check_inside
+from teachercache.files import sync_folder
 
 INDEX = "index"
 FORMAT = "teachercache-index"
@@ -49,7 +50,18 @@ def write_index(
         }
         info = write_named(folder, within, f"part-{number:05d}", ".json", canonical_json(columns) + b"\n")
         entries.append({**vars(info), "first": chosen.start, "shards": len(columns["shards"]["rows"])})
+    if entries:
+        sync_folder(folder / within)  # the manifest that names them must not reach the disk before
     return entries
+
+
+def remove_others(folder: Path, entries: Iterable[dict[str, Any]], *, within: str = INDEX) -> None:
+    """Remove index files that a manifest, which is in place by now, does not name: those of the one before it, and what killed
+    attempts left."""
+    kept = {entry["file"] for entry in entries}
+    for path in (folder / within).glob("*"):
+        if path.relative_to(folder).as_posix() not in kept:
+            path.unlink(missing_ok=True)
 
 
 def read_index(entries: Iterable[dict[str, Any]], read: Read, *, groups: Sequence[str]) -> Indexed:

@@ -9,7 +9,6 @@ are refused. Keys that it does not know are ignored: they are optional.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +29,7 @@ from teachercache.cache.files.regular_files import (
 from teachercache.cache.files.schema import ROW_COLUMNS
 from teachercache.cache.manifest import manifest_v1
 from teachercache.cache.manifest.checks import check_manifest
-from teachercache.cache.manifest.index import INDEX, read_index, write_index
+from teachercache.cache.manifest.index import read_index, remove_others, write_index
 from teachercache.config import RowPrefix
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
@@ -240,11 +239,12 @@ def cache_fingerprint(
 
 
 def commit_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write the index files and, last, manifest.json by temp file and rename; from here on the folder is a cache."""
-    shutil.rmtree(folder / INDEX, ignore_errors=True)  # of an attempt that was killed
+    """Write the index files, then manifest.json by temp file and rename: from here on the folder is this cache. A manifest
+    that was there before stays readable until then; its index files go last."""
     indexed = [info for info in manifest.files if _is_indexed(info)]
     index = write_index(folder, manifest.shards, indexed)
     write_whole(folder / MANIFEST, manifest.to_json(index))
+    remove_others(folder, index)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -82,6 +82,25 @@ def test_finer_steps_and_more_directions_are_more_faithful() -> None:
     assert divergence(32, 0.05) < divergence(32, 0.4) < divergence(4, 0.4)
 
 
+def test_directions_go_to_tokens_that_have_probability() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = list(torch.randn(14, 96, 32, generator=generator))
+    likely, lively = torch.arange(V) < V // 3, torch.arange(32) >= 24
+    matrix_VD = torch.randn(V, 32, generator=generator) * torch.where(likely[:, None] != lively, 0.7, 0.0)
+
+    def divergence(unlikely: float) -> float:
+        """With other tokens, that have hardly any probability and logits that vary, in channels of their own."""
+        scaled_VD = torch.where(likely[:, None], matrix_VD, matrix_VD * unlikely)
+        layer = OutputLayer(scaled_VD, torch.where(likely, 0.0, -60.0), 1.0, None)
+        kind = calibrate(HeadSketch(6, 16, 0.05, V, 600), layer, hidden[:12])
+        fresh_ND = torch.cat(hidden[12:])
+        arrays = stored_arrays(kind, layer.logits(fresh_ND), fresh_ND)
+        dense = torch.from_numpy(kind.softened(arrays, 2.0).dense())
+        return float(kl_divergence(layer.logits(fresh_ND) / 2, dense).mean())
+
+    assert divergence(4.0) < 1.05 * divergence(0.0)
+
+
 def test_a_basis_is_deterministic_and_survives_its_file(tmp_path: Path) -> None:
     model = tiny_model(vocabulary=V)
     layer, (hidden, logits) = OutputLayer.of(model, vocabulary_size=V), observe(model)

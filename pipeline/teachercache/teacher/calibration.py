@@ -28,6 +28,7 @@ from teachercache.targets.logits.tail import fit_node_weights, node_sums
 from teachercache.teacher.output_layer import OutputLayer
 from teachercache.teacher.sketch_choice import candidate_ranks, choose, held_apart
 
+TEMPERATURES = (4.0, 2.0, 1.0)  # of which each has an exponential that is the square of the one before
 BIAS_TEMPERATURES = (1.0, 4.0)
 BIAS_ITERATIONS = 2
 LARGEST_BIAS = 3.0
@@ -89,10 +90,10 @@ def fit_sketch(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Te
     own: dict[str, Any] = {"token_of_rank_V": sample.token_of_rank_V, "tail_weights_GF": sample.tail_weights_GF}
     rank, found = max(ranks), dict[str, Any]()
     if kind.target_kl is not None:
-        trial = replace(_directions(layer, fitted_ND, rank=rank), **own)
+        trial = replace(_directions(layer, fitted_ND, sample.weights_V, rank=rank), **own)
         chosen = choose(kind, trial, layer, rows_hidden_ND, measured_ND, ranks=ranks)
         rank, found = chosen["rank"], {"step": chosen["step"], "chosen": chosen}
-    basis = replace(_directions(layer, hidden_ND, rank=rank), **own, **found)
+    basis = replace(_directions(layer, hidden_ND, sample.weights_V, rank=rank), **own, **found)
     kind = kind.with_basis(basis)
     coefficients_Nr = _quantised(kind, basis, rows_hidden_ND).to(hidden_ND.device)
     constant_V, slope_V = _biases(basis, sample, coefficients_Nr)
@@ -114,24 +115,24 @@ def _possible_ranks(kind: HeadSketch, *, width: int, positions: int) -> list[int
     return ranks
 
 
-def _directions(layer: OutputLayer, hidden_ND: Tensor, *, rank: int) -> SketchBasis:
-    """Singular vectors of W_c·Σ^½, in float64."""
+def _directions(layer: OutputLayer, hidden_ND: Tensor, weights_V: Tensor, *, rank: int) -> SketchBasis:
+    """Singular vectors of W_c·Σ^½, its rows weighted by `weights_V` (they sum to 1), in float64."""
     mean_D = hidden_ND.mean(0)
     centred_ND = (hidden_ND - mean_D).double()
     covariance_DD = centred_ND.T @ centred_ND / len(centred_ND)
     weight_VD = layer.weight_VD
     # A nonlinear g sees the constant that softmax does not: keep each position's mean logit.
     if layer.softcap is None:
-        weight_VD = weight_VD - weight_VD.mean(0)
+        weight_VD = weight_VD - weights_V @ weight_VD
     size = covariance_DD.diagonal().mean()
     root_DD = torch.linalg.cholesky(covariance_DD + 1e-4 * size * torch.eye(len(covariance_DD), device=size.device))
-    gram_DD = root_DD.T @ _gram(weight_VD) @ root_DD
+    gram_DD = root_DD.T @ _gram(weight_VD, weights_V) @ root_DD
     values_D, vectors_DD = torch.linalg.eigh(gram_DD)
     values_r = values_D.flip(0)[:rank].clamp_min(1e-12)
     vectors_Dr = vectors_DD.flip(1)[:, :rank]
     largest_r = vectors_Dr.gather(0, vectors_Dr.abs().argmax(0, keepdim=True))
     vectors_Dr = vectors_Dr * largest_r.sign()  # an eigenvector's sign is arbitrary: fix it
-    unit_r = (values_r / len(weight_VD)).sqrt()
+    unit_r = values_r.sqrt()
     analysis_Dr = torch.linalg.solve_triangular(root_DD.T, vectors_Dr, upper=True) * unit_r
     basis_Vr = weight_VD @ (root_DD @ vectors_Dr / unit_r).float()
     base_V = _base(layer, mean_D)
@@ -156,11 +157,11 @@ def _base(layer: OutputLayer, mean_D: Tensor) -> Tensor:
     return base_V if layer.bias_V is None else base_V + layer.bias_V
 
 
-def _gram(weight_VD: Tensor) -> Tensor:
-    """Wᵀ·W in float64, without a float64 copy of W."""
+def _gram(weight_VD: Tensor, weights_V: Tensor) -> Tensor:
+    """Wᵀ·diag(weights)·W in float64, without a float64 copy of W."""
     gram_DD = torch.zeros(weight_VD.shape[1], weight_VD.shape[1], dtype=torch.float64, device=weight_VD.device)
-    for part in weight_VD.split(8192):
-        gram_DD += part.double().T @ part.double()
+    for part_VD, part_V in zip(weight_VD.split(8192), weights_V.split(8192), strict=True):
+        gram_DD += (part_VD.double() * part_V.double()[:, None]).T @ part_VD.double()
     return gram_DD
 
 
@@ -170,26 +171,42 @@ class _Sample:
     def __init__(self, kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> None:
         vocabulary = kind.vocabulary_size
         in_head_V = torch.zeros(vocabulary, dtype=torch.int64, device=hidden_ND.device)
-        self.outside_V = {T: torch.zeros(vocabulary, device=hidden_ND.device) for T in BIAS_TEMPERATURES}
+        self.outside_V = {T: torch.zeros(vocabulary, device=hidden_ND.device) for T in TEMPERATURES}
         heads, ids, nodes, masses = [], [], [], []
         for part_ND in hidden_ND.split(BLOCK):
             logits_NV = layer.logits(part_ND)
             head_Nk, ids_Nk = largest(torch, logits_NV, kind.k)
             in_head_V += torch.bincount(ids_Nk.flatten(), minlength=vocabulary)
-            mass_N = []
-            for temperature in BIAS_TEMPERATURES:
-                outside_NV = torch.softmax(logits_NV / temperature, dim=-1).scatter_(1, ids_Nk, 0.0)
-                self.outside_V[temperature] += outside_NV.sum(0)
-                mass_N.append(outside_NV.sum(-1))
+            masses.append(self._add_outside(logits_NV, head_Nk, ids_Nk))
             heads.append(head_Nk - head_Nk[:, :1])
             nodes.append(node_sums(torch, logits_NV.sub_(head_Nk[:, :1]), ids_Nk))
             ids.append(ids_Nk)
-            masses.append(torch.stack(mass_N))
         self.ids_Nk, self.mass_TN = torch.cat(ids), torch.cat(masses, dim=1)
         # Equally frequent tokens in the order of their ids: the order never depends on a sort's whim.
         order_V = torch.argsort(in_head_V, descending=True, stable=True)
         self.token_of_rank_V = order_V.cpu().numpy().astype(np.uint32)
         self.tail_weights_GF = fit_node_weights(torch.cat(nodes).cpu().numpy(), torch.cat(heads).cpu().numpy())
+
+    def _add_outside(self, logits_NV: Tensor, head_Nk: Tensor, ids_Nk: Tensor) -> Tensor:
+        """Add each token's probability outside the head to the sums; their mass at `BIAS_TEMPERATURES`, [2, N]."""
+        mass_N = {}
+        scaled_NV = ((logits_NV - head_Nk[:, :1]) / TEMPERATURES[0]).exp_()
+        for temperature in TEMPERATURES:
+            head_N = ((head_Nk - head_Nk[:, :1]) / temperature).exp().sum(-1)
+            outside_N = scaled_NV.scatter_(1, ids_Nk, 0.0).sum(-1)
+            self.outside_V[temperature] += (1 / (head_N + outside_N)) @ scaled_NV
+            mass_N[temperature] = outside_N / (head_N + outside_N)
+            scaled_NV.square_()
+        return torch.stack([mass_N[temperature] for temperature in BIAS_TEMPERATURES])
+
+    @property
+    def weights_V(self) -> Tensor:
+        """What an error of a token's logit costs, [V], summing to 1: its mean probability outside the head.
+
+        T²·KL, the loss, is half of E Σ p·ε² for small errors ε of the logits. All temperatures count alike.
+        """
+        mass_V = sum(self.outside_V.values(), torch.full_like(self.outside_V[1.0], LEAST_MASS * len(self.ids_Nk)))
+        return mass_V / mass_V.sum()
 
 
 def _quantised(kind: HeadSketch, basis: SketchBasis, rows_hidden_ND: Sequence[Tensor]) -> Tensor:

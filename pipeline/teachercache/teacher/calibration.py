@@ -1,8 +1,8 @@
 """Calibration: a basis from the teacher's hidden states on a sample of the corpus.
 
-Of a sketch everything follows from the sample, in a fixed order: mean and covariance of h, directions, ranks of frequency,
-weights that predict the tail's nodes, and biases that make each token's mean probability outside the head right after
-quantisation.
+Of a sketch everything follows from the sample, in a fixed order: each token's mean probability outside the head, ranks of
+frequency, weights that predict the tail's nodes, mean and covariance of h, directions that serve tokens by that
+probability, and biases that make it right after quantisation.
 
 Shapes: N positions, V vocabulary, D width, r rank, k head, G nodes.
 """

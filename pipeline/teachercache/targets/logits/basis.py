@@ -1,10 +1,11 @@
 """The sketch basis: what turns r coefficients back into V logits. One file a cache, written by calibration.
 
 With h the input of the teacher's output layer, W its weights and b its bias, the logits are g(W·h + b). Let mean and Σ
-belong to h on a calibration sample, and W_c be W centred over the vocabulary (softmax does not see the difference). The
-directions are those of W_c·Σ^½, largest first (a singular value decomposition), so that `basis` has as its columns what
-one unit of each coefficient adds to every logit; units are chosen such that the root mean square of that is 1 over the
-vocabulary: one quantisation step costs the same logit error in each direction.
+belong to h on a calibration sample, m to its tokens: the mean probability of each outside the head, over T = 1, 2 and 4.
+An error ε of the logits costs T²·KL = ½ E Σ p·ε², so tokens count by m; W_c is W less its mean by m (softmax does not see
+the difference). The directions are those of m^½·W_c·Σ^½, largest first (a singular value decomposition), so that `basis`
+has as its columns what one unit of each coefficient adds to every logit; units are chosen such that the root mean square
+of that by m is 1: one quantisation step costs the same in each direction.
 
     logits ≈ basis · coefficients + base                    (up to a constant, which softmax does not see)
 

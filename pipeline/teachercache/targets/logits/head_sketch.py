@@ -49,7 +49,7 @@ from teachercache.targets.logits.tail import NODES, decode_nodes, node_sums, qua
 HEAD_STEP = 1 / 32  # of a logit
 LEAST_HEAD_LOGIT = -2000.0  # relative to the largest; what 16 bits of steps hold
 ACTUAL_STEP = 1 / 64  # of the square root of nats
-MEAN_STEP = 0.05  # of a logit, root mean square over the vocabulary
+MEAN_STEP = 0.05  # of a logit, root mean square over tokens by their probability
 MEAN_BLOCK = 64  # positions
 ROUNDING = 0.36  # fraction from which a magnitude is rounded up: 0.5 would be plain rounding
 PULL = 0.025  # how far below |code| the mean of what was rounded to it lies; twice that for |code| = 1

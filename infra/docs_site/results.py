@@ -311,6 +311,20 @@ def _open(result: Result) -> str:
     return table([f"a cache of {result['shards']:,} shards", "figure"], rows)
 
 
+def _reading(result: Result) -> str:
+    names = {
+        "open": "to open a cache",
+        "verify": "verify",
+        "first": "first pass, hashing in it",
+        "later": "a later pass",
+    }
+    rows = []
+    for name, ratio in result["ratios"].items():
+        what, _, kind = name.partition(" ")
+        rows.append([names[what] + (f", {kind}" if kind else ""), f"{ratio:.2f}"])
+    return table(["512 rows, format 2 over format 1 (commit 0b91fec)", "processor time"], rows)
+
+
 def _object_store(result: Result) -> str:
     names = {"cold": "cold", "ahead": "fetching ahead", "warm": "from local copies", "folder": "from a folder"}
     rows = [[name, f"{round(result[key]['rows_per_second'], -1):,.0f}"] for key, name in names.items()]
@@ -407,6 +421,12 @@ RUNS = {
             _precompute,
         ),
         Run("open_cache", f"{BENCH}/open_cache.py CACHE", "2026-11-22", _open),
+        Run(
+            "reading_cost",
+            f"{BENCH}/reading_cost.py WORK --against CHECKOUT --rows 512 --rounds 3",
+            "2026-11-29",
+            _reading,
+        ),
         Run("object_store", f"{BENCH}/object_store.py CACHE", "2026-11-22", _object_store),
         Run("attention_cost", f"{BENCH}/attention_cost.py --threads 1", "2026-11-23", _attention),
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
 from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.manifest.alignment_manifest import (
     ALIGNMENTS,
@@ -22,7 +23,7 @@ from teachercache.cache.manifest.alignment_manifest import (
 from teachercache.cache.reader import Cache
 from teachercache.cache.shards.shard import Shard, StoredRow
 from teachercache.cache.shards.shard_set import ShardSet, Split
-from teachercache.cache.storage.source import MOST_CALIBRATION_BYTES, loadable, private_folder
+from teachercache.cache.storage.source import loadable, private_folder
 from teachercache.cache.token_texts import listed_token_texts
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.coding.chunk_columns import ChunkColumns

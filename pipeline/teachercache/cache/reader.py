@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
 from teachercache.cache.files.column_groups import Group, groups_of
 from teachercache.cache.files.entries import ROWS_GROUP, FileInfo, ShardInfo, ShardTable
 from teachercache.cache.manifest.manifest import Manifest
 from teachercache.cache.shards.shard import Shard, StoredRow
 from teachercache.cache.shards.shard_set import SPLITS, ShardSet, Split
 from teachercache.cache.storage.source import (
-    MOST_CALIBRATION_BYTES,
     TEACHER,
     LocalFiles,
     Source,

@@ -24,7 +24,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from teachercache.bounded.strangers_json import parse_json
-from teachercache.cache.files.bounds import MOST_LENGTH, MOST_PREFIX, MOST_TOKENS, Count, check_files, validated
+from teachercache.cache.files.bounds import (
+    MOST_LENGTH,
+    MOST_PREFIX,
+    MOST_TOKENS,
+    Count,
+    check_files,
+    check_sizes,
+    validated,
+)
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable
@@ -233,6 +241,7 @@ def _check(manifest: SidecarManifest, cache: Manifest) -> None:
     for name in names:
         if not name.startswith(f"{manifest.folder}/"):
             raise ValueError(f"it names {name!r}, which is outside its folder")
+    check_sizes(manifest.files)
     check_files(names)
     if manifest.tokenizer["pad_id"] >= manifest.vocabulary_size:
         raise ValueError("its pad_id is no token")

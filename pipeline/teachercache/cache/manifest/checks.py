@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from teachercache.cache.files.bounds import MOST_LENGTH, MOST_PREFIX, MOST_TOKENS, Count, check_files, validated
+from teachercache.cache.files.bounds import (
+    MOST_LENGTH,
+    MOST_PREFIX,
+    MOST_SHARD_BYTES_A_ROW,
+    MOST_TOKENS,
+    Count,
+    check_files,
+    check_sizes,
+    validated,
+)
 from teachercache.cache.files.entries import MOST_COUNT
 from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
@@ -168,6 +177,9 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
     if missing:
         raise ValueError(f"column_bytes has no {min(missing)}")
     _check_counts("audit", vars(manifest.audit))
+    if (manifest.shards.sizes() / (1 + manifest.shards.counted("rows")) > MOST_SHARD_BYTES_A_ROW).any():
+        raise ValueError("a shard has more bytes than its rows can take")
+    check_sizes(manifest.files)
     check_files([*manifest.shards.names(), *(info.file for info in (*manifest.files, *manifest.index))])
     targets = manifest.targets
     known = {section for section in targets if why_unknown(section, targets) is None}

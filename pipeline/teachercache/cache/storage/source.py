@@ -34,9 +34,6 @@ from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError
 
 TEACHER = "teacher"
-MOST_CALIBRATION_BYTES = (
-    2**32
-)  # of a basis, a layer file or a vocabulary map; matrices of a layer of width 8192 have 600 MB
 MOST_TOKENIZER_BYTES = 2**26  # of all files of a tokenizer; the largest that we know has 33 MB
 REMEDY = "fetch it again, or delete the cache and run `teachercache precompute` again"
 

@@ -317,6 +317,15 @@ def test_a_feature_that_it_lacks_is_refused_with_the_remedy(layers: Path) -> Non
         assert "\n" not in str(caught.value) and not isinstance(caught.value, CacheDamaged)
 
 
+def test_targets_that_no_group_holds_are_refused(layers: Path) -> None:
+    data = manifest_of(layers)
+    data["groups"]["shards"].remove("logits")
+    write_signed(layers, data)
+    for read in (read_everything, verify):
+        with pytest.raises(CacheDamaged, match="targets logits, and no column group that holds them"):
+            read(layers)
+
+
 def test_a_further_target_that_it_does_not_know_is_left_alone_and_still_verified(layers: Path) -> None:
     before = logits_of(Cache.open(layers))
     data = manifest_of(layers)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
-from teachercache.cache.files.column_groups import Group, groups_of
+from teachercache.cache.files.column_groups import Group, check_placed, groups_of
 from teachercache.cache.files.entries import ROWS_GROUP, FileInfo, ShardInfo, ShardTable
 from teachercache.cache.manifest.manifest import Manifest
 from teachercache.cache.shards.shard import Shard, StoredRow
@@ -227,7 +227,9 @@ class Cache(ShardSet):
 
 
 def groups_of_cache(manifest: Manifest, targets: StoredTargets) -> tuple[Group, ...]:
-    """The column groups that a manifest describes; `targets` need not have their files."""
+    """The column groups that a manifest describes; `targets` need not have their files. Raises `CacheDamaged` where no group
+    holds them."""
+    check_placed(targets, manifest.groups)
     return groups_of(
         targets,
         layout=manifest.groups,

@@ -108,6 +108,13 @@ def layout_of(targets: StoredTargets) -> dict[str, tuple[str, ...]]:
     return layout
 
 
+def check_placed(targets: StoredTargets, layout: Mapping[str, Sequence[str]]) -> None:
+    """Raise `CacheDamaged` for known targets that no group holds."""
+    placed = {section for sections in layout.values() for section in sections}
+    if missing := sorted(name for name, kind in targets.sections.items() if kind.columns and name not in placed):
+        raise CacheDamaged(f"the manifest has targets {', '.join(missing)}, and no column group that holds them")
+
+
 def groups_of(
     targets: StoredTargets,
     *,

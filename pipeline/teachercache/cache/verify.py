@@ -71,7 +71,10 @@ def verify(location: str | Path, *, quick: bool = False, deep: bool = False) -> 
     be. Raises `CacheError` when there is no finished cache, and for a
     URL what `ObjectStore.pieces` does.
     """
-    problems = _verify_files(location, quick=quick)
+    try:
+        problems = _verify_files(location, quick=quick)
+    except CacheDamaged as error:  # of a manifest that describes no cache
+        return [Problem(MANIFEST, str(error))]
     return list(wrong_rows(location)) if deep and not problems else problems
 
 

@@ -13,7 +13,7 @@ from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
 from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
 from teachercache.objective.ensemble.fused_tail import FusedTail, Fusion
-from teachercache.objective.ensemble.teacher_view import Voice
+from teachercache.objective.ensemble.teacher_view import TeacherView
 from teachercache.objective.logits.operands import Weights, no_teacher
 from teachercache.objective.logits.projected import projected_sums
 from teachercache.objective.logits.tail_logits import tensor_cores
@@ -136,7 +136,7 @@ def test_several_teachers_are_fused_alike(fusion: Fusion) -> None:
     first_U = torch.arange(200) % 120
 
     def tail(device: str) -> FusedTail:
-        voices = []
+        teacher_views = []
         for seed, tokens, step in ((1, V, 1), (2, V, 3), (3, 200, 2)):
             at_n = torch.arange(0, N, step, device=device)
             head_np = random(seed, len(at_n), 9).log_softmax(-1).to(device)
@@ -148,11 +148,13 @@ def test_several_teachers_are_fused_alike(fusion: Fusion) -> None:
             if tokens != V:
                 emitted_V = torch.zeros(V, dtype=torch.bool).index_fill(0, first_U, True)
                 projection = VocabularyProjection(first_U, emitted_V).to(torch.device(device))
-            voices.append(Voice.of(softened, at_n if step > 1 else None, positions=N, projection=projection))
+            teacher_views.append(
+                TeacherView.of(softened, at_n if step > 1 else None, positions=N, projection=projection)
+            )
         weight_NK = torch.rand(N, 3, generator=torch.Generator().manual_seed(5))
         for number, step in enumerate((1, 3, 2)):
             weight_NK[torch.arange(N) % step > 0, number] = 0
-        return FusedTail(voices, (weight_NK / weight_NK.sum(-1, keepdim=True)).to(device), fusion, V)
+        return FusedTail(teacher_views, (weight_NK / weight_NK.sum(-1, keepdim=True)).to(device), fusion, V)
 
     parts = [slice(0, N), slice(5, 23)]
     for part in parts:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig
 from teachercache.models.loading import load_causal_lm
 from teachercache.training.trainer.trainer import DistillationTrainer
@@ -91,9 +91,9 @@ def test_every_figure_of_a_run_is_the_cpus(made: Path, tmp_path: Path, settings:
 def test_a_student_with_another_tokenizer_too(made: Path, tmp_path: Path) -> None:
     student = other_student(tmp_path / "student", layers=2, dropout=0.0)
     aligned(made, student)
-    sidecars = Sidecar.all_of(Cache.open(made))
+    alignments = CacheAlignment.all_of(Cache.open(made))
     gpu, cpu = (
-        records(made, student, tmp_path / str(on_cpu), ACROSS, on_cpu=on_cpu, sidecars=sidecars)
+        records(made, student, tmp_path / str(on_cpu), ACROSS, on_cpu=on_cpu, alignments=alignments)
         for on_cpu in (False, True)
     )
     compare(gpu, cpu)

@@ -19,7 +19,7 @@ from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.targets.coding.counter_rng import position_seeds
 from teachercache.targets.coding.transfer import to_host, unpacked
 from teachercache.targets.logits.boundary_mass import BoundaryMass
-from teachercache.targets.logits.final_hidden import Hidden
+from teachercache.targets.logits.final_hidden import FinalHidden
 from teachercache.targets.logits.full import Full
 from teachercache.targets.logits.random_sampling import RandomSampling
 from teachercache.targets.logits.top_p import TopP
@@ -126,7 +126,7 @@ def test_a_block_of_a_capture_is_fetched_at_once(boundary: bool) -> None:
 
 def hidden() -> Any:
     layer = OutputLayer.of(tiny_model(vocabulary=V), vocabulary_size=V)
-    kind = Hidden(width=D, step=0.05, calibration_positions=64, vocabulary_size=V)
+    kind = FinalHidden(width=D, step=0.05, calibration_positions=64, vocabulary_size=V)
     return calibrate(kind, layer, [random(4, 400, D)])
 
 

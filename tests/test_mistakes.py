@@ -21,7 +21,7 @@ from teachercache.stream.order.mixture import Mixture
 from teachercache.stream.order.shuffle_windows import RowOrder
 from teachercache.targets import TopK
 from teachercache.targets.logits.temperature import softened
-from teachercache.training.supervision.fit import check_shapes, sidecars_of
+from teachercache.training.supervision.fit import alignments_of, check_shapes
 from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import part, sentences, tiny_cache, tiny_model, tiny_teacher
@@ -146,7 +146,7 @@ def test_mistake_05_a_cache_and_a_student_that_do_not_fit_are_not_paired(cache, 
     )  # same size, other ids
     (other / "tokenizer.json").write_text(swapped, encoding="utf-8")
     with pytest.raises(CacheError, match="has no alignment with the tokenizer of .*other"):
-        sidecars_of(StudentConfig(model=str(other)), [cache])
+        alignments_of(StudentConfig(model=str(other)), [cache])
 
 
 def test_mistake_06_payload_is_no_nested_list(cache):

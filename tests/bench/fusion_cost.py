@@ -22,7 +22,7 @@ from turns import Contestants, compare
 
 from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
 from teachercache.objective.ensemble.fused_tail import FusedTail, Fusion
-from teachercache.objective.ensemble.teacher_view import Voice
+from teachercache.objective.ensemble.teacher_view import TeacherView
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.projected import projected_sums
 from teachercache.targets.logits.softened import Softened
@@ -30,30 +30,32 @@ from teachercache.targets.logits.softened import Softened
 U = 32000  # tokens of another vocabulary
 
 
-def fused(voices: list[Voice], weight_NK: Tensor, fusion: Fusion) -> Softened:
+def fused(teacher_views: list[TeacherView], weight_NK: Tensor, fusion: Fusion) -> Softened:
     none_N0 = torch.empty(len(weight_NK), 0)
-    return Softened(none_N0.long(), none_N0, torch.zeros(len(weight_NK)), FusedTail(voices, weight_NK, fusion, V))
+    return Softened(
+        none_N0.long(), none_N0, torch.zeros(len(weight_NK)), FusedTail(teacher_views, weight_NK, fusion, V)
+    )
 
 
 def teachers(positions: int, temperature: float) -> dict[str, Softened]:
     one, two = (teacher(positions, temperature, sketch=True, seed=seed) for seed in (1, 2))
-    voices = [Voice.of(each, None, positions=positions) for each in (one, two)]
+    teacher_views = [TeacherView.of(each, None, positions=positions) for each in (one, two)]
     equal_N2 = torch.full((positions, 2), 0.5)
     alone_N2 = torch.tensor([[1.0, 0.0]]).expand(positions, 2)
     at_n = torch.arange(positions)[torch.arange(positions) % 3 > 0]
     first_U = torch.randint(0, V, (U,), generator=torch.Generator().manual_seed(3))
     projection = VocabularyProjection(first_U, torch.zeros(V, dtype=torch.bool).index_fill(0, first_U, True))
-    abroad = Voice.of(
+    abroad = TeacherView.of(
         teacher(len(at_n), temperature, sketch=True, seed=4, tokens=U), at_n, positions=positions, projection=projection
     )
     other_N2 = equal_N2.clone()
     other_N2[::3] = torch.tensor([1.0, 0.0])
     return {
         "one": one,
-        "one, fused": fused(voices, alone_N2, "arithmetic"),
-        "arithmetic": fused(voices, equal_N2, "arithmetic"),
-        "geometric": fused(voices, equal_N2, "geometric"),
-        "other tokens": fused([voices[0], abroad], other_N2, "arithmetic"),
+        "one, fused": fused(teacher_views, alone_N2, "arithmetic"),
+        "arithmetic": fused(teacher_views, equal_N2, "arithmetic"),
+        "geometric": fused(teacher_views, equal_N2, "geometric"),
+        "other tokens": fused([teacher_views[0], abroad], other_N2, "arithmetic"),
     }
 
 

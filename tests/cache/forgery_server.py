@@ -20,7 +20,7 @@ from typing import Any
 
 from cache.forgery import read_everything
 from teachercache.cache import Cache, verify
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.console import run_command
 from teachercache.precompute.align.turns import turn_end
 from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
@@ -37,11 +37,11 @@ def read(folder: Path) -> dict[str, Any]:
     tokenizer = teacher_tokenizer(cache)
     if tokenizer.chat_template:
         turn_end(tokenizer)
-    for sidecar in Sidecar.all_of(cache):
-        _ = sidecar.vocabulary, sidecar.begins_V
-        student_tokenizer(sidecar)
-        for index in range(sidecar.rows_of("train")):
-            sidecar.read_row("train", index)
+    for alignment in CacheAlignment.all_of(cache):
+        _ = alignment.vocabulary, alignment.begins_V
+        student_tokenizer(alignment)
+        for index in range(alignment.rows_of("train")):
+            alignment.read_row("train", index)
     read_everything(folder)
     return {}
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from teachercache.cache import SPLITS, Cache, StoredRow
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import Recipe
 from teachercache.stream.sources import train_order
 
@@ -91,7 +91,7 @@ def reading(cache: Cache) -> dict[str, Any]:
         "stored": digest.hexdigest(),
         "sums": sums,
         "order": [order.rows_at(epoch, np.arange(count)).tolist() for epoch in (0, 1)],
-        "alignments": [_alignment(cache, sidecar) for sidecar in Sidecar.all_of(cache)],
+        "alignments": [_alignment(cache, alignment) for alignment in CacheAlignment.all_of(cache)],
     }
 
 
@@ -110,17 +110,17 @@ def _of_row(stored: StoredRow) -> bytes:
     return json.dumps(plain).encode() + b"".join(columns)
 
 
-def _alignment(cache: Cache, sidecar: Sidecar) -> dict[str, Any]:
+def _alignment(cache: Cache, alignment: CacheAlignment) -> dict[str, Any]:
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(cache.rows_of(split)):
-            joined = sidecar.joined(split, index, cache.read_row(split, index))
+            joined = alignment.joined(split, index, cache.read_row(split, index))
             digest.update(_of_row(joined))
     return {
-        "student": sidecar.manifest.tokenizer["fingerprint"],
+        "student": alignment.manifest.tokenizer["fingerprint"],
         "stored": digest.hexdigest(),
-        "covered": sidecar.vocabulary.coverage,
-        "begins": int(sidecar.begins_V.sum()),
+        "covered": alignment.vocabulary.coverage,
+        "begins": int(alignment.begins_V.sum()),
     }
 
 

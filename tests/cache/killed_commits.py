@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.files.entries import ShardTable
-from teachercache.cache.manifest.alignment_manifest import SidecarManifest, commit_sidecar
+from teachercache.cache.manifest.alignment_manifest import AlignmentManifest, commit_alignment
 from teachercache.cache.manifest.manifest import Manifest, commit_manifest, read_manifest
 from teachercache.errors import CacheError
 
@@ -32,10 +32,10 @@ def of_cache(folder: Path) -> Manifest:
     return read_manifest(folder)
 
 
-def of_alignment(folder: Path) -> SidecarManifest:
+def of_alignment(folder: Path) -> AlignmentManifest:
     """What a reader finds."""
-    [sidecar] = Sidecar.all_of(Cache.open(folder))
-    return sidecar.manifest
+    [alignment] = CacheAlignment.all_of(Cache.open(folder))
+    return alignment.manifest
 
 
 def another(manifest: Any) -> Any:
@@ -72,7 +72,7 @@ def killed(commit: Callable[[], None], folder: Path, number: int) -> str:
 def main(what: str, folder: Path) -> list[dict[str, str]]:
     """Every kill, and what was found after it."""
     read: Callable[[Path], Any] = of_cache if what == "cache" else of_alignment
-    commit: Callable[[Any, Path], None] = commit_manifest if what == "cache" else commit_sidecar
+    commit: Callable[[Any, Path], None] = commit_manifest if what == "cache" else commit_alignment
     first, found = read(folder), list[dict[str, str]]()
     following = another(first)
     with tempfile.TemporaryDirectory() as name:

@@ -18,7 +18,7 @@ import pytest
 from cache.forgery import manifest_of, problems, read_everything, rewrite, write_signed
 from cache.golden_caches import GOLDEN, reading, recipe
 from teachercache.cache import SPLITS, Cache, FileInfo, ShardInfo, verify
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.files.column_groups import groups_of
 from teachercache.cache.files.content_files import write_named
 from teachercache.cache.files.entries import ShardTable
@@ -280,11 +280,11 @@ def test_an_alignment_outlives_what_is_added_to_a_cache(teacher: Path, tmp_path:
     aligned(whole, student)
     shutil.copytree(whole / "alignments", two / "alignments")
     assert problems(two) == []
-    [sidecar] = Sidecar.all_of(cache := Cache.open(two))
-    assert sidecar.joined("train", 0, cache.read_row("train", 0)).row.length > 0
+    [alignment] = CacheAlignment.all_of(cache := Cache.open(two))
+    assert alignment.joined("train", 0, cache.read_row("train", 0)).row.length > 0
     shutil.copytree(whole / "alignments", one / "alignments")  # other shards
     with pytest.raises(CacheDamaged, match="its rows are not those of the cache"):
-        Sidecar.all_of(Cache.open(one))
+        CacheAlignment.all_of(Cache.open(one))
 
 
 # --------------------------------------------------------------------------- later versions

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from teachercache.cache import Cache, verify
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.files.regular_files import NO_FILE, NoRegularFile, open_regular, read_regular
 from teachercache.cache.inspection import describe_row
 from teachercache.errors import CacheDamaged, TeachercacheError
@@ -78,10 +78,10 @@ def _read_all(folder: Path) -> None:
     _ = cache.boundary
     describe_row(cache, "train:0")
     teacher_tokenizer(cache)
-    for sidecar in Sidecar.all_of(cache):
-        _ = sidecar.vocabulary, sidecar.begins_V
-        sidecar.read_row("train", 0)
-        with sidecar.tokenizer_folder():
+    for alignment in CacheAlignment.all_of(cache):
+        _ = alignment.vocabulary, alignment.begins_V
+        alignment.read_row("train", 0)
+        with alignment.tokenizer_folder():
             pass
 
 

@@ -13,55 +13,61 @@ from hypothesis import strategies as st
 from teachercache.config import ObjectiveConfig, PhaseConfig, parse_recipe
 from teachercache.config.schedules import RatioBalance, StudentLossSchedule, UncertaintyBalance
 from teachercache.errors import RecipeError
-from teachercache.objective.schedule.objective_schedule import Course, Extent
+from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.objective.schedule.rules import rule_of
 
 STEPS = 120
 
 
-def course_of(*phases: dict[str, Any], steps: int = STEPS, across: bool = False, **objective: Any) -> Course:
+def schedule_of(
+    *phases: dict[str, Any], steps: int = STEPS, across: bool = False, **objective: Any
+) -> ObjectiveSchedule:
     made = [PhaseConfig.model_validate(phase) for phase in phases]
-    return Course(ObjectiveConfig.model_validate(objective), steps=steps, phases=made, across=across)
+    return ObjectiveSchedule(ObjectiveConfig.model_validate(objective), steps=steps, phases=made, across=across)
 
 
-def temperatures(course: Course, steps: int = STEPS) -> list[float]:
-    return [course.at(step).temperature for step in range(steps)]
+def temperatures(schedule: ObjectiveSchedule, steps: int = STEPS) -> list[float]:
+    return [schedule.at(step).temperature for step in range(steps)]
 
 
 def test_a_number_stays_what_it_is() -> None:
-    course = course_of(temperature=3, alpha=0.4)
-    assert {(course.at(step).temperature, course.at(step).alpha) for step in range(STEPS)} == {(3.0, 0.4)}
-    assert not course.changes and not course.adapts and course.state() == {}
+    schedule = schedule_of(temperature=3, alpha=0.4)
+    assert {(schedule.at(step).temperature, schedule.at(step).alpha) for step in range(STEPS)} == {(3.0, 0.4)}
+    assert not schedule.changes and not schedule.adapts and schedule.state() == {}
 
 
 @given(start=st.floats(1, 8), rate=st.floats(0, 1), floor=st.floats(0.5, 3), step=st.integers(0, STEPS))
 def test_the_linear_schedule_is_the_articles(start: float, rate: float, floor: float, step: int) -> None:
-    course = course_of(temperature={"schedule": "linear", "start": start, "rate": rate, "floor": floor})
+    schedule = schedule_of(temperature={"schedule": "linear", "start": start, "rate": rate, "floor": floor})
     naive = max(floor, start * (1 - rate * step / STEPS))
-    assert course.at(step).temperature == pytest.approx(naive, rel=1e-12)
+    assert schedule.at(step).temperature == pytest.approx(naive, rel=1e-12)
 
 
 def test_a_line_ends_where_it_is_told_to_or_at_its_floor() -> None:
-    course = course_of(temperature={"schedule": "linear", "start": 5, "end": 1})
-    assert (course.at(0).temperature, course.at(STEPS // 2).temperature, course.at(STEPS).temperature) == (5, 3, 1)
-    assert course.at(STEPS + 50).temperature == 1
-    floored = course_of(temperature={"schedule": "linear", "start": 4, "rate": 1.0, "floor": 2})
+    schedule = schedule_of(temperature={"schedule": "linear", "start": 5, "end": 1})
+    assert (schedule.at(0).temperature, schedule.at(STEPS // 2).temperature, schedule.at(STEPS).temperature) == (
+        5,
+        3,
+        1,
+    )
+    assert schedule.at(STEPS + 50).temperature == 1
+    floored = schedule_of(temperature={"schedule": "linear", "start": 4, "rate": 1.0, "floor": 2})
     assert floored.at(STEPS // 2).temperature == floored.at(STEPS - 1).temperature == 2
     assert floored.at(STEPS // 2 - 1).temperature > 2
 
 
 def test_phases_of_a_temperature_change_at_their_fractions() -> None:
     """5 → 3 → 1, the first step of each third is the first with its value."""
-    course = course_of(temperature={"schedule": "phases", "values": [5, 3, 1], "at": [1 / 3, 2 / 3]})
-    assert temperatures(course) == [5.0] * 40 + [3.0] * 40 + [1.0] * 40
+    schedule = schedule_of(temperature={"schedule": "phases", "values": [5, 3, 1], "at": [1 / 3, 2 / 3]})
+    assert temperatures(schedule) == [5.0] * 40 + [3.0] * 40 + [1.0] * 40
 
 
 @given(start=st.floats(1, 8), end=st.floats(1, 8), step=st.integers(0, STEPS))
 def test_the_cosine_is_flat_at_both_ends(start: float, end: float, step: int) -> None:
-    course = course_of(temperature={"schedule": "cosine", "start": start, "end": end})
+    schedule = schedule_of(temperature={"schedule": "cosine", "start": start, "end": end})
     naive = end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-    assert course.at(step).temperature == pytest.approx(naive, rel=1e-12)
-    ends = course.at(0).temperature, course.at(STEPS).temperature
+    assert schedule.at(step).temperature == pytest.approx(naive, rel=1e-12)
+    ends = schedule.at(0).temperature, schedule.at(STEPS).temperature
     assert ends == pytest.approx((start, end))
 
 
@@ -70,7 +76,7 @@ def test_schedules_are_functions_of_the_step_alone() -> None:
         "temperature": {"schedule": "cosine", "start": 5, "end": 1},
         "alpha": {"schedule": "linear", "start": 0.9, "end": 0.1},
     }
-    forwards, backwards = course_of(**settings), course_of(**settings)
+    forwards, backwards = schedule_of(**settings), schedule_of(**settings)
     there = [forwards.at(step) for step in range(STEPS)]
     assert there == [backwards.at(step) for step in reversed(range(STEPS))][::-1]
 
@@ -97,18 +103,18 @@ def test_the_balancer_reproduces_a_sequence_computed_by_hand() -> None:
     rule = rule_of(RatioBalance(balance="ratio"))
     assert rule is not None
     for _ in range(100):
-        rule.learn(distillation=2.0, ce=1.0)
+        rule.update(distillation=2.0, ce=1.0)
         assert rule.value == 0.7
     found = []
     for ce in (1.0, 2.0, 4.0):
-        rule.learn(distillation=2.0, ce=ce)
+        rule.update(distillation=2.0, ce=ce)
         found.append(rule.value)
     assert found == pytest.approx([0.665, 0.665, 0.69825], rel=1e-12)
     for _ in range(20):
-        rule.learn(distillation=2.0, ce=1.0)
+        rule.update(distillation=2.0, ce=1.0)
     assert rule.value == 0.5
     for _ in range(20):
-        rule.learn(distillation=2.0, ce=9.0)
+        rule.update(distillation=2.0, ce=9.0)
     assert rule.value == 0.9
 
 
@@ -118,7 +124,7 @@ def test_the_balancer_is_the_articles(losses: list[tuple[float, float]]) -> None
     assert rule is not None
     found = []
     for distillation, ce in losses:
-        rule.learn(distillation=distillation, ce=ce)
+        rule.update(distillation=distillation, ce=ce)
         found.append(rule.value)
     assert found == pytest.approx(articles_rule(losses), rel=1e-9)
 
@@ -129,7 +135,7 @@ def test_uncertainty_gives_each_term_the_weight_one_over_its_loss(losses: list[t
     rule = rule_of(UncertaintyBalance(balance="uncertainty", window=10, least=1e-6, most=1 - 1e-6))
     assert rule is not None
     for distillation, ce in losses:
-        rule.learn(distillation=distillation, ce=ce)
+        rule.update(distillation=distillation, ce=ce)
     means = [sum(column) / len(column) for column in zip(*losses[-10:], strict=True)]
     best = [
         min((s / 200 for s in range(-1200, 1200)), key=lambda s, mean=mean: mean * math.exp(-s) / 2 + s / 2)
@@ -143,12 +149,12 @@ def test_the_temperature_falls_where_the_student_finds_it_harder() -> None:
     rule = rule_of(StudentLossSchedule(schedule="student-loss", base=3, strength=10, window=4, least=1, most=6))
     assert rule is not None and rule.value == 3
     for _ in range(3):
-        rule.learn(distillation=0.0, ce=1.0)
+        rule.update(distillation=0.0, ce=1.0)
     assert rule.value == pytest.approx(3)
-    rule.learn(distillation=0.0, ce=2.0)
+    rule.update(distillation=0.0, ce=2.0)
     usual, harder = 1 - math.exp(-1), 1 - math.exp(-2)
     assert rule.value == pytest.approx(3 + 10 * ((3 * usual + harder) / 4 - harder)) and rule.value < 3
-    rule.learn(distillation=0.0, ce=0.01)
+    rule.update(distillation=0.0, ce=0.01)
     assert 3 < rule.value <= 6
 
 
@@ -163,54 +169,54 @@ BALANCES: list[dict[str, Any]] = [
 @given(losses=st.lists(st.tuples(st.floats(0, 20), st.floats(0, 20)), min_size=2, max_size=40), data=st.data())
 def test_what_rules_remember_goes_through_json(objective: dict[str, Any], losses: Any, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(losses)))
-    whole, before, after = (course_of(**objective) for _ in range(3))
+    whole, before, after = (schedule_of(**objective) for _ in range(3))
     for step, (distillation, ce) in enumerate(losses):
-        whole.learn(step, distillation=distillation, ce=ce)
+        whole.update(step, distillation=distillation, ce=ce)
         if step < cut:
-            before.learn(step, distillation=distillation, ce=ce)
+            before.update(step, distillation=distillation, ce=ce)
     after.load(json.loads(json.dumps(before.state())))
     for step, (distillation, ce) in enumerate(losses[cut:], start=cut):
-        after.learn(step, distillation=distillation, ce=ce)
+        after.update(step, distillation=distillation, ce=ce)
     assert after.at(STEPS) == whole.at(STEPS) and after.state() == whole.state()
 
 
 def test_phases_follow_each_other_with_what_they_change() -> None:
     layers = [{"match": "hidden-cosine", "weight": 2.0}]
-    course = course_of(
+    schedule = schedule_of(
         {"name": "layers first", "share": 0.25, "alpha": 0, "learning_rate_factor": 2},
         {"name": "soft", "share": 0.5, "temperature": {"schedule": "linear", "start": 4, "end": 2}},
         {"name": "sharp", "share": 0.25, "temperature": 1, "weights": {"hidden-cosine": 0.5}},
         layers=layers,
     )
-    assert [course.phase_at(step) for step in (0, 29, 30, 89, 90, 119, 500)] == [
+    assert [schedule.phase_at(step) for step in (0, 29, 30, 89, 90, 119, 500)] == [
         "layers first", "layers first", "soft", "soft", "sharp", "sharp", "sharp",
     ]  # fmt: skip
-    assert [course.at(step).alpha for step in (0, 29, 30, 119)] == [0, 0, 0.9, 0.9]
-    assert [course.at(step).temperature for step in (29, 30, 60, 89, 90)] == pytest.approx([1, 4, 3, 2 + 2 / 60, 1])
-    assert [course.at(step).terms["hidden-cosine"] for step in (0, 89, 90)] == [2.0, 2.0, 0.5]
-    assert [course.learning_rate_factor(step) for step in (29, 30)] == [2.0, 1.0]
-    assert course.extent.uses_teacher and set(course.extent.temperatures) >= {4.0, 2.0, 1.0}
+    assert [schedule.at(step).alpha for step in (0, 29, 30, 119)] == [0, 0, 0.9, 0.9]
+    assert [schedule.at(step).temperature for step in (29, 30, 60, 89, 90)] == pytest.approx([1, 4, 3, 2 + 2 / 60, 1])
+    assert [schedule.at(step).terms["hidden-cosine"] for step in (0, 89, 90)] == [2.0, 2.0, 0.5]
+    assert [schedule.learning_rate_factor(step) for step in (29, 30)] == [2.0, 1.0]
+    assert schedule.schedule_range.uses_teacher and set(schedule.schedule_range.temperatures) >= {4.0, 2.0, 1.0}
 
 
 def test_a_schedule_of_the_run_goes_on_over_its_phases() -> None:
-    course = course_of(
+    schedule = schedule_of(
         {"name": "one", "steps": 60},
         {"name": "two", "steps": 60, "temperature": 7},
         temperature={"schedule": "linear", "start": 5, "end": 1},
     )
-    assert course.at(59).temperature == pytest.approx(5 - 4 * 59 / 120) and course.at(60).temperature == 7
+    assert schedule.at(59).temperature == pytest.approx(5 - 4 * 59 / 120) and schedule.at(60).temperature == 7
 
 
 def test_a_rule_learns_from_the_steps_that_it_decides() -> None:
-    course = course_of(
+    schedule = schedule_of(
         {"name": "fixed", "steps": 60, "alpha": 0.3},
         {"name": "balanced", "steps": 60},
         alpha={"balance": "uncertainty"},
     )
-    course.learn(0, distillation=1.0, ce=9.0)
-    assert course.at(0).alpha == 0.3 and course.at(60).alpha == 0.5
-    course.learn(60, distillation=1.0, ce=3.0)
-    assert course.at(61).alpha == pytest.approx(0.75)
+    schedule.update(0, distillation=1.0, ce=9.0)
+    assert schedule.at(0).alpha == 0.3 and schedule.at(60).alpha == 0.5
+    schedule.update(60, distillation=1.0, ce=3.0)
+    assert schedule.at(61).alpha == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +234,7 @@ def test_a_rule_learns_from_the_steps_that_it_decides() -> None:
 )
 def test_phases_that_do_not_fit_the_run_are_refused(phases: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        course_of(*phases)
+        schedule_of(*phases)
 
 
 @pytest.mark.parametrize(
@@ -294,16 +300,16 @@ def test_phases_have_names_of_their_own() -> None:
 
 
 def test_thirds_that_were_rounded_are_a_whole() -> None:
-    course = course_of(*({"name": name, "share": 0.3333} for name in "abc"))
-    assert [course.phase_at(step) for step in (39, 40, 79, 80, 119)] == ["a", "b", "b", "c", "c"]
+    schedule = schedule_of(*({"name": name, "share": 0.3333} for name in "abc"))
+    assert [schedule.phase_at(step) for step in (39, 40, 79, 80, 119)] == ["a", "b", "b", "c", "c"]
 
 
 def test_rules_of_two_phases_remember_apart() -> None:
     follow = {"schedule": "student-loss", "base": 3, "most": 6, "strength": 50}
     phases = [{"name": name, "steps": 60, "temperature": follow} for name in "ab"]
-    one, other = course_of(*phases), course_of(*phases)
+    one, other = schedule_of(*phases), schedule_of(*phases)
     for step, ce in [(0, 1.0), (1, 3.0), (60, 2.0), (61, 1.0)]:
-        one.learn(step, distillation=1.0, ce=ce)
+        one.update(step, distillation=1.0, ce=ce)
     other.load(json.loads(json.dumps(one.state())))
     found = [one.at(step).temperature for step in (2, 62)]
     assert found == [other.at(step).temperature for step in (2, 62)] and len({3.0, *found}) == 3
@@ -325,15 +331,17 @@ def test_what_needs_both_terms_is_judged_over_all_phases(
 ) -> None:
     phases = [{"name": str(n), "share": 0.5, "alpha": alpha} for n, alpha in enumerate(alphas)]
     if message is None:
-        course_of(*phases, **objective)
+        schedule_of(*phases, **objective)
         return
     with pytest.raises(RecipeError, match=message):
-        course_of(*phases, **objective)
+        schedule_of(*phases, **objective)
 
 
 def test_what_a_run_asks_of_its_cache_has_values_between_extremes() -> None:
-    smooth = Extent.of(ObjectiveConfig.model_validate({"temperature": {"schedule": "cosine", "start": 5, "end": 1}}))
+    smooth = ScheduleRange.of(
+        ObjectiveConfig.model_validate({"temperature": {"schedule": "cosine", "start": 5, "end": 1}})
+    )
     assert {1.0, 5.0} <= set(smooth.temperatures) and len(smooth.temperatures) > 2
     steps = {"temperature": {"schedule": "phases", "values": [4, 2], "at": [0.5]}}
-    assert Extent.of(ObjectiveConfig.model_validate(steps)).temperatures == (4.0, 2.0)
-    assert Extent.of(ObjectiveConfig(alpha=0)) == Extent(False, ())
+    assert ScheduleRange.of(ObjectiveConfig.model_validate(steps)).temperatures == (4.0, 2.0)
+    assert ScheduleRange.of(ObjectiveConfig(alpha=0)) == ScheduleRange(False, ())

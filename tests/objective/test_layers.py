@@ -394,7 +394,7 @@ def test_idling_runs_the_same_modules_in_the_same_order_as_the_loss() -> None:
     for term in terms:
         term.loss(made)
     expected, called[:] = list(called), []
-    zero = torch.stack([term.idle(torch.zeros(())) for term in terms]).sum()
+    zero = torch.stack([term.zero_contribution(torch.zeros(())) for term in terms]).sum()
     assert called == expected and float(zero.detach()) == 0.0
     zero.backward()
     for term in terms:

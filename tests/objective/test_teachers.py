@@ -17,9 +17,9 @@ from teachercache.config import ObjectiveConfig, TeachersConfig
 from teachercache.errors import CacheError, RecipeError
 from teachercache.objective import DistillationObjective
 from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
-from teachercache.objective.ensemble import FusedTeacher, Member, TeacherWeights
+from teachercache.objective.ensemble import EnsembleMember, FusedTeacher, TeacherWeights
 from teachercache.objective.ensemble.fused_tail import FusedTail
-from teachercache.objective.ensemble.teacher_view import Voice
+from teachercache.objective.ensemble.teacher_view import TeacherView
 from teachercache.objective.ensemble.weights import by_confidence, shared_out
 from teachercache.objective.logits.divergences import Divergence, JensenShannon, forward_kl, reverse_kl, total_variation
 from teachercache.objective.logits.fused import distillation_sums
@@ -93,10 +93,12 @@ def _weights(seed: int, count: int) -> Tensor:
     return torch.rand(N, count, generator=_generator(seed), dtype=torch.float64).softmax(-1)
 
 
-def _fused(voices: list[Voice], weight_NK: Tensor, fusion: str) -> Softened:
+def _fused(teacher_views: list[TeacherView], weight_NK: Tensor, fusion: str) -> Softened:
     none_N0 = torch.empty(len(weight_NK), 0)
     taught_N = weight_NK.sum(-1).gt(0).to(weight_NK.dtype).log()
-    return Softened(none_N0.long(), none_N0.to(weight_NK.dtype), taught_N, FusedTail(voices, weight_NK, fusion, V))
+    return Softened(
+        none_N0.long(), none_N0.to(weight_NK.dtype), taught_N, FusedTail(teacher_views, weight_NK, fusion, V)
+    )
 
 
 @pytest.mark.parametrize("fusion", ["arithmetic", "geometric"])
@@ -107,7 +109,7 @@ def test_fusion_is_that_of_dense_teachers(fusion: str, temperature: float, data:
     """Two or three teachers of any kinds and head sizes, each but the first at some of the positions."""
     policies = [each for each in POLICIES if fusion == "arithmetic" or each != "renormalise"]
     count = data.draw(st.integers(2, 3))
-    voices, ps, speaks_NK = [], [], torch.ones(N, count, dtype=torch.bool)
+    teacher_views, ps, speaks_NK = [], [], torch.ones(N, count, dtype=torch.bool)
     for number in range(count):
         policy, k = data.draw(st.sampled_from(policies)), data.draw(st.integers(1, 9))
         at_N = torch.ones(N, dtype=torch.bool)
@@ -119,11 +121,11 @@ def test_fusion_is_that_of_dense_teachers(fusion: str, temperature: float, data:
         softened = _softened(number, policy, k, temperature, positions=len(at_n))
         p_NV = torch.ones(N, V, dtype=torch.float64)
         p_NV[at_n] = _dense(softened, V)
-        voices.append(Voice.of(softened, at_n if number else None, positions=N))
+        teacher_views.append(TeacherView.of(softened, at_n if number else None, positions=N))
         ps.append(p_NV)
         speaks_NK[:, number] = at_N
     weight_NK = shared_out(_weights(9, count), speaks_NK)
-    fused = _fused(voices, weight_NK, fusion)
+    fused = _fused(teacher_views, weight_NK, fusion)
     torch.testing.assert_close(fused.dense().exp(), _twin(ps, weight_NK, fusion), rtol=1e-6, atol=1e-9)
     start = data.draw(st.integers(0, N - 1))
     part = slice(start, start + data.draw(st.integers(1, N)))
@@ -140,8 +142,8 @@ def test_losses_and_gradients_are_those_of_the_dense_mixture(
     said = [_softened(0, "sketch", 6, temperature), _softened(1, "uniform", 3, temperature)]
     weight_NK = _weights(3, 2)
     p_NV = _twin([_dense(each, V) for each in said], weight_NK, fusion)
-    voices = [Voice.of(_to(each, torch.float32), None, positions=N) for each in said]
-    fused = _fused(voices, weight_NK.float(), fusion)
+    teacher_views = [TeacherView.of(_to(each, torch.float32), None, positions=N) for each in said]
+    fused = _fused(teacher_views, weight_NK.float(), fusion)
     hidden_ND = torch.randn(N, 8, generator=_generator(5)).requires_grad_()
     layer_VD = torch.randn(V, 8, generator=_generator(6)).requires_grad_()
     labels_N = torch.arange(N) % V
@@ -183,14 +185,17 @@ def _value(divergence: Divergence, p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=["kl", "reverse", "js", "tv"])
 def test_a_position_without_a_weight_has_no_teacher(divergence: Divergence) -> None:
     """Its labels still count."""
-    voices = [Voice.of(_softened(seed, "sketch", 4, 2.0), None, positions=N) for seed in (0, 1)]
+    teacher_views = [TeacherView.of(_softened(seed, "sketch", 4, 2.0), None, positions=N) for seed in (0, 1)]
     weight_NK = _weights(3, 2)
     weight_NK[::2] = 0
     logits_NV = torch.randn(N, V, generator=_generator(7), dtype=torch.float64).requires_grad_()
     labels_N = torch.arange(N) % V
 
     def sums(weight_NK: Tensor, chosen: Tensor, alpha: float) -> tuple[Tensor, ...]:
-        at = [Voice.of(_rows(voice.softened, chosen), None, positions=len(chosen)) for voice in voices]
+        at = [
+            TeacherView.of(_rows(teacher_view.softened, chosen), None, positions=len(chosen))
+            for teacher_view in teacher_views
+        ]
         return distillation_sums(
             logits_NV[None], positions_N=chosen, labels_N=labels_N[chosen], teacher=_fused(at, weight_NK[chosen], "arithmetic"),
             weights=Weights(alpha, 2.0), vocabulary_size=V, divergence=divergence,
@@ -222,7 +227,7 @@ def test_one_teacher_of_weight_one_is_no_fusion(fusion: str, policy: str) -> Non
     alone = _to(_softened(0, policy, 5, 2.0), torch.float32)
     other = _to(_softened(1, "sketch", 3, 2.0), torch.float32)
     weight_NK = torch.tensor([[1.0, 0.0]]).expand(N, 2)
-    fused = _fused([Voice.of(each, None, positions=N) for each in (alone, other)], weight_NK, fusion)
+    fused = _fused([TeacherView.of(each, None, positions=N) for each in (alone, other)], weight_NK, fusion)
     logits_NV = torch.randn(N, V, generator=_generator(7)).requires_grad_()
     found = []
     for teacher in (alone, fused):
@@ -279,9 +284,9 @@ def test_a_teacher_with_other_tokens_speaks_of_what_it_can_emit(fusion: str, tem
     base_NV = _twin(ps, of_natives, fusion)
     completed_NV = base_NV.clone()
     completed_NV[at_n] = _completed(_dense(other, U), base_NV[at_n], _projection())
-    voices = [Voice.of(each, None, positions=N) for each in own]
-    voices.append(Voice.of(other, at_n, positions=N, projection=_projection()))
-    fused = _fused(voices, weight_NK, fusion).dense().exp()
+    teacher_views = [TeacherView.of(each, None, positions=N) for each in own]
+    teacher_views.append(TeacherView.of(other, at_n, positions=N, projection=_projection()))
+    fused = _fused(teacher_views, weight_NK, fusion).dense().exp()
     torch.testing.assert_close(fused, _twin([*ps, completed_NV], weight_NK, fusion), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(completed_NV.sum(-1), torch.ones(N, dtype=torch.float64))
     outside_V = ~_projection().emitted_V
@@ -307,13 +312,13 @@ def test_confidence_is_ca_mkds_formula() -> None:
 def test_shares_follow_losses_and_their_state_comes_back() -> None:
     weights = TeacherWeights(3, tau=0.5, adapts=True)
     assert weights.factors == (1, 1, 1)
-    weights.learn([1.0, 1.5, 3.0])
+    weights.update([1.0, 1.5, 3.0])
     z = [math.exp(-loss / 0.5) for loss in (1.0, 1.5, 3.0)]
     assert weights.factors == pytest.approx([each / sum(z) for each in z])
     again = TeacherWeights(3)
     again.load(weights.state())
     assert again.factors == weights.factors
-    weights.learn([1000.0, 2000.0, 3000.0])  # no underflow to a sum of nothing
+    weights.update([1000.0, 2000.0, 3000.0])  # no underflow to a sum of nothing
     assert weights.factors == (1, 0, 0)
 
 
@@ -333,8 +338,8 @@ def test_weights_that_are_left_out_share_the_rest(given: dict[str, Any], shares:
 # --------------------------------------------------------------------- from the arrays of a batch
 
 
-def _member(kind: Any, name: str, **given: Any) -> Member:
-    return Member(kind, name, **given)
+def _member(kind: Any, name: str, **given: Any) -> EnsembleMember:
+    return EnsembleMember(kind, name, **given)
 
 
 def _batch(kinds: list[Any], logits: list[Tensor], at: list[Tensor | None]) -> dict[str, Tensor]:
@@ -454,7 +459,7 @@ def test_confidence_reads_the_cached_probabilities_of_the_tokens() -> None:
     logits = [torch.randn(N, V, generator=_generator(seed)) for seed in (0, 1)]
     batch = _batch(kinds, logits, [None, torch.arange(N)])
     teacher = _teacher(kinds, weights="confidence")
-    assert "actual_log_prob" in teacher.columns and "actual_log_prob" in teacher.further_columns[0]
+    assert "actual_log_prob" in teacher.columns and "actual_log_prob" in teacher.other_columns[0]
     tail: Any = teacher.softened(batch, 1.0, **PLACE).tail
     p_NK = torch.stack([each.softmax(-1)[torch.arange(N), torch.arange(N) % V] for each in logits], dim=1)
     torch.testing.assert_close(tail.weight_NK, p_NK / p_NK.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)

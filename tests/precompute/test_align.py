@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from teachercache.cache import SPLITS, Cache, verify
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.errors import CacheDamaged, CacheError, JobFailed, ModelError, RecipeError
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.align.job import commit, run_align
@@ -46,20 +46,20 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return cache, student
 
 
-def opened(cache: Path, student: Path) -> tuple[Cache, Sidecar]:
+def opened(cache: Path, student: Path) -> tuple[Cache, CacheAlignment]:
     found = Cache.open(cache)
-    sidecar = alignment_for(found, load_tokenizer(str(student)), student="student")
-    assert sidecar is not None
-    return found, sidecar
+    alignment = alignment_for(found, load_tokenizer(str(student)), student="student")
+    assert alignment is not None
+    return found, alignment
 
 
 def rows_of(cache: Path, student: Path) -> list[tuple[Any, Any]]:
-    found, sidecar = opened(cache, student)
+    found, alignment = opened(cache, student)
     pairs = []
     for split in SPLITS:
         for index in range(found.rows_of(split)):
             stored = found.read_row(split, index)
-            pairs.append((stored, sidecar.joined(split, index, stored)))
+            pairs.append((stored, alignment.joined(split, index, stored)))
     return pairs
 
 
@@ -172,9 +172,9 @@ def test_an_alignment_is_covered_by_digests(made: tuple[Path, Path], tmp_path: P
     shutil.copytree(cache, damaged)
     part = next((damaged / "alignments").rglob("part-00000-*.arrow"))
     part.write_bytes(part.read_bytes()[:-1] + b"\x00")
-    copied, sidecar = opened(damaged, student)
+    copied, alignment = opened(damaged, student)
     with pytest.raises(CacheDamaged, match="part-00000"):
-        sidecar.joined("train", 0, copied.read_row("train", 0))
+        alignment.joined("train", 0, copied.read_row("train", 0))
     assert found.rows_of("train")
 
 
@@ -344,9 +344,9 @@ def test_windows_of_conversations_keep_what_was_said(tmp_path: Path, template: s
     student = other_student(tmp_path / "student", tokenizer=other_tokenizer(chat_template=template))
     aligned(cache, student)
     pairs = rows_of(cache, student)
-    _, sidecar = opened(cache, student)
-    assert sum(sidecar.manifest.unaligned.values()) <= 0.05 * len(pairs)
-    totals = sidecar.manifest.totals  # markup is text, but nothing that could be aligned
+    _, alignment = opened(cache, student)
+    assert sum(alignment.manifest.unaligned.values()) <= 0.05 * len(pairs)
+    totals = alignment.manifest.totals  # markup is text, but nothing that could be aligned
     assert 0.2 < totals["aligned_bytes"] / totals["bytes"] < 0.9
     taught = sum(int(stored.row.positions) for stored, _ in pairs)
     learned = sum(int(joined.targets["token_bytes"][1:][joined.row.target_mask_S[:-1]].sum()) for _, joined in pairs)
@@ -397,10 +397,10 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes(tmp_path: Path)
     teacher = teacher_tokenizer(Cache.open(cache))
     end = tokenizer.convert_tokens_to_ids("<end>")
     found = Cache.open(cache)
-    sidecar = alignment_for(found, tokenizer, student="student")
-    assert sidecar is not None and sidecar.vocabulary.first_Vt[teacher.eos_token_id] == end
+    alignment = alignment_for(found, tokenizer, student="student")
+    assert alignment is not None and alignment.vocabulary.first_Vt[teacher.eos_token_id] == end
     stored = found.read_row("train", 0)
-    joined = sidecar.joined("train", 0, stored)
+    joined = alignment.joined("train", 0, stored)
     assert end in joined.row.input_ids_S[1:][joined.row.target_mask_S[:-1]]
 
 

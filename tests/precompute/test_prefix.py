@@ -132,14 +132,14 @@ def test_a_students_rows_begin_as_its_own_tokenizer_has_it(
     student = other_student(tmp_path / "student", tokenizer=tokenizer)
     aligned(cache, student)
     found = Cache.open(cache)
-    sidecar = alignment_for(found, load_tokenizer(str(student)), student="student")
+    alignment = alignment_for(found, load_tokenizer(str(student)), student="student")
     prefix = list(own_prefix(tokenizer))
-    assert sidecar is not None and len(prefix) == len(own) and sidecar.manifest.tokenizer["prefix_ids"] == prefix
+    assert alignment is not None and len(prefix) == len(own) and alignment.manifest.tokenizer["prefix_ids"] == prefix
     later = 0
     for split in SPLITS:
         for index in range(found.rows_of(split)):
             stored = found.read_row(split, index)
-            row = sidecar.joined(split, index, stored)
+            row = alignment.joined(split, index, stored)
             counts = [row.targets[name] for name in ("teacher_counts", "student_counts", "aligned")]
             aligned_S = np.repeat(counts[2] > 0, counts[1])
             aligned_T = np.repeat(counts[2] > 0, counts[0])
@@ -167,19 +167,19 @@ def test_a_students_rows_begin_as_the_recipe_says(tmp_path: Path, teacher: Path,
     cache = tiny_cache(tmp_path, teacher=teacher, texts=TEXTS[:4], sequence={"length": 24, "prefix": choice})
     aligned(cache, student)
     found = Cache.open(cache)
-    sidecar = alignment_for(found, load_tokenizer(str(student)), student="student")
-    assert sidecar is not None
+    alignment = alignment_for(found, load_tokenizer(str(student)), student="student")
+    assert alignment is not None
     index = getattr(tokenizer, f"{choice}_token_id", None)
     prefix = [] if index is None else [index]
-    assert sidecar.manifest.tokenizer["prefix_ids"] == prefix and len(prefix) == (choice != "none")
-    with tokenizer_to_export(StudentConfig(model=str(student)), found, [sidecar]) as folder:
+    assert alignment.manifest.tokenizer["prefix_ids"] == prefix and len(prefix) == (choice != "none")
+    with tokenizer_to_export(StudentConfig(model=str(student)), found, [alignment]) as folder:
         exported = load_tokenizer(str(folder))
     again = alignment_for(found, exported, student="exported")
     assert list(own_prefix(exported)) == prefix
-    assert again is not None and again.manifest.fingerprint == sidecar.manifest.fingerprint
+    assert again is not None and again.manifest.fingerprint == alignment.manifest.fingerprint
     for number in range(found.rows_of("train")):
         stored = found.read_row("train", number)
-        ids = sidecar.joined("train", number, stored).row.input_ids_S.tolist()
+        ids = alignment.joined("train", number, stored).row.input_ids_S.tolist()
         begun = exported(stored.row.segments[0].text)["input_ids"]
         assert ids[: len(begun)] == begun
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.stream.aligned_rows import JoinedRow, aligned_tokens
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.collate import Collator
@@ -22,7 +22,7 @@ COLUMNS = ("head_ids", "head_logits", "tail_log_partition", "actual_log_prob", B
 
 
 @pytest.fixture(scope="module", params=["documents", "packed"])
-def joined(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, Sidecar]:
+def joined(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, CacheAlignment]:
     folder = tmp_path_factory.mktemp(request.param)
     targets = {"logits": {"kind": "top-k", "k": 16, "dtype": "float32"}, **LAYERS}
     texts = [*sentences(30), "naïve café 日本語 🙂👩‍👧", "ﷺ x"]
@@ -32,17 +32,17 @@ def joined(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cach
     cache = Cache.open(path)
     from teachercache.models.loading import load_tokenizer
 
-    sidecar = alignment_for(cache, load_tokenizer(str(student)), student="student")
-    assert sidecar is not None
-    return cache, sidecar
+    alignment = alignment_for(cache, load_tokenizer(str(student)), student="student")
+    assert alignment is not None
+    return cache, alignment
 
 
-def rows_of(joined: tuple[Cache, Sidecar], count: int, columns: tuple[str, ...]) -> list[JoinedRow]:
-    cache, sidecar = joined
+def rows_of(joined: tuple[Cache, CacheAlignment], count: int, columns: tuple[str, ...]) -> list[JoinedRow]:
+    cache, alignment = joined
     rows = []
     for index in range(count):
         stored = cache.read_row("train", index, columns=columns)
-        found = sidecar.joined("train", index, stored)
+        found = alignment.joined("train", index, stored)
         rows.append(JoinedRow(found.row, stored, found.targets))
     return rows
 
@@ -58,10 +58,10 @@ def naive_chunks(row: JoinedRow) -> list[tuple[list[int], list[int]]]:
     return chunks
 
 
-def test_chunks_of_a_batch_are_those_that_both_sides_predict(joined: tuple[Cache, Sidecar]) -> None:
-    cache, sidecar = joined
+def test_chunks_of_a_batch_are_those_that_both_sides_predict(joined: tuple[Cache, CacheAlignment]) -> None:
+    cache, alignment = joined
     rows = rows_of(joined, 8, COLUMNS)
-    batch = Collator.of(cache, columns=COLUMNS, sidecar=sidecar)(rows)
+    batch = Collator.of(cache, columns=COLUMNS, alignment=alignment)(rows)
     targets = batch["targets"]
     number = before = 0
     for row in rows:
@@ -96,11 +96,11 @@ def test_chunks_of_a_batch_are_those_that_both_sides_predict(joined: tuple[Cache
     assert (batch["shift_labels"] != -100).sum() == before
 
 
-def test_packing_changes_nothing_but_the_shape(joined: tuple[Cache, Sidecar]) -> None:
-    cache, sidecar = joined
+def test_packing_changes_nothing_but_the_shape(joined: tuple[Cache, CacheAlignment]) -> None:
+    cache, alignment = joined
     rows = rows_of(joined, 8, COLUMNS)
-    plain = Collator.of(cache, columns=COLUMNS, sidecar=sidecar)(rows)["targets"]
-    packed_batch = Collator.of(cache, columns=COLUMNS, sidecar=sidecar, pack=True)(rows)
+    plain = Collator.of(cache, columns=COLUMNS, alignment=alignment)(rows)["targets"]
+    packed_batch = Collator.of(cache, columns=COLUMNS, alignment=alignment, pack=True)(rows)
     packed = packed_batch["targets"]
     order = lambda found: sorted(zip(found["chunk_log_prob"].tolist(), found["head_ids"][:, 0].tolist(), strict=True))  # noqa: E731
     assert order(packed) == order(plain)
@@ -109,11 +109,11 @@ def test_packing_changes_nothing_but_the_shape(joined: tuple[Cache, Sidecar]) ->
     assert len(labels_N) == len(packed["chunk_of"]) and "position_ids" in packed_batch
 
 
-def test_layers_are_those_at_aligned_tokens(joined: tuple[Cache, Sidecar]) -> None:
-    cache, sidecar = joined
+def test_layers_are_those_at_aligned_tokens(joined: tuple[Cache, CacheAlignment]) -> None:
+    cache, alignment = joined
     columns = ("head_ids", "head_logits", "hidden_1", "hidden_2")
     rows = rows_of(joined, 4, columns)
-    layers = Collator.of(cache, columns=columns, sidecar=sidecar)(rows)["layers"]
+    layers = Collator.of(cache, columns=columns, alignment=alignment)(rows)["layers"]
     for number, row in enumerate(rows):
         pairs = [(theirs[-1], ours[-1]) for theirs, ours in naive_chunks(row) if theirs and ours]
         student_A, teacher_A = aligned_tokens(row)
@@ -132,12 +132,12 @@ def test_layers_are_those_at_aligned_tokens(joined: tuple[Cache, Sidecar]) -> No
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, ("head_ids", "head_logits", "hidden_2"), (BOUNDARY_MASS,)])
-def test_no_rows_still_make_a_batch(joined: tuple[Cache, Sidecar], columns: tuple[str, ...]) -> None:
-    cache, sidecar = joined
-    batch = Collator.of(cache, columns=columns, sidecar=sidecar)([])
+def test_no_rows_still_make_a_batch(joined: tuple[Cache, CacheAlignment], columns: tuple[str, ...]) -> None:
+    cache, alignment = joined
+    batch = Collator.of(cache, columns=columns, alignment=alignment)([])
     assert batch["input_ids"].shape[0] == 1 and not (batch["shift_labels"] != -100).any()
     assert all(len(values) == 0 for values in batch["targets"].values())
-    full = Collator.of(cache, columns=columns, sidecar=sidecar)(rows_of(joined, 2, columns))
+    full = Collator.of(cache, columns=columns, alignment=alignment)(rows_of(joined, 2, columns))
     assert batch["targets"].keys() == full["targets"].keys()
     assert {name: values.dtype for name, values in batch["targets"].items()} == {
         name: values.dtype for name, values in full["targets"].items()

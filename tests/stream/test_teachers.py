@@ -16,7 +16,7 @@ from teachercache.cache.row_keys import row_keys
 from teachercache.errors import CacheDamaged
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
-from teachercache.stream.ensemble_rows import MISSING, FurtherCache, FurtherTargets, TaughtRow, join, looked_up
+from teachercache.stream.ensemble_rows import MISSING, EnsembleRow, TeacherCache, TeacherTargets, join, looked_up
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.kind import ACTUAL
 
@@ -79,15 +79,15 @@ def test_every_row_is_found_whatever_its_split(caches: tuple[Cache, Cache]) -> N
     first, second = caches
     ids, of_second = _ids(first), _ids(second)
     places = {row_id: (split, index) for split in SPLITS for index, row_id in enumerate(of_second[split])}
-    further = FurtherCache.joined_to([first], second)
+    other_teachers = TeacherCache.joined_to([first], second)
     crossed = 0
     for split in SPLITS:
         for index, row_id in enumerate(ids[split]):
-            place = further.place(0, split, index)  # type: ignore[arg-type]
+            place = other_teachers.place(0, split, index)  # type: ignore[arg-type]
             assert place == places.get(row_id)
             crossed += place is not None and place[0] != split
         found = sum(row_id in places for row_id in ids[split])
-        assert further.found(split) == found == further.found(split, source=0)  # type: ignore[arg-type]
+        assert other_teachers.found(split) == found == other_teachers.found(split, source=0)  # type: ignore[arg-type]
         assert 0 < found < len(ids[split]) or split == "held-out"
     assert crossed > 0
 
@@ -112,9 +112,9 @@ def test_a_row_of_the_same_key_and_another_id_is_missing(caches: tuple[Cache, Ca
         "train": np.where(rows["train"] == rows["train"][index], (rows["train"][index] + 1) % 5, rows["train"]),
     }
     row_id = first.read_row("train", index, columns=()).row.row_id
-    right = FurtherCache(second, None, (rows,)).read(0, "train", index, row_id=row_id, columns=())
+    right = TeacherCache(second, None, (rows,)).read(0, "train", index, row_id=row_id, columns=())
     assert right is not None and right.row.row_id == row_id
-    assert FurtherCache(second, None, (wrong,)).read(0, "train", index, row_id=row_id, columns=()) is None
+    assert TeacherCache(second, None, (wrong,)).read(0, "train", index, row_id=row_id, columns=()) is None
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -125,19 +125,21 @@ def test_a_batch_holds_what_further_teachers_have_of_its_rows(
     from teachercache.stream.alignment import alignment_for
 
     first, second = caches
-    sidecar = alignment_for(foreign, teacher_tokenizer(first), student="reader")
-    assert sidecar is not None
-    further = [
-        FurtherCache.joined_to([first], second),
-        FurtherCache.joined_to([first], foreign, sidecar=sidecar),
+    alignment = alignment_for(foreign, teacher_tokenizer(first), student="reader")
+    assert alignment is not None
+    other_teachers = [
+        TeacherCache.joined_to([first], second),
+        TeacherCache.joined_to([first], foreign, alignment=alignment),
     ]
-    columns = [tuple(column.name for column in each.cache.kind.columns) for each in further]
+    columns = [tuple(column.name for column in each.cache.kind.columns) for each in other_teachers]
     own = first.kind.objective_columns("ghost")
-    dataset = CacheDataset([first], "train", columns=[own], further=further, further_columns=columns)
+    dataset = CacheDataset([first], "train", columns=[own], other_teachers=other_teachers, other_columns=columns)
     rows = list(range(0, first.rows_of("train"), 2))
     taught: Any = dataset.__getitems__(rows).rows
-    targets = tuple(FurtherTargets(each.cache.targets, names) for each, names in zip(further, columns, strict=True))
-    collator = Collator.of(first, columns=own, pack=pack, further=targets)
+    targets = tuple(
+        TeacherTargets(each.cache.targets, names) for each, names in zip(other_teachers, columns, strict=True)
+    )
+    collator = Collator.of(first, columns=own, pack=pack, other_teachers=targets)
     batch = collator(taught)["targets"]
     plain = Collator.of(first, columns=own, pack=pack)(taught)["targets"]
     assert all((batch[name] == plain[name]).all() for name in plain)
@@ -147,7 +149,7 @@ def test_a_batch_holds_what_further_teachers_have_of_its_rows(
     said = dict(zip(batch["teacher1/at"].tolist(), batch["teacher1/nats"].tolist(), strict=True))
     foreign_at = set(batch["teacher2/at"].tolist())
     for row, start in zip(taught, start_of, strict=True):
-        theirs = row.further[0]
+        theirs = row.other_teachers[0]
         places = range(start, start + row.row.positions)
         if theirs is None:
             assert not any(place in said for place in places)
@@ -164,7 +166,7 @@ def test_a_batch_holds_what_further_teachers_have_of_its_rows(
     assert all(nothing[name].dtype == batch[name].dtype for name in batch)
 
 
-def _starts(rows: list[TaughtRow], head_logits_Nk: np.ndarray[Any, Any]) -> list[int]:
+def _starts(rows: list[EnsembleRow], head_logits_Nk: np.ndarray[Any, Any]) -> list[int]:
     """Where each row's positions begin in a batch, found by what they hold."""
     starts = []
     for row in rows:
@@ -179,12 +181,12 @@ def _starts(rows: list[TaughtRow], head_logits_Nk: np.ndarray[Any, Any]) -> list
     return starts
 
 
-def _check_foreign(rows: list[TaughtRow], starts: list[int], batch: Any, foreign: Cache) -> None:
+def _check_foreign(rows: list[EnsembleRow], starts: list[int], batch: Any, foreign: Cache) -> None:
     """Where a chunk begins, the teacher's distribution over the token that it gives next to the same bytes."""
     checked = 0
     at = batch["teacher2/at"].tolist()
     for row, start in zip(rows, starts, strict=True):
-        joined: Any = row.further[1]
+        joined: Any = row.other_teachers[1]
         if joined is None:
             continue
         decoded = foreign.kind.decoded(joined.teacher.targets)["log_probs"]
@@ -202,16 +204,16 @@ def _check_foreign(rows: list[TaughtRow], starts: list[int], batch: Any, foreign
 
 def test_what_goes_with_a_shard(caches: tuple[Cache, Cache]) -> None:
     first, second = caches
-    further = FurtherCache.joined_to([first], second)
+    other_teachers = TeacherCache.joined_to([first], second)
     of_second = {row_id: number for number in range(len(second.infos)) for row_id in _ids_of_shard(second, number)}
     found = 0
     for number, info in enumerate(first.infos):
         train = _ids_of_shard(first, number)[: info.rows - info.held_out_rows]
         expected = {of_second[row_id] for row_id in train if row_id in of_second}
-        assert set(further.shards_beside(0, [number], first)) == expected
+        assert set(other_teachers.shards_beside(0, [number], first)) == expected
         found += len(expected)
     assert found > 0
-    assert further.shards_beside(0, [], first) == []
+    assert other_teachers.shards_beside(0, [], first) == []
 
 
 def _ids_of_shard(cache: Cache, number: int) -> list[str]:

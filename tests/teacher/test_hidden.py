@@ -11,7 +11,7 @@ import torch
 
 from teacher.output_layers import MODELS, V, observe
 from teachercache.errors import CacheDamaged, CacheError, ModelError
-from teachercache.targets import Hidden, SketchBasis, target_kind
+from teachercache.targets import FinalHidden, SketchBasis, target_kind
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer
@@ -22,15 +22,15 @@ from kinds import as_tensors, stored_arrays, walk_through_a_cache
 WIDTH = 32
 
 
-def calibrated(model: Any, *, step: float) -> Hidden:
+def calibrated(model: Any, *, step: float) -> FinalHidden:
     hidden, _ = observe(model)
-    kind = Hidden(WIDTH, step, V, 600)
+    kind = FinalHidden(WIDTH, step, V, 600)
     made = calibrate(kind, OutputLayer.of(model, vocabulary_size=V), hidden)
-    assert isinstance(made, Hidden)
+    assert isinstance(made, FinalHidden)
     return made
 
 
-def divergence(kind: Hidden, model: Any, temperature: float) -> float:
+def divergence(kind: FinalHidden, model: Any, temperature: float) -> float:
     hidden, logits = observe(model, rows=2, seed=9)
     arrays = stored_arrays(kind, logits[0], hidden_ND=hidden[0])
     dense = torch.from_numpy(kind.softened(arrays, temperature).dense())
@@ -91,15 +91,15 @@ def test_refusals_name_the_remedy() -> None:
     model = tiny_model(vocabulary=V)
     hidden, _ = observe(model, rows=1)
     with pytest.raises(ModelError, match="width is 48, but the teacher's output layer is 32 wide; set it to 32"):
-        calibrate(Hidden(48, 0.1, V, 600), OutputLayer.of(model, vocabulary_size=V), hidden)
+        calibrate(FinalHidden(48, 0.1, V, 600), OutputLayer.of(model, vocabulary_size=V), hidden)
     with pytest.raises(CacheError, match="the output matrix in the cache's teacher/ folder"):
-        Hidden(WIDTH, 0.1, V, 600).softened({"coefficients": np.zeros((1, WIDTH))}, 1.0)
+        FinalHidden(WIDTH, 0.1, V, 600).softened({"coefficients": np.zeros((1, WIDTH))}, 1.0)
     with pytest.raises(CacheError, match="use sketch or auto"):
-        Hidden(WIDTH, 0.1, V, 600).objective_columns("ghost")
+        FinalHidden(WIDTH, 0.1, V, 600).objective_columns("ghost")
     kind = calibrated(model, step=0.1)
     assert isinstance(kind.basis, SketchBasis)
     with pytest.raises(CacheDamaged, match="has 32 channels for 300 tokens, the manifest says 31"):
-        Hidden(31, 0.1, V, 600).with_basis(kind.basis)
+        FinalHidden(31, 0.1, V, 600).with_basis(kind.basis)
 
 
 def test_a_whole_cache(tmp_path: Path) -> None:

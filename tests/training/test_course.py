@@ -14,7 +14,7 @@ import pytest
 
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError, RecipeError
-from teachercache.objective.schedule.objective_schedule import Course
+from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
 from teachercache.training.callbacks.step_losses import STATE
 from teachercache.training.job.train import run_training
 from training.processes import TORCHRUN, compare_with_one
@@ -61,7 +61,7 @@ def make(make_recipe: Any, full: Path) -> Any:
     return made
 
 
-def course_of(run: Path) -> list[dict[str, Any]]:
+def schedule_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "course.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -88,7 +88,7 @@ def test_the_loss_of_each_step_is_by_what_is_logged_for_it(make: Any, name: str)
     recipe = make(objective=CHANGES[name])
     run_training(recipe)
     steps = [record for record in log_of(recipe.train.output) if "loss" in record]
-    logged = course_of(recipe.train.output)
+    logged = schedule_of(recipe.train.output)
     assert [record["step"] for record in logged] == list(range(1, 13))
     for record, held in zip(steps, logged, strict=True):
         temperature, alpha = record.get("temperature", 1.0), record["alpha"]
@@ -96,8 +96,8 @@ def test_the_loss_of_each_step_is_by_what_is_logged_for_it(make: Any, name: str)
         expected = alpha * temperature**2 * record.get("kl", 0.0) + (1 - alpha) * record["ce"]
         assert record["loss"] == pytest.approx(expected, rel=1e-5)
     assert len({(each["alpha"], each.get("temperature")) for each in logged}) > 2
-    if not Course(recipe.objective, steps=12).adapts:
-        pure = [Course(recipe.objective, steps=12).at(step) for step in range(12)]
+    if not ObjectiveSchedule(recipe.objective, steps=12).adapts:
+        pure = [ObjectiveSchedule(recipe.objective, steps=12).at(step) for step in range(12)]
         assert [each["alpha"] for each in logged] == [weights.alpha for weights in pure]
 
 
@@ -105,10 +105,10 @@ def test_a_rule_hears_the_losses_of_the_global_batch(make: Any) -> None:
     """Replayed from the log: the balance that training used is the one that its losses ask for."""
     recipe = make(objective=CHANGES["ratio"])
     run_training(recipe)
-    replay = Course(recipe.objective, steps=12)
+    replay = ObjectiveSchedule(recipe.objective, steps=12)
     for step, record in enumerate(record for record in log_of(recipe.train.output) if "loss" in record):
         assert record["alpha"] == pytest.approx(replay.at(step).alpha, rel=1e-12)
-        replay.learn(step, distillation=record["kl"] * record["temperature"] ** 2, ce=record["ce"])
+        replay.update(step, distillation=record["kl"] * record["temperature"] ** 2, ce=record["ce"])
 
 
 @pytest.mark.parametrize("name", [*CHANGES, "in phases"])
@@ -122,7 +122,7 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(
     cut_copy(whole.train.output, killed.train.output, 6)
     assert run_training(killed)["resumed_from"] == 6
     assert log_of(killed.train.output) == log_of(whole.train.output)
-    assert course_of(killed.train.output) == course_of(whole.train.output)
+    assert schedule_of(killed.train.output) == schedule_of(whole.train.output)
     weights = [(each.train.output / "student" / "model.safetensors").read_bytes() for each in (whole, killed)]
     assert weights[0] == weights[1]
 
@@ -135,7 +135,7 @@ def test_a_run_killed_by_a_signal_goes_on_in_the_right_phase(make: Any, domain: 
     kill_after(start_job(killed, tmp_path), killed.train.output, 6)
     assert run_training(killed)["resumed_from"] >= 6
     assert log_of(killed.train.output) == log_of(whole.train.output)
-    assert course_of(killed.train.output) == course_of(whole.train.output)
+    assert schedule_of(killed.train.output) == schedule_of(whole.train.output)
 
 
 def test_a_last_line_that_a_full_disk_left_half_written_is_written_again(make: Any, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_last_line_that_a_full_disk_left_half_written_is_written_again(make: A
     path = damaged.train.output / "course.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     run_training(damaged)
-    assert course_of(damaged.train.output) == course_of(whole.train.output)
+    assert schedule_of(damaged.train.output) == schedule_of(whole.train.output)
 
 
 def test_only_what_remembers_something_is_saved(make: Any, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_another_number_of_processes_goes_on_with_what_rules_remember(
     kill_after(start_job(changed, tmp_path, processes=2), changed.train.output, 4)
     assert run_training(changed)["resumed_from"] in (4, 8)
     np.testing.assert_allclose(losses_of(changed.train.output), losses_of(whole.train.output), atol=1e-5)
-    alphas = [[record["alpha"] for record in course_of(each.train.output)] for each in (whole, changed)]
+    alphas = [[record["alpha"] for record in schedule_of(each.train.output)] for each in (whole, changed)]
     np.testing.assert_allclose(alphas[1], alphas[0], rtol=1e-4)
 
 
@@ -299,11 +299,11 @@ def test_across_tokenizers_temperature_and_weights_follow_too(make_recipe: Any, 
     }
     recipe = make_recipe(cache_folder=cache, student_model=pupil, max_steps=8, objective=objective)
     run_training(recipe)
-    replay = Course(ObjectiveConfig.model_validate(objective), steps=8, across=True)
+    replay = ObjectiveSchedule(ObjectiveConfig.model_validate(objective), steps=8, across=True)
     for step, record in enumerate(record for record in log_of(recipe.train.output) if "loss" in record):
         held = replay.at(step)
         assert (record["alpha"], record["temperature"]) == pytest.approx((held.alpha, held.temperature))
         weighed = (record["loss"] - (1 - held.alpha) * record["ce"]) / held.alpha
         expected = held.terms["projected-kl"] * held.temperature**2 * record["projected-kl"]
         assert weighed == pytest.approx(expected, rel=1e-4) and math.isfinite(weighed)
-        replay.learn(step, distillation=weighed, ce=record["ce"])
+        replay.update(step, distillation=weighed, ce=record["ce"])

@@ -19,7 +19,7 @@ from teachercache.config import ObjectiveConfig
 from teachercache.errors import RecipeError
 from teachercache.models.loading import load_causal_lm
 from teachercache.objective import LossTerms
-from teachercache.objective.layers.pulls import VECTORS
+from teachercache.objective.layers.taps import VECTORS
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.projected import projected_sums
 from teachercache.stream.collate import Collator
@@ -80,7 +80,7 @@ def test_a_term_without_weight_has_no_cosine() -> None:
 
 def test_every_nth_step_is_measured() -> None:
     measured, labels = cosines(every=3), torch.zeros(1, 4, dtype=torch.int64)
-    assert [step for step in range(7) if measured.pulls_at(step, labels)] == [2, 5]
+    assert [step for step in range(7) if measured.taps_at(step, labels)] == [2, 5]
 
 
 NAMES = [
@@ -112,12 +112,12 @@ def test_terms_between_layers_are_compared_with_what_comes_from_above(
 
     weights = {term.match: float(term.weight) for term in config.layers}
     measured = cosines(objective.names)
-    pulls = measured.pulls_at(0, labels)
+    taps = measured.taps_at(0, labels)
     with watched(model, objective, apart=True) as activations:
         logits = model(**batch, use_cache=False).logits
-    found = objective.loss(activations, layers, labels, weights=weights, pulls=pulls)
+    found = objective.loss(activations, layers, labels, weights=weights, taps=taps)
     total = logits.logsumexp(-1).sum() + found.total
-    pulls.scaled_by(total)
+    taps.scaled_by(total)
     (total * 0.125).backward()  # as training divides by positions, and DeepSpeed multiplies by a loss scale
     figures = measured.take()
 

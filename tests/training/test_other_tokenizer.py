@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from teachercache.cache import Cache, verify
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig, parse_recipe
 from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.evaluation import run_evaluation
 from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.objective import DistillationObjective
-from teachercache.objective.cross_tokenizer.objective import AcrossObjective
+from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.tokenizers import teacher_tokenizer
@@ -97,7 +97,7 @@ def test_held_out_bits_per_byte_are_those_of_the_text(shared: tuple[Path, Path],
     result = run_training(recipe_of(shared, tmp_path / "run", train={"max_steps": 2, "evaluate_every": 2}))
     model, tokenizer = load_causal_lm(result["student"]), load_tokenizer(result["student"])
     cache = Cache.open(shared[0])
-    sidecar = Sidecar.open(cache, tokenizer_fingerprint(tokenizer), student="student")
+    alignment = CacheAlignment.open(cache, tokenizer_fingerprint(tokenizer), student="student")
     nats = size = 0.0
     for index in range(cache.rows_of("held-out")):
         stored = cache.read_row("held-out", index, columns=())
@@ -105,7 +105,7 @@ def test_held_out_bits_per_byte_are_those_of_the_text(shared: tuple[Path, Path],
         text = segment.text
         encoded = tokenizer(text, return_offsets_mapping=True)  # BOS stands before every window
         ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-        row = sidecar.joined("held-out", index, stored).row
+        row = alignment.joined("held-out", index, stored).row
         assert row.input_ids_S.tolist() == ids[: row.length]  # the end of a window is no end of a text
         with torch.no_grad():
             log_prob = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -204,19 +204,19 @@ def test_equal_vocabularies_make_projected_kl_the_kl(tmp_path: Path) -> None:
     tokenizer.save_pretrained(student)
     aligned(cache, student)
     opened = Cache.open(cache)
-    sidecar = Sidecar.open(opened, tokenizer_fingerprint(tokenizer), student="student")
+    alignment = CacheAlignment.open(opened, tokenizer_fingerprint(tokenizer), student="student")
     config = ObjectiveConfig.model_validate({"alpha": 1.0, "across": [{"match": "projected-kl"}]})
     one = DistillationObjective(config, kind=opened.kind)
-    vocabulary = sidecar.vocabulary
-    two = AcrossObjective(
+    vocabulary = alignment.vocabulary
+    two = CrossTokenizerObjective(
         config, targets=opened.targets, first_U=vocabulary.first_Vt, emitted_V=vocabulary.emitted_Vs, begins_V=None
     )
     indices = list(range(6))
     plain = Collator.of(opened, columns=one.columns)(
         CacheDataset([opened], "train", columns=[one.columns]).__getitems__(indices).rows
     )
-    across = Collator.of(opened, columns=two.columns, sidecar=sidecar)(
-        CacheDataset([opened], "train", columns=[two.columns], sidecars=[sidecar]).__getitems__(indices).rows
+    across = Collator.of(opened, columns=two.columns, alignment=alignment)(
+        CacheDataset([opened], "train", columns=[two.columns], alignments=[alignment]).__getitems__(indices).rows
     )
     torch.testing.assert_close(plain["input_ids"], across["input_ids"])
     model = load_causal_lm(str(student))
@@ -259,16 +259,16 @@ def test_shares_are_of_chunks(shared: tuple[Path, Path], tmp_path: Path) -> None
     record = next(record for record in log_of(tmp_path / "run") if "loss" in record)
     cache = Cache.open(shared[0])
     student = load_tokenizer(str(shared[1]))
-    sidecar = Sidecar.open(cache, tokenizer_fingerprint(student), student="student")
-    vocabulary = sidecar.vocabulary
+    alignment = CacheAlignment.open(cache, tokenizer_fingerprint(student), student="student")
+    vocabulary = alignment.vocabulary
     config = ObjectiveConfig.model_validate({"alpha": 1.0, "across": [{"match": "projected-kl"}]})
-    objective = AcrossObjective(
+    objective = CrossTokenizerObjective(
         config, targets=cache.targets, first_U=vocabulary.first_Vt, emitted_V=vocabulary.emitted_Vs, begins_V=None
     )
-    rows = CacheDataset([cache], "train", columns=[objective.columns], sidecars=[sidecar]).__getitems__(
+    rows = CacheDataset([cache], "train", columns=[objective.columns], alignments=[alignment]).__getitems__(
         list(range(count))
     )
-    batch = Collator.of(cache, columns=objective.columns, sidecar=sidecar)(rows.rows)
+    batch = Collator.of(cache, columns=objective.columns, alignment=alignment)(rows.rows)
     logits = load_causal_lm(str(shared[1]))(batch["input_ids"]).logits  # padding is on the right
     terms = objective(logits.detach(), batch["shift_labels"], batch["targets"])
     chunks = len(batch["targets"]["chunk_first"])

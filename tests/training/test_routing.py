@@ -23,7 +23,7 @@ from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
 from teachercache.training.job.train import run_training
 from teachercache.training.trainer.layers import layer_objectives, watched
-from teachercache.training.trainer.routing import TURNS, Routing, routed_parameters
+from teachercache.training.trainer.routing import ROUTING_PASSES, Routing, routed_parameters
 from training.processes import ENVIRONMENT, TIMEOUT_SECONDS, TORCHRUN, compare_with_one
 from training.routed_step import LEARNING_RATE, ROWS, take_step
 from training.runs import log_of
@@ -34,7 +34,7 @@ from builders import tiny_model
 def names_in(model: Any, **lists: Any) -> dict[str, set[str]]:
     names = {id(weights): name for name, weights in model.named_parameters()}
     routed = routed_parameters(model, RoutingConfig.model_validate(lists))
-    return {turn: {names[id(weights)] for weights in found} for turn, found in routed.items()}
+    return {routing_pass: {names[id(weights)] for weights in found} for routing_pass, found in routed.items()}
 
 
 def test_blocks_modules_and_weights_are_named() -> None:
@@ -83,22 +83,24 @@ def test_two_turns_add_up_to_the_gradient_of_the_loss_and_to_one_of_its_terms() 
         return {"distillation": logits.square().mean(), "task": logits.logsumexp(-1).mean()}
 
     expected: dict[str, dict[str, torch.Tensor]] = {}
-    for turn in TURNS:
-        (losses(plain)[turn] * (0.7 if turn == "distillation" else 1 - 0.7)).backward()
-        expected[turn] = {name: each.grad.clone() for name, each in plain.named_parameters()}
+    for routing_pass in ROUTING_PASSES:
+        (losses(plain)[routing_pass] * (0.7 if routing_pass == "distillation" else 1 - 0.7)).backward()
+        expected[routing_pass] = {name: each.grad.clone() for name, each in plain.named_parameters()}
         plain.zero_grad()
     routed = tiny_model(layers=2, tied=False).train()
     routing = Routing(routed, config)
     for batch in routing.presented([{}]):
-        routing.turn = batch["turn"]
-        found = losses(routed)[routing.turn]
+        routing.routing_pass = batch["routing_pass"]
+        found = losses(routed)[routing.routing_pass]
         terms = LossTerms(found, found.detach(), found.detach(), 1)
         routing.of_turn(terms, weights).total.backward()
-    of = {name: turn for turn, names in names_in(plain, **config.model_dump()).items() for name in names}
-    assert set(of.values()) == set(TURNS)
+    of = {
+        name: routing_pass for routing_pass, names in names_in(plain, **config.model_dump()).items() for name in names
+    }
+    assert set(of.values()) == set(ROUTING_PASSES)
     for name, each in routed.named_parameters():
-        turns = [of[name]] if name in of else list(TURNS)
-        twin = sum(expected[turn][name] for turn in turns)
+        routing_passes = [of[name]] if name in of else list(ROUTING_PASSES)
+        twin = sum(expected[routing_pass][name] for routing_pass in routing_passes)
         assert torch.equal(each.grad, twin), name
     shared = next(name for name, _ in routed.named_parameters() if name not in of)
     assert not torch.equal(expected["task"][shared], torch.zeros_like(expected["task"][shared]))
@@ -121,19 +123,19 @@ def gradients(cache: Path, student: Path) -> dict[str, dict[str, torch.Tensor]]:
     batch = Collator.of(opened, columns=columns)(rows)
     labels, targets, layers = (batch.pop(name) for name in ("shift_labels", "targets", "layers"))
     found = {}
-    for turn in TURNS:
+    for routing_pass in ROUTING_PASSES:
         with watched(model, of_layers) as activations:
             logits = model(**batch, use_cache=False).logits
-        weights = Weights(1.0 if turn == "distillation" else 0.0, 2.0)
+        weights = Weights(1.0 if routing_pass == "distillation" else 0.0, 2.0)
         total = objective(logits, labels, targets, weights=weights).total
-        if turn == "distillation":
+        if routing_pass == "distillation":
             weighed = of_layers.loss(activations, layers, labels, weights={"hidden-cosine": 0.5}).total
             total = 0.7 * total + weighed
         else:
             total = (1 - 0.7) * total
         model.zero_grad()
         (total / int((labels != -100).sum())).backward()
-        found[turn] = {
+        found[routing_pass] = {
             name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in model.named_parameters()
         }
     return found
@@ -146,17 +148,21 @@ def step_of(output: Path) -> dict[str, torch.Tensor]:
 def check_step(cache: Path, student: Path, after: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """`other` is after a step with another task."""
     before = dict(load_causal_lm(str(student), dtype="float32").named_parameters())
-    of = {name: turn for turn, names in names_in(load_causal_lm(str(student)), **ROUTING).items() for name in names}
+    of = {
+        name: routing_pass
+        for routing_pass, names in names_in(load_causal_lm(str(student)), **ROUTING).items()
+        for name in names
+    }
     twin, seen = gradients(cache, student), set()
     for name, weights in before.items():
-        turns = [of[name]] if name in of else list(TURNS)
-        expected = sum(twin[turn][name] for turn in turns)
+        routing_passes = [of[name]] if name in of else list(ROUTING_PASSES)
+        expected = sum(twin[routing_pass][name] for routing_pass in routing_passes)
         found = (weights.detach() - after[name]) / LEARNING_RATE
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
         same = torch.equal(after[name], other[name])
         assert same == (of.get(name) == "distillation"), name
         seen.add(of.get(name))
-    assert seen == {None, *TURNS}
+    assert seen == {None, *ROUTING_PASSES}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -17,7 +17,7 @@ from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.training.job.export import export_student
 from teachercache.training.job.stopping import Ends
 from teachercache.training.job.train import run_training
-from teachercache.training.supervision.fit import sidecars_of, tokenizer_to_export
+from teachercache.training.supervision.fit import alignments_of, tokenizer_to_export
 
 from builders import aligned, byte_level_bpe, other_student, other_tokenizer, sentences, tiny_cache
 
@@ -149,7 +149,7 @@ def test_a_base_student_of_an_instruct_teacher_stops_where_its_rows_end(tmp_path
     base = saved(tmp_path / "base", family, instruct=False, seed=1)
     cache = Cache.open(chat_cache(tmp_path / "cache", teacher))
     settings = StudentConfig(model=str(base))
-    assert sidecars_of(settings, [cache]) == []
+    assert alignments_of(settings, [cache]) == []
     checkpoint = taught(base, cache.read_row("train", 0).row, tmp_path / "checkpoint")
     with tokenizer_to_export(settings, cache, []) as folder:
         ends = Ends.of([cache], [], tokenizer_folder=folder)
@@ -179,9 +179,9 @@ def test_a_student_of_another_tokenizer_stops_where_its_own_template_ends_a_turn
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     student = other_student(tmp_path / "student", tokenizer=tokenizer)
     aligned(cache, student)
-    sidecars = sidecars_of(StudentConfig(model=str(student)), [Cache.open(cache)])
-    with tokenizer_to_export(StudentConfig(model=str(student)), Cache.open(cache), sidecars) as folder:
-        ends = Ends.of([Cache.open(cache)], sidecars, tokenizer_folder=folder)
+    alignments = alignments_of(StudentConfig(model=str(student)), [Cache.open(cache)])
+    with tokenizer_to_export(StudentConfig(model=str(student)), Cache.open(cache), alignments) as folder:
+        ends = Ends.of([Cache.open(cache)], alignments, tokenizer_folder=folder)
         assert load_tokenizer(str(folder)).chat_template == CHATML
     assert ends.rows == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
 

@@ -1,4 +1,4 @@
-"""`Sidecar`: a cache's rows in the tokens of one student, and how these align with the teacher's; joined to the cache by id."""
+"""`CacheAlignment`: a cache's rows in the tokens of one student, aligned with the teacher's; joined to the cache by id."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
 from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.manifest.alignment_manifest import (
+    ALIGNMENT,
     ALIGNMENTS,
-    SIDECAR,
-    SidecarManifest,
-    parse_sidecar,
+    AlignmentManifest,
+    alignment_folder,
+    parse_alignment,
     reader_of,
-    sidecar_folder,
 )
 from teachercache.cache.reader import Cache
 from teachercache.cache.shards.shard import Shard, StoredRow
@@ -33,10 +33,10 @@ from teachercache.tokens.vocabulary_map import VocabularyMap
 TOKENIZER = "tokenizer"  # folder of the student's tokenizer files
 
 
-class Sidecar(ShardSet):
+class CacheAlignment(ShardSet):
     """The alignment of a cache with one student's tokenizer. Row `index` of a split is that row of the cache."""
 
-    def __init__(self, cache: Cache, manifest: SidecarManifest) -> None:
+    def __init__(self, cache: Cache, manifest: AlignmentManifest) -> None:
         super().__init__(manifest.shards, cache.source)
         self.manifest = manifest
         self._cache_name, self._teacher_tokens = cache.name, cache.manifest.vocabulary_size
@@ -46,34 +46,34 @@ class Sidecar(ShardSet):
     @classmethod
     def open(
         cls, cache: Cache, tokenizer_fingerprint: str, *, student: str, chat_template: str | None = None
-    ) -> Sidecar:
+    ) -> CacheAlignment:
         """The alignment with the tokenizer of this fingerprint, and of conversations with the chat template of that one;
         messages call it `student`.
 
         Raises `CacheError` when there is none, `CacheDamaged` when it cannot be trusted.
         """
         reader = reader_of(tokenizer_fingerprint, chat_template)
-        name = f"{sidecar_folder(reader)}/{SIDECAR}"
+        name = f"{alignment_folder(reader)}/{ALIGNMENT}"
         data = cache.source.read(name)
         if data is None:
             raise CacheError(
                 f"{cache.name} has no alignment with the tokenizer of {student}; make it, without the teacher: "
                 f"`teachercache align {cache.name} --student {student}`"
             )
-        manifest = parse_sidecar(data, cache.source.read_listed, cache=cache.manifest, name=f"{cache.name}/{name}")
+        manifest = parse_alignment(data, cache.source.read_listed, cache=cache.manifest, name=f"{cache.name}/{name}")
         if manifest.reader != reader:
             raise CacheDamaged(f"{cache.name}/{name} is of another tokenizer; delete its folder and align again")
         return cls(cache, manifest)
 
     @classmethod
-    def all_of(cls, cache: Cache) -> list[Sidecar]:
+    def all_of(cls, cache: Cache) -> list[CacheAlignment]:
         """Every finished alignment of a cache. Raises `CacheDamaged` for one that cannot be trusted."""
         found = []
         for name in cache.source.names(ALIGNMENTS):
-            data = cache.source.read(name) if name.count("/") == 2 and name.endswith(f"/{SIDECAR}") else None
+            data = cache.source.read(name) if name.count("/") == 2 and name.endswith(f"/{ALIGNMENT}") else None
             if data is not None:
                 read = cache.source.read_listed
-                found.append(cls(cache, parse_sidecar(data, read, cache=cache.manifest, name=f"{cache.name}/{name}")))
+                found.append(cls(cache, parse_alignment(data, read, cache=cache.manifest, name=f"{cache.name}/{name}")))
         return found
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.reader import SPLITS, Cache, Split, StoredRow
 from teachercache.errors import CacheError
 
@@ -40,12 +40,12 @@ def describe(cache: Cache) -> dict[str, Any]:
         "read_by": manifest.read_by,
         "calibration": {name: value for name, value in manifest.calibration.items() if name not in ("rows", "sources")},
         "fidelity": manifest.fidelity,
-        "alignments": [_describe_alignment(sidecar) for sidecar in Sidecar.all_of(cache)],
+        "alignments": [_describe_alignment(alignment) for alignment in CacheAlignment.all_of(cache)],
     }
 
 
-def _describe_alignment(sidecar: Sidecar) -> dict[str, Any]:
-    manifest = sidecar.manifest
+def _describe_alignment(alignment: CacheAlignment) -> dict[str, Any]:
+    manifest = alignment.manifest
     totals = manifest.totals
     return {
         "student": manifest.tokenizer["name"],
@@ -87,35 +87,35 @@ def describe_row(cache: Cache, row_id: str, *, top: int = 5, student: str | None
     described = {
         "row_id": row.row_id, "held_out": row.held_out, "positions": row.positions, "segments": segments, "tokens": tokens,
     }  # fmt: skip
-    sidecars = Sidecar.all_of(cache)
-    described["alignments"] = [sidecar.manifest.tokenizer["name"] for sidecar in sidecars]
-    sidecar = _chosen(sidecars, student)
-    return described if sidecar is None else described | _describe_joined(sidecar, sidecar.joined(*place, stored))
+    alignments = CacheAlignment.all_of(cache)
+    described["alignments"] = [alignment.manifest.tokenizer["name"] for alignment in alignments]
+    alignment = _chosen(alignments, student)
+    return described if alignment is None else described | _describe_joined(alignment, alignment.joined(*place, stored))
 
 
-def _chosen(sidecars: list[Sidecar], student: str | None) -> Sidecar | None:
+def _chosen(alignments: list[CacheAlignment], student: str | None) -> CacheAlignment | None:
     """The one that is asked for, or the only one; none where there are several and nobody asks."""
-    names = [sidecar.manifest.tokenizer["name"] for sidecar in sidecars]
+    names = [alignment.manifest.tokenizer["name"] for alignment in alignments]
     if student is None:
-        return sidecars[0] if len(sidecars) == 1 else None
+        return alignments[0] if len(alignments) == 1 else None
     found = [
-        sidecar
-        for sidecar in sidecars
-        if sidecar.manifest.tokenizer["name"] == student
-        or sidecar.manifest.tokenizer["fingerprint"].startswith(student)
+        alignment
+        for alignment in alignments
+        if alignment.manifest.tokenizer["name"] == student
+        or alignment.manifest.tokenizer["fingerprint"].startswith(student)
     ]
     if len(found) != 1:
         raise CacheError(f"say which alignment with --student: {', '.join(names) or 'the cache has none'}")
     return found[0]
 
 
-def _describe_joined(sidecar: Sidecar, joined: StoredRow) -> dict[str, Any]:
+def _describe_joined(alignment: CacheAlignment, joined: StoredRow) -> dict[str, Any]:
     """The student's tokens, and the chunks: `teacher` and `student` are how many of either side's tokens each holds."""
-    texts = sidecar.token_texts()
+    texts = alignment.token_texts()
     names = ("teacher_counts", "student_counts", "aligned")
     counts = zip(*(joined.targets[name].tolist() for name in names), strict=True)
     return {
-        "student": sidecar.manifest.tokenizer["name"],
+        "student": alignment.manifest.tokenizer["name"],
         "student_tokens": [
             {"id": token, "text": texts.get(token, f"<{token}>"), "learned": bool(learned)}
             for token, learned in zip(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.problem import Problem
 from teachercache.cache.reader import Cache
 from teachercache.cache.shards.shard_set import SPLITS, Split
@@ -25,29 +25,29 @@ def wrong_rows(location: str | Path) -> Iterator[Problem]:
     """
     cache = Cache.open(location)
     try:
-        sidecars, seen = Sidecar.all_of(cache), set[bytes]()
-        _load(cache, sidecars)
+        alignments, seen = CacheAlignment.all_of(cache), set[bytes]()
+        _load(cache, alignments)
     except CacheDamaged as error:
         yield Problem(cache.name, str(error), REMEDY)
         return
     for split in SPLITS:
         for index in range(cache.rows_of(split)):
             try:
-                _check_row(cache, sidecars, split, index, seen)
+                _check_row(cache, alignments, split, index, seen)
             except (CacheDamaged, ValueError) as error:
                 yield Problem(f"row {split}:{index}", str(error), REMEDY)
 
 
-def _load(cache: Cache, sidecars: list[Sidecar]) -> None:
+def _load(cache: Cache, alignments: list[CacheAlignment]) -> None:
     """What rows are read by."""
-    _ = cache.targets, cache.boundary, [(sidecar.vocabulary, sidecar.begins_V) for sidecar in sidecars]
+    _ = cache.targets, cache.boundary, [(alignment.vocabulary, alignment.begins_V) for alignment in alignments]
 
 
-def _check_row(cache: Cache, sidecars: list[Sidecar], split: Split, index: int, seen: set[bytes]) -> None:
+def _check_row(cache: Cache, alignments: list[CacheAlignment], split: Split, index: int, seen: set[bytes]) -> None:
     row = cache.read_row(split, index)
     key = bytes.fromhex(row.row.row_id)
     if key in seen:
         raise CacheDamaged(f"an earlier row has the same row_id, {row.row.row_id}")
     seen.add(key)
-    for sidecar in sidecars:
-        sidecar.joined(split, index, row)
+    for alignment in alignments:
+        alignment.joined(split, index, row)

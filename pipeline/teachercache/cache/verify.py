@@ -32,7 +32,7 @@ from teachercache.cache.files.regular_files import (
     path_of_open,
     read_regular,
 )
-from teachercache.cache.manifest.alignment_manifest import ALIGNMENTS, SIDECAR, SidecarManifest, parse_sidecar
+from teachercache.cache.manifest.alignment_manifest import ALIGNMENT, ALIGNMENTS, AlignmentManifest, parse_alignment
 from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, Manifest, read_listed, read_manifest
 from teachercache.cache.problem import Problem
 from teachercache.cache.reader import groups_of_cache
@@ -116,14 +116,14 @@ def _problems(
         others.pop(expected.info.file, None)
         if reason := why(expected):
             yield Problem(expected.info.file, reason, remedy)
-    for name in [name for name in others if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{SIDECAR}")]:
+    for name in [name for name in others if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{ALIGNMENT}")]:
         del others[name]
         try:
-            sidecar = parse_sidecar(read(name), listed, cache=manifest, name=name)
+            alignment = parse_alignment(read(name), listed, cache=manifest, name=name)
         except (CacheDamaged, CacheError, ValueError, OSError) as error:
             yield Problem(name, str(error), remedy if remedy == AGAIN else ALIGN)
             continue
-        for expected in _expected_of_alignment(sidecar):
+        for expected in _expected_of_alignment(alignment):
             others.pop(expected.info.file, None)
             if reason := why(expected):
                 yield Problem(expected.info.file, reason, remedy if remedy == AGAIN else ALIGN)
@@ -139,10 +139,10 @@ def _expected(manifest: Manifest) -> Iterator[Expected]:
     yield from (Expected(info) for info in (*manifest.files, *manifest.index))
 
 
-def _expected_of_alignment(sidecar: SidecarManifest) -> Iterator[Expected]:
-    for shard in sidecar.shards:
-        yield Expected(shard.rows_file, sidecar.group, shard)
-    yield from (Expected(info) for info in (*sidecar.files, *sidecar.index))
+def _expected_of_alignment(alignment: AlignmentManifest) -> Iterator[Expected]:
+    for shard in alignment.shards:
+        yield Expected(shard.rows_file, alignment.group, shard)
+    yield from (Expected(info) for info in (*alignment.files, *alignment.index))
 
 
 def _wrong_reserved(sizes: Mapping[str, int]) -> Iterator[Problem]:

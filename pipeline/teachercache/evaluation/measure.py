@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import ModelError, TeachercacheError
 
@@ -50,8 +50,8 @@ def measure(
 
     opened = Cache.open(cache, local=local, local_bytes=local_bytes)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    sidecar = _sidecar(model, opened, source)
-    stored = quality.held_out_rows(opened, limit=rows, sidecar=sidecar)
+    alignment = _alignment(model, opened, source)
+    stored = quality.held_out_rows(opened, limit=rows, alignment=alignment)
     _import_code_of(model, source)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     meter = cost.MemoryMeter(place)
@@ -60,8 +60,8 @@ def measure(
     return {
         "model": model,
         **meter.read(loaded, tokens_1L),
-        **quality.quality(loaded, stored, opened, batch_rows=batch, sidecar=sidecar),
-        "tokenizer": "the teacher's" if sidecar is None else sidecar.manifest.tokenizer["name"],
+        **quality.quality(loaded, stored, opened, batch_rows=batch, alignment=alignment),
+        "tokenizer": "the teacher's" if alignment is None else alignment.manifest.tokenizer["name"],
         **cost.speed(loaded, tokens_1L, batch_rows=batch),
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "rows": len(stored),
@@ -71,7 +71,7 @@ def measure(
     }
 
 
-def _sidecar(model: str, cache: Cache, source: dict[str, Any]) -> Sidecar | None:
+def _alignment(model: str, cache: Cache, source: dict[str, Any]) -> CacheAlignment | None:
     """The alignment that a model with another tokenizer is measured through: on the cache's own ids it would be scored on
     nonsense. One without a tokenizer is taken at its word."""
     from teachercache.models.loading import load_tokenizer

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teachercache.cache import Cache, StoredRow
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.errors import CacheError, JobFailed, ModelError
 from teachercache.models.loading import input_layout, model_inputs, target_places
 from teachercache.models.probes import check_causal
@@ -69,8 +69,8 @@ class Sums:
 Row = StoredRow | JoinedRow
 
 
-def held_out_rows(cache: Cache, *, limit: int | None, sidecar: Sidecar | None = None) -> list[Row]:
-    """The held-out rows, or `limit` of them evenly spread; with a sidecar, joined to a student's tokens. Raises `CacheError`
+def held_out_rows(cache: Cache, *, limit: int | None, alignment: CacheAlignment | None = None) -> list[Row]:
+    """The held-out rows, or `limit` of them evenly spread; with an alignment, joined to a student's tokens. Raises `CacheError`
     where there are none."""
     count = cache.rows_of("held-out")
     if count == 0:
@@ -83,16 +83,16 @@ def held_out_rows(cache: Cache, *, limit: int | None, sidecar: Sidecar | None = 
     rows: list[Row] = []
     for index in indices.tolist():
         stored = cache.read_row("held-out", index, columns=columns)
-        if sidecar is None:
+        if alignment is None:
             rows.append(stored)
         else:
-            joined = sidecar.joined("held-out", index, stored)
+            joined = alignment.joined("held-out", index, stored)
             rows.append(JoinedRow(joined.row, stored, joined.targets))
     return rows
 
 
 def quality(
-    model: Any, rows: Sequence[Row], cache: Cache, *, batch_rows: int, sidecar: Sidecar | None = None
+    model: Any, rows: Sequence[Row], cache: Cache, *, batch_rows: int, alignment: CacheAlignment | None = None
 ) -> dict[str, float | int | None]:
     """`loss`, `perplexity`, `bits_per_byte` (which compares across tokenizers; None where the cache keeps no text),
     `top1_agreement` (the model's first choice is the teacher's; across tokenizers, where both have read the same bytes),
@@ -101,7 +101,7 @@ def quality(
     Raises `ModelError` when the model predicts fewer tokens than the cache's vocabulary has, or sees later tokens; `JobFailed`
     when its loss is not a finite number.
     """
-    sums, read = Sums(), cache.manifest if sidecar is None else sidecar.manifest
+    sums, read = Sums(), cache.manifest if alignment is None else alignment.manifest
     check_causal(model, name="the model to evaluate", vocabulary_size=read.vocabulary_size)
     layer = layer_after_body(model) if model.dtype in HALF else None
     if layer is not None and len(layer.matrix_VD) < read.vocabulary_size:
@@ -109,7 +109,7 @@ def quality(
     sums.bytes = label_bytes(rows, cache)
     with torch.inference_mode():
         for batch in _batches(rows, batch_rows=batch_rows):
-            _score(model, layer, batch, cache, sidecar, sums)
+            _score(model, layer, batch, cache, alignment, sums)
     if not math.isfinite(sums.loss):
         raise JobFailed(f"the loss on the held-out rows is {sums.loss}: the model's weights or precision are broken")
     return sums.metrics()
@@ -157,9 +157,14 @@ def _batches(rows: Sequence[Row], *, batch_rows: int) -> Iterator[list[Row]]:
 
 
 def _score(
-    model: Any, layer: OutputLayer | None, batch: Sequence[Row], cache: Cache, sidecar: Sidecar | None, sums: Sums
+    model: Any,
+    layer: OutputLayer | None,
+    batch: Sequence[Row],
+    cache: Cache,
+    alignment: CacheAlignment | None,
+    sums: Sums,
 ) -> None:
-    rows, manifest = [stored.row for stored in batch], cache.manifest if sidecar is None else sidecar.manifest
+    rows, manifest = [stored.row for stored in batch], cache.manifest if alignment is None else alignment.manifest
     layout = input_layout(model, cache.manifest.layout, longest=max(row.length for row in rows))
     arrays = model_inputs(rows, pad_id=manifest.pad_id, layout=layout)
     inputs = {name: torch.from_numpy(values).to(model.device) for name, values in arrays.items()}
@@ -174,7 +179,7 @@ def _score(
             )
     positions_N = target_places(rows, layout=layout, width=inputs["input_ids"].shape[1])
     labels_N = np.concatenate([row.labels_N() for row in rows])
-    teacher_N = np.concatenate([_teachers_choices(stored, cache, sidecar) for stored in batch])
+    teacher_N = np.concatenate([_teachers_choices(stored, cache, alignment) for stored in batch])
     tensors = [
         torch.from_numpy(array.astype(np.int64)).to(outputs_RA.device) for array in (positions_N, labels_N, teacher_N)
     ]
@@ -183,14 +188,14 @@ def _score(
         _add(sums, layer.logits(outputs_CA) if layer else outputs_CA.float(), labels_C, teacher_C)
 
 
-def _teachers_choices(stored: Row, cache: Cache, sidecar: Sidecar | None) -> NDArray[Any]:
+def _teachers_choices(stored: Row, cache: Cache, alignment: CacheAlignment | None) -> NDArray[Any]:
     """At each position, in the model's own ids; -1 where the teacher has none to compare."""
     if isinstance(stored, StoredRow):
         return first_choices(cache.kind, cache.kind.decoded(stored.targets), xp=np)
-    assert sidecar is not None
+    assert alignment is not None
     choices_N = np.full(stored.row.positions, -1, dtype=np.int64)
     arrays, chunks = chunk_arrays([stored], cache.targets, tuple(stored.teacher.targets))
-    choices_N[chunks["first"]] = sidecar.vocabulary.first_Vt[first_choices(cache.kind, arrays, xp=np)]
+    choices_N[chunks["first"]] = alignment.vocabulary.first_Vt[first_choices(cache.kind, arrays, xp=np)]
     return choices_N
 
 

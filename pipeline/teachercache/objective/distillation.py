@@ -19,12 +19,12 @@ from teachercache.objective.logits.fused import distillation_sums
 from teachercache.objective.logits.operands import Weights, no_teacher
 from teachercache.objective.logits.projected import projected_sums
 from teachercache.objective.logits.teacher import CachedTeacher, Teacher
-from teachercache.objective.schedule.objective_schedule import Course, Extent
+from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.objective.token_weighting.entropy import entropy_of_logits, entropy_of_teacher, entropy_projected
 from teachercache.objective.token_weighting.weights import (
     EFFECTIVE,
     ENTROPY_TEMPERATURE,
-    Weighted,
+    TokenWeights,
     emphasis_of,
     segments_of,
 )
@@ -53,30 +53,35 @@ class LossTerms:
 class DistillationObjective:
     """Loss of a student against a cache's targets.
 
-    `kind` says how the cache's targets are read (`Cache.kind`), `extent` what a run asks of them (by default what `config`
-    alone does), `teacher` whom it learns from (by default the cache's). `columns` are those of the cache that the objective
-    reads; none without a teacher. `names` are those of what is measured of its distributions. Raises `CacheError` for a
-    temperature that the cache does not hold, and for a tail policy that its targets do not allow.
+    `kind` says how the cache's targets are read (`Cache.kind`), `schedule_range` what a run asks of them (by default what
+    `config` alone does), `teacher` whom it learns from (by default the cache's). `columns` are those of the cache that the
+    objective reads; none without a teacher. `names` are those of what is measured of its distributions. Raises `CacheError` for
+    a temperature that the cache does not hold, and for a tail policy that its targets do not allow.
     """
 
     def __init__(
-        self, config: ObjectiveConfig, *, kind: TargetKind, extent: Extent | None = None, teacher: Teacher | None = None
+        self,
+        config: ObjectiveConfig,
+        *,
+        kind: TargetKind,
+        schedule_range: ScheduleRange | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.config = config
         self.vocabulary_size = kind.vocabulary_size
         self.columns: tuple[str, ...] = ()
         self.names: tuple[str, ...] = ()
-        extent = extent or Extent.of(config)
+        schedule_range = schedule_range or ScheduleRange.of(config)
         asked = (
             (ENTROPY_TEMPERATURE,) if config.emphasis is not None and config.emphasis.by != "student-entropy" else ()
         )
         self._teacher: Teacher | None = None
-        if extent.uses_teacher or asked:
+        if schedule_range.uses_teacher or asked:
             self._teacher = teacher or CachedTeacher(config, kind=kind)
-            self._teacher.check_temperatures((*extent.temperatures, *asked))
+            self._teacher.check_temperatures((*schedule_range.temperatures, *asked))
             self.columns, self.names = self._teacher.columns, self._teacher.names
         self._divergence = divergence_of(config)
-        self._first = Course(config, steps=1).at(0)
+        self._first = ObjectiveSchedule(config, steps=1).at(0)
 
     def __call__(
         self,
@@ -222,7 +227,7 @@ class _Positions:
         index_N, labels_N = labelled_positions(shift_labels_BS)
         return cls(index_N, labels_N, targets, weight_N, len(index_N))
 
-    def weighted(self, emphasis: Weighted, teacher: Teacher | None) -> _Positions:
+    def weighted(self, emphasis: TokenWeights, teacher: Teacher | None) -> _Positions:
         """What weighs nothing is left out: its loss need not be computed."""
         weight_N = emphasis.weight_N if self.weight_N is None else self.weight_N * emphasis.weight_N
         kept_M = weight_N.nonzero()[:, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.errors import CacheError
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.tokens.carried_prefix import with_prefix
@@ -13,7 +13,7 @@ from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fing
 from teachercache.tokens.vocabulary_map import vocabulary_map
 
 
-def alignment_for(cache: Cache, tokenizer: Any, *, student: str) -> Sidecar | None:
+def alignment_for(cache: Cache, tokenizer: Any, *, student: str) -> CacheAlignment | None:
     """The alignment of a cache with this tokenizer, which messages call `student`; None where none is needed: it is the
     teacher's own, or has the same bytes at the same ids. It is found also where the alignment's begins rows as the cache's
     `sequence.prefix` says, and this one otherwise.
@@ -26,7 +26,7 @@ def alignment_for(cache: Cache, tokenizer: Any, *, student: str) -> Sidecar | No
     begun = with_prefix(tokenizer, cache.manifest.row_prefix, chats=chats)
     try:
         template = template_fingerprint(begun) if chats else None
-        return Sidecar.open(cache, tokenizer_fingerprint(begun), student=student, chat_template=template)
+        return CacheAlignment.open(cache, tokenizer_fingerprint(begun), student=student, chat_template=template)
     except CacheError:
         if vocabulary_map(teacher_tokenizer(cache), tokenizer).identical:
             return None

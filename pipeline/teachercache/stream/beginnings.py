@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
 from teachercache.tokens.prefix import row_prefix
 
 
-def warnings_of(caches: Sequence[Cache], sidecars: Sequence[Sidecar] = ()) -> list[str]:
+def warnings_of(caches: Sequence[Cache], alignments: Sequence[CacheAlignment] = ()) -> list[str]:
     """One line for each cache, and each alignment, that an earlier version made and whose tokenizer puts something before a
     text: only the beginnings of documents have it there."""
     lines = []
@@ -24,12 +24,12 @@ def warnings_of(caches: Sequence[Cache], sidecars: Sequence[Sidecar] = ()) -> li
                 "first rows of documents begin with it, so that what the teacher says in the others may be far from what it "
                 "can; precompute it again"
             )
-    for cache, sidecar in zip(caches, sidecars, strict=False):
-        found = _unsaid(sidecar.manifest.tokenizer, cache, partial(student_tokenizer, sidecar))
+    for cache, alignment in zip(caches, alignments, strict=False):
+        found = _unsaid(alignment.manifest.tokenizer, cache, partial(student_tokenizer, alignment))
         if found:
             lines.append(
-                f"warning: the alignment of {cache.name} with {sidecar.manifest.tokenizer['name']} was made by an earlier "
-                f"version: {found} stands only where documents begin; delete {sidecar.manifest.folder} and align again"
+                f"warning: the alignment of {cache.name} with {alignment.manifest.tokenizer['name']} was made by an earlier "
+                f"version: {found} stands only where documents begin; delete {alignment.manifest.folder} and align again"
             )
     return lines
 

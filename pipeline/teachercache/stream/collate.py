@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from teachercache.cache import Cache, StoredRow
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.models.loading import model_inputs
 from teachercache.stream.aligned_tensors import joined_tensors
 from teachercache.stream.dataset import Rows
-from teachercache.stream.ensemble_rows import FurtherTargets, further_targets
+from teachercache.stream.ensemble_rows import TeacherTargets, ensemble_targets
 from teachercache.stream.packing import first_fit, merged
 from teachercache.targets import StoredTargets, TargetKind
 from teachercache.targets.layers.attention import sees
@@ -41,7 +41,7 @@ class Collator:
     pack_length: int | None = None
     flat: bool = False
     joined: bool = False  # rows are joined to a student's tokens
-    further: tuple[FurtherTargets, ...] = ()  # rows are `TaughtRow`s
+    other_teachers: tuple[TeacherTargets, ...] = ()  # rows are `EnsembleRow`s
 
     @classmethod
     def of(
@@ -52,22 +52,22 @@ class Collator:
         pack: bool = False,
         one_row: bool = False,
         context: int | None = None,
-        sidecar: Sidecar | None = None,
-        further: Sequence[FurtherTargets] = (),
+        alignment: CacheAlignment | None = None,
+        other_teachers: Sequence[TeacherTargets] = (),
     ) -> Collator:
         """The collator for some target columns of a cache; `pack` puts short rows into sequences as long as its longest.
         `one_row`: packed rows of a micro-batch, and those that `pack` packs, become a single sequence.
         Where rows are longer than `context`, all are given as packed ones, each with positions of its own."""
         manifest = cache.manifest
-        if sidecar is None:
+        if alignment is None:
             length, pad_id = manifest.sequence_length, manifest.pad_id
         else:
-            length, pad_id = sidecar.manifest.sequence_length, sidecar.manifest.pad_id
+            length, pad_id = alignment.manifest.sequence_length, alignment.manifest.pad_id
         layout = "packed" if context is not None and length > context else manifest.layout
         flat = one_row and (pack or layout == "packed")
         return cls(
             layout, pad_id, cache.targets, tuple(columns), pack_length=length if pack else None, flat=flat,
-            joined=sidecar is not None, further=tuple(further),
+            joined=alignment is not None, other_teachers=tuple(other_teachers),
         )  # fmt: skip
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Collator:
             pack_length=self.pack_length,
             flat=self.flat,
             joined=self.joined,
-            further=self.further,
+            other_teachers=self.other_teachers,
         )
 
 
@@ -104,7 +104,7 @@ def collate(
     pack_length: int | None = None,
     flat: bool = False,
     joined: bool = False,
-    further: Sequence[FurtherTargets] = (),
+    other_teachers: Sequence[TeacherTargets] = (),
 ) -> dict[str, Any]:
     """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and `targets`: a tensor
     [N, …] for each array that the kind of logits decodes from these columns, ids as int64 and other numbers as float32.
@@ -121,7 +121,7 @@ def collate(
     the arrays of `objective.across.Chunks`; `layers` then hold aligned tokens alone, A of them: `student` and `teacher` say
     which of either side's they are.
 
-    With `further` teachers rows are `TaughtRow`s, and `targets` hold what `further_targets` makes of them besides.
+    With `other_teachers` rows are `EnsembleRow`s, and `targets` hold what `ensemble_targets` makes of them besides.
     """
     tokens = [stored.row for stored in rows] or [_padding(pad_id)]
     bins = [[index] for index in range(len(rows))]
@@ -139,8 +139,8 @@ def collate(
         return batch | joined_tensors(rows, targets, columns, packed_with=bins)
     of_logits = {column.name for column in targets.logits.columns}
     batch["targets"] = _joined(rows, targets.logits, [name for name in columns if name in of_logits])
-    if further:
-        batch["targets"] |= further_targets(rows, further)
+    if other_teachers:
+        batch["targets"] |= ensemble_targets(rows, other_teachers)
     of_layers = [name for name in columns if name not in of_logits]
     if of_layers:
         batch["layers"] = _layers(rows, tokens, targets, of_layers)

@@ -9,10 +9,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from teachercache.cache import Cache, StoredRow
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.reader import Split
 from teachercache.stream.aligned_rows import JoinedRow
-from teachercache.stream.ensemble_rows import FurtherCache, TaughtRow
+from teachercache.stream.ensemble_rows import EnsembleRow, TeacherCache
 from teachercache.stream.withheld import Trained
 
 
@@ -27,8 +27,8 @@ class Rows:
 class CacheDataset(Dataset[Rows]):
     """Row `index` of a split with the target columns that are asked for of its cache; nothing else is decompressed.
 
-    With `sidecars`, one a cache, rows are joined to a student's tokens. With `further` teachers rows are `TaughtRow`s, which
-    hold what each of them has of the row, by `further_columns`. Rows of several caches are numbered one cache after the
+    With `alignments`, one a cache, rows are joined to a student's tokens. With `other_teachers` rows are `EnsembleRow`s, which
+    hold what each of them has of the row, by `other_columns`. Rows of several caches are numbered one cache after the
     other; of the train split, `trained` ones among themselves. Picklable: a loading process opens shards, and checks
     their bytes, for itself.
     """
@@ -39,16 +39,16 @@ class CacheDataset(Dataset[Rows]):
         split: Split,
         *,
         columns: Sequence[tuple[str, ...]],
-        sidecars: Sequence[Sidecar] = (),
-        further: Sequence[FurtherCache] = (),
-        further_columns: Sequence[tuple[str, ...]] = (),
+        alignments: Sequence[CacheAlignment] = (),
+        other_teachers: Sequence[TeacherCache] = (),
+        other_columns: Sequence[tuple[str, ...]] = (),
         trained: Trained | None = None,
     ) -> None:
         self.caches = tuple(caches)
-        self.sidecars = tuple(sidecars)
+        self.alignments = tuple(alignments)
         self.split = split
         self.columns = tuple(columns)
-        self.further = tuple(zip(further, further_columns, strict=True))
+        self.other_teachers = tuple(zip(other_teachers, other_columns, strict=True))
         rows = trained.rows if trained is not None and split == "train" else (None,) * len(self.caches)
         self._rows = rows  # of each cache, those that there are; None: all
         self._ends = np.cumsum(
@@ -72,18 +72,19 @@ class CacheDataset(Dataset[Rows]):
         for index in sorted(indices):
             number = index - start if kept is None else int(kept[index - start])
             stored = cache.read_row(self.split, number, columns=columns, segments=packed)
-            read[index] = self._joined(source, number, stored, packed) if self.sidecars else stored
-            if self.further:
+            read[index] = self._joined(source, number, stored, packed) if self.alignments else stored
+            if self.other_teachers:
                 read[index] = self._taught(source, number, stored)
         return Rows(source, [read[index] for index in indices])
 
     def _joined(self, source: int, index: int, stored: StoredRow, packed: bool) -> JoinedRow:
-        found = self.sidecars[source].joined(self.split, index, stored, segments=packed)
+        found = self.alignments[source].joined(self.split, index, stored, segments=packed)
         return JoinedRow(found.row, stored, found.targets)
 
-    def _taught(self, source: int, index: int, stored: StoredRow) -> TaughtRow:
+    def _taught(self, source: int, index: int, stored: StoredRow) -> EnsembleRow:
         row_id = stored.row.row_id
-        further = (
-            teacher.read(source, self.split, index, row_id=row_id, columns=columns) for teacher, columns in self.further
+        other_teachers = (
+            teacher.read(source, self.split, index, row_id=row_id, columns=columns)
+            for teacher, columns in self.other_teachers
         )
-        return TaughtRow(stored.row, stored.targets, tuple(further))
+        return EnsembleRow(stored.row, stored.targets, tuple(other_teachers))

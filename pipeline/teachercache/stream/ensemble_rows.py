@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from teachercache.cache import Cache, StoredRow
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.row_keys import Keys, row_keys
 from teachercache.cache.shards.shard_set import SPLITS, Split
 from teachercache.stream.aligned_rows import JoinedRow, chunk_arrays
@@ -34,14 +34,14 @@ MISSING = -1
 
 
 @dataclass(frozen=True, eq=False)
-class TaughtRow(StoredRow):
+class EnsembleRow(StoredRow):
     """A row of a cache, and what each further teacher has of it; None where its cache lacks the row."""
 
-    further: tuple[StoredRow | JoinedRow | None, ...] = ()
+    other_teachers: tuple[StoredRow | JoinedRow | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class FurtherTargets:
+class TeacherTargets:
     """How one further teacher's columns become arrays of a batch; picklable."""
 
     targets: StoredTargets
@@ -49,18 +49,20 @@ class FurtherTargets:
 
 
 @dataclass(frozen=True, eq=False)
-class FurtherCache:
+class TeacherCache:
     """One further teacher's cache. `rows[source][split]` is each row's number in it, its train rows before its held-out
-    ones, or `MISSING`; `sidecar` is its alignment with the tokens of the caches that it is joined to."""
+    ones, or `MISSING`; `alignment` is its alignment with the tokens of the caches that it is joined to."""
 
     cache: Cache
-    sidecar: Sidecar | None
+    alignment: CacheAlignment | None
     rows: tuple[Mapping[Split, NDArray[np.int64]], ...]
 
     @classmethod
-    def joined_to(cls, caches: Sequence[Cache], cache: Cache, *, sidecar: Sidecar | None = None) -> FurtherCache:
+    def joined_to(
+        cls, caches: Sequence[Cache], cache: Cache, *, alignment: CacheAlignment | None = None
+    ) -> TeacherCache:
         """Look up every row of some caches."""
-        return cls(cache, sidecar, join(caches, cache))
+        return cls(cache, alignment, join(caches, cache))
 
     def found(self, split: Split, *, source: int | None = None) -> int:
         """How many rows of a split it has, of one cache or of all."""
@@ -83,9 +85,9 @@ class FurtherCache:
         stored = None if place is None else self.cache.read_row(*place, columns=columns, segments=False)
         if place is None or stored is None or stored.row.row_id != row_id:
             return None
-        if self.sidecar is None:
+        if self.alignment is None:
             return stored
-        found = self.sidecar.joined(*place, stored, segments=False)
+        found = self.alignment.joined(*place, stored, segments=False)
         return JoinedRow(found.row, stored, found.targets)
 
     def shards_beside(self, source: int, numbers: Sequence[int], of: Cache) -> list[int]:
@@ -106,7 +108,7 @@ class FurtherCache:
 
 
 def join(caches: Sequence[Cache], cache: Cache) -> tuple[dict[Split, NDArray[np.int64]], ...]:
-    """Which row of `cache` each row of each of `caches` is, by split: see `FurtherCache.rows`."""
+    """Which row of `cache` each row of each of `caches` is, by split: see `TeacherCache.rows`."""
     keys = row_keys(cache)
     keys_R = np.concatenate([keys[split] for split in SPLITS])
     order_R = np.argsort(keys_R)
@@ -127,18 +129,18 @@ def looked_up(wanted: Keys, sorted_R: Keys, order_R: NDArray[np.int64]) -> NDArr
     return np.where(sorted_R[places] == wanted, order_R[places], MISSING)
 
 
-def further_targets(rows: Sequence[Any], further: Sequence[FurtherTargets]) -> dict[str, torch.Tensor]:
-    """What a batch holds of further teachers, under `teacher1/…`, `teacher2/…`, for the `TaughtRow`s of a micro-batch:
+def ensemble_targets(rows: Sequence[Any], other_teachers: Sequence[TeacherTargets]) -> dict[str, torch.Tensor]:
+    """What a batch holds of further teachers, under `teacher1/…`, `teacher2/…`, for the `EnsembleRow`s of a micro-batch:
 
     `at` int64 [n] the positions at which the teacher speaks, rising: all that both sides predict, or where chunks begin
     of a teacher with other tokens; `has` bool [N] whether its cache has the row; what its kind of logits decodes, [n, …];
     and with a column of the actual token `nats` float32 [n], -log p of it, a mean over a chunk's tokens in the student's.
     """
     batch = {}
-    for number, each in enumerate(further):
-        said = [_said(stored.row, stored.further[number], each) for stored in rows]
+    for number, each in enumerate(other_teachers):
+        said = [_said(stored.row, stored.other_teachers[number], each) for stored in rows]
         before = np.cumsum([0, *(stored.row.positions for stored in rows)])
-        has = [np.full(stored.row.positions, stored.further[number] is not None) for stored in rows]
+        has = [np.full(stored.row.positions, stored.other_teachers[number] is not None) for stored in rows]
         arrays: dict[str, list[Array]] = {name: [values] for name, values in _nothing(each).items()}
         for found, start in zip(said, before, strict=False):
             for name, values in found.items():
@@ -151,7 +153,7 @@ def further_targets(rows: Sequence[Any], further: Sequence[FurtherTargets]) -> d
     return batch
 
 
-def _said(row: TokenRow, found: StoredRow | JoinedRow | None, of: FurtherTargets) -> dict[str, Array]:
+def _said(row: TokenRow, found: StoredRow | JoinedRow | None, of: TeacherTargets) -> dict[str, Array]:
     """Of one row, `at` counted among its positions; nothing where the text has other tokens in the two caches."""
     if found is None or not np.array_equal(found.row.input_ids_S, row.input_ids_S):
         return {}
@@ -173,7 +175,7 @@ def _said(row: TokenRow, found: StoredRow | JoinedRow | None, of: FurtherTargets
     return {"at": at_n.astype(np.int64), **{name: values[both_n] for name, values in arrays.items()}}
 
 
-def _nothing(of: FurtherTargets) -> dict[str, Array]:
+def _nothing(of: TeacherTargets) -> dict[str, Array]:
     """The arrays of a teacher that says nothing."""
     columns = {column.name: column for column in of.targets.logits.columns}
     empty = {name: np.empty((0, *columns[name].shape), columns[name].dtype) for name in of.columns}

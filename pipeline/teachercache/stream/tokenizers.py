@@ -14,7 +14,7 @@ from typing import Any
 from teachercache.bounded.strangers_json import parse_json
 from teachercache.bounded.tokenizers import try_tokenizer
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.errors import CacheDamaged, ModelError
 from teachercache.models.loading import is_panic, load_tokenizer
 from teachercache.tokens.claims import DESCRIPTION, MOST_VALUES, check_tokenizer_files
@@ -28,9 +28,9 @@ def teacher_tokenizer(cache: Cache) -> Any:
     return _loaded(cache.teacher_folder(), cache.manifest.tokenizer, name=f"{cache.name}: the teacher's")
 
 
-def student_tokenizer(sidecar: Sidecar) -> Any:
+def student_tokenizer(alignment: CacheAlignment) -> Any:
     """The student's, of an alignment; raises as `teacher_tokenizer` does."""
-    return _loaded(sidecar.tokenizer_folder(), sidecar.manifest.tokenizer, name=f"{sidecar.manifest.folder}: the")
+    return _loaded(alignment.tokenizer_folder(), alignment.manifest.tokenizer, name=f"{alignment.manifest.folder}: the")
 
 
 def _try(tokenizer: Any) -> None:

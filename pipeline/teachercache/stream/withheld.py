@@ -35,16 +35,16 @@ class Trained:
         return np.diff(np.searchsorted(rows, np.append(0, np.cumsum(counts))))
 
 
-def trained_rows(caches: Sequence[Cache], further: Sequence[Cache] = ()) -> Trained:
-    """Of a run's own caches, those that it learns from together with `further` teachers' caches.
+def trained_rows(caches: Sequence[Cache], other_teachers: Sequence[Cache] = ()) -> Trained:
+    """Of a run's own caches, those that it learns from together with `other_teachers`' caches.
 
     Raises `CacheError` where nothing is left of a cache.
     """
-    shares = [float(cache.manifest.corpus.get("held_out", 0.0)) for cache in (*caches, *further)]
+    shares = [float(cache.manifest.corpus.get("held_out", 0.0)) for cache in (*caches, *other_teachers)]
     largest = max(shares)
     if all(share == largest for share in shares[: len(caches)]):
         return Trained((None,) * len(caches))
-    by = (*caches, *further)[shares.index(largest)].name
+    by = (*caches, *other_teachers)[shares.index(largest)].name
     rows: list[NDArray[np.int64] | None] = []
     lines = []
     for cache, share in zip(caches, shares, strict=False):

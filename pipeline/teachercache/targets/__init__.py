@@ -18,7 +18,7 @@ from teachercache.targets.layers.hidden_states import HiddenStates
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.targets.logits.basis import SketchBasis
 from teachercache.targets.logits.boundary_mass import BoundaryMass
-from teachercache.targets.logits.final_hidden import Hidden
+from teachercache.targets.logits.final_hidden import FinalHidden
 from teachercache.targets.logits.full import Full
 from teachercache.targets.logits.head_sketch import HeadSketch
 from teachercache.targets.logits.kind import CalibratedKind, TargetKind, calibrates
@@ -35,9 +35,9 @@ __all__ = [
     "BoundaryMass",
     "CalibratedKind",
     "Column",
+    "FinalHidden",
     "Full",
     "HeadSketch",
-    "Hidden",
     "HiddenStates",
     "LayerFile",
     "RandomSampling",

@@ -22,7 +22,7 @@ from teachercache.errors import ModelError
 from teachercache.targets import CalibratedKind
 from teachercache.targets.coding.grouped_topk import largest
 from teachercache.targets.logits.basis import SketchBasis
-from teachercache.targets.logits.final_hidden import Hidden
+from teachercache.targets.logits.final_hidden import FinalHidden
 from teachercache.targets.logits.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
 from teachercache.targets.logits.tail import fit_node_weights, node_sums
 from teachercache.teacher.output_layer import OutputLayer
@@ -40,13 +40,13 @@ BLOCK = 256
 @torch.inference_mode()
 def calibrate(kind: CalibratedKind, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> CalibratedKind:
     """The kind with its basis, from h at the positions of each sampled row, [N, D]. Raises `ModelError`."""
-    if isinstance(kind, Hidden):
+    if isinstance(kind, FinalHidden):
         return keep_output_layer(kind, layer, rows_hidden_ND)
     assert isinstance(kind, HeadSketch)
     return fit_sketch(kind, layer, rows_hidden_ND)
 
 
-def keep_output_layer(kind: Hidden, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> Hidden:
+def keep_output_layer(kind: FinalHidden, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> FinalHidden:
     """The kind with the teacher's output matrix, in units of each channel's spread in the sample.
 
     Raises `ModelError` when the layer has another width than the settings say.

@@ -44,7 +44,7 @@ from teachercache.files import write_whole
 from teachercache.targets.coding.chunk_columns import ChunkColumns
 
 ALIGNMENTS = "alignments"
-SIDECAR = "alignment.json"
+ALIGNMENT = "alignment.json"
 FORMAT = "teachercache-alignment"
 FORMAT_VERSION = 2
 _PLAIN_KEYS = (
@@ -59,13 +59,13 @@ def reader_of(tokenizer_fingerprint: str, chat_template: str | None) -> str:
     return fingerprint_of({"tokenizer": tokenizer_fingerprint, "chat_template": chat_template})
 
 
-def sidecar_folder(reader: str) -> str:
+def alignment_folder(reader: str) -> str:
     """Where the alignment with a tokenizer (`reader_of`) lies in a cache."""
     return f"{ALIGNMENTS}/{reader[:16]}"
 
 
 @dataclass(frozen=True)
-class SidecarManifest:
+class AlignmentManifest:
     """Typed view of alignment.json, of whichever version."""
 
     cache: str  # settings_fingerprint of the cache that it belongs to
@@ -90,7 +90,7 @@ class SidecarManifest:
     def group(self) -> Group:
         """What its parts hold."""
         begins = self.tokenizer.get("prefix_ids", ())
-        return sidecar_group(self.cache, self.reader, prefix_ids=begins, format_version=self.format_version)
+        return alignment_group(self.cache, self.reader, prefix_ids=begins, format_version=self.format_version)
 
     @property
     def all_files(self) -> list[FileInfo]:
@@ -105,7 +105,7 @@ class SidecarManifest:
     @property
     def folder(self) -> str:
         """Where it lies in the cache."""
-        return sidecar_folder(self.reader)
+        return alignment_folder(self.reader)
 
     @property
     def vocabulary_size(self) -> int:
@@ -130,15 +130,15 @@ class SidecarManifest:
         return json.dumps({"format": FORMAT, **data, "digest": fingerprint_of(data)}, indent=1, sort_keys=True) + "\n"
 
 
-def commit_sidecar(manifest: SidecarManifest, cache: Path) -> None:
+def commit_alignment(manifest: AlignmentManifest, cache: Path) -> None:
     """Write the index files, then alignment.json of an alignment of the cache in a folder; see `commit_manifest`."""
     within = f"{manifest.folder}/{INDEX}"
     index = write_index(cache, manifest.shards, [], within=within)
-    write_whole(cache / manifest.folder / SIDECAR, manifest.to_json(index))
+    write_whole(cache / manifest.folder / ALIGNMENT, manifest.to_json(index))
     remove_others(cache, index, within=within)
 
 
-def sidecar_group(
+def alignment_group(
     cache: str, reader: str, *, prefix_ids: Sequence[int] = (), format_version: int = FORMAT_VERSION
 ) -> Group:
     """The one column group of an alignment's parts. Their settings follow from the settings_fingerprint of the cache, from how
@@ -149,7 +149,7 @@ def sidecar_group(
         settings = fingerprint_of({"cache": cache, "reader": reader, "format_version": 1, **begins})
     else:
         settings = fingerprint_of({"settings": cache, "reader": reader, **begins})
-    return Group(folder=sidecar_folder(reader), columns=ChunkColumns.columns, settings=settings)
+    return Group(folder=alignment_folder(reader), columns=ChunkColumns.columns, settings=settings)
 
 
 class _Tokenizer(BaseModel):
@@ -189,7 +189,7 @@ class _Claims(BaseModel):
     created_by: str
 
 
-def parse_sidecar(data: bytes, read_file: Read, *, cache: Manifest, name: str) -> SidecarManifest:
+def parse_alignment(data: bytes, read_file: Read, *, cache: Manifest, name: str) -> AlignmentManifest:
     """The manifest from the file's bytes, its index from those that `read_file(file, size)` gives; `name` is what errors call
     it.
 
@@ -216,16 +216,16 @@ def parse_sidecar(data: bytes, read_file: Read, *, cache: Manifest, name: str) -
         ) from None
 
 
-def _built(data: dict[str, Any], read_file: Read, cache: Manifest) -> SidecarManifest:
+def _built(data: dict[str, Any], read_file: Read, cache: Manifest) -> AlignmentManifest:
     validated(_Claims.model_validate, {name: data[name] for name in _Claims.model_fields})
-    folder = sidecar_folder(reader_of(data["tokenizer"]["fingerprint"], data["tokenizer"]["chat_template"]))
+    folder = alignment_folder(reader_of(data["tokenizer"]["fingerprint"], data["tokenizer"]["chat_template"]))
     if data["format_version"] == manifest_v1.FORMAT_VERSION:
         indexed = Indexed(manifest_v1.shards_of(data["shards"], group=folder), FileTable.of([]))
     else:
         indexed = read_index(data["index"], read_file, groups=[folder])
         if indexed.shards.totals() != {key: data["parts"][key] for key in indexed.shards.totals()}:
             raise ValueError("its totals are not those of its parts")
-    manifest = SidecarManifest(
+    manifest = AlignmentManifest(
         **{key: data[key] for key in _PLAIN_KEYS},
         shards=indexed.shards,
         files=FileTable.from_entries(data["files"])[:],
@@ -236,7 +236,7 @@ def _built(data: dict[str, Any], read_file: Read, cache: Manifest) -> SidecarMan
     return manifest
 
 
-def _check(manifest: SidecarManifest, cache: Manifest) -> None:
+def _check(manifest: AlignmentManifest, cache: Manifest) -> None:
     names = [*manifest.shards.names(), *(info.file for info in (*manifest.files, *manifest.index))]
     for name in names:
         if not name.startswith(f"{manifest.folder}/"):

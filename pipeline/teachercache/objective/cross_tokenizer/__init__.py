@@ -1,6 +1,6 @@
 """The loss of a student with another tokenizer than the teacher's: the terms of `objective.across`.
 
-objective.py              `AcrossObjective`: a recipe's terms
+objective.py              `CrossTokenizerObjective`: a recipe's terms
 batch.py                  chunks: tokens that stand for the same bytes on both sides
 term.py                   the contract of a term
 projected_kl.py           next tokens where chunks begin, through a map between the vocabularies

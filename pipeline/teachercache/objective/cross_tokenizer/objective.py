@@ -22,14 +22,14 @@ from teachercache.objective.cross_tokenizer.sums import Batch, Sums, across_sums
 from teachercache.objective.cross_tokenizer.term import ChunkTerm, PairTerm
 from teachercache.objective.distillation import LossTerms, labelled_positions
 from teachercache.objective.logits.operands import Weights
-from teachercache.objective.schedule.objective_schedule import Course, Extent
+from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.targets import StoredTargets, TailPolicy
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
 from teachercache.targets.logits.kind import ACTUAL
 from teachercache.targets.stored import BOUNDARY
 
 
-class AcrossObjective:
+class CrossTokenizerObjective:
     """As `DistillationObjective`, for a student whose rows are joined to the cache's by an alignment.
 
     `first_U`, `emitted_V` and `begins_V` are those of the alignment's vocabulary map. `columns` are those of the cache that the
@@ -45,21 +45,23 @@ class AcrossObjective:
         first_U: Any,
         emitted_V: Any,
         begins_V: Any,
-        extent: Extent | None = None,
+        schedule_range: ScheduleRange | None = None,
     ) -> None:
         self.config = config
         self.vocabulary_size = len(emitted_V)
         self._kind = targets.logits
         self._projection = VocabularyProjection(torch.as_tensor(first_U), torch.as_tensor(emitted_V))
-        self._first = Course(config, steps=1, across=True).at(0)
-        extent = extent or Extent.of(config)
+        self._first = ObjectiveSchedule(config, steps=1, across=True).at(0)
+        schedule_range = schedule_range or ScheduleRange.of(config)
         self._pair_terms, self._chunk_terms = (
-            terms_of(config, self._projection, replace(self._first, alpha=1.0)) if extent.uses_teacher else ([], [])
+            terms_of(config, self._projection, replace(self._first, alpha=1.0))
+            if schedule_range.uses_teacher
+            else ([], [])
         )
         self._tail: TailPolicy = self._kind.tail_policies[0] if config.tail == "auto" else config.tail
-        for temperature in extent.temperatures if self._pair_terms else ():
+        for temperature in schedule_range.temperatures if self._pair_terms else ():
             self._kind.check_temperature(temperature)
-        if extent.uses_teacher and config.divergence != "forward-kl":
+        if schedule_range.uses_teacher and config.divergence != "forward-kl":
             raise RecipeError(
                 f"objective.divergence: {config.divergence} means nothing to a student with another tokenizer, whose losses "
                 "are those of objective.across; leave it out"
@@ -186,4 +188,4 @@ def terms_of(
     return pair_terms, chunk_terms
 
 
-__all__ = ["AcrossObjective", "terms_of"]
+__all__ = ["CrossTokenizerObjective", "terms_of"]

@@ -8,7 +8,7 @@ fused_teacher.py  all of it, from the arrays of a batch
 
 from __future__ import annotations
 
-from teachercache.objective.ensemble.fused_teacher import FusedTeacher, Member
+from teachercache.objective.ensemble.fused_teacher import EnsembleMember, FusedTeacher
 from teachercache.objective.ensemble.weights import TeacherWeights
 
-__all__ = ["FusedTeacher", "Member", "TeacherWeights"]
+__all__ = ["EnsembleMember", "FusedTeacher", "TeacherWeights"]

@@ -20,8 +20,8 @@ Decision", 1965, calls it probability kinematics.
 
 What a step costs with two teachers beside one, tests/bench/fusion_cost.py measures.
 
-Shapes: N positions of a batch, C of a block, c of these at which a voice speaks, V student's tokens, U a teacher's own, K
-voices.
+Shapes: N positions of a batch, C of a block, c of these at which a teacher speaks, V student's tokens, U a teacher's own, K
+teachers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from teachercache.objective.ensemble.teacher_view import FLOOR, Said, Voice
+from teachercache.objective.ensemble.teacher_view import FLOOR, TeacherBlock, TeacherView
 from teachercache.objective.logits.blocks import block_rows
 from teachercache.objective.logits.tail_logits import write_logits
 from teachercache.targets.logits.softened import UniformTail
@@ -43,13 +43,13 @@ Fusion = Literal["arithmetic", "geometric"]
 
 @dataclass(frozen=True, eq=False)
 class FusedTail:
-    """See `targets.softened.Tail`. The first voice speaks the student's tokens, at every position.
+    """See `targets.softened.Tail`. The first teacher speaks the student's tokens, at every position.
 
-    `weight_NK` are each position's weights: they sum to 1, and are 0 where a voice is silent. A position whose weights are
+    `weight_NK` are each position's weights: they sum to 1, and are 0 where a teacher is silent. A position whose weights are
     all 0 gets numbers without a meaning.
     """
 
-    voices: Sequence[Voice]
+    teacher_views: Sequence[TeacherView]
     weight_NK: Tensor
     fusion: Fusion
     vocabulary_size: int
@@ -64,8 +64,8 @@ class FusedTail:
     def at(self, part: slice) -> FusedTail:
         """The tail of some of the positions."""
         start, stop, _ = part.indices(len(self.weight_NK))
-        voices = [voice.at(start, stop) for voice in self.voices]
-        return replace(self, voices=voices, weight_NK=self.weight_NK[start:stop])
+        teacher_views = [teacher_view.at(start, stop) for teacher_view in self.teacher_views]
+        return replace(self, teacher_views=teacher_views, weight_NK=self.weight_NK[start:stop])
 
     def expander(self) -> Callable[[slice, Tensor], None]:
         """What writes logits into a buffer, with scratch that it keeps from one call to the next."""
@@ -82,32 +82,32 @@ class _Expander:
 
     def __call__(self, part: slice, logits_CV: Tensor) -> None:
         tail = self._tail
-        expanded = [self._expanded(number, part, logits_CV) for number in range(len(tail.voices))]
+        expanded = [self._expanded(number, part, logits_CV) for number in range(len(tail.teacher_views))]
         rows = block_rows(tail.vocabulary_size, logits_CV.dtype, logits_CV.device)
         fuse = self._mixture if tail.fusion == "arithmetic" else self._product
         for start in range(part.start, part.stop, rows):
             stop = min(start + rows, part.stop)
-            said = []
-            for number, (voice, logits_nU) in enumerate(zip(tail.voices, expanded, strict=True)):
-                own, skipped = voice.own(start, stop), int(voice.before[part.start])
+            blocks = []
+            for number, (teacher_view, logits_nU) in enumerate(zip(tail.teacher_views, expanded, strict=True)):
+                own, skipped = teacher_view.own(start, stop), int(teacher_view.before[part.start])
                 logits_cU = None if logits_nU is None else logits_nU[own.start - skipped : own.stop - skipped]
-                said.append(voice.said(start, stop, logits_cU, tail.weight_NK[:, number]))
-            native = [each for each in said if len(each) and each.projection is None]
-            others = [each for each in said if len(each) and each.projection is not None]
+                blocks.append(teacher_view.teacher_block(start, stop, logits_cU, tail.weight_NK[:, number]))
+            native = [each for each in blocks if len(each) and each.projection is None]
+            others = [each for each in blocks if len(each) and each.projection is not None]
             fuse(native, others, logits_CV[start - part.start : stop - part.start])
 
     def _expanded(self, number: int, part: slice, like: Tensor) -> Tensor | None:
-        """The logits of a voice's tail where it speaks in a chunk, [n, U]; None for one that has none."""
-        voice = self._tail.voices[number]
-        own, tail = voice.own(part.start, part.stop), voice.softened.tail
+        """The logits of a teacher's tail where it speaks in a chunk, [n, U]; None for one that has none."""
+        teacher_view = self._tail.teacher_views[number]
+        own, tail = teacher_view.own(part.start, part.stop), teacher_view.softened.tail
         if tail is None or isinstance(tail, UniformTail):
             return None
-        logits_nU = self._buffer(f"tail {number}", like, own.stop - own.start, voice.tokens(like.shape[1]))
+        logits_nU = self._buffer(f"tail {number}", like, own.stop - own.start, teacher_view.tokens(like.shape[1]))
         write_logits(tail, own, logits_nU)
         return logits_nU
 
-    def _mixture(self, native: Sequence[Said], others: Sequence[Said], out_CV: Tensor) -> None:
-        self._sum(native, out_CV, Said.add)
+    def _mixture(self, native: Sequence[TeacherBlock], others: Sequence[TeacherBlock], out_CV: Tensor) -> None:
+        self._sum(native, out_CV, TeacherBlock.add)
         if others:
             base_CV = self._buffer("base", out_CV, *out_CV.shape)
             torch.div(out_CV, _weights(native, len(out_CV)), out=base_CV)
@@ -116,8 +116,8 @@ class _Expander:
                 _add_rows(out_CV, each.rows, completed_cV.mul_(each.weight_c1))
         out_CV.clamp_min_(torch.finfo(out_CV.dtype).tiny).log_()
 
-    def _product(self, native: Sequence[Said], others: Sequence[Said], out_CV: Tensor) -> None:
-        self._sum(native, out_CV, Said.add_log)
+    def _product(self, native: Sequence[TeacherBlock], others: Sequence[TeacherBlock], out_CV: Tensor) -> None:
+        self._sum(native, out_CV, TeacherBlock.add_log)
         if others:
             base_CV = self._buffer("base", out_CV, *out_CV.shape)
             torch.softmax(out_CV / _weights(native, len(out_CV)), -1, out=base_CV)
@@ -125,8 +125,13 @@ class _Expander:
                 log_cV = self._completed(each, base_CV).log_().clamp_min_(FLOOR)
                 _add_rows(out_CV, each.rows, log_cV.mul_(each.weight_c1))
 
-    def _sum(self, native: Sequence[Said], out_CV: Tensor, add: Callable[[Said, Tensor, Tensor, Tensor], None]) -> None:
-        """Of the voices that speak the student's tokens."""
+    def _sum(
+        self,
+        native: Sequence[TeacherBlock],
+        out_CV: Tensor,
+        add: Callable[[TeacherBlock, Tensor, Tensor, Tensor], None],
+    ) -> None:
+        """Sums over the teachers that speak the student's tokens."""
         out_CV.zero_()
         share_CV = self._buffer("share", out_CV, *out_CV.shape)
         for each in native:
@@ -137,16 +142,16 @@ class _Expander:
                 add(each, sum_cV, each.weight_c1, share_CV[: len(sum_cV)])
                 out_CV[each.rows] = sum_cV
 
-    def _completed(self, said: Said, base_CV: Tensor) -> Tensor:
-        """p̂ of a voice in another vocabulary, [c, V]."""
-        assert said.projection is not None
-        shape = len(said), len(said.projection.first_U)
+    def _completed(self, teacher_block: TeacherBlock, base_CV: Tensor) -> Tensor:
+        """p̂ of a teacher in another vocabulary, [c, V]."""
+        assert teacher_block.projection is not None
+        shape = len(teacher_block), len(teacher_block.projection.first_U)
         own_cU = self._buffer(f"own {shape[1]}", base_CV, *shape).zero_()
         share_cU = self._buffer(f"own share {shape[1]}", base_CV, *shape)
-        said.add(own_cU, torch.ones_like(said.weight_c1), share_cU)
-        projected_cV = said.projection(own_cU)
-        base_cV = base_CV if said.rows is None else base_CV[said.rows]
-        emitted_V = said.projection.emitted_V.to(base_cV.dtype)
+        teacher_block.add(own_cU, torch.ones_like(teacher_block.weight_c1), share_cU)
+        projected_cV = teacher_block.projection(own_cU)
+        base_cV = base_CV if teacher_block.rows is None else base_CV[teacher_block.rows]
+        emitted_V = teacher_block.projection.emitted_V.to(base_cV.dtype)
         tiny = torch.finfo(base_cV.dtype).tiny
         scale_c1 = (base_cV @ emitted_V)[:, None] / projected_cV.sum(-1, keepdim=True).clamp_min(tiny)
         return projected_cV.mul_(scale_c1).addcmul_(base_cV, 1 - emitted_V)
@@ -159,8 +164,8 @@ class _Expander:
         return kept[: shape[0]]
 
 
-def _weights(native: Sequence[Said], positions: int) -> Tensor:
-    """What the weights of some voices add up to at each position, [C, 1]; more than 0."""
+def _weights(native: Sequence[TeacherBlock], positions: int) -> Tensor:
+    """What the weights of some teacher_views add up to at each position, [C, 1]; more than 0."""
     weight_C1 = native[0].weight_c1.clone()
     for each in native[1:]:
         _add_rows(weight_C1, each.rows, each.weight_c1)

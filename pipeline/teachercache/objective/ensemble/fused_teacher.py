@@ -15,7 +15,7 @@ from teachercache.config import ObjectiveConfig, TeachersConfig
 from teachercache.errors import CacheError, RecipeError
 from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
 from teachercache.objective.ensemble.fused_tail import FusedTail
-from teachercache.objective.ensemble.teacher_view import Voice
+from teachercache.objective.ensemble.teacher_view import TeacherView
 from teachercache.objective.ensemble.weights import TeacherWeights, by_confidence, shared_out, with_a_base
 from teachercache.objective.logits.teacher import in_type
 from teachercache.targets import Softened, TailPolicy, TargetKind
@@ -23,7 +23,7 @@ from teachercache.targets.logits.kind import ACTUAL
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class EnsembleMember:
     """One of the teachers: how its targets are read. `projection` leads from its tokens to the student's, where it has others;
     `name` is its cache, for messages."""
 
@@ -36,13 +36,13 @@ class FusedTeacher:
     """The teachers of one cache of a run, its own first; a `Teacher`.
 
     `prior` are the recipe's weights; `shared` what all caches of the run multiply them by. `columns` are those that are read
-    of the first teacher's cache, `further_columns` those of the others. Raises `CacheError` or `RecipeError` where targets
+    of the first teacher's cache, `other_columns` those of the others. Raises `CacheError` or `RecipeError` where targets
     cannot be fused.
     """
 
     def __init__(
         self,
-        members: Sequence[Member],
+        members: Sequence[EnsembleMember],
         config: TeachersConfig,
         *,
         objective: ObjectiveConfig,
@@ -57,7 +57,7 @@ class FusedTeacher:
             for member, policy in zip(members, self.tails, strict=True)
         ]
         self.columns: tuple[str, ...] = columns[0]
-        self.further_columns: tuple[tuple[str, ...], ...] = tuple(columns[1:])
+        self.other_columns: tuple[tuple[str, ...], ...] = tuple(columns[1:])
         self.names = tuple(f"weight_teacher_{number}" for number in range(len(members)))
         self._projections = [member.projection for member in members]
 
@@ -82,50 +82,54 @@ class FusedTeacher:
         own = self._own(targets, like=like, dtype=dtype)
         if self._first_alone(own):
             return self._read(0, own[0], temperature)
-        voices = self._voices(own, temperature)
-        return self._fused(voices, self.weights(voices, own))
+        teacher_views = self._teacher_views(own, temperature)
+        return self._fused(teacher_views, self.weights(teacher_views, own))
 
     def each(
         self, targets: Mapping[str, Tensor], temperature: float, *, like: Tensor, dtype: torch.dtype
     ) -> tuple[list[Softened], Tensor]:
         """Every teacher by itself where all of them speak, and where that is, bool [N]: what they say elsewhere does not
         compare. One with other tokens is completed by the first."""
-        voices = self._voices(self._own(targets, like=like, dtype=dtype), temperature)
-        all_N = _speaking(voices).all(-1)
+        teacher_views = self._teacher_views(self._own(targets, like=like, dtype=dtype), temperature)
+        all_N = _speaking(teacher_views).all(-1)
         weight_N1 = all_N[:, None].to(dtype)
-        said = [self._fused(voices[:1], weight_N1)]
-        for voice in voices[1:]:
-            said.append(self._fused([voices[0], voice], torch.cat([torch.zeros_like(weight_N1), weight_N1], dim=1)))
-        return said, all_N
+        every = [self._fused(teacher_views[:1], weight_N1)]
+        for teacher_view in teacher_views[1:]:
+            every.append(
+                self._fused(
+                    [teacher_views[0], teacher_view], torch.cat([torch.zeros_like(weight_N1), weight_N1], dim=1)
+                )
+            )
+        return every, all_N
 
-    def _voices(self, own: Sequence[Mapping[str, Tensor]], temperature: float) -> list[Voice]:
+    def _teacher_views(self, own: Sequence[Mapping[str, Tensor]], temperature: float) -> list[TeacherView]:
         first = self._read(0, own[0], temperature)
-        voices = [Voice.of(first, None, positions=len(first))]
-        for number, said in enumerate(own[1:], start=1):
+        teacher_views = [TeacherView.of(first, None, positions=len(first))]
+        for number, arrays in enumerate(own[1:], start=1):
             projection = self._projection(number, first.tail_log_prob_N.device)
-            softened = self._read(number, said, temperature)
-            voices.append(Voice.of(softened, said["at"], positions=len(first), projection=projection))
-        return voices
+            softened = self._read(number, arrays, temperature)
+            teacher_views.append(TeacherView.of(softened, arrays["at"], positions=len(first), projection=projection))
+        return teacher_views
 
-    def _fused(self, voices: Sequence[Voice], weight_NK: Tensor) -> Softened:
+    def _fused(self, teacher_views: Sequence[TeacherView], weight_NK: Tensor) -> Softened:
         tail_log_prob_N = weight_NK.sum(-1).gt(0).to(weight_NK.dtype).log()
-        native = [voice.projection is None for voice in voices]
-        tail = FusedTail(voices, with_a_base(weight_NK, native), self.config.fusion, self.vocabulary_size)
-        no_head_N0 = voices[0].softened.head_ids_Nk[:, :0]
+        native = [teacher_view.projection is None for teacher_view in teacher_views]
+        tail = FusedTail(teacher_views, with_a_base(weight_NK, native), self.config.fusion, self.vocabulary_size)
+        no_head_N0 = teacher_views[0].softened.head_ids_Nk[:, :0]
         return Softened(no_head_N0, weight_NK.new_empty(no_head_N0.shape), tail_log_prob_N, tail)
 
-    def weights(self, voices: Sequence[Voice], own: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    def weights(self, teacher_views: Sequence[TeacherView], own: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Each position's weights, [N, K]: they sum to 1, or are all 0."""
-        speaks_NK, like_N = _speaking(voices), voices[0].softened.tail_log_prob_N
+        speaks_NK, like_N = _speaking(teacher_views), teacher_views[0].softened.tail_log_prob_N
         weight_NK = like_N.new_tensor(self._factors).expand(speaks_NK.shape)
         if self.config.weights == "confidence":
             nats_NK = like_N.new_zeros(speaks_NK.shape)
-            for number, (voice, said) in enumerate(zip(voices, own, strict=True)):
-                nats_NK[voice.at_n, number] = said["nats"] if number else -said[ACTUAL]
+            for number, (teacher_view, arrays) in enumerate(zip(teacher_views, own, strict=True)):
+                nats_NK[teacher_view.at_n, number] = arrays["nats"] if number else -arrays[ACTUAL]
             weight_NK = weight_NK * by_confidence(nats_NK, speaks_NK)
         if self.config.missing == "skip":
-            for said in own[1:]:
-                speaks_NK &= said["has"].bool()[:, None]
+            for arrays in own[1:]:
+                speaks_NK &= arrays["has"].bool()[:, None]
         return shared_out(weight_NK, speaks_NK)
 
     @property
@@ -167,8 +171,8 @@ class FusedTeacher:
         ]
         return [first, *others]
 
-    def _read(self, number: int, said: Mapping[str, Tensor], temperature: float) -> Softened:
-        return self.members[number].kind.softened(said, temperature, tail=self.tails[number], xp=torch)
+    def _read(self, number: int, arrays: Mapping[str, Tensor], temperature: float) -> Softened:
+        return self.members[number].kind.softened(arrays, temperature, tail=self.tails[number], xp=torch)
 
     def _projection(self, number: int, device: torch.device) -> VocabularyProjection | None:
         """On the device of a batch; brought there once."""
@@ -180,10 +184,10 @@ class FusedTeacher:
     def _first_alone(self, own: Sequence[Mapping[str, Tensor]]) -> bool:
         """Whether nothing is to be fused in this batch, as far as that is known without a look at its numbers."""
         factors = self._factors
-        silent = all(not len(said["at"]) or factor == 0 for said, factor in zip(own[1:], factors[1:], strict=True))
+        silent = all(not len(arrays["at"]) or factor == 0 for arrays, factor in zip(own[1:], factors[1:], strict=True))
         return silent and factors[0] > 0 and self.config.missing != "skip"
 
-    def _of_confidence(self, member: Member) -> tuple[str, ...]:
+    def _of_confidence(self, member: EnsembleMember) -> tuple[str, ...]:
         if self.config.weights != "confidence":
             return ()
         return actual_columns(member.kind, member.name)
@@ -200,7 +204,7 @@ def actual_columns(kind: TargetKind, name: str) -> tuple[str, ...]:
     return found
 
 
-def tail_to_fuse(member: Member, objective: ObjectiveConfig, config: TeachersConfig) -> TailPolicy:
+def tail_to_fuse(member: EnsembleMember, objective: ObjectiveConfig, config: TeachersConfig) -> TailPolicy:
     """How a teacher's tail is spread where it is fused with others: every token needs a share of its own."""
     policies, tail = member.kind.tail_policies, objective.tail
     if tail == "ghost":
@@ -227,10 +231,10 @@ def tail_to_fuse(member: Member, objective: ObjectiveConfig, config: TeachersCon
     return chosen
 
 
-def _speaking(voices: Sequence[Voice]) -> Tensor:
+def _speaking(teacher_views: Sequence[TeacherView]) -> Tensor:
     """Which teachers speak at each position, bool [N, K]."""
-    first_N = voices[0].softened.tail_log_prob_N
-    speaks_NK = torch.zeros(len(first_N), len(voices), dtype=torch.bool, device=first_N.device)
-    for number, voice in enumerate(voices):
-        speaks_NK[voice.at_n, number] = True
+    first_N = teacher_views[0].softened.tail_log_prob_N
+    speaks_NK = torch.zeros(len(first_N), len(teacher_views), dtype=torch.bool, device=first_N.device)
+    for number, teacher_view in enumerate(teacher_views):
+        speaks_NK[teacher_view.at_n, number] = True
     return speaks_NK

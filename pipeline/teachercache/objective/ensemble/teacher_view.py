@@ -1,6 +1,6 @@
 """What one of several teachers says of a batch: at some of its positions, perhaps in another vocabulary.
 
-Shapes: N positions of a batch, n of them at which a voice speaks; C positions of a block, c of them with a voice; U tokens
+Shapes: N positions of a batch, n of them at which a teacher speaks; C positions of a block, c of them with a teacher; U tokens
 of the teacher's own vocabulary, V of the student's; k tokens of a head.
 """
 
@@ -22,7 +22,7 @@ NOTHING = -1e30  # of a tail's logits: no share of it
 
 
 @dataclass(frozen=True, eq=False)
-class Voice:
+class TeacherView:
     """One teacher at n of the N positions, in their order.
 
     A tail of None means that the head is all there is: renormalised, or of all tokens.
@@ -36,7 +36,7 @@ class Voice:
     @classmethod
     def of(
         cls, softened: Softened, at_n: Tensor | None, *, positions: int, projection: VocabularyProjection | None = None
-    ) -> Voice:
+    ) -> TeacherView:
         """`at_n` rises; None: at all positions. It is read on the host, once a batch."""
         if at_n is None:
             everywhere_n = torch.arange(positions, device=softened.tail_log_prob_N.device)
@@ -44,7 +44,7 @@ class Voice:
         speaks_N = np.bincount(at_n.cpu().numpy(), minlength=positions)
         return cls(softened, at_n, np.concatenate([[0], np.cumsum(speaks_N)]), projection)
 
-    def at(self, start: int, stop: int) -> Voice:
+    def at(self, start: int, stop: int) -> TeacherView:
         """At positions `start` … `stop - 1` alone, counted from there."""
         own, before = self.own(start, stop), self.before[start : stop + 1] - self.before[start]
         return replace(self, softened=self.softened.at(own), at_n=self.at_n[own] - start, before=before)
@@ -62,11 +62,11 @@ class Voice:
         """U; `vocabulary_size` is the student's."""
         return vocabulary_size if self.projection is None else len(self.projection.first_U)
 
-    def said(self, start: int, stop: int, logits_cU: Tensor | None, weight_N: Tensor) -> Said:
+    def teacher_block(self, start: int, stop: int, logits_cU: Tensor | None, weight_N: Tensor) -> TeacherBlock:
         """In the block `start` … `stop - 1`, with the logits of its tail there."""
         own, rows, softened, dtype = self.own(start, stop), self.rows(start, stop), self.softened, weight_N.dtype
         weight_C1 = weight_N[start:stop, None]
-        return Said(
+        return TeacherBlock(
             rows,
             logits_cU,
             softened.head_ids_Nk[own],
@@ -79,8 +79,8 @@ class Voice:
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
-    """A voice in a block of C positions."""
+class TeacherBlock:
+    """What a teacher says in a block of C positions."""
 
     rows: Tensor | None  # of the C, at which it speaks; None: at all
     logits_cU: Tensor | None  # of a tail that has logits; overwritten

@@ -34,7 +34,7 @@ class TeacherWeights:
         self.tau, self.adapts = tau, adapts
         self.factors: tuple[float, ...] = (1.0,) * teachers
 
-    def learn(self, losses: Sequence[float]) -> None:
+    def update(self, losses: Sequence[float]) -> None:
         """From losses of the teachers, nats per position, the same in every process."""
         least = min(losses)
         shares = [math.exp((least - loss) / self.tau) for loss in losses]

@@ -27,7 +27,7 @@ class Adapter(torch.nn.Module):
                 self.linear.bias.copy_(torch.zeros(teacher_width) if mean_D is None else -mean_D)
         self.norm = torch.nn.LayerNorm(teacher_width)
 
-    def idle(self, like: Tensor) -> Tensor:
+    def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, of no states at all: a process that has none gathers and reduces the weights all the same."""
         return self(like.new_zeros(0, self.linear.in_features)).sum()
 
@@ -35,6 +35,6 @@ class Adapter(torch.nn.Module):
         return self.norm(self.linear(hidden.to(self.linear.weight.dtype))).float()
 
 
-def idle_all(adapters: Any, like: Tensor) -> Tensor:
+def zero_contribution_of_all(adapters: Any, like: Tensor) -> Tensor:
     """Zero, by all of them in their order."""
-    return sum((adapter.idle(like) for adapter in adapters), like.new_zeros(()))
+    return sum((adapter.zero_contribution(like) for adapter in adapters), like.new_zeros(()))

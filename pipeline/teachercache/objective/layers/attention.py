@@ -55,7 +55,7 @@ class AttentionTerm(torch.nn.Module):
             total = total + self._pair(batch, mixture, batch.attention[student], batch.teacher_attention[teacher])
         return total / len(self.pairs)
 
-    def idle(self, like: Tensor) -> Tensor:
+    def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, by all weights: see `LayerTerm`."""
         return sum((mixture(like).sum() * 0.0 for mixture in self.mixtures), like.new_zeros(()))
 

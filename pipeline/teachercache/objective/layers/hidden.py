@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from teachercache.objective.layers.adapter import Adapter, idle_all
+from teachercache.objective.layers.adapter import Adapter, zero_contribution_of_all
 from teachercache.objective.layers.term import LayerBatch
 
 
@@ -48,9 +48,9 @@ class HiddenTerm(torch.nn.Module):
             begins = [torch.stack(known).mean(0) if known else None]
         self.adapters = torch.nn.ModuleList(Adapter(student_width, teacher_width, mean_D=mean_D) for mean_D in begins)
 
-    def idle(self, like: Tensor) -> Tensor:
+    def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, by all weights: see `LayerTerm`."""
-        return idle_all(self.adapters, like)
+        return zero_contribution_of_all(self.adapters, like)
 
     def loss(self, batch: LayerBatch) -> Tensor:
         """The sum over positions, the mean over pairs."""
@@ -67,7 +67,7 @@ class HiddenTerm(torch.nn.Module):
         return total / len(self.pairs)
 
     def _adapted(self, batch: LayerBatch) -> Iterator[Tensor]:
-        """Of each pair, float32 [N, Dt]. A shared adapter runs once, over all of them: see `idle`."""
+        """Of each pair, float32 [N, Dt]. A shared adapter runs once, over all of them: see `zero_contribution`."""
         states = (batch.hidden[student][batch.mask_BS] for student, _ in self.pairs)
         if len(self.adapters) == len(self.pairs):
             return (adapter(states_ND) for adapter, states_ND in zip(self.adapters, states, strict=True))

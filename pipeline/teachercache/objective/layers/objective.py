@@ -18,9 +18,9 @@ from teachercache.objective.layers.aligned import FIRST, PLACES, STUDENT, aligne
 from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.hidden import HiddenTerm
 from teachercache.objective.layers.pairs import layer_pairs
-from teachercache.objective.layers.pulls import Pulls
 from teachercache.objective.layers.relations import PARTS, RelationTerm, check_relation_heads
 from teachercache.objective.layers.structure import STRUCTURES, StructureTerm
+from teachercache.objective.layers.taps import GradientTaps
 from teachercache.objective.layers.term import LayerBatch
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention_maps import AttentionMaps
@@ -89,14 +89,14 @@ class LayerObjective(torch.nn.Module):
         shift_labels_BS: Tensor,
         *,
         weights: Mapping[str, float],
-        pulls: Pulls | None = None,
+        taps: GradientTaps | None = None,
     ) -> LayerLoss:
         """`activations` of the student (`activations.Activations`), `layers` as the collator gives them, and the weights that
-        terms have in this step, by `names`. In float32, also under autocast. With `pulls` the backward pass leaves each term's
+        terms have in this step, by `names`. In float32, also under autocast. With `taps` the backward pass leaves each term's
         gradient there; what was recorded must be `apart`. Raises `ModelError` where what was recorded carries no gradient
         though it should."""
         with torch.autocast(shift_labels_BS.device.type, enabled=False):
-            return self._loss(activations, layers, shift_labels_BS, weights, pulls)
+            return self._loss(activations, layers, shift_labels_BS, weights, taps)
 
     def _loss(
         self,
@@ -104,7 +104,7 @@ class LayerObjective(torch.nn.Module):
         layers: Mapping[str, Tensor],
         shift_labels_BS: Tensor,
         weights: Mapping[str, float],
-        pulls: Pulls | None,
+        taps: GradientTaps | None,
     ) -> LayerLoss:
         _check_gradients(activations)
         batches = {
@@ -113,8 +113,8 @@ class LayerObjective(torch.nn.Module):
         values = []
         for name, term, centred in zip(self.names, self._made, self._centred, strict=True):
             batch = batches[centred]
-            if pulls is not None:
-                own = self._batch(pulls.apart(name, term, activations), layers, shift_labels_BS, centred)
+            if taps is not None:
+                own = self._batch(taps.apart(name, term, activations), layers, shift_labels_BS, centred)
                 batch = replace(own, similarity=batch.similarity)
             values.append(term.loss(batch))
         total = torch.stack([weights[name] * value for name, value in zip(self.names, values, strict=True)]).sum()
@@ -149,10 +149,10 @@ class LayerObjective(torch.nn.Module):
         first_BS = layers[FIRST] > 0 if are_aligned(layers) else _positions(segment_BS) == 0
         return LayerBatch(mask_BS, segment_BS, first_BS, student_hidden, student_heads, hidden, attention)
 
-    def idle(self, like: Tensor) -> Tensor:
+    def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, by all weights, in the order of `loss`: what a process does whose micro-batch is of another cache."""
         with torch.autocast(like.device.type, enabled=False):
-            return sum((term.idle(like) for term in self._made), like.new_zeros(()))
+            return sum((term.zero_contribution(like) for term in self._made), like.new_zeros(()))
 
     def _mean(self, layer: int, like: Tensor) -> Tensor:
         """On the device of a tensor; copied there once."""

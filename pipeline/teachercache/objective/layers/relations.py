@@ -41,7 +41,7 @@ class RelationTerm(torch.nn.Module):
             total = total + self._pair(batch, student_BrSE, teacher_BrSE)
         return total / len(self.pairs)
 
-    def idle(self, like: Tensor) -> Tensor:
+    def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero: it has no weights."""
         return like.new_zeros(())
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, smooth_l1_loss
 
-from teachercache.objective.layers.adapter import Adapter, idle_all
+from teachercache.objective.layers.adapter import Adapter, zero_contribution_of_all
 from teachercache.objective.layers.term import LayerBatch
 
 STRUCTURES = ("distances", "angles", "sample-distances", "channel-correlation")
@@ -38,9 +38,9 @@ class StructureTerm(torch.nn.Module):
         needed = pairs if match == "channel-correlation" else ()
         self.adapters = torch.nn.ModuleList(Adapter(student_width, teacher_width) for _ in needed)
 
-    def idle(self, like: Tensor) -> Tensor:
+    def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, by all weights: see `LayerTerm`."""
-        return idle_all(self.adapters, like)
+        return zero_contribution_of_all(self.adapters, like)
 
     def loss(self, batch: LayerBatch) -> Tensor:
         """The value times the number of positions, the mean over pairs."""
@@ -51,7 +51,7 @@ class StructureTerm(torch.nn.Module):
                 student_MD, teacher_MD = (_segment_means(hidden_BSD, batch) for hidden_BSD in sides)
             else:
                 student_MD, teacher_MD = (_drawn(hidden_BSD[batch.mask_BS], self.match) for hidden_BSD in sides)
-            if self.match == "channel-correlation":  # the adapter runs in any case: see `idle`
+            if self.match == "channel-correlation":  # the adapter runs in any case: see `zero_contribution`
                 student_MD = self.adapters[number](student_MD)
             if len(student_MD) < LEAST:
                 total = total + student_MD.sum() * 0.0

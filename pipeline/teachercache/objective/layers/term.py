@@ -41,6 +41,6 @@ class LayerTerm(Protocol):
     def loss(self, batch: LayerBatch) -> Tensor:
         """The sum over the positions of the batch, the mean over pairs; a scalar, float32, on the student's graph."""
 
-    def idle(self, like: Tensor) -> Tensor:
+    def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, a scalar on the device of `like`, by the same modules in the same order as `loss` calls, each as often: a
         process whose micro-batch is of another cache must take part when ZeRO 3 gathers weights and gradients are reduced."""

@@ -23,7 +23,7 @@ from teachercache.objective.schedule.schedules import probes, value_at
 
 
 @dataclass(frozen=True)
-class Extent:
+class ScheduleRange:
     """What a run asks of its caches: whether for a teacher at all, and at which temperatures, of schedules some between their
     extremes too."""
 
@@ -31,7 +31,7 @@ class Extent:
     temperatures: tuple[float, ...]
 
     @classmethod
-    def of(cls, config: ObjectiveConfig, phases: Sequence[PhaseConfig] = ()) -> Extent:
+    def of(cls, config: ObjectiveConfig, phases: Sequence[PhaseConfig] = ()) -> ScheduleRange:
         """Of all phases together."""
         pairs = [
             (
@@ -69,7 +69,7 @@ class _Part:
     learning_rate_factor: float
 
 
-class Course:
+class ObjectiveSchedule:
     """The settings of every step of a run of `steps`.
 
     Raises `RecipeError` for phases that do not cover the steps, or that weigh terms which the objective does not have.
@@ -79,7 +79,7 @@ class Course:
         self, config: ObjectiveConfig, *, steps: int, phases: Sequence[PhaseConfig] = (), across: bool = False
     ) -> None:
         """`across` says that the student has another tokenizer, so that `objective.across` is what it learns by."""
-        self.extent = Extent.of(config, phases)
+        self.schedule_range = ScheduleRange.of(config, phases)
         self._rules: dict[str, Rule] = {}  # by what they decide
         weights = dict(zip(names_of(config.layers), (term.weight for term in config.layers), strict=True))
         weights |= {term.match: term.weight for term in config.across if across}
@@ -149,13 +149,13 @@ class Course:
         """Whether it has to be told the losses of each step."""
         return bool(self._rules)
 
-    def learn(self, step: int, *, distillation: float, ce: float) -> None:
+    def update(self, step: int, *, distillation: float, ce: float) -> None:
         """Hear the losses of a step, nats a position: what alpha weighs (T² · divergence), and cross-entropy. Rules that
         decided nothing in that step learn nothing from it."""
         part = self._at(step)
         for number in (part.alpha, part.temperature):
             if number.rule is not None:
-                number.rule.learn(distillation=distillation, ce=ce)
+                number.rule.update(distillation=distillation, ce=ce)
 
     def state(self) -> dict[str, Any]:
         """What rules remember, as JSON."""
@@ -191,4 +191,4 @@ def _check_terms(config: ObjectiveConfig, parts: Sequence[_Part]) -> None:
         )
 
 
-__all__ = ["Course", "Extent"]
+__all__ = ["ObjectiveSchedule", "ScheduleRange"]

@@ -17,7 +17,7 @@ class Rule(Protocol):
     def value(self) -> float:
         """For the next step."""
 
-    def learn(self, *, distillation: float, ce: float) -> None:
+    def update(self, *, distillation: float, ce: float) -> None:
         """Hear the losses of a step."""
 
     def state(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class RatioRule:
         self._recent: deque[float] = deque(maxlen=config.window)
         self._recorded = 0
 
-    def learn(self, *, distillation: float, ce: float) -> None:
+    def update(self, *, distillation: float, ce: float) -> None:
         """See `Rule`."""
         config = self._config
         self._recent.append(distillation)
@@ -89,7 +89,7 @@ class UncertaintyRule:
             return self._config.start
         return min(max(ce / (distillation + ce), self._config.least), self._config.most)
 
-    def learn(self, *, distillation: float, ce: float) -> None:
+    def update(self, *, distillation: float, ce: float) -> None:
         """See `Rule`."""
         self._recent.append([distillation, ce])
 
@@ -118,7 +118,7 @@ class StudentLossRule:
         mean = math.fsum(self._recent) / len(self._recent)
         return min(max(config.base + config.strength * (mean - self._recent[-1]), config.least), config.most)
 
-    def learn(self, *, distillation: float, ce: float) -> None:
+    def update(self, *, distillation: float, ce: float) -> None:
         """See `Rule`."""
         self._recent.append((1 - math.exp(-max(ce, 0.0))) ** self._config.focus)
 

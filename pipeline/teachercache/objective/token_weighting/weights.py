@@ -17,7 +17,7 @@ teacher the expansion of its tail.
                       highest entropy alone, in reinforcement learning
     entropy-gap       max(0, H(student) - H(teacher)): what the student has yet to learn, without what nobody can know
 
-To focus distillation on hard tokens: Xie et al., "LLM-Oriented Token-Adaptive Knowledge Distillation", 2025, who measure
+To focus distillation on hard tokens: Xie et al., "LLM-Oriented Token-Stateful Knowledge Distillation", 2025, who measure
 difficulty by the divergence of the two, and move the selected share as training goes on; here the share is fixed.
 
 Shapes: B rows, S tokens, N positions, G segments.
@@ -38,7 +38,7 @@ EFFECTIVE = "emphasis_effective"  # in the log: the share of positions that coun
 
 
 @dataclass(frozen=True)
-class Weighted:
+class TokenWeights:
     """Weights of positions, and the sum over positions of their row's effective share, (Σw)² / Σw² / n."""
 
     weight_N: Tensor
@@ -51,7 +51,7 @@ def emphasis_of(
     *,
     student_entropy: Callable[[], Tensor],
     teacher_entropy: Callable[[], Tensor],
-) -> Weighted:
+) -> TokenWeights:
     """What a recipe's emphasis makes of positions; entropies [N] are computed only where the score needs them.
 
     `segment_N` is rising: see `segments_of`.
@@ -66,7 +66,7 @@ def emphasis_of(
     return position_weights(score_N, segment_N, strength=config.strength, top=config.top)
 
 
-def position_weights(score_N: Tensor, segment_N: Tensor, *, strength: float, top: float | None = None) -> Weighted:
+def position_weights(score_N: Tensor, segment_N: Tensor, *, strength: float, top: float | None = None) -> TokenWeights:
     """Weights in the scores' type; negative scores count as 0. `segment_N` is rising.
 
     Of equal scores `top` keeps the first ones, and at least one position of a row. Where all scores of a row are 0 those that
@@ -83,7 +83,7 @@ def position_weights(score_N: Tensor, segment_N: Tensor, *, strength: float, top
     sum_G = weight_N.new_zeros(len(count_G)).index_add(0, place_N, weight_N)
     weight_N = weight_N * (count_G / sum_G)[place_N]
     squares_G = weight_N.new_zeros(len(count_G)).index_add(0, place_N, weight_N**2)
-    return Weighted(weight_N.to(dtype), (count_G**2 / squares_G).sum())
+    return TokenWeights(weight_N.to(dtype), (count_G**2 / squares_G).sum())
 
 
 def _highest(score_N: Tensor, place_N: Tensor, count_G: Tensor, top: float) -> Tensor:

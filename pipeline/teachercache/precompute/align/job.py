@@ -14,7 +14,12 @@ from rich.console import Console
 
 from teachercache.cache import Cache
 from teachercache.cache.files.entries import ShardInfo, ShardTable, file_info
-from teachercache.cache.manifest.alignment_manifest import SIDECAR, SidecarManifest, commit_sidecar, parse_sidecar
+from teachercache.cache.manifest.alignment_manifest import (
+    ALIGNMENT,
+    AlignmentManifest,
+    commit_alignment,
+    parse_alignment,
+)
 from teachercache.cache.manifest.manifest import WORK_FOLDER
 from teachercache.config import PrecomputeConfig, is_url
 from teachercache.errors import CacheError, JobFailed
@@ -51,8 +56,8 @@ def run_align(
         else:
             seconds = _run(plan, address, console)
             commit(plan, cache)
-    file = plan.folder / SIDECAR
-    manifest = parse_sidecar(file.read_bytes(), cache.source.read_listed, cache=cache.manifest, name=str(file))
+    file = plan.folder / ALIGNMENT
+    manifest = parse_alignment(file.read_bytes(), cache.source.read_listed, cache=cache.manifest, name=str(file))
     result = summary(plan, manifest, working_seconds=seconds, seconds=time.perf_counter() - began)
     print_closing(console, result)
     return result
@@ -100,7 +105,7 @@ def commit(plan: AlignPlan, cache: Cache) -> None:
     _check_rows(totals, shards, unaligned, plan, cache)
     kept = {plan.cache / shard.file for shard in shards}
     others = sorted(_others(plan.folder, kept))
-    manifest = SidecarManifest(
+    manifest = AlignmentManifest(
         cache=plan.settings,
         tokenizer=plan.tokenizer,
         sequence_length=max(record["longest"] for record in records),
@@ -112,7 +117,7 @@ def commit(plan: AlignPlan, cache: Cache) -> None:
         column_bytes=dict(sizes),
         created_by=f"teachercache {__version__}",
     )
-    commit_sidecar(manifest, plan.cache)
+    commit_alignment(manifest, plan.cache)
     shutil.rmtree(plan.work)
 
 
@@ -144,7 +149,7 @@ def _others(folder: Path, kept: set[Path]) -> Iterator[Path]:
             yield path
 
 
-def summary(plan: AlignPlan, manifest: SidecarManifest, *, working_seconds: float, seconds: float) -> dict[str, Any]:
+def summary(plan: AlignPlan, manifest: AlignmentManifest, *, working_seconds: float, seconds: float) -> dict[str, Any]:
     """What the job made; `aligned_fraction` is of the bytes of the cache's text, `chunks` stand for the same bytes on both
     sides."""
     totals = Counter(manifest.totals)

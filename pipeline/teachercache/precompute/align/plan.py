@@ -19,11 +19,11 @@ from teachercache.cache.alignment import TOKENIZER
 from teachercache.cache.files.bounds import Count
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.manifest.alignment_manifest import (
+    ALIGNMENT,
     FORMAT_VERSION,
-    SIDECAR,
+    alignment_folder,
+    alignment_group,
     reader_of,
-    sidecar_folder,
-    sidecar_group,
 )
 from teachercache.cache.manifest.manifest import WORK_FOLDER
 from teachercache.cache.shards.shard_set import Split
@@ -93,7 +93,7 @@ class AlignPlan:
     @property
     def within(self) -> str:
         """Folder of the alignment, inside the cache."""
-        return sidecar_folder(self._reader)
+        return alignment_folder(self._reader)
 
     @property
     def folder(self) -> Path:
@@ -103,7 +103,7 @@ class AlignPlan:
     @property
     def group(self) -> Group:
         """What its parts hold."""
-        return sidecar_group(self.settings, self._reader, prefix_ids=self.tokenizer["prefix_ids"])
+        return alignment_group(self.settings, self._reader, prefix_ids=self.tokenizer["prefix_ids"])
 
     @property
     def _reader(self) -> str:
@@ -133,7 +133,7 @@ class AlignPlan:
 
     def is_finished(self) -> bool:
         """Whether alignment.json is there."""
-        return (self.folder / SIDECAR).is_file()
+        return (self.folder / ALIGNMENT).is_file()
 
 
 def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> AlignPlan:

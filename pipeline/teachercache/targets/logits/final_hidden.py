@@ -39,7 +39,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Hidden:
+class FinalHidden:
     """Settings of the kind, and the basis once there is one."""
 
     kind = "hidden"
@@ -55,7 +55,7 @@ class Hidden:
     @classmethod
     def from_settings(
         cls, settings: Mapping[str, Any], *, vocabulary_size: int, basis: SketchBasis | None = None
-    ) -> Hidden:
+    ) -> FinalHidden:
         """Rebuild from a recipe's or manifest's settings; raises `CacheDamaged` for a basis of other settings."""
         if basis is not None and (basis.vocabulary_size, *basis.analysis_Dr.shape) != (
             vocabulary_size,
@@ -73,7 +73,7 @@ class Hidden:
         names = ("kind", "width", "step", "calibration_positions")
         return {name: getattr(self, name) for name in names}
 
-    def with_basis(self, basis: SketchBasis) -> Hidden:
+    def with_basis(self, basis: SketchBasis) -> FinalHidden:
         """The kind, ready to capture and to read."""
         return self.from_settings(self.settings(), vocabulary_size=self.vocabulary_size, basis=basis)
 

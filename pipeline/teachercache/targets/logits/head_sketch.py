@@ -52,7 +52,7 @@ ACTUAL_STEP = 1 / 64  # of the square root of nats
 MEAN_STEP = 0.05  # of a logit, root mean square over tokens by their probability
 MEAN_BLOCK = 64  # positions
 ROUNDING = 0.36  # fraction from which a magnitude is rounded up: 0.5 would be plain rounding
-PULL = 0.025  # how far below |code| the mean of what was rounded to it lies; twice that for |code| = 1
+CENTROID_SHIFT = 0.025  # how far below |code| the mean of what was rounded to it lies; twice that for |code| = 1
 
 Array = NDArray[Any]
 
@@ -283,10 +283,10 @@ def quantise_coefficients(coefficients_Nr: Array, step: float) -> tuple[Array, A
 
 def restore_coefficients(means_Mr: Array, codes_Nr: Array, step: float) -> Array:
     """Inverse of `quantise_coefficients`, float32 [N, r]: codes stand for the mean of what was rounded to them."""
-    # -2, -1, 0, 1, 2 times PULL by the code, without a branch: reading a cache spends its time here.
-    pulled_Nr = np.clip(codes_Nr, -2, 2) - 3 * np.clip(codes_Nr, -1, 1)
+    # -2, -1, 0, 1, 2 times CENTROID_SHIFT by the code, without a branch: reading a cache spends its time here.
+    shift_Nr = np.clip(codes_Nr, -2, 2) - 3 * np.clip(codes_Nr, -1, 1)
     values_Nr = codes_Nr.astype(np.float32)
-    values_Nr += pulled_Nr * np.float32(PULL)
+    values_Nr += shift_Nr * np.float32(CENTROID_SHIFT)
     values_Nr *= np.float32(step)
     for block, mean_r in enumerate(means_Mr):
         values_Nr[block * MEAN_BLOCK : (block + 1) * MEAN_BLOCK] += mean_r * np.float32(MEAN_STEP)

@@ -8,7 +8,7 @@ from typing import Any
 
 from teachercache.errors import CacheError
 from teachercache.targets.logits.basis import SketchBasis
-from teachercache.targets.logits.final_hidden import Hidden
+from teachercache.targets.logits.final_hidden import FinalHidden
 from teachercache.targets.logits.full import Full
 from teachercache.targets.logits.head_sketch import HeadSketch
 from teachercache.targets.logits.kind import TargetKind, calibrates
@@ -16,7 +16,7 @@ from teachercache.targets.logits.random_sampling import RandomSampling
 from teachercache.targets.logits.top_k import TopK
 from teachercache.targets.logits.top_p import TopP
 
-_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, Full, Hidden, HeadSketch)
+_ALL: tuple[type[TargetKind], ...] = (TopK, TopP, RandomSampling, Full, FinalHidden, HeadSketch)
 KINDS = {str(kind.kind): kind for kind in _ALL}
 
 

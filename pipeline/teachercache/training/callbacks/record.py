@@ -10,16 +10,16 @@ from teachercache.training.callbacks.meter import LOGGED_AS, Window
 
 
 def training_record(
-    window: Window, config: ObjectiveConfig, course: Mapping[str, Any], *, across: bool
+    window: Window, config: ObjectiveConfig, schedule: Mapping[str, Any], *, across: bool
 ) -> dict[str, Any]:
-    """Losses by term, means over positions; `course` is what held in the window's last step. `across`: the student has another
-    tokenizer."""
-    divergence = {} if across or course["alpha"] == 0 else {LOGGED_AS[config.divergence]: window.divergence}
+    """Losses by term, means over positions; `schedule` is what held in the window's last step. `across`: the student has
+    another tokenizer."""
+    divergence = {} if across or schedule["alpha"] == 0 else {LOGGED_AS[config.divergence]: window.divergence}
     return {
         "loss": window.total,
         "ce": window.ce,
         **divergence,
-        **course,
+        **schedule,
         **window.named,
         "positions": window.positions,
         "positions_per_second": window.positions_per_second,

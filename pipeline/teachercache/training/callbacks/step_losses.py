@@ -17,12 +17,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from teachercache.files import write_whole
 from teachercache.objective import LossTerms
 from teachercache.objective.logits.operands import Weights
-from teachercache.objective.schedule.objective_schedule import Course
+from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
 
 STATE = "objective_state.json"
 
 
-class Adaptive(Protocol):
+class Stateful(Protocol):
     """Something that a run remembers, beyond what Trainer saves."""
 
     def state(self) -> dict[str, Any]:
@@ -33,17 +33,17 @@ class Adaptive(Protocol):
 
 
 class StepLosses(TrainerCallback):
-    """Sums of a step's losses over its micro-batches. After the last one the course hears their means over all processes: one
+    """Sums of a step's losses over its micro-batches. After the last one the schedule hears their means over all processes: one
     small collective a step, and only where something follows them. Add it to a trainer's callbacks."""
 
-    def __init__(self, course: Course) -> None:
-        self.course = course
+    def __init__(self, schedule: ObjectiveSchedule) -> None:
+        self.schedule = schedule
         self.accelerator: Any = None  # once the trainer has one
         self._sums_3: Tensor | None = None  # what alpha weighs, cross-entropy, positions
 
     def add(self, terms: LossTerms) -> None:
         """One micro-batch."""
-        if not self.course.adapts:
+        if not self.schedule.adapts:
             return
         weighed = terms.divergence if terms.weighed is None else terms.weighed
         sums_3 = torch.stack(
@@ -57,14 +57,14 @@ class StepLosses(TrainerCallback):
         weighed, ce, positions = self.accelerator.reduce(self._sums_3, "sum").tolist()
         self._sums_3 = None
         if positions:
-            self.course.learn(state.global_step - 1, distillation=weighed / positions, ce=ce / positions)
+            self.schedule.update(state.global_step - 1, distillation=weighed / positions, ce=ce / positions)
 
 
-class CourseFile(TrainerCallback):
+class ScheduleFile(TrainerCallback):
     """What holds in each step, a line of JSON each. A resumed run first goes back to its checkpoint's step."""
 
-    def __init__(self, path: Path, course: Course) -> None:
-        self._path, self._course = path, course
+    def __init__(self, path: Path, schedule: ObjectiveSchedule) -> None:
+        self._path, self._schedule = path, schedule
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         kept = _lines_until(self._path, state.global_step) if self._path.is_file() else []
@@ -72,7 +72,7 @@ class CourseFile(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
-        record = {"step": step + 1, **course_record(self._course, self._course.at(step), step=step)}
+        record = {"step": step + 1, **schedule_record(self._schedule, self._schedule.at(step), step=step)}
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
@@ -90,9 +90,9 @@ def _lines_until(path: Path, step: int) -> list[str]:
     return kept
 
 
-def course_record(course: Course, weights: Weights, *, step: int) -> dict[str, Any]:
+def schedule_record(schedule: ObjectiveSchedule, weights: Weights, *, step: int) -> dict[str, Any]:
     """What held in a step, by the names that logs give it."""
-    phase = course.phase_at(step)
+    phase = schedule.phase_at(step)
     return {
         **({"phase": phase} if phase is not None else {}),
         "alpha": weights.alpha,
@@ -101,14 +101,14 @@ def course_record(course: Course, weights: Weights, *, step: int) -> dict[str, A
     }
 
 
-def save_state(checkpoint: Path, adaptive: Mapping[str, Adaptive]) -> None:
+def save_state(checkpoint: Path, adaptive: Mapping[str, Stateful]) -> None:
     """Into a checkpoint's folder; nothing where nothing remembers anything."""
     found = {name: state for name, each in adaptive.items() if (state := each.state())}
     if found:
         write_whole(checkpoint / STATE, json.dumps(found, indent=1) + "\n")
 
 
-def load_state(checkpoint: Path, adaptive: Mapping[str, Adaptive]) -> None:
+def load_state(checkpoint: Path, adaptive: Mapping[str, Stateful]) -> None:
     """Inverse of `save_state`."""
     path = checkpoint / STATE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

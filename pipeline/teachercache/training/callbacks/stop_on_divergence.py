@@ -14,7 +14,7 @@ MOST_SKIPPED_STEPS = 20
 REMEDY = "train again with a lower train.learning_rate or another train.precision, in another train.output"
 
 
-class DivergenceGuard(TrainerCallback):
+class StopOnDivergence(TrainerCallback):
     """Raises `JobFailed` when a logged loss is not finite, or when step after step is skipped because gradients are not.
 
     Losses are summed over processes before they are logged, so all processes fail together.

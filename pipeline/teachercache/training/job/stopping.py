@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer
 from teachercache.tokens.fingerprint import vocabulary_size
@@ -41,14 +41,14 @@ class Ends:
     padding: int | None
 
     @classmethod
-    def of(cls, caches: Sequence[Cache], sidecars: Sequence[Sidecar], *, tokenizer_folder: Path) -> Ends:
-        """Of a run over some caches; `sidecars`, one a cache or none, have its rows in the student's own tokens."""
+    def of(cls, caches: Sequence[Cache], alignments: Sequence[CacheAlignment], *, tokenizer_folder: Path) -> Ends:
+        """Of a run over some caches; `alignments`, one a cache or none, have its rows in the student's own tokens."""
         tokenizer = load_tokenizer(str(tokenizer_folder))
         special = special_ids(tokenizer)
         rows: list[int] = []
         for number, cache in enumerate(caches):
-            rows += _ends_in(cache, sidecars[number] if sidecars else None, special)
-        read = (sidecars[0] if sidecars else caches[0]).manifest
+            rows += _ends_in(cache, alignments[number] if alignments else None, special)
+        read = (alignments[0] if alignments else caches[0]).manifest
         pad = tokenizer.pad_token_id
         if not rows and tokenizer.eos_token_id is not None:
             rows = [tokenizer.eos_token_id]
@@ -87,19 +87,21 @@ class Ends:
             values["pad_token_id"] = self.padding
 
 
-def _ends_in(cache: Cache, sidecar: Sidecar | None, special: set[int]) -> list[int]:
+def _ends_in(cache: Cache, alignment: CacheAlignment | None, special: set[int]) -> list[int]:
     """Of a cache's rows: of texts the end token that was appended, of conversations what the template closes turns with."""
     if not cache.manifest.corpus.get("messages_field"):
-        end = (cache if sidecar is None else sidecar).manifest.tokenizer.get("eos_id")
+        end = (cache if alignment is None else alignment).manifest.tokenizer.get("eos_id")
         return [end] if cache.manifest.sequence.get("add_eos", True) and end is not None else []
-    found = Counter(end for end in _last_targets(cache, sidecar) if end in special)
+    found = Counter(end for end in _last_targets(cache, alignment) if end in special)
     return [end for end, count in found.most_common() if count >= RARE * found.total()]
 
 
-def _last_targets(cache: Cache, sidecar: Sidecar | None) -> Iterator[int]:
+def _last_targets(cache: Cache, alignment: CacheAlignment | None) -> Iterator[int]:
     """The last token of every run of tokens that are learned, in the first rows."""
     for index in range(min(ROWS, cache.rows_of("train"))):
-        row = (cache.read_row("train", index, columns=()) if sidecar is None else sidecar.read_row("train", index)).row
+        row = (
+            cache.read_row("train", index, columns=()) if alignment is None else alignment.read_row("train", index)
+        ).row
         learned_S = row.target_mask_S.astype(bool)
         ends = np.flatnonzero(learned_S & ~np.append(learned_S[1:], False)) + 1
         yield from row.input_ids_S[ends[ends < row.length]].tolist()

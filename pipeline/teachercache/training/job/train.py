@@ -39,10 +39,10 @@ from teachercache.training.job.launch import Process, lost_another_process, trai
 from teachercache.training.job.run_folder import RunFolder, RunIdentity
 from teachercache.training.job.summary import closing_line, speed_and_losses
 from teachercache.training.supervision.fit import (
+    alignments_of,
     check_cache,
     check_tokenizers,
     initial_weights,
-    sidecars_of,
     tokenizer_to_export,
 )
 
@@ -95,15 +95,15 @@ def _opened(recipe: Recipe) -> list[Cache]:
 
 def _opened_teachers(recipe: Recipe) -> list[Cache]:
     stream, teachers = recipe.stream, recipe.teachers
-    further = teachers.caches if teachers is not None else ()
-    return [Cache.open(each.cache, local=stream.local, local_bytes=stream.local_bytes) for each in further]
+    other_teachers = teachers.caches if teachers is not None else ()
+    return [Cache.open(each.cache, local=stream.local, local_bytes=stream.local_bytes) for each in other_teachers]
 
 
 class _Job:
     """One call of `run_training` in one process."""
 
     def __init__(self, recipe: Recipe, cache: Cache, mix: Sequence[Mixed], process: Process, console: Console) -> None:
-        from teachercache.objective.schedule.objective_schedule import Course
+        from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
         from teachercache.training.supervision.ensemble import teachers_of
 
         assert recipe.student is not None and recipe.train is not None
@@ -114,7 +114,7 @@ class _Job:
         self.zero_stage: int = settings["zero_optimization"]["stage"]
         self.folder = RunFolder(self.config.output)
         self.mix = mix
-        self.sidecars = sidecars_of(self.student, self._caches)
+        self.alignments = alignments_of(self.student, self._caches)
         self.trained = trained_rows(self._caches, _opened_teachers(recipe))
         base = BatchPlan(
             order=train_order(cache, mix, seed=self.config.seed, window=recipe.stream.window, trained=self.trained),
@@ -126,8 +126,12 @@ class _Job:
         names = [folder_name(each) for each in (recipe.cache, *(each.cache for each in recipe.stream.mix))]
         phases = recipe.phases
         self.plan: Plan = PhasedPlan.of(base, phases, names=names, steps=self.steps) if phases else base
-        self.course = Course(recipe.objective, steps=self.steps, phases=phases, across=bool(self.sidecars))
-        self.teachers = teachers_of(recipe, self._caches, has_sidecars=bool(self.sidecars), extent=self.course.extent)
+        self.schedule = ObjectiveSchedule(
+            recipe.objective, steps=self.steps, phases=phases, across=bool(self.alignments)
+        )
+        self.teachers = teachers_of(
+            recipe, self._caches, has_alignments=bool(self.alignments), schedule_range=self.schedule.schedule_range
+        )
         if "scheduler" in settings and any(phase.learning_rate_factor != 1 for phase in phases):
             raise RecipeError(
                 f"train.deepspeed: {self.config.deepspeed} has a scheduler of its own, which phases cannot change; take it "
@@ -140,7 +144,7 @@ class _Job:
             self.recipe,
             cache_fingerprint=self.cache.manifest.fingerprint,
             mixed_fingerprints=tuple(mixed.cache.manifest.fingerprint for mixed in self.mix),
-            alignments=tuple(sidecar.manifest.fingerprint for sidecar in self.sidecars),
+            alignments=tuple(alignment.manifest.fingerprint for alignment in self.alignments),
             teachers=self.teachers.identity() if self.teachers else None,
             student_weights=initial_weights(self.student),
             deepspeed=own_deepspeed_settings(self.config),
@@ -162,7 +166,7 @@ class _Job:
 
         from teachercache.models.loading import load_causal_lm
 
-        check_tokenizers(self._caches, self.sidecars)
+        check_tokenizers(self._caches, self.alignments)
         args = self._arguments()  # first: under ZeRO 3 they decide how a model is loaded
         student = self.student
         model = load_causal_lm(student.model, revision=student.revision, dtype="float32", attention=student.attention)
@@ -170,10 +174,10 @@ class _Job:
             from teachercache.training.initialise.lora import with_adapters
 
             model = with_adapters(model, self.student.lora, seed=self.config.seed)
-        further = [each.cache for each in self.teachers.further] if self.teachers else []
+        other_teachers = [each.cache for each in self.teachers.other_teachers] if self.teachers else []
         needed, room = (
             windows_bytes(self._caches, window=self.recipe.stream.window, layers=bool(self.recipe.objective.layers))
-            + windows_bytes(further, window=self.recipe.stream.window, layers=False),
+            + windows_bytes(other_teachers, window=self.recipe.stream.window, layers=False),
             self.recipe.stream.local_bytes,
         )
         if needed > room:
@@ -188,7 +192,11 @@ class _Job:
             )
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
-        for line in (*warnings_of([*self._caches, *further], self.sidecars), *self.trained.lines, *self._teacher_lines):
+        for line in (
+            *warnings_of([*self._caches, *other_teachers], self.alignments),
+            *self.trained.lines,
+            *self._teacher_lines,
+        ):
             self._say(line)
         try:
             return self._run_trainer(model, args, identity)
@@ -214,12 +222,12 @@ class _Job:
     def _run_trainer(self, model: Any, args: TrainingArguments, identity: RunIdentity) -> Checkpoint | None:
         from teachercache.training.callbacks.preemption import StopWhenAsked, sigterm_as_request
         from teachercache.training.callbacks.progress import LogFile, ProgressBar
-        from teachercache.training.callbacks.step_losses import CourseFile
+        from teachercache.training.callbacks.step_losses import ScheduleFile
 
         bar = ProgressBar(self.console)
         callbacks = [LogFile(self.folder.path / "log.jsonl"), bar] if self.process.main else []
-        if self.process.main and self.course.changes:
-            callbacks.append(CourseFile(self.folder.path / "course.jsonl", self.course))
+        if self.process.main and self.schedule.changes:
+            callbacks.append(ScheduleFile(self.folder.path / "course.jsonl", self.schedule))
         try:
             with sigterm_as_request() as request:
                 trainer = self._trainer(model, args, [StopWhenAsked(request), *callbacks])
@@ -262,8 +270,8 @@ class _Job:
             mix=self.mix,
             plan=self.plan,
             trained=self.trained,
-            course=self.course,
-            sidecars=self.sidecars,
+            schedule=self.schedule,
+            alignments=self.alignments,
             teachers=self.teachers,
             keep_checkpoints=self.config.keep_checkpoints,
             pack=self.config.pack,
@@ -291,8 +299,8 @@ class _Job:
             summary["teachers"] = self.teachers.report(state["log_history"])
         if self.process.main:
             chosen = self._undamaged(best_step or self.steps)
-            with tokenizer_to_export(self.student, self.cache, self.sidecars) as tokenizer:
-                ends = Ends.of(self._caches, self.sidecars, tokenizer_folder=tokenizer)
+            with tokenizer_to_export(self.student, self.cache, self.alignments) as tokenizer:
+                ends = Ends.of(self._caches, self.alignments, tokenizer_folder=tokenizer)
                 export_student(chosen, config=self.student, tokenizer=tokenizer, ends=ends, student=self.folder.student)
             self.folder.finish(summary)
             self._say(closing_line(summary))

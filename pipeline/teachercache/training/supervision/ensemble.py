@@ -18,9 +18,9 @@ from teachercache.config import ObjectiveConfig, Recipe, TeachersConfig
 from teachercache.config.section import folder_name
 from teachercache.errors import RecipeError
 from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
-from teachercache.objective.ensemble import FusedTeacher, Member, TeacherWeights
-from teachercache.objective.schedule.objective_schedule import Extent
-from teachercache.stream.ensemble_rows import FurtherCache, FurtherTargets
+from teachercache.objective.ensemble import EnsembleMember, FusedTeacher, TeacherWeights
+from teachercache.objective.schedule.objective_schedule import ScheduleRange
+from teachercache.stream.ensemble_rows import TeacherCache, TeacherTargets
 from teachercache.training.supervision.ensemble_fit import (
     check_distinct,
     check_held_out,
@@ -38,7 +38,7 @@ class Teachers:
 
     config: TeachersConfig
     own: tuple[Cache, ...]
-    further: tuple[FurtherCache, ...]
+    other_teachers: tuple[TeacherCache, ...]
     priors: tuple[tuple[float, ...], ...]
     shared: TeacherWeights
 
@@ -55,64 +55,68 @@ class Teachers:
         names = names or [folder_name(cache.name) for cache in own]
         priors = priors_of(config, names)
         check_distinct(own, caches)
-        further = tuple(joined(own, cache) for cache in caches)
-        check_missing(own, further, policy=config.missing)
+        other_teachers = tuple(joined(own, cache) for cache in caches)
+        check_missing(own, other_teachers, policy=config.missing)
         shared = TeacherWeights(len(caches) + 1, tau=config.tau, adapts=config.weights == "validation-student")
         if config.weights.startswith("validation"):
-            check_held_out(own, further, weights=config.weights)
+            check_held_out(own, other_teachers, weights=config.weights)
         if config.weights == "validation":
-            shared.learn(held_out_losses(own, further))
-        return cls(config, tuple(own), further, priors, shared)
+            shared.update(held_out_losses(own, other_teachers))
+        return cls(config, tuple(own), other_teachers, priors, shared)
 
     # ------------------------------------------------------------------ for the trainer
 
     def fused(self, number: int, objective: ObjectiveConfig) -> FusedTeacher:
         """The teachers in rows of one of the run's own caches."""
         cache = self.own[number]
-        members = [Member(cache.kind, cache.name)]
-        members += [Member(each.cache.kind, each.cache.name, _projection(cache, each)) for each in self.further]
+        members = [EnsembleMember(cache.kind, cache.name)]
+        members += [
+            EnsembleMember(each.cache.kind, each.cache.name, _projection(cache, each)) for each in self.other_teachers
+        ]
         return FusedTeacher(members, self.config, objective=objective, prior=self.priors[number], shared=self.shared)
 
     def read(self, split: Split, objective: ObjectiveConfig) -> dict[str, Any]:
         """What a `CacheDataset` reads of further caches; evaluation only needs them where weights follow it."""
         if split == "held-out" and not self.shared.adapts:
             return {}
-        return {"further": self.further, "further_columns": self.fused(0, objective).further_columns}
+        return {"further": self.other_teachers, "other_columns": self.fused(0, objective).other_columns}
 
-    def collated(self, split: Split, objective: ObjectiveConfig) -> tuple[FurtherTargets, ...]:
+    def collated(self, split: Split, objective: ObjectiveConfig) -> tuple[TeacherTargets, ...]:
         """How a `Collator` makes arrays of it."""
         read = self.read(split, objective)
-        paired = zip(self.further, read.get("further_columns", ()), strict=bool(read))
-        return tuple(FurtherTargets(each.cache.targets, names) for each, names in paired)
+        paired = zip(self.other_teachers, read.get("other_columns", ()), strict=bool(read))
+        return tuple(TeacherTargets(each.cache.targets, names) for each, names in paired)
 
     @property
     def remote(self) -> int:
         """How many further caches are in object stores."""
-        return sum(each.cache.is_remote for each in self.further)
+        return sum(each.cache.is_remote for each in self.other_teachers)
 
     def prefetch(self, shards: Sequence[Sequence[int]], *, caches: int, objective: ObjectiveConfig) -> None:
         """Have fetched what an objective reads that goes with some shards of each of the run's own caches, of `caches` in
         object stores in all."""
         if not self.remote:
             return
-        for each, columns in zip(self.further, self.fused(0, objective).further_columns, strict=True):
+        for each, columns in zip(self.other_teachers, self.fused(0, objective).other_columns, strict=True):
             if each.cache.is_remote:
                 beside = [each.shards_beside(n, numbers, self.own[n]) for n, numbers in enumerate(shards)]
                 found = list(dict.fromkeys(number for numbers in beside for number in numbers))
-                infos = each.sidecar.infos if each.sidecar else None
+                infos = each.alignment.infos if each.alignment else None
                 each.cache.prefetch(found, columns=columns, caches=caches, with_infos=infos)
 
-    def heed(self, metrics: Mapping[str, float], *, prefix: str) -> None:
+    def update_weights(self, metrics: Mapping[str, float], *, prefix: str) -> None:
         """Hear the student's distance from each teacher on held-out rows, where weights follow it."""
         if self.shared.adapts:
-            self.shared.learn([metrics[f"{prefix}_kl_teacher_{number}"] for number in range(len(self.further) + 1)])
+            self.shared.update(
+                [metrics[f"{prefix}_kl_teacher_{number}"] for number in range(len(self.other_teachers) + 1)]
+            )
 
     def identity(self) -> dict[str, Any]:
         """What of it decides what is learned, as JSON: caches by their content, wherever they lie."""
         return {
             **self.config.model_dump(mode="json", include={"fusion", "weights", "tau", "missing"}),
-            "caches": [each.cache.manifest.fingerprint for each in self.further],
-            "alignments": [each.sidecar and each.sidecar.manifest.fingerprint for each in self.further],
+            "caches": [each.cache.manifest.fingerprint for each in self.other_teachers],
+            "alignments": [each.alignment and each.alignment.manifest.fingerprint for each in self.other_teachers],
             "shares": [list(prior) for prior in self.priors],
         }
 
@@ -123,7 +127,7 @@ class Teachers:
         last logging window. The run's own cache first."""
         last: Mapping[str, Any] = next((each for each in reversed(log_history) if "weight_teacher_0" in each), {})
         total = sum(cache.rows_of("train") for cache in self.own)
-        found = [(self.own[0].name, total), *((each.cache.name, each.found("train")) for each in self.further)]
+        found = [(self.own[0].name, total), *((each.cache.name, each.found("train")) for each in self.other_teachers)]
         return [
             {"cache": name, "rows": rows, "missing": total - rows, "weight": last.get(f"weight_teacher_{number}")}
             for number, (name, rows) in enumerate(found)
@@ -133,26 +137,28 @@ class Teachers:
         """The same for people, of the further ones."""
         policy = {"others": "learned from the others", "skip": "learned from their labels alone", "refuse": ""}
         said = []
-        for each, further in zip(self.report([])[1:], self.further, strict=True):
+        for each, other_teachers in zip(self.report([])[1:], self.other_teachers, strict=True):
             missing = f"; {each['missing']:,} are missing and {policy[self.config.missing]}" if each["missing"] else ""
-            if missing and "packed" in (self.own[0].manifest.layout, further.cache.manifest.layout):
+            if missing and "packed" in (self.own[0].manifest.layout, other_teachers.cache.manifest.layout):
                 missing += " (packed rows join only where they were packed alike)"
-            elif missing and further.sidecar is not None:
+            elif missing and other_teachers.alignment is not None:
                 missing += " (another tokenizer cuts documents that are longer than a row elsewhere)"
             said.append(f"teacher {each['cache']}: has {each['rows']:,} of the rows to train on{missing}")
         return said
 
 
-def teachers_of(recipe: Recipe, own: Sequence[Cache], *, has_sidecars: bool, extent: Extent) -> Teachers | None:
+def teachers_of(
+    recipe: Recipe, own: Sequence[Cache], *, has_alignments: bool, schedule_range: ScheduleRange
+) -> Teachers | None:
     """The teachers that a recipe asks for beside its caches'; None where it asks for none. Raises as `Teachers.of`."""
     if recipe.teachers is None:
         return None
-    if has_sidecars:
+    if has_alignments:
         raise RecipeError(
             "teachers: the student has another tokenizer than `cache`; give as `cache` one of the student's tokenizer and "
             "align the others with it, or leave teachers out"
         )
-    if not extent.uses_teacher:
+    if not schedule_range.uses_teacher:
         raise RecipeError("teachers: objective.alpha is 0, so nothing is learned from them; leave teachers out")
     stream = recipe.stream
     caches = [
@@ -162,12 +168,12 @@ def teachers_of(recipe: Recipe, own: Sequence[Cache], *, has_sidecars: bool, ext
     return Teachers.of(recipe.teachers, own, caches, names=names)
 
 
-def _projection(cache: Cache, further: FurtherCache) -> VocabularyProjection | None:
+def _projection(cache: Cache, other_teachers: TeacherCache) -> VocabularyProjection | None:
     """From a teacher's tokens to the student's; None where they are the same."""
-    if further.sidecar is not None:
-        vocabulary = further.sidecar.vocabulary
+    if other_teachers.alignment is not None:
+        vocabulary = other_teachers.alignment.vocabulary
         return VocabularyProjection(torch.from_numpy(vocabulary.first_Vt), torch.from_numpy(vocabulary.emitted_Vs))
-    size, own_size = further.cache.manifest.vocabulary_size, cache.manifest.vocabulary_size
+    size, own_size = other_teachers.cache.manifest.vocabulary_size, cache.manifest.vocabulary_size
     if size == own_size:
         return None
     numbers_U = torch.arange(size)  # the same tokens at the same ids, and more of them on one side

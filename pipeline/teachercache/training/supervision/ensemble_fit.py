@@ -13,7 +13,7 @@ from teachercache.cache.storage.source import TEACHER
 from teachercache.config import TeachersConfig
 from teachercache.errors import CacheError, RecipeError
 from teachercache.stream.alignment import alignment_for
-from teachercache.stream.ensemble_rows import FurtherCache
+from teachercache.stream.ensemble_rows import TeacherCache
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.training.supervision.teacher_losses import held_out_of_all
 
@@ -42,50 +42,50 @@ def check_distinct(own: Sequence[Cache], caches: Sequence[Cache]) -> None:
         met[cache.manifest.fingerprint] = cache.name
 
 
-def joined(own: Sequence[Cache], cache: Cache) -> FurtherCache:
+def joined(own: Sequence[Cache], cache: Cache) -> TeacherCache:
     """A further teacher's cache, its rows found; of one with another tokenizer, through its alignment.
 
     Raises `CacheError` where there is none, or the same text has other tokens.
     """
-    sidecar = None
+    alignment = None
     if cache.manifest.tokenizer_fingerprint != own[0].manifest.tokenizer_fingerprint:
         name = own[0].manifest.teacher["model"] if own[0].is_remote else str(own[0].folder / TEACHER)
-        sidecar = alignment_for(cache, teacher_tokenizer(own[0]), student=name)
-    found = FurtherCache.joined_to(own, cache, sidecar=sidecar)
+        alignment = alignment_for(cache, teacher_tokenizer(own[0]), student=name)
+    found = TeacherCache.joined_to(own, cache, alignment=alignment)
     _check_tokens(own, found)
     return found
 
 
-def _check_tokens(own: Sequence[Cache], further: FurtherCache) -> None:
+def _check_tokens(own: Sequence[Cache], other_teachers: TeacherCache) -> None:
     """Raise `CacheError` where the same text has other tokens in the first rows that are looked at."""
     tried = same = 0
     for source, cache in enumerate(own):
         for split in SPLITS:
-            for index in np.flatnonzero(further.rows[source][split] >= 0)[:TRIED_ROWS].tolist():
+            for index in np.flatnonzero(other_teachers.rows[source][split] >= 0)[:TRIED_ROWS].tolist():
                 row = cache.read_row(split, index, columns=(), segments=False).row
-                found = further.read(source, split, index, row_id=row.row_id, columns=())
+                found = other_teachers.read(source, split, index, row_id=row.row_id, columns=())
                 tried += 1
                 same += found is not None and np.array_equal(found.row.input_ids_S, row.input_ids_S)
     if tried and not same:
         raise CacheError(
-            f"teachers: {further.cache.name} has other tokens for the text of {own[0].name}, in all of {tried} rows; "
+            f"teachers: {other_teachers.cache.name} has other tokens for the text of {own[0].name}, in all of {tried} rows; "
             "precompute both with one chat template and the same sequence settings"
         )
 
 
-def _nothing_in_common(cache: Cache, further: Cache) -> str:
-    packed = "packed" in (cache.manifest.layout, further.manifest.layout)
+def _nothing_in_common(cache: Cache, other_teachers: Cache) -> str:
+    packed = "packed" in (cache.manifest.layout, other_teachers.manifest.layout)
     remedy = (
         "packed rows join only where they were packed alike: precompute both with sequence.layout: documents"
         if packed
         else "precompute it from the same corpus, with the same sequence.length"
     )
-    return f"teachers: {further.name} has none of the rows to train on of {cache.name}; {remedy}"
+    return f"teachers: {other_teachers.name} has none of the rows to train on of {cache.name}; {remedy}"
 
 
-def check_missing(own: Sequence[Cache], further: Sequence[FurtherCache], *, policy: str) -> None:
+def check_missing(own: Sequence[Cache], other_teachers: Sequence[TeacherCache], *, policy: str) -> None:
     """Raise `CacheError` for a cache without a row to train on, or, where the recipe refuses that, lacking one."""
-    for each in further:
+    for each in other_teachers:
         if not each.found("train"):
             raise CacheError(_nothing_in_common(own[0], each.cache))
         lacking = [
@@ -99,11 +99,11 @@ def check_missing(own: Sequence[Cache], further: Sequence[FurtherCache], *, poli
             )
 
 
-def check_held_out(own: Sequence[Cache], further: Sequence[FurtherCache], *, weights: str) -> None:
+def check_held_out(own: Sequence[Cache], other_teachers: Sequence[TeacherCache], *, weights: str) -> None:
     """Raise `CacheError` where there is no row to validate on."""
-    if not len(held_out_of_all(own, further)):
+    if not len(held_out_of_all(own, other_teachers)):
         lacking = [each.name for each in own[:1] if not each.rows_of("held-out")]
-        lacking = lacking or [each.cache.name for each in further if not len(held_out_of_all(own, [each]))]
+        lacking = lacking or [each.cache.name for each in other_teachers if not len(held_out_of_all(own, [each]))]
         whose = f"in {lacking[0]}" if lacking else "that are in all of them at once"
         raise CacheError(
             f"teachers.weights: {weights} needs held-out rows of {own[0].name} that all caches have, and there are none "

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.cache import Cache, Manifest
-from teachercache.cache.alignment import Sidecar
-from teachercache.cache.manifest.alignment_manifest import SidecarManifest
+from teachercache.cache.alignment import CacheAlignment
+from teachercache.cache.manifest.alignment_manifest import AlignmentManifest
 from teachercache.config import StudentConfig
 from teachercache.errors import CacheError, ModelError
 from teachercache.models.loading import (
@@ -43,13 +43,13 @@ def check_cache(cache: Cache) -> None:
         )
 
 
-def check_tokenizers(caches: Sequence[Cache], sidecars: Sequence[Sidecar]) -> None:
+def check_tokenizers(caches: Sequence[Cache], alignments: Sequence[CacheAlignment]) -> None:
     """Raise `CacheDamaged` where a tokenizer that lies in the caches is not the one that they were made with, before anything
     is learned: one of them is exported in the end."""
     for cache in caches:
         teacher_tokenizer(cache)
-    for sidecar in sidecars:
-        student_tokenizer(sidecar)
+    for alignment in alignments:
+        student_tokenizer(alignment)
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Fit:
     """
 
     caches: Sequence[Cache]
-    sidecars: Sequence[Sidecar]
+    alignments: Sequence[CacheAlignment]
     pack: bool
     _ran: bool = False
 
@@ -69,7 +69,7 @@ class Fit:
         """Raise `ModelError` for a vocabulary or positions that are too few, nothing that is aligned, and, where the model can
         run, for what `check_wrapped` refuses; also where each process holds a part of it (ZeRO 3)."""
         for number, cache in enumerate(self.caches):
-            check_shapes(model, cache.manifest, sidecar=self.sidecars[number] if self.sidecars else None)
+            check_shapes(model, cache.manifest, alignment=self.alignments[number] if self.alignments else None)
         if not (takes_one_row(model) and model.device.type == "cpu"):
             with runnable(model):
                 self.check_wrapped(model, model)
@@ -80,17 +80,17 @@ class Fit:
         if self._ran:
             return
         name, manifests = _name_of(student), [cache.manifest for cache in self.caches]
-        read = self.sidecars[0].manifest if self.sidecars else manifests[0]
+        read = self.alignments[0].manifest if self.alignments else manifests[0]
         check_causal(model, name=f"student {name}", vocabulary_size=read.vocabulary_size)
         packed = [manifest for manifest in manifests if manifest.layout == "packed"]
         check_packing(model, name, [*packed, *manifests][0], vocabulary_size=read.vocabulary_size, pack=self.pack)
         self._ran = True
 
 
-def check_shapes(model: Any, manifest: Manifest, *, sidecar: Sidecar | None = None) -> None:
+def check_shapes(model: Any, manifest: Manifest, *, alignment: CacheAlignment | None = None) -> None:
     """Raise `ModelError` when the student cannot learn from a cache, as far as its shapes tell."""
-    name, read = _name_of(model), manifest if sidecar is None else sidecar.manifest
-    if sidecar is not None and not sidecar.infos.train_positions:
+    name, read = _name_of(model), manifest if alignment is None else alignment.manifest
+    if alignment is not None and not alignment.infos.train_positions:
         raise ModelError(
             f"student {name} has nothing to learn from the cache: no row to train on could be aligned with its "
             "tokenizer (`teachercache inspect` says why)"
@@ -114,7 +114,7 @@ def initial_weights(student: StudentConfig) -> dict[str, str | None]:
     return weights_identity(student.model, revision=student.revision, commit=commit)
 
 
-def check_vocabulary(model: Any, name: str, manifest: Manifest | SidecarManifest) -> None:
+def check_vocabulary(model: Any, name: str, manifest: Manifest | AlignmentManifest) -> None:
     """The student's embeddings must hold every token that it reads; more rows than that are padding and allowed."""
     parts = {"input embedding": model.get_input_embeddings(), "output embedding": model.get_output_embeddings()}
     for part, module in parts.items():
@@ -128,15 +128,15 @@ def check_vocabulary(model: Any, name: str, manifest: Manifest | SidecarManifest
             )
 
 
-def _whose(manifest: Manifest | SidecarManifest) -> str:
+def _whose(manifest: Manifest | AlignmentManifest) -> str:
     return "the cache's" if isinstance(manifest, Manifest) else "its own"
 
 
-def check_length(model: Any, name: str, manifest: Manifest | SidecarManifest) -> None:
+def check_length(model: Any, name: str, manifest: Manifest | AlignmentManifest) -> None:
     """The student must have positions for the longest row."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and longest < manifest.sequence_length:
-        own = " in its own tokens" if isinstance(manifest, SidecarManifest) else ""
+        own = " in its own tokens" if isinstance(manifest, AlignmentManifest) else ""
         shorter = "a shorter sequence.length" if own else f"sequence.length={longest}"
         raise ModelError(
             f"student {name} takes at most {longest} tokens, rows of the cache have up to {manifest.sequence_length}{own}; "
@@ -158,7 +158,7 @@ def check_packing(model: Any, name: str, manifest: Manifest, *, vocabulary_size:
         raise ModelError(f"student {name} lets the documents of a packed row see each other, {remedy}")
 
 
-def sidecars_of(student: StudentConfig, caches: Sequence[Cache]) -> list[Sidecar]:
+def alignments_of(student: StudentConfig, caches: Sequence[Cache]) -> list[CacheAlignment]:
     """The alignments, one a cache, through which a student with another tokenizer learns; none where it has the teacher's, or
     one with the same bytes at the same ids, or none at all.
 
@@ -169,11 +169,11 @@ def sidecars_of(student: StudentConfig, caches: Sequence[Cache]) -> list[Sidecar
         return []
     found = [alignment_for(cache, tokenizer, student=student.model) for cache in caches]
     # Caches of one run have one tokenizer: where one can be read as it is, all can, also those with an alignment.
-    return [] if None in found else [sidecar for sidecar in found if sidecar is not None]
+    return [] if None in found else [alignment for alignment in found if alignment is not None]
 
 
 @contextmanager
-def tokenizer_to_export(student: StudentConfig, cache: Cache, sidecars: Sequence[Sidecar]) -> Iterator[Path]:
+def tokenizer_to_export(student: StudentConfig, cache: Cache, alignments: Sequence[CacheAlignment]) -> Iterator[Path]:
     """A folder with the tokenizer files of the student that leaves a run: those that made its rows.
 
     They are the teacher's, with its chat template and end token, also where the student has the same tokens and ends
@@ -181,10 +181,10 @@ def tokenizer_to_export(student: StudentConfig, cache: Cache, sidecars: Sequence
     learned through an alignment keeps its own, whose template its rows were rendered with. All begin as its rows did, where
     the recipe chose that (`sequence.prefix`).
     """
-    own = None if sidecars else _tokenizer_of(student)
+    own = None if alignments else _tokenizer_of(student)
     wider = own is not None and vocabulary_size(own) > cache.manifest.vocabulary_size
-    if sidecars or (cache.manifest.row_prefix == "auto" and not wider):
-        with sidecars[0].tokenizer_folder() if sidecars else cache.teacher_folder() as files:
+    if alignments or (cache.manifest.row_prefix == "auto" and not wider):
+        with alignments[0].tokenizer_folder() if alignments else cache.teacher_folder() as files:
             yield files
         return
     exported = teacher = teacher_tokenizer(cache)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.reader import Split
 from teachercache.config import ObjectiveConfig
 from teachercache.stream.collate import Collator, MixedCollator
@@ -29,7 +29,7 @@ class Reading:
     """Of a run's caches, with the alignments of a student of another tokenizer, and further teachers of the same rows."""
 
     caches: tuple[Cache, ...]
-    sidecars: tuple[Sidecar, ...]
+    alignments: tuple[CacheAlignment, ...]
     teachers: Teachers | None
     objective: ObjectiveConfig
     args: TrainingArguments
@@ -39,15 +39,15 @@ class Reading:
 
     def dataset(self, split: Split, columns: Columns) -> CacheDataset:
         """The rows of a split."""
-        further = {} if self.teachers is None else self.teachers.read(split, self.objective)
+        other_teachers = {} if self.teachers is None else self.teachers.read(split, self.objective)
         return CacheDataset(
-            self.caches, split, columns=columns, sidecars=self.sidecars, trained=self.trained, **further
+            self.caches, split, columns=columns, alignments=self.alignments, trained=self.trained, **other_teachers
         )
 
     def collator(self, split: Split, columns: Columns, *, pack: bool = False) -> MixedCollator:
         """Rows of it to tensors."""
-        joined = self.sidecars or [None] * len(self.caches)
-        further = () if self.teachers is None else self.teachers.collated(split, self.objective)
+        joined = self.alignments or [None] * len(self.caches)
+        other_teachers = () if self.teachers is None else self.teachers.collated(split, self.objective)
         made = [
             Collator.of(
                 cache,
@@ -55,10 +55,10 @@ class Reading:
                 pack=pack,
                 one_row=self.one_row,
                 context=self.context,
-                sidecar=sidecar,
-                further=further,
+                alignment=alignment,
+                other_teachers=other_teachers,
             )
-            for cache, names, sidecar in zip(self.caches, columns, joined, strict=True)
+            for cache, names, alignment in zip(self.caches, columns, joined, strict=True)
         ]
         return MixedCollator(tuple(made))
 
@@ -68,7 +68,7 @@ class Reading:
         if self.teachers is not None:
             self.teachers.prefetch(shards, caches=self._remote, objective=self.objective)
         for number, (cache, numbers, names) in enumerate(zip(self.caches, shards, columns, strict=True)):
-            beside = self.sidecars[number].infos if self.sidecars else None
+            beside = self.alignments[number].infos if self.alignments else None
             cache.prefetch(numbers, columns=names, caches=self._remote, with_infos=beside)
 
     @property

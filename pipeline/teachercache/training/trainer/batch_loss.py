@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from teachercache.objective import DistillationObjective, LossTerms
-from teachercache.objective.cross_tokenizer.objective import AcrossObjective
+from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
 from teachercache.objective.layers.objective import LayerObjective
 from teachercache.objective.logits.operands import Weights
 from teachercache.training.trainer.gradient_cosines import GradientCosines
@@ -32,12 +32,12 @@ class BatchLoss:
     process drives several GPUs."""
 
     student: Any
-    objectives: Sequence[DistillationObjective | AcrossObjective]
+    objectives: Sequence[DistillationObjective | CrossTokenizerObjective]
     layer_objectives: Sequence[LayerObjective]
     routing: Routing | None
     cosines: GradientCosines | None
     replicated: bool = False
-    speaks: bool = True
+    warns: bool = True
     in_layer: bool | None = field(default=None)  # whether the loss is formed in the output layer; None: not tried yet
 
     def of(self, model: Any, inputs: dict[str, Any], weights: Weights, *, step: int) -> tuple[LossTerms, Any]:
@@ -48,22 +48,22 @@ class BatchLoss:
         rows: Any = {"position_ids_BS": inputs.get("position_ids")} if objective.config.emphasis else {}
         is_task = self.routing is not None and not self.routing.learns_from_teacher
         matched = self.layer_objectives[source] if self.layer_objectives and not is_task else None
-        pulls = None if self.cosines is None or is_task else self.cosines.pulls_at(step, labels_BS)
+        taps = None if self.cosines is None or is_task else self.cosines.taps_at(step, labels_BS)
         in_layer, formed = self.forms_in_layer(model), []
-        with watched(self.student, matched, apart=pulls is not None) as activations:
+        with watched(self.student, matched, apart=taps is not None) as activations:
 
             def form(of_logits: OfLogits, *operands: Any) -> Tensor:
-                if self.cosines is not None and pulls is not None:
+                if self.cosines is not None and taps is not None:
                     self.cosines.add(of_logits, operands, weights)
                 terms = self._of_logits(of_logits, operands, weights)
                 for each in self.layer_objectives:  # in one order in all processes, whatever caches they are at
                     if each is matched:
-                        found = each.loss(activations, layers, labels_BS, weights=weights.terms, pulls=pulls)
+                        found = each.loss(activations, layers, labels_BS, weights=weights.terms, taps=taps)
                         terms = replace(terms, total=terms.total + found.total, named={**terms.named, **logged(found)})
                     else:
-                        terms = replace(terms, total=terms.total + each.idle(terms.total))
-                if pulls is not None:
-                    pulls.scaled_by(terms.total)
+                        terms = replace(terms, total=terms.total + each.zero_contribution(terms.total))
+                if taps is not None:
+                    taps.scaled_by(terms.total)
                 formed.append(terms)
                 return terms.total
 
@@ -92,7 +92,7 @@ class BatchLoss:
         if self.in_layer is None:
             # Replicas of `nn.DataParallel` would share one patched layer.
             self.in_layer = not self.replicated and takes_loss(self.student, model)
-            if not self.in_layer and self.speaks:
+            if not self.in_layer and self.warns:
                 name = type(self.student).__name__
                 logger.warning("%s: logits of whole batches are formed, its output layer is not plain", name)
         return self.in_layer

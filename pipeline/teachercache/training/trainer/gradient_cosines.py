@@ -3,7 +3,7 @@
     cosine_kl_ce        divergence (as the log calls it; `across` for the terms across tokenizers) and cross-entropy, at what
                         enters the output layer (at the logits, for students whose loss is formed outside of it): two more
                         passes over the output layer, each with one of the terms alone
-    cosine_TERM_above   a term between layers, and all that pulls the same activations from above: see `objective.layers.pulls`;
+    cosine_TERM_above   a term between layers, and all that pulls the same activations from above: see `gradient_taps`;
                         no pass more than training makes
     gradient_…          their lengths, the root mean square over positions, with the weights that terms have in the loss
 
@@ -11,7 +11,7 @@ Below 0 what one term gains the other loses: a conflict in the sense of Yu et al
 2020, who compare gradients of parameters. Those of activations decide them, cost no backward pass of their own, and are
 whole in each process, whatever shards the parameters. Dot products and squares are added up over micro-batches and processes,
 so that a cosine is that of the global batch, over the positions that were measured in a logging window. With `routing`
-gradients are those of distillation's turn: from above comes nothing of the task.
+gradients are those of distillation's pass: from above comes nothing of the task.
 
 Shapes: B rows, S tokens, N positions.
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, LossTerms
 from teachercache.objective.layers.objective import LayerObjective
-from teachercache.objective.layers.pulls import Pulls, products
+from teachercache.objective.layers.taps import GradientTaps, products
 from teachercache.objective.logits.operands import Weights
 from teachercache.training.callbacks.meter import LOGGED_AS
 
@@ -55,14 +55,16 @@ class GradientCosines:
         self._accelerator, self._every = accelerator, every
         self._pairs = ((first, "ce"), *((name, f"{ABOVE}_{name}") for name in terms))
         self._sums = torch.zeros(len(self._pairs), 4, dtype=torch.float64, device=accelerator.device)
-        self._open: tuple[Pulls, Tensor] | None = None  # of the last micro-batch, whose backward pass comes after it
+        self._open: tuple[GradientTaps, Tensor] | None = (
+            None  # of the last micro-batch, whose backward pass comes after it
+        )
 
-    def pulls_at(self, step: int, shift_labels_BS: Tensor) -> Pulls | None:
+    def taps_at(self, step: int, shift_labels_BS: Tensor) -> GradientTaps | None:
         """What takes a micro-batch's gradients in a step, counted from 0; None where it is not measured."""
         self._settle()
         if (step + 1) % self._every:
             return None
-        self._open = (Pulls(), (shift_labels_BS != NO_TARGET).sum())
+        self._open = (GradientTaps(), (shift_labels_BS != NO_TARGET).sum())
         return self._open[0]
 
     def add(self, loss: Callable[..., LossTerms], operands: Sequence[Tensor | None], weights: Weights) -> None:
@@ -82,10 +84,10 @@ class GradientCosines:
 
     def _settle(self) -> None:
         if self._open is not None:
-            (pulls, positions), self._open = self._open, None
+            (taps, positions), self._open = self._open, None
             for place, (first, _) in enumerate(self._pairs):
-                if first in pulls.sums():
-                    self._add(place, pulls.sums()[first], positions)
+                if first in taps.sums():
+                    self._add(place, taps.sums()[first], positions)
 
     def _add(self, place: int, sums: Tensor, positions: Tensor | int) -> None:
         # Where a loss scale has overflowed there are no gradients, and no optimizer step either.

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
-from teachercache.objective.cross_tokenizer.objective import AcrossObjective
+from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
 from teachercache.objective.logits.projected import chunk_logits, chunk_rows
-from teachercache.objective.schedule.objective_schedule import Extent
+from teachercache.objective.schedule.objective_schedule import ScheduleRange
 from teachercache.targets import TargetKind
 from teachercache.targets.logits.kind import first_choices
 from teachercache.training.trainer.output_layer import loss_for_logits
@@ -132,11 +132,11 @@ class AcrossMeasure(Measure):
     Agreement and KL are measured where chunks begin: there both have read the same bytes.
     """
 
-    def __init__(self, cache: Cache, sidecar: Sidecar, *, tail: str, device: torch.device) -> None:
+    def __init__(self, cache: Cache, alignment: CacheAlignment, *, tail: str, device: torch.device) -> None:
         across = [{"match": "projected-kl"}]
         config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail, "across": across})
-        self._kind, vocabulary = cache.kind, sidecar.vocabulary
-        self._objective = across_objective(config, cache, sidecar)
+        self._kind, vocabulary = cache.kind, alignment.vocabulary
+        self._objective = across_objective(config, cache, alignment)
         self._first_U = torch.from_numpy(vocabulary.first_Vt).long().to(device)
         self.columns = self._objective.columns
         self.sums = torch.zeros(8, dtype=torch.float64, device=device)
@@ -190,15 +190,15 @@ class AcrossMeasure(Measure):
 
 
 def across_objective(
-    config: ObjectiveConfig, cache: Cache, sidecar: Sidecar, *, extent: Extent | None = None
-) -> AcrossObjective:
-    """The objective of a recipe for a cache and its alignment with the student's tokenizer; `extent` is what a run asks for."""
-    vocabulary = sidecar.vocabulary
-    return AcrossObjective(
+    config: ObjectiveConfig, cache: Cache, alignment: CacheAlignment, *, schedule_range: ScheduleRange | None = None
+) -> CrossTokenizerObjective:
+    """The objective of a recipe for a cache and its alignment with the student's tokenizer, over what a run asks for."""
+    vocabulary = alignment.vocabulary
+    return CrossTokenizerObjective(
         config,
         targets=cache.targets,
         first_U=vocabulary.first_Vt,
         emitted_V=vocabulary.emitted_Vs,
-        begins_V=sidecar.begins_V,
-        extent=extent,
+        begins_V=alignment.begins_V,
+        schedule_range=schedule_range,
     )

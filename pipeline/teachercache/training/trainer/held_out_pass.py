@@ -42,8 +42,8 @@ class HeldOutPass:
         """Of the rows of one cache."""
         reading, device = self._reading, self._reading.args.device
         cache, tail = reading.caches[number], reading.objective.tail
-        if reading.sidecars:
-            return AcrossMeasure(cache, reading.sidecars[number], tail=tail, device=device)
+        if reading.alignments:
+            return AcrossMeasure(cache, reading.alignments[number], tail=tail, device=device)
         if reading.teachers is not None and reading.teachers.shared.adapts:
             fused = reading.teachers.fused(number, reading.objective)
             return TaughtMeasure(cache.kind, tail=tail, device=device, teacher=fused)

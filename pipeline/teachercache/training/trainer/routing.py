@@ -3,12 +3,12 @@ others from the task's cross-entropy alone, and the rest from both.
 
 The gradients are masked (gradient routing: Cloud et al., "Gradient Routing: Masking Gradients to Localize Computation in
 Neural Networks", 2024), not the forward pass: every part sees what all others compute. One backward pass cannot tell which
-term a gradient came from, so each micro-batch takes two *turns*, with the distillation's share of the loss and with the
-task's, and a hook on each routed parameter drops what comes in the other's turn. What is shared gets both, which add up to
+term a gradient came from, so each micro-batch takes two *passes*, with the distillation's share of the loss and with the
+task's, and a hook on each routed parameter drops what comes in the other's pass. What is shared gets both, which add up to
 the gradient that it has without routing. Gradients are dropped before any engine sees them: ZeRO 0-3, DDP and one process
 are all the same to it.
 
-A step costs two forward and two backward passes. With dropout the two turns draw masks of their own.
+A step costs two forward and two backward passes. With dropout the two passes draw masks of their own.
 """
 
 from __future__ import annotations
@@ -28,46 +28,46 @@ from teachercache.models.activations import ADAPTERS, blocks_of
 from teachercache.objective import LossTerms
 from teachercache.objective.logits.operands import Weights
 
-Turn = Literal["distillation", "task"]
-TURNS: tuple[Turn, ...] = get_args(Turn)
-TURN = "turn"  # in a micro-batch
+RoutingPass = Literal["distillation", "task"]
+ROUTING_PASSES: tuple[RoutingPass, ...] = get_args(RoutingPass)
+ROUTING_PASS = "routing_pass"  # in a micro-batch
 
 
 class Routing:
-    """Masks the gradients of a model's routed parameters, by the `turn` that is set.
+    """Masks the gradients of a model's routed parameters, by the `routing_pass` that is set.
 
     Raises `RecipeError` for a block or name that the model does not have, and for a parameter that is in both lists.
     """
 
     def __init__(self, model: Any, config: RoutingConfig) -> None:
-        self.turn: Turn | None = None
-        for turn, parameters in routed_parameters(model, config).items():
+        self.routing_pass: RoutingPass | None = None
+        for routing_pass, parameters in routed_parameters(model, config).items():
             for parameter in parameters:
-                parameter.register_hook(self._mask(turn))
+                parameter.register_hook(self._mask(routing_pass))
 
-    def _mask(self, own: Turn) -> Any:
+    def _mask(self, own: RoutingPass) -> Any:
         def mask(gradient: Tensor) -> Tensor:
-            return gradient if self.turn in (own, None) else torch.zeros_like(gradient)  # 0 · inf would be nan
+            return gradient if self.routing_pass in (own, None) else torch.zeros_like(gradient)  # 0 · inf would be nan
 
         return mask
 
     @staticmethod
     def presented(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Each micro-batch once a turn."""
-        return [{**batch, TURN: turn} for batch in batches for turn in TURNS]
+        """Each micro-batch once a pass."""
+        return [{**batch, ROUTING_PASS: routing_pass} for batch in batches for routing_pass in ROUTING_PASSES]
 
     @property
     def learns_from_teacher(self) -> bool:
-        """Whether it is distillation's turn."""
-        return self.turn == "distillation"
+        """Whether it is distillation's pass."""
+        return self.routing_pass == "distillation"
 
     def weights(self, weights: Weights) -> Weights:
-        """Those at which an objective's total is this turn's terms alone, unweighted."""
+        """Those at which an objective's total is this pass's terms alone, unweighted."""
         # Where alpha is 0 in a step there is no temperature either.
         return replace(weights, alpha=1.0 if self.learns_from_teacher and weights.alpha else 0.0)
 
     def of_turn(self, terms: LossTerms, weights: Weights) -> LossTerms:
-        """A total at `weights(…)` as its part of the loss; what is logged, terms and positions, comes in one turn each."""
+        """A total at `weights(…)` as its part of the loss; what is logged, terms and positions, comes in one pass each."""
         nothing = torch.zeros_like(terms.ce)
         if self.learns_from_teacher:
             return replace(terms, total=terms.total * weights.alpha, ce=nothing)
@@ -76,7 +76,7 @@ class Routing:
 
 
 def routing_of(model: Any, config: RoutingConfig | None, args: Any) -> Routing | None:
-    """Of a recipe that has one; its training loop is told of the turns."""
+    """Of a recipe that has one; its training loop is told of the passes."""
     if config is None:
         return None
     present_twice(args)
@@ -84,28 +84,28 @@ def routing_of(model: Any, config: RoutingConfig | None, args: Any) -> Routing |
 
 
 def present_twice(args: Any) -> None:
-    """To the training loop, and to DeepSpeed, a micro-batch in each turn is one of accumulation."""
-    args.gradient_accumulation_steps *= len(TURNS)
+    """To the training loop, and to DeepSpeed, a micro-batch in each pass is one of accumulation."""
+    args.gradient_accumulation_steps *= len(ROUTING_PASSES)
     if args.deepspeed:
         steps, settings = args.gradient_accumulation_steps, args.hf_deepspeed_config.config
         settings["gradient_accumulation_steps"] = steps
         settings["train_batch_size"] = args.world_size * args.per_device_train_batch_size * steps
 
 
-def routed_parameters(model: Any, config: RoutingConfig) -> dict[Turn, list[torch.nn.Parameter]]:
+def routed_parameters(model: Any, config: RoutingConfig) -> dict[RoutingPass, list[torch.nn.Parameter]]:
     """The parameters of each list, those that learn at all."""
     names = _names_of(model)
-    chosen: dict[Turn, dict[int, str]] = {turn: {} for turn in TURNS}
-    for turn in TURNS:
-        for item in getattr(config, turn):
-            for name in _matching(model, item, names, where=f"objective.routing.{turn}"):
-                chosen[turn].setdefault(id(names[name]), name)
+    chosen: dict[RoutingPass, dict[int, str]] = {routing_pass: {} for routing_pass in ROUTING_PASSES}
+    for routing_pass in ROUTING_PASSES:
+        for item in getattr(config, routing_pass):
+            for name in _matching(model, item, names, where=f"objective.routing.{routing_pass}"):
+                chosen[routing_pass].setdefault(id(names[name]), name)
     for key, name in chosen["distillation"].items():
         if key in chosen["task"]:
             other = chosen["task"][key]
             one = f"{name} and {other} are one weight, which" if other != name else name
             raise RecipeError(f"objective.routing: {one} is in both lists; keep it in one of them")
-    return {turn: [names[name] for name in found.values()] for turn, found in chosen.items()}
+    return {routing_pass: [names[name] for name in found.values()] for routing_pass, found in chosen.items()}
 
 
 def _names_of(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -26,24 +26,24 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import Sidecar
+from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import JobFailed, RecipeError
 from teachercache.models.loading import takes_one_row
 from teachercache.models.rotary import original_context, rotate_by_own_length
 from teachercache.objective import NO_TARGET, DistillationObjective
-from teachercache.objective.cross_tokenizer.objective import AcrossObjective
-from teachercache.objective.schedule.objective_schedule import Course
+from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
+from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
 from teachercache.objective.token_weighting.weights import EFFECTIVE
 from teachercache.stream.dataset import Rows
 from teachercache.stream.order.batch_plan import BatchPlan, Plan, PlanSampler
 from teachercache.stream.sources import Mixed, check_mix, train_order
 from teachercache.stream.withheld import Trained, trained_rows
-from teachercache.training.callbacks.cadence import Cadence
+from teachercache.training.callbacks.log_and_save import LogAndSaveCallback
 from teachercache.training.callbacks.meter import LossMeter
 from teachercache.training.callbacks.record import training_record
-from teachercache.training.callbacks.step_losses import Adaptive, StepLosses, course_record, load_state, save_state
-from teachercache.training.callbacks.stop_on_divergence import DivergenceGuard
+from teachercache.training.callbacks.step_losses import Stateful, StepLosses, load_state, save_state, schedule_record
+from teachercache.training.callbacks.stop_on_divergence import StopOnDivergence
 from teachercache.training.checkpoints.completion import (
     Checkpoint,
     checkpoint_folder,
@@ -63,7 +63,7 @@ from teachercache.training.trainer.held_out import across_objective
 from teachercache.training.trainer.held_out_pass import HeldOutPass
 from teachercache.training.trainer.layers import check_trainer, layer_objectives, names_logged
 from teachercache.training.trainer.learning_rate import with_factors
-from teachercache.training.trainer.routing import TURN, TURNS, routing_of
+from teachercache.training.trainer.routing import ROUTING_PASS, ROUTING_PASSES, routing_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,9 @@ class DistillationTrainer(Trainer):
     Documents that any of the caches holds out train in none: `trained` says which rows are left (default: as
     `stream.withheld.trained_rows` finds them), and a `plan` of one's own is made of these (`train_order(…, trained=…)`).
     `mix` adds further caches of the same tokenizer, whatever their kinds of targets; a micro-batch is of one cache.
-    `course` says what the objective is at each step, by default what `objective` says; what `adaptive` holds is saved with
+    `schedule` says what the objective is at each step, by default what `objective` says; what `adaptive` holds is saved with
     checkpoints.
-    `sidecars`, one a cache, are alignments with the tokenizer of a student that has another one than the teacher.
+    `alignments`, one a cache, are alignments with the tokenizer of a student that has another one than the teacher.
     `teachers` are further ones of the same rows (`student.teachers`), learned from together with those of the caches.
     Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
@@ -99,8 +99,8 @@ class DistillationTrainer(Trainer):
         mix: Sequence[Mixed] = (),
         plan: Plan | None = None,
         trained: Trained | None = None,
-        course: Course | None = None,
-        sidecars: Sequence[Sidecar] = (),
+        schedule: ObjectiveSchedule | None = None,
+        alignments: Sequence[CacheAlignment] = (),
         teachers: Teachers | None = None,
         keep_checkpoints: int = 2,
         pack: bool = False,
@@ -110,32 +110,32 @@ class DistillationTrainer(Trainer):
         exact_buffers(model)
         self.caches = (cache, *(mixed.cache for mixed in mix))
         self.objective_config = objective
-        self.sidecars = tuple(sidecars)
-        self.fit = Fit(self.caches, self.sidecars, pack=pack)
+        self.alignments = tuple(alignments)
+        self.fit = Fit(self.caches, self.alignments, pack=pack)
         self.fit.check(model)
         self.teachers = teachers
         self.trained = trained or _trained(self.caches, teachers, plan)
         rotate_by_own_length(model)
         self.reading = Reading(
-            self.caches, self.sidecars, teachers, objective, args, self.trained, one_row=takes_one_row(model),
+            self.caches, self.alignments, teachers, objective, args, self.trained, one_row=takes_one_row(model),
             context=original_context(model),
         )  # fmt: skip
         self.plan = plan or _plan_of(args, cache, mix, self.trained)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
         self.routing = routing_of(model, objective.routing, args)
-        self.course = course or Course(objective, steps=args.max_steps, across=bool(self.sidecars))
-        self.weights = self.course.at(0)  # of the step that is under way
-        self.adaptive: dict[str, Adaptive] = {"course": self.course}
+        self.schedule = schedule or ObjectiveSchedule(objective, steps=args.max_steps, across=bool(self.alignments))
+        self.weights = self.schedule.at(0)  # of the step that is under way
+        self.adaptive: dict[str, Stateful] = {"course": self.schedule}
         if teachers is not None:
             self.adaptive["teachers"] = teachers.shared
-        self.step_losses = StepLosses(self.course)
+        self.step_losses = StepLosses(self.schedule)
         self.objectives = [self._objective(number) for number in range(len(self.caches))]
         self.layer_objectives = layer_objectives(model, objective, self.caches, seed=args.seed)
         columns = [objective.columns for objective in self.objectives]
         if self.layer_objectives:
             columns = [(*names, *each.columns) for names, each in zip(columns, self.layer_objectives, strict=True)]
-        if self.sidecars:
+        if self.alignments:
             for each, names in zip(self.caches, columns, strict=True):
                 check_joined(each, names)
         self._columns = columns  # that are read of each cache
@@ -148,7 +148,7 @@ class DistillationTrainer(Trainer):
             data_collator=self.reading.collator("train", columns, pack=pack),  # type: ignore[arg-type]  # of `Rows`, not a list
             train_dataset=self.reading.dataset("train", columns),
             eval_dataset=self.reading.dataset("held-out", columns) if held_out else None,
-            callbacks=[self.step_losses, Cadence(self.plan), DivergenceGuard(), *(callbacks or [])],
+            callbacks=[self.step_losses, LogAndSaveCallback(self.plan), StopOnDivergence(), *(callbacks or [])],
         )
         _restore_use_cache(model.config, use_cache)
         self.remove_callback(PrinterCallback)  # it prints to stdout
@@ -159,24 +159,29 @@ class DistillationTrainer(Trainer):
         emphasis = (EFFECTIVE,) if objective.emphasis is not None else ()
         names = (*dict.fromkeys(of_logits), *names_logged(self.layer_objectives), *emphasis)
         self.meter = LossMeter(self.accelerator, names)
-        self.cosines = cosines_of(objective, self.accelerator, layers=self.layer_objectives, across=bool(self.sidecars))
+        self.cosines = cosines_of(
+            objective, self.accelerator, layers=self.layer_objectives, across=bool(self.alignments)
+        )
         self.batch_loss = BatchLoss(
             self.model, self.objectives, self.layer_objectives, self.routing, self.cosines,
-            replicated=args.n_gpu > 1, speaks=self.is_world_process_zero(),
+            replicated=args.n_gpu > 1, warns=self.is_world_process_zero(),
         )  # fmt: skip
         self.held_out_pass = HeldOutPass(self.reading)
         self._fetching: list[list[int]] = []  # shards of each cache
         self._checked: Path | None = None  # the checkpoint whose bytes were found to be as they were written
 
-    def _objective(self, number: int) -> DistillationObjective | AcrossObjective:
+    def _objective(self, number: int) -> DistillationObjective | CrossTokenizerObjective:
         """Of one cache."""
-        if self.sidecars:
+        if self.alignments:
             return across_objective(
-                self.objective_config, self.caches[number], self.sidecars[number], extent=self.course.extent
+                self.objective_config,
+                self.caches[number],
+                self.alignments[number],
+                schedule_range=self.schedule.schedule_range,
             )
         config, kind = self.objective_config, self.caches[number].kind
         teacher = None if self.teachers is None else self.teachers.fused(number, config)
-        return DistillationObjective(config, kind=kind, extent=self.course.extent, teacher=teacher)
+        return DistillationObjective(config, kind=kind, schedule_range=self.schedule.schedule_range, teacher=teacher)
 
     def get_train_dataloader(self) -> DataLoader[Rows]:
         """This process's micro-batches from the current step on; accelerate must not shard them again."""
@@ -186,7 +191,7 @@ class DistillationTrainer(Trainer):
             steps=self.args.max_steps,
             first_step=lambda: self.state.global_step,
             upcoming=self._prefetch,
-            turns=1 if self.routing is None else len(TURNS),
+            routing_passes=1 if self.routing is None else len(ROUTING_PASSES),
         )
         return self.reading.loader(self.train_dataset, sampler, self.data_collator)
 
@@ -204,7 +209,7 @@ class DistillationTrainer(Trainer):
 
         Trainer counts on as many in every step: one with fewer begins with empty ones, which are not run.
         """
-        self.weights = self.course.at(self.state.global_step)
+        self.weights = self.schedule.at(self.state.global_step)
         count = self.plan.micro_steps_at(self.state.global_step)
         with self.meter.waiting():
             batches = [batch for _, batch in zip(range(count), epoch_iterator, strict=False)]
@@ -241,7 +246,7 @@ class DistillationTrainer(Trainer):
         self.fit.check_wrapped(model, self.model)
         inputs = dict(inputs)
         if self.routing is not None:
-            self.routing.turn = inputs.pop(TURN)
+            self.routing.routing_pass = inputs.pop(ROUTING_PASS)
         terms, outputs = self.batch_loss.of(model, inputs, self.weights, step=self.state.global_step)
         self.meter.add(terms)
         self.step_losses.add(terms)
@@ -255,8 +260,8 @@ class DistillationTrainer(Trainer):
         if "train_runtime" in logs:
             return  # Trainer's closing summary counts a resumed run's earlier steps as if they had run now
         if "loss" in logs:
-            held = course_record(self.course, self.weights, step=self.state.global_step - 1)
-            record = training_record(self.meter.take(), self.objective_config, held, across=bool(self.sidecars))
+            held = schedule_record(self.schedule, self.weights, step=self.state.global_step - 1)
+            record = training_record(self.meter.take(), self.objective_config, held, across=bool(self.alignments))
             logs = {**logs, **record, **({} if self.cosines is None else self.cosines.take())}
         super().log(logs, start_time)
 
@@ -276,7 +281,7 @@ class DistillationTrainer(Trainer):
         )  # fmt: skip
         model.train(was_training)
         if self.teachers is not None:
-            self.teachers.heed(metrics, prefix=metric_key_prefix)
+            self.teachers.update_weights(metrics, prefix=metric_key_prefix)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -285,7 +290,7 @@ class DistillationTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's, times the factor of each step's phase."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        return with_factors(scheduler, self.course.learning_rate_factor)
+        return with_factors(scheduler, self.schedule.learning_rate_factor)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -341,7 +346,7 @@ class DistillationTrainer(Trainer):
 
 
 def _trained(caches: Sequence[Cache], teachers: Teachers | None, plan: Plan | None) -> Trained:
-    found = trained_rows(caches, [each.cache for each in teachers.further] if teachers else [])
+    found = trained_rows(caches, [each.cache for each in teachers.other_teachers] if teachers else [])
     if plan is not None and found.lines:
         raise RecipeError(
             f"{found.lines[0]}; the plan was made of all rows: make it with train_order(…, trained=trained_rows(…)), and give "

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from teachercache.stream.order.batch_plan import Plan
 
 
-class Cadence(TrainerCallback):
+class LogAndSaveCallback(TrainerCallback):
     """Logging windows end where a checkpoint may be taken, and a new best evaluation is always saved."""
 
     def __init__(self, plan: Plan) -> None:

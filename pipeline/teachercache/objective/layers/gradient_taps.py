@@ -17,7 +17,7 @@ VECTORS = ("queries_BHSE", "keys_BKSE", "values_BKSE")
 Place = tuple[str, int, int]  # hidden or attention, the student's layer, which of its tensors
 
 
-class Pulls:
+class GradientTaps:
     """The gradients of one micro-batch, as its backward pass leaves them."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from teachercache.config import ObjectiveConfig
 from teachercache.errors import RecipeError
 from teachercache.models.loading import load_causal_lm
 from teachercache.objective import LossTerms
-from teachercache.objective.layers.taps import VECTORS
+from teachercache.objective.layers.gradient_taps import VECTORS
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.projected import projected_sums
 from teachercache.stream.collate import Collator

@@ -16,11 +16,11 @@ from teachercache.config import LayerTermConfig
 from teachercache.errors import CacheError, ModelError
 from teachercache.objective.layers.aligned import FIRST, PLACES, STUDENT, aligned_heads, are_aligned, at_tokens
 from teachercache.objective.layers.attention import AttentionTerm
+from teachercache.objective.layers.gradient_taps import GradientTaps
 from teachercache.objective.layers.hidden import HiddenTerm
 from teachercache.objective.layers.pairs import layer_pairs
 from teachercache.objective.layers.relations import PARTS, RelationTerm, check_relation_heads
 from teachercache.objective.layers.structure import STRUCTURES, StructureTerm
-from teachercache.objective.layers.taps import GradientTaps
 from teachercache.objective.layers.term import LayerBatch
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention_maps import AttentionMaps

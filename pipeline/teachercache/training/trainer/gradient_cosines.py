@@ -28,8 +28,8 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, LossTerms
+from teachercache.objective.layers.gradient_taps import GradientTaps, products
 from teachercache.objective.layers.objective import LayerObjective
-from teachercache.objective.layers.taps import GradientTaps, products
 from teachercache.objective.logits.operands import Weights
 from teachercache.training.callbacks.meter import LOGGED_AS
 

@@ -19,7 +19,8 @@ from teachercache import __version__
 from teachercache.cache.files.column_groups import groups_of, layout_of, target_digests
 from teachercache.cache.files.digests import fingerprint_of, hash_file
 from teachercache.cache.files.entries import ShardTable, file_info
-from teachercache.cache.manifest.manifest import Audit, Manifest, cache_fingerprint, commit_manifest
+from teachercache.cache.manifest.manifest import commit_manifest
+from teachercache.cache.manifest.model import Audit, Manifest, cache_fingerprint
 from teachercache.cache.shards.writer import write_shard
 from teachercache.config import HeadSketchConfig
 from teachercache.targets import StoredTargets, TargetKind, target_kind

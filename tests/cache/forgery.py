@@ -18,7 +18,8 @@ from teachercache.cache.files.digests import fingerprint_of, hash_file
 from teachercache.cache.files.entries import COUNTS, FILE_COLUMNS
 from teachercache.cache.files.schema import METADATA_KEY
 from teachercache.cache.inspection import describe
-from teachercache.cache.manifest.manifest import MANIFEST, cache_fingerprint
+from teachercache.cache.manifest.manifest import MANIFEST
+from teachercache.cache.manifest.model import cache_fingerprint
 from teachercache.cache.shards.row_ids import row_ids_digest
 from teachercache.targets.logits.kind import first_choice_tail
 

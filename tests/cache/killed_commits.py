@@ -21,7 +21,8 @@ from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.files.entries import ShardTable
 from teachercache.cache.manifest.alignment_manifest import AlignmentManifest, commit_alignment
-from teachercache.cache.manifest.manifest import Manifest, commit_manifest, read_manifest
+from teachercache.cache.manifest.manifest import commit_manifest, read_manifest
+from teachercache.cache.manifest.model import Manifest
 from teachercache.errors import CacheError
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")

@@ -12,7 +12,7 @@ import pyarrow as pa
 from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
 from teachercache.cache.files.column_groups import Group, check_placed, groups_of
 from teachercache.cache.files.entries import ROWS_GROUP, FileInfo, ShardInfo, ShardTable
-from teachercache.cache.manifest.manifest import Manifest
+from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.shards.shard import Shard, StoredRow
 from teachercache.cache.shards.shard_set import SPLITS, ShardSet, Split
 from teachercache.cache.storage.source import (

@@ -33,7 +33,8 @@ from teachercache.cache.files.regular_files import (
     read_regular,
 )
 from teachercache.cache.manifest.alignment_manifest import ALIGNMENT, ALIGNMENTS, AlignmentManifest, parse_alignment
-from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, Manifest, read_listed, read_manifest
+from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, read_listed, read_manifest
+from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.problem import Problem
 from teachercache.cache.reader import groups_of_cache
 from teachercache.cache.row_values import wrong_rows

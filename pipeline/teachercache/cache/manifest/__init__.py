@@ -1,6 +1,7 @@
 """What a cache says of itself, and the checks that hold it against what it can be.
 
-manifest.py            manifest.json: what the cache holds, committed last
+model.py               `Manifest`: what manifest.json says, and what follows from it
+manifest.py            reading manifest.json, and committing it last
 manifest_v1.py         manifests of format 1 as those of today
 alignment_manifest.py  alignment.json: what an alignment with a student's tokenizer holds
 index.py               the lists of shards and files that both name

@@ -38,7 +38,8 @@ from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable
 from teachercache.cache.manifest import manifest_v1
 from teachercache.cache.manifest.index import INDEX, Indexed, Read, read_index, remove_others, write_index
-from teachercache.cache.manifest.manifest import UPGRADE, Manifest, check_requires
+from teachercache.cache.manifest.manifest import UPGRADE, check_requires
+from teachercache.cache.manifest.model import Manifest
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
 from teachercache.targets.coding.chunk_columns import ChunkColumns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from teachercache.cache.manifest.manifest import Manifest
+from teachercache.cache.manifest.model import Manifest
 
 
 def render_card(manifest: Manifest) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -24,14 +24,12 @@ from teachercache.cache.files.bounds import (
     validated,
 )
 from teachercache.cache.files.entries import MOST_COUNT
+from teachercache.cache.manifest.model import Manifest
 from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
 from teachercache.targets import target_kind
 from teachercache.targets.layers.attention_maps import check_length
 from teachercache.targets.stored import BOUNDARY, SECTIONS, why_unknown
-
-if TYPE_CHECKING:
-    from teachercache.cache.manifest.manifest import Manifest
 
 
 class _Claim(BaseModel):

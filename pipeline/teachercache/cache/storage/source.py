@@ -26,7 +26,8 @@ from teachercache.cache.files.regular_files import (
     refused_in_a_line,
     why_different,
 )
-from teachercache.cache.manifest.manifest import MANIFEST, Manifest, parse_manifest, read_listed, read_manifest
+from teachercache.cache.manifest.manifest import MANIFEST, parse_manifest, read_listed, read_manifest
+from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.storage.local_copies import LocalCopies
 from teachercache.cache.storage.object_store import AGAIN, ObjectStore
 from teachercache.cache.storage.prefetch import Prefetcher

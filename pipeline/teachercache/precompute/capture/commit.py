@@ -12,7 +12,8 @@ from teachercache.cache.files.column_groups import layout_of
 from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.files.entries import ShardTable, file_info
 from teachercache.cache.manifest.card import render_card
-from teachercache.cache.manifest.manifest import QUARANTINE, TEACHER_IDENTITY, cache_fingerprint, commit_manifest
+from teachercache.cache.manifest.manifest import commit_manifest
+from teachercache.cache.manifest.model import QUARANTINE, TEACHER_IDENTITY, cache_fingerprint
 from teachercache.cache.verify import CARD
 from teachercache.errors import JobFailed
 from teachercache.precompute.capture.plan import Plan, check_teacher_files

@@ -17,7 +17,8 @@ from typing import Any
 from teachercache.cache.files.column_groups import Group, ReadBy, groups_of, layout_of, target_digests
 from teachercache.cache.files.digests import fingerprint_of, hash_file
 from teachercache.cache.manifest import manifest_v1
-from teachercache.cache.manifest.manifest import MANIFEST, TEACHER_IDENTITY, WORK_FOLDER, Manifest, read_manifest
+from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, read_manifest
+from teachercache.cache.manifest.model import TEACHER_IDENTITY, Manifest
 from teachercache.config import PrecomputeConfig, Recipe
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.windows import check_room

@@ -18,7 +18,7 @@ import numpy as np
 
 from teachercache.cache import write_shard
 from teachercache.cache.files.content_files import write_named
-from teachercache.cache.manifest.manifest import QUARANTINE
+from teachercache.cache.manifest.model import QUARANTINE
 from teachercache.config import PrecomputeConfig, SequenceConfig
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
 from teachercache.files import write_whole

@@ -20,9 +20,10 @@ Needs pyarrow and numpy; neither torch nor ray.
 
 from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.manifest.model import Audit, Manifest
+from teachercache.cache.problem import Problem
 from teachercache.cache.reader import SPLITS, Cache, StoredRow
 from teachercache.cache.shards.writer import write_shard
-from teachercache.cache.verify import Problem, verify
+from teachercache.cache.verify import verify
 
 __all__ = [
     "SPLITS",

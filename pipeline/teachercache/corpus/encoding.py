@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.corpus.chat import ChatRenderer, Span, Unrenderable
+from teachercache.bounded import Unrenderable
+from teachercache.corpus.chat import ChatRenderer, Span
 from teachercache.corpus.contents import contents_of
 from teachercache.corpus.documents import Document
 from teachercache.tokens.prefix import begins_with, own_prefix

@@ -57,7 +57,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
     """Open a file for reading, decompressed as its suffix says."""
     try:
         # a pyarrow stream is a raw stream in all but its declared type
-        return io.BufferedReader(pa.input_stream(str(path)))  # type: ignore[arg-type]
+        return io.BufferedReader(pa.input_stream(str(path)))
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"corpus file {path} cannot be opened: {' '.join(str(error).split())}") from None
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from teachercache.bounded import Unrenderable
 from teachercache.config import SequenceConfig
-from teachercache.corpus.chat import ChatRenderer, Unrenderable
+from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.documents import Document, canonical_json
 from teachercache.corpus.encoding import Encoded, Source, encode, source_of
 from teachercache.corpus.packing import best_fit_decreasing

@@ -60,13 +60,13 @@ def _rotate(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None =
     kind = {} if layer_type is None else {"layer_type": layer_type}
     rope_type = self.rope_type if layer_type is None else self.rope_type[layer_type]
     if not _depends_on_length(rope_type) or position_ids.dim() != 2:
-        return type(self).forward(self, x, position_ids, **kind)  # type: ignore[no-any-return]
+        return type(self).forward(self, x, position_ids, **kind)
     # transformers takes long factors from a variable that only the first long sequence sets.
     vars(self).pop(f"{layer_type}_long_inv_freq", None)
 
     def of(longest: int) -> tuple[Tensor, Tensor]:
         type(self).forward(self, x[:, :1], position_ids.new_zeros(1, 1), **kind)  # resets what a long sequence left
-        return type(self).forward(self, x, position_ids.clamp(max=longest - 1), **kind)  # type: ignore[no-any-return]
+        return type(self).forward(self, x, position_ids.clamp(max=longest - 1), **kind)
 
     original = _original(self, layer_type)
     length_BS = _lengths(position_ids).clamp_min(original)

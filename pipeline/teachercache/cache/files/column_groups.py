@@ -18,7 +18,8 @@ from teachercache.cache.files.entries import ROWS_GROUP, check_inside
 from teachercache.cache.files.schema import ROW_FIELDS, check_schema, shard_metadata
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.columns import Column
-from teachercache.targets.stored import BOUNDARY, LOGITS, StoredTargets
+from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
+from teachercache.targets.stored import LOGITS, StoredTargets
 
 TARGETS = "targets"  # folder of the groups of further targets
 READ_BY_IN_1 = {LOGITS: "basis", "hidden": "layers", "attention": "layers"}  # role of a section's file in format 1

@@ -29,7 +29,8 @@ from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
 from teachercache.targets import target_kind
 from teachercache.targets.layers.attention_maps import check_length
-from teachercache.targets.stored import BOUNDARY, SECTIONS, why_unknown
+from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
+from teachercache.targets.stored import SECTIONS, why_unknown
 
 
 class _Claim(BaseModel):

@@ -25,8 +25,8 @@ from teachercache.objective.logits.operands import Weights
 from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.targets import StoredTargets, TailPolicy
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
+from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
 from teachercache.targets.logits.kind import ACTUAL
-from teachercache.targets.stored import BOUNDARY
 
 
 class CrossTokenizerObjective:

@@ -18,8 +18,8 @@ LEAST = math.exp(-80)  # what less mass than this counts as, none included, as i
 def label_terms(logits_CV: Tensor, labels_C: Tensor, begins_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of the labels, and log Σ p over the tokens of a set (None: not asked for), [C] each."""
     if begins_V is None:
-        return _LabelTerms.apply(logits_CV, labels_C, None)[0], None  # type: ignore[no-untyped-call]
-    ce_C, log_mass_C = _LabelTerms.apply(logits_CV, labels_C, begins_V.to(logits_CV.dtype))  # type: ignore[no-untyped-call]
+        return _LabelTerms.apply(logits_CV, labels_C, None)[0], None
+    ce_C, log_mass_C = _LabelTerms.apply(logits_CV, labels_C, begins_V.to(logits_CV.dtype))
     return ce_C, log_mass_C
 
 
@@ -28,7 +28,7 @@ def conditioned_kl(logits_CV: Tensor, target_CV: Tensor, among_V: Tensor) -> tup
 
     `target_CV` are probabilities of these tokens, each row's sum 1; a row of zeros stands for nothing to compare.
     """
-    kl_C, others_C = _ConditionedKL.apply(logits_CV, target_CV, among_V.to(logits_CV.dtype))  # type: ignore[no-untyped-call]
+    kl_C, others_C = _ConditionedKL.apply(logits_CV, target_CV, among_V.to(logits_CV.dtype))
     return kl_C, others_C
 
 

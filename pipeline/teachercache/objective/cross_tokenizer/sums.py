@@ -77,7 +77,7 @@ def across_sums(
         operands = (hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
         layer = _Layer(softcap, chunk_rows(weight_VD, chunk_bytes))
         if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
-            total, ce, *named = _Across.apply(*operands, batch, layer)  # type: ignore[no-untyped-call]
+            total, ce, *named = _Across.apply(*operands, batch, layer)
             return Sums(total, ce, dict(zip(batch.names, named, strict=True)))
         with torch.no_grad():
             return _joined([layer.block(operands, part, batch) for part in layer.parts(operands)], batch)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from teachercache.corpus.chat import ChatRenderer, Unrenderable
+from teachercache.bounded import Unrenderable
+from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.contents import contents_of
 from teachercache.corpus.windows import byte_offsets
 from teachercache.tokens.alignment import Region

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from teachercache.corpus.chat import ChatRenderer, Unrenderable
+from teachercache.bounded import Unrenderable
+from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.contents import contents_of
 from teachercache.tokens.vocabulary_map import VocabularyMap
 

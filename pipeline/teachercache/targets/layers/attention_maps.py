@@ -175,7 +175,7 @@ class AttentionMaps:
             step_hCm = distance_hCm.diff(dim=-1, prepend=torch.zeros_like(distance_hCm[..., :1])).clamp_min(0)
             codes.append(torch.cat([code_hCm, _coded(torch, rest_hC1.clamp(0, 1))], dim=-1).permute(1, 2, 0))
             keys.append(step_hCm.permute(1, 2, 0))
-        return tuple(torch.cat(parts).cpu().numpy().astype(np.uint16) for parts in (codes, keys))  # type: ignore[return-value]
+        return tuple(torch.cat(parts).cpu().numpy().astype(np.uint16) for parts in (codes, keys))
 
     def check_stored(self, stored: Mapping[str, Array]) -> None:
         """Raise `CacheDamaged` where a key lies before the row."""

@@ -157,7 +157,7 @@ def _groups_without_a_share() -> Iterator[None]:
 
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
-    return trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config  # type: ignore[no-any-return]
+    return trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
 
 
 def _load_universal(trainer: Trainer, wanted: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from teachercache.config import TrainConfig
 from teachercache.errors import RecipeError

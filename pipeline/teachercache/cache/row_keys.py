@@ -3,7 +3,7 @@
 
 Only the column of ids is decompressed, and bytes are not compared with their digests, which would mean to read all of a cache
 for a few bytes of each row. That is safe for what it is for: a row that is found by its key is read as any other, its bytes
-checked, and its whole id compared (`stream.teachers`), so that damage can hide a row and never bring a wrong one.
+checked, and its whole id compared (`stream.ensemble_rows`), so that damage can hide a row and never bring a wrong one.
 """
 
 from __future__ import annotations

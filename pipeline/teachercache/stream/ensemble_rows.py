@@ -4,7 +4,7 @@ A row's id is the hash of the spans that it is made of, so that rows join by id.
 otherwise, or packed otherwise, has another id: it is missing there, and counted. Train rows may be held out in the other
 cache, and the other way round: they are looked for in both splits.
 
-The join is one array of 8 bytes a row for each further cache, made once in a process (`shards.row_keys`). Of caches in object
+The join is one array of 8 bytes a row for each further cache, made once in a process (`cache.row_keys`). Of caches in object
 stores it needs every shard: `stream.local_bytes` that hold all of them have them fetched once.
 
 Shapes: N positions of a micro-batch, n of them at which a teacher speaks; S tokens of a row, P its positions.

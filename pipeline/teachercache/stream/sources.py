@@ -66,8 +66,8 @@ def windows_bytes(caches: Sequence[Cache], *, window: int, layers: bool) -> int:
 
 def _row_order(cache: Cache, rows_S: NDArray[np.int64], *, seed: int, window: int) -> RowOrder:
     rows, tokens, sizes = cache.infos.counted("rows"), cache.infos.counted("tokens"), cache.infos.sizes()
-    # What a record batch has of targets, or of ids and text where few tokens have targets (`shards.writer`). The number of
-    # blocks stays bounded whatever a manifest says.
+    # What a record batch has of targets, or of ids and text where few tokens have targets (`cache.shards.writer`). The number
+    # of blocks stays bounded whatever a manifest says.
     loads = np.maximum(sizes, TOKEN_BYTES * tokens // 4) // BATCH_BYTES
     blocks = np.clip(loads, 1, max(1, MOST_BLOCKS // window))
     held = sizes + TRAINED_TOKEN_BYTES * tokens

@@ -12,7 +12,7 @@ is measured:
 So both sides are conditioned on what both can emit in one step:  KL(P' / Σ P' ‖ Q / Σ_reachable Q).
 Where a cache gives the tail as one bucket, outcomes are the tokens that the head maps to, and one for all others that the
 teacher can emit. Columns beyond the student's vocabulary are nobody's tokens: they are compared, with a teacher that gives them
-nothing, and so pushed to zero. With equal vocabularies this is the KL of `objective.divergences`.
+nothing, and so pushed to zero. With equal vocabularies this is the KL of `objective.logits.divergences`.
 
 A map between vocabularies: Minixhofer et al., "Zero-Shot Tokenizer Transfer", 2024, and NeMo-RL's cross-tokenizer projection.
 

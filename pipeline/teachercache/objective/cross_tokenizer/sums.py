@@ -1,8 +1,8 @@
 """The loss across tokenizers together with the student's output projection, in chunks of positions: no [N, V] logits.
 
-As `objective.projected` does, gradients are formed in the forward pass, a block of logits at a time. Likelihoods of chunks are
-made of several positions, which may lie in several blocks: where a term needs them, log-likelihoods are formed first, the
-term's slope in each of them follows, and then the gradients, so that the output projection runs once more.
+As `objective.logits.projected` does, gradients are formed in the forward pass, a block of logits at a time. Likelihoods of
+chunks are made of several positions, which may lie in several blocks: where a term needs them, log-likelihoods are formed
+first, the term's slope in each of them follows, and then the gradients, so that the output projection runs once more.
 
 Shapes: N positions, C of them in a block, P chunks that begin in a block, M chunks, D width, V rows of the output matrix: the
 student's vocabulary, and padding beyond it, which is a part of its softmax.

@@ -43,7 +43,7 @@ Fusion = Literal["arithmetic", "geometric"]
 
 @dataclass(frozen=True, eq=False)
 class FusedTail:
-    """See `targets.softened.Tail`. The first teacher speaks the student's tokens, at every position.
+    """See `targets.logits.softened.Tail`. The first teacher speaks the student's tokens, at every position.
 
     `weight_NK` are each position's weights: they sum to 1, and are 0 where a teacher is silent. A position whose weights are
     all 0 gets numbers without a meaning.

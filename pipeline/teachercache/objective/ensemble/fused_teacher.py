@@ -75,7 +75,7 @@ class FusedTeacher:
     def softened(
         self, targets: Mapping[str, Tensor], temperature: float, *, like: Tensor, dtype: torch.dtype
     ) -> Softened:
-        """See `Teacher`; `stream.teachers` says what a batch holds of further ones.
+        """See `Teacher`; `stream.ensemble_rows` says what a batch holds of further ones.
 
         A position where no teacher has a weight has no mass at all: nothing is learned from teachers there.
         """

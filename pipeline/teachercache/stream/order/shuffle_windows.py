@@ -32,7 +32,7 @@ from teachercache.stream.order.permutation import order_key, permuted
 
 Indices = NDArray[np.int64]
 WINDOW = 64  # shards
-# Half of what a reader keeps decompressed (`shards.shard_set.KEPT_BYTES`): a block may lie across two record batches.
+# Half of what a reader keeps decompressed (`cache.shards.shard_set.KEPT_BYTES`): a block may lie across two record batches.
 GROUP_BYTES = 128 * 2**20
 ORDER = 2  # a run goes on in the order that it began in: raise it with every change of what comes when
 

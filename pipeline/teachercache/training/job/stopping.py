@@ -4,7 +4,7 @@ A base model's own end token is seldom that of the rows which an instruct teache
 Llama 3, <|endoftext|> and <|im_end|> of Qwen 2.5, <eos> and <end_of_turn> of Gemma 3. A student that learned the one and is
 told to stop at the other never stops.
 
-Rows of an output layer beyond the vocabulary, which no token has, lose their mass in training (`objective.padding`); the
+Rows of an output layer beyond the vocabulary, which no token has, lose their mass in training (`objective.logits.padding`); the
 export's generation_config.json forbids what is left of it.
 """
 

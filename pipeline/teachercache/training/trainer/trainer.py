@@ -82,8 +82,8 @@ class DistillationTrainer(Trainer):
     `schedule` says what the objective is at each step, by default what `objective` says; what `adaptive` holds is saved with
     checkpoints.
     `alignments`, one a cache, are alignments with the tokenizer of a student that has another one than the teacher.
-    `teachers` are further ones of the same rows (`student.teachers`), learned from together with those of the caches.
-    Works under DeepSpeed ZeRO 0-3, DDP and in one process.
+    `teachers` are further ones of the same rows (`training.supervision.ensemble`), learned from together with those
+    of the caches. Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
     Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `ModelError` for a student that
     cannot learn from them (`fit.Fit`), `JobFailed` when training diverges.

@@ -64,7 +64,7 @@ def trained_sources(caches: list[Cache], trained: Trained, *, epochs: int = 1) -
 
 
 @pytest.mark.parametrize("layout", ["documents", "packed"])
-@pytest.mark.parametrize("further", [False, True], ids=["mix", "teachers"])
+@pytest.mark.parametrize("other_teachers", [False, True], ids=["mix", "teachers"])
 def test_what_one_holds_out_trains_in_none(caches, layout, other_teachers):
     own, other = caches(0.1, layout), caches(0.4)
     held_out = {source for n in range(other.rows_of("held-out")) for source in sources(other, "held-out", n)}

@@ -79,7 +79,7 @@ class Teachers:
         """What a `CacheDataset` reads of further caches; evaluation only needs them where weights follow it."""
         if split == "held-out" and not self.shared.adapts:
             return {}
-        return {"further": self.other_teachers, "other_columns": self.fused(0, objective).other_columns}
+        return {"other_teachers": self.other_teachers, "other_columns": self.fused(0, objective).other_columns}
 
     def collated(self, split: Split, objective: ObjectiveConfig) -> tuple[TeacherTargets, ...]:
         """How a `Collator` makes arrays of it."""

@@ -75,7 +75,7 @@ def verify(location: str | Path, *, quick: bool = False, deep: bool = False) -> 
     try:
         problems = _verify_files(location, quick=quick)
     except CacheDamaged as error:  # of a manifest that describes no cache
-        return [Problem(MANIFEST, str(error))]
+        return [Problem(MANIFEST, str(error), "fetch the cache again, or precompute it again")]
     return list(wrong_rows(location)) if deep and not problems else problems
 
 

@@ -196,7 +196,8 @@ def test_the_loss_in_chunks_never_waits_for_the_gpu() -> None:
 
 
 def test_tf32_is_allowed_for_a_while_alone() -> None:
-    before = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     with tensor_cores(torch.device("cuda")):
-        assert torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == before

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+import teachercache
 from teachercache.errors import JobFailed
-from teachercache.files import locked, write_whole
+from teachercache.files import locked, same_imports, write_whole
 
 HOLDER = """
 import sys
@@ -84,3 +85,12 @@ def test_a_link_in_the_way_of_a_temp_file_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / ".record.json.tmp").symlink_to(tmp_path / "outside")
     write_whole(tmp_path / "record.json", "{}")
     assert (tmp_path / "outside").read_text() == "mine" and not (tmp_path / "record.json").is_symlink()
+
+
+def test_a_process_of_our_own_finds_this_package_where_none_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = "import teachercache; print(teachercache.__file__)"  # without site-packages, and from elsewhere
+    found = subprocess.check_output([sys.executable, "-S", "-c", code], env=same_imports(), cwd=tmp_path, text=True)
+    assert Path(found.strip()).samefile(teachercache.__file__)

@@ -423,7 +423,7 @@ RUNS = {
         Run("open_cache", f"{BENCH}/open_cache.py CACHE", "2026-11-22", _open),
         Run(
             "reading_cost",
-            f"{BENCH}/reading_cost.py WORK --against CHECKOUT --rows 512 --rounds 3",
+            f"{BENCH}/reading_cost.py WORK --against CHECKOUT --rows 512 --rounds 5",
             "2026-11-29",
             _reading,
         ),

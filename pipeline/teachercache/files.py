@@ -12,6 +12,7 @@ from typing import IO
 
 from teachercache.errors import JobFailed
 
+SOURCES = Path(__file__).parents[1]  # what the path of a process of our own needs to find this package
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of writes that a file system takes no bytes of, or a quota
 
 
@@ -91,3 +92,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def same_imports() -> dict[str, str]:
+    """Environment in which a process of our own finds this very package, also where it is not installed."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -12,6 +12,7 @@ from rich.text import Text
 
 
 def cache_table(result: dict[str, Any]) -> Table:
+    """The table of a cache: what it holds, of whom, and how large it is."""
     table = Table(title=Text(f"cache {result['cache']}", style="table.title"), show_header=False)
     rows, positions, audit = result["rows"], result["positions"], result["audit"]
     sizes = result["bytes_per_position"]
@@ -46,6 +47,7 @@ LAYER_FIGURES = {
 
 
 def fidelity_table(result: dict[str, Any]) -> Table:
+    """The table of a cache's fidelity: a line a temperature, and stored layers in the caption."""
     title = f"{result['cache']}: {result['positions']:,} positions of {result['rows']} rows, tail: {result['tail']}"
     table = Table(title=Text(title, style="table.title"))
     for name in ("T", "KL(teacher ‖ stored)", "gradient angle", "5 % cosine", "ECE"):

@@ -14,7 +14,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from teachercache.bounded import ChatTemplate, Unrenderable, rendering
-from teachercache.errors import ModelError
+from teachercache.errors import JobFailed, ModelError
 
 from chat_templates import TEMPLATES
 
@@ -157,6 +157,24 @@ def test_a_child_that_somebody_ended_is_followed_by_another() -> None:
     with pytest.raises(ModelError):
         template.rendered(MESSAGES)
     assert template.rendered(MESSAGES).text == text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_child_that_ended_for_another_reason_is_no_fault_of_the_template(number: signal.Signals) -> None:
+    template = of(TEMPLATES["chatml"])
+    text = template.rendered(MESSAGES).text
+    process = rendering._process(os.getpid())._process
+    assert process is not None
+    os.kill(process.pid, number)
+    process.wait()
+    with pytest.raises(JobFailed, match=f"ended with {number.name}"):
+        template.rendered(MESSAGES)
+    assert template.rendered(MESSAGES).text == text
+
+
+def test_a_number_that_python_refuses_is_a_template_that_does_not_parse() -> None:
+    with pytest.raises(ModelError, match="does not parse"):
+        of("{{ " + "9" * 5000 + " }}").rendered(MESSAGES)
 
 
 def test_a_fork_has_a_child_of_its_own() -> None:

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -177,3 +179,19 @@ def test_spans_equal_those_of_rendering_by_hand(spoken, turns):
     messages = [{"role": role, "content": content} for role, content in turns]
     for template in ("chatml", "generation", "strips-thinking"):
         assert spoken(template, messages) == (expected_text, expected)
+
+
+def test_a_long_conversation_of_many_turns_is_asked_for_in_bounded_parts(build_tokenizer):
+    """All parts of its turns together are 60 times the conversation."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": f"{n} " + "word " * 1700 + "."} for n in range(120)]
+    renderer = ChatRenderer(build_tokenizer("chatml"))
+    tracemalloc.start()
+    try:
+        rendered = renderer.render(messages)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [rendered.text[start:end] for start, end in rendered.assistant_spans] == [
+        message["content"] + "<|im_end|>" for message in messages[1::2]
+    ]
+    assert peak < 40 * len(rendered.text)

@@ -17,7 +17,8 @@ from rich.console import Console
 from teachercache.config import Recipe
 from teachercache.errors import CacheError, JobFailed, ModelError, RecipeError
 from teachercache.evaluation import ModelSpec, evaluate, render, run_evaluation
-from teachercache.evaluation.table import failure_of, same_imports
+from teachercache.evaluation.table import failure_of
+from teachercache.files import same_imports
 from teachercache.models.loading import load_causal_lm, load_tokenizer
 
 from builders import other_student, sentences, tiny_cache, tiny_recipe, tiny_teacher

@@ -64,18 +64,18 @@ def trained_sources(caches: list[Cache], trained: Trained, *, epochs: int = 1) -
 
 
 @pytest.mark.parametrize("layout", ["documents", "packed"])
-@pytest.mark.parametrize("other_teachers", [False, True], ids=["mix", "teachers"])
-def test_what_one_holds_out_trains_in_none(caches, layout, other_teachers):
+@pytest.mark.parametrize("as_teacher", [False, True], ids=["mix", "teachers"])
+def test_what_one_holds_out_trains_in_none(caches, layout, as_teacher):
     own, other = caches(0.1, layout), caches(0.4)
     held_out = {source for n in range(other.rows_of("held-out")) for source in sources(other, "held-out", n)}
     rows = [sources(own, "train", n) for n in range(own.rows_of("train"))]
     assert any(row & held_out for row in rows)  # they would train
-    mixed = [own] if other_teachers else [own, other]
-    trained = trained_rows(mixed, [other] if other_teachers else [])
+    mixed = [own] if as_teacher else [own, other]
+    trained = trained_rows(mixed, [other] if as_teacher else [])
     read = trained_sources(mixed, trained, epochs=2)
     assert not set.union(*read) & held_out
     kept = [row for row in rows if not row & held_out]  # a packed row goes if any of its documents does
-    whole = kept + ([] if other_teachers else [sources(other, "train", n) for n in range(other.rows_of("train"))])
+    whole = kept + ([] if as_teacher else [sources(other, "train", n) for n in range(other.rows_of("train"))])
     assert sorted(map(sorted, read)) == sorted(map(sorted, whole * 2))
     assert trained.share == 0.4 and len(trained.lines) == 1
     assert trained.lines[0].startswith(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from teachercache.errors import CacheDamaged, ModelError
 from teachercache.models.loading import load_tokenizer
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.tokens.claims import MOST_VALUES
-from teachercache.tokens.fingerprint import tokenizer_fingerprint
+from teachercache.tokens.fingerprint import saved_fingerprint, tokenizer_fingerprint
 from teachercache.tokens.rules import check_rules
 
 from builders import tiny_cache
@@ -63,6 +64,21 @@ def test_configurations_that_lie_are_refused_or_change_nothing(made: Path, cache
         own = Cache.open(made).manifest.tokenizer["fingerprint"]
         assert len(tokenizer) == 300 and tokenizer_fingerprint(tokenizer) == own
     assert not (cache / "ran").exists(), "nothing is executed"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}],
+    ids=["another class", "a class with a setting"],
+)
+def test_a_class_that_makes_another_tokenizer_of_the_files_is_refused(cache: Path, config: dict[str, Any]) -> None:
+    """Also where the manifest is signed for what the files say: a student must not read what they do not."""
+    path = cache / "teacher" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    said = saved_fingerprint(path.parent)
+    sign(cache, lambda manifest: manifest["settings"]["tokenizer"].update(fingerprint=said))
+    with pytest.raises(CacheDamaged, match="another tokenizer than their description|cannot be trusted"):
+        teacher_tokenizer(Cache.open(cache))
 
 
 def test_a_cache_without_a_description_of_its_tokenizer_is_refused(cache: Path) -> None:

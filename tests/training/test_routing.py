@@ -93,7 +93,7 @@ def test_two_turns_add_up_to_the_gradient_of_the_loss_and_to_one_of_its_terms() 
         routing.routing_pass = batch["routing_pass"]
         found = losses(routed)[routing.routing_pass]
         terms = LossTerms(found, found.detach(), found.detach(), 1)
-        routing.of_turn(terms, weights).total.backward()
+        routing.of_pass(terms, weights).total.backward()
     of = {
         name: routing_pass for routing_pass, names in names_in(plain, **config.model_dump()).items() for name in names
     }

@@ -17,8 +17,8 @@ What only has to be read is bounded before it takes memory:
 
     strangers_json.py  parse_json       counts values before it makes them
 
-The first answer costs about 0.2 s. A conversation asks for all texts that its spans need once or twice, whatever the number
-of its turns.
+The first answer costs about 0.2 s. A conversation asks for the texts that its spans need once or twice, a long one of many
+turns once for every few of them.
 """
 
 from teachercache.bounded.rendering import ChatTemplate, Text, Unrenderable

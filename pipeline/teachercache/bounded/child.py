@@ -33,7 +33,7 @@ def main(task: str) -> None:
         most = hardest if before is None else before + asked["memory"]
         resource.setrlimit(resource.RLIMIT_AS, (most if hardest < 0 else min(most, hardest), hardest))
         signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
-        data = json.dumps(_answered(answer, asked.pop("request"))).encode()
+        data = _answered(answer, asked.pop("request"))
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (hardest, hardest))
         with contextlib.suppress(BrokenPipeError):
@@ -41,13 +41,13 @@ def main(task: str) -> None:
             sink.flush()
 
 
-def _answered(answer: Any, request: Any) -> Any:
+def _answered(answer: Any, request: Any) -> bytes:
     try:
-        return answer(request)
+        return json.dumps(answer(request)).encode()
     except MemoryError:
-        return {"exhausted": "memory"}
+        return b'{"exhausted": "memory"}'
     except RecursionError:
-        return {"exhausted": "stack"}
+        return b'{"exhausted": "stack"}'
 
 
 def _address_space() -> int | None:

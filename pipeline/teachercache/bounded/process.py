@@ -16,6 +16,8 @@ import time
 import weakref
 from typing import IO, Any
 
+from teachercache.errors import JobFailed
+
 HEAD = struct.Struct("<Q")  # bytes that follow
 WAITS = 10  # times the processor time that a child may take, on a busy machine, before it is given up
 _KEPT = (
@@ -32,7 +34,8 @@ sys.path[:] = json.loads(sys.argv[1])
 from teachercache.bounded.child import main
 main(sys.argv[2])
 """
-_WHY = {signal.SIGPROF: "time", signal.SIGALRM: "time", signal.SIGSEGV: "stack", signal.SIGABRT: "memory"}
+# What the kernel, or a library in C or Rust, ends a child with that takes too much.
+_WHY = {signal.SIGPROF: "time", signal.SIGSEGV: "stack", signal.SIGABRT: "memory", signal.SIGKILL: "memory"}
 
 
 class Exhausted(Exception):
@@ -51,7 +54,7 @@ class BoundedProcess:
         """The child's answer to a request (anything that pickle knows; the answer is JSON of at most `most` bytes), made within
         so many seconds of processor time and bytes of memory above those that the child had before the first request.
 
-        Raises `Exhausted` where there is none within these.
+        Raises `Exhausted` where there is none within these, `JobFailed` where the child ended for another reason.
         """
         data = pickle.dumps({"request": request, "seconds": seconds, "memory": memory})
         with self._lock:
@@ -63,7 +66,7 @@ class BoundedProcess:
                 raise
             finally:
                 if self._process is None:
-                    _end(process)
+                    self._finalizer()  # ends it, and forgets it
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-X", "utf8", "-P", "-c", _CHILD, json.dumps(sys.path), self._task]
@@ -71,7 +74,7 @@ class BoundedProcess:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=kept
         )
-        weakref.finalize(self, _end_own, self._process, os.getpid())
+        self._finalizer = weakref.finalize(self, _end_own, self._process, os.getpid())
         return self._process
 
 
@@ -106,7 +109,12 @@ def _read(stream: IO[bytes], size: int, until: float) -> bytes:
 
 def _why_ended(process: subprocess.Popen[bytes]) -> str:
     status = process.wait()
-    return _WHY.get(signal.Signals(-status), "memory") if status < 0 else "memory"
+    if status < 0 and signal.Signals(-status) in _WHY:
+        return _WHY[signal.Signals(-status)]
+    how = signal.Signals(-status).name if status < 0 else f"status {status}"
+    raise JobFailed(
+        f"the process that runs a stranger's template or tokenizer ended with {how}; run the same command again"
+    )
 
 
 def _end_own(process: subprocess.Popen[bytes], pid: int) -> None:

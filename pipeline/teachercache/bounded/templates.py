@@ -87,7 +87,10 @@ def _compiled(template: str) -> Any:
     environment.globals["raise_exception"] = _refuse
     try:
         return environment.from_string(template)
-    except SyntaxError as error:  # of Python, in which jinja writes it: too many blocks in each other
+    except (
+        SyntaxError,
+        ValueError,
+    ) as error:  # of Python, in which jinja writes it: blocks in each other, huge numbers
         raise TemplateSyntaxError(str(error), 0) from None
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 
 from teachercache.bounded.process import BoundedProcess, Exhausted
 
 SECONDS = 8.0  # of processor time; 262,000 tokens load in 2
 MEMORY = 2**29
 _LARGER = 24  # times a file's size in memory, above that
+_tried: dict[tuple[bytes, int], str | None] = {}  # by digest: files are large
 
 
 def try_tokenizer(data: bytes, *, memory: int = MEMORY) -> None:
@@ -17,12 +18,13 @@ def try_tokenizer(data: bytes, *, memory: int = MEMORY) -> None:
     Raises `ValueError`, in one line, where that fails or takes more than `SECONDS`, or than `memory` bytes and some for its
     size. Costs 0.2 s and the time of loading, once in a process for equal bytes.
     """
-    reason = _why_not(data, memory + _LARGER * len(data))
-    if reason is not None:
+    key = hashlib.sha256(data).digest(), memory
+    if key not in _tried:
+        _tried[key] = _why_not(data, memory + _LARGER * len(data))
+    if (reason := _tried[key]) is not None:
         raise ValueError(reason)
 
 
-@functools.lru_cache(8)
 def _why_not(data: bytes, memory: int) -> str | None:
     try:
         found = BoundedProcess("trial").ask({"data": data}, seconds=SECONDS, memory=memory, most=2**16)

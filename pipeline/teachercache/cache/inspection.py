@@ -11,9 +11,8 @@ import numpy as np
 
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.reader import SPLITS, Cache, Split, StoredRow
+from teachercache.cache.shards.one_column import ID_DIGITS
 from teachercache.errors import CacheError
-
-ROW_ID_DIGITS = 32
 
 
 def describe(cache: Cache) -> dict[str, Any]:
@@ -156,9 +155,7 @@ def _find(cache: Cache, row_id: str) -> tuple[Split, int]:
         return split, int(number)
     rows: Iterator[tuple[Split, int]] = ((split, index) for split in SPLITS for index in range(cache.rows_of(split)))
     named = ((cache.read_row(*row, columns=()).row.row_id, row) for row in rows)
-    found = list(
-        islice((pair for pair in named if pair[0].startswith(row_id)), 1 if len(row_id) == ROW_ID_DIGITS else 2)
-    )
+    found = list(islice((pair for pair in named if pair[0].startswith(row_id)), 1 if len(row_id) == ID_DIGITS else 2))
     if not found:
         raise CacheError(f"no row's id begins with {row_id!r}; `--row train:0` shows the first one and its id")
     if len(found) > 1:

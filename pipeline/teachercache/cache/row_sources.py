@@ -7,20 +7,18 @@ share tell. Only the column of segments is decompressed, of every shard once; by
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from teachercache.cache.files.bounds import MOST_BATCH_BYTES
 from teachercache.cache.files.entries import ShardInfo
 from teachercache.cache.files.regular_files import path_of_open
 from teachercache.cache.reader import Cache
-from teachercache.cache.shards.ipc_blocks import Blocks
+from teachercache.cache.shards.one_column import batches_of_column, hashes_of
 from teachercache.cache.shards.row_batch import offsets
 from teachercache.cache.shards.shard import DAMAGE, damaged
-
-ID_DIGITS = 32
 
 
 def rows_beyond(cache: Cache, share: float) -> NDArray[np.int64]:
@@ -42,13 +40,7 @@ def _holds_any(cache: Cache, info: ShardInfo, share: float) -> NDArray[np.bool_]
     """For each row of a shard, whether any of its segments is of a held-out document."""
     try:
         with cache.source.opened(info.rows_file) as stream, pa.memory_map(str(path_of_open(stream))) as file:
-            blocks = Blocks(file.read_buffer())
-            file.seek(0)
-            field = pa.ipc.open_file(file).schema.get_field_index("segments")
-            file.seek(0)
-            options = pa.ipc.IpcReadOptions(included_fields=[field], use_threads=False)
-            reader = pa.ipc.open_file(file, options=options)
-            found = [_of_batch(reader, blocks, number, share) for number in range(len(blocks))]
+            found = [_of_batch(segments, share) for segments in batches_of_column(file, "segments")]
         rows = np.concatenate([np.empty(0, np.bool_), *found])
         if len(rows) != info.rows:
             raise ValueError(f"it holds {len(rows)} rows, the manifest says {info.rows}")
@@ -57,20 +49,11 @@ def _holds_any(cache: Cache, info: ShardInfo, share: float) -> NDArray[np.bool_]
         raise damaged(info.file, error) from None
 
 
-def _of_batch(reader: pa.RecordBatchFileReader, blocks: Blocks, number: int, share: float) -> NDArray[np.bool_]:
-    claimed = blocks.decompressed_bytes(number)
-    if claimed > MOST_BATCH_BYTES:
-        raise ValueError(f"record batch {number} claims {claimed} bytes, at most {MOST_BATCH_BYTES} are possible")
-    batch = reader.get_batch(number)
-    batch.validate(full=True)
-    segments = batch.column("segments")
+def _of_batch(segments: Any, share: float) -> NDArray[np.bool_]:
     counts = np.diff(offsets(segments))
-    sources = segments.flatten().field("source_id")
-    ends = offsets(sources)
-    if not pa.types.is_string(sources.type) or (np.diff(ends) != ID_DIGITS).any() or (counts < 1).any():
-        raise ValueError("its segments do not name their documents")
-    digits = sources.buffers()[2].slice(int(ends[0]), int(ends[-1] - ends[0])).to_pybytes() if len(sources) else b""
-    hashes = np.frombuffer(bytes.fromhex(digits.decode("ascii")), ">u8")[1::2]
+    if (counts < 1).any():
+        raise ValueError("a row has no segment")
+    hashes = np.frombuffer(hashes_of(segments.flatten().field("source_id")), ">u8")[1::2]
     held_out = (
         hashes <= np.uint64(max(math.ceil(share * 2**64) - 1, 0)) if share > 0 else np.zeros(len(hashes), np.bool_)
     )

@@ -25,6 +25,7 @@ Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers recognises it
 THOUGHT = "</think>"
+MOST_PARTS = 2**22  # characters of a conversation's parts that are asked for at once, or those of one turn
 
 
 class Rendered(NamedTuple):
@@ -76,8 +77,15 @@ class ChatRenderer:
         spans = _spans_around(messages, text, turns[:1], first)
         if spans is None or len(turns) == 1:
             return spans
-        others = _spans_around(messages, text, turns[1:], self._template.rendered_all(_parts_of(messages, turns[1:])))
-        return None if others is None else [*spans, *others]
+        # The parts of many turns are many times the conversation: so many at a time as are of bounded size together.
+        step = max(1, MOST_PARTS // (3 * max(1, len(text))))
+        for first_turn in range(1, len(turns), step):
+            chosen = turns[first_turn : first_turn + step]
+            others = _spans_around(messages, text, chosen, self._template.rendered_all(_parts_of(messages, chosen)))
+            if others is None:
+                return None
+            spans += others
+        return spans
 
     def _skeleton_spans(self, messages: Sequence[Message], text: str) -> list[Span]:
         try:

@@ -67,6 +67,7 @@ def found_together(renderer: ChatRenderer, messages: Sequence[Message], text: st
 
 
 def span_of(renderer: ChatRenderer, messages: Sequence[Message], index: int, text: str) -> Span | None:
+    """Where the answer of message `index` stands in the rendered `text`; None where its template does not show it."""
     whole = said(messages[index]).strip()
     answer = whole.rpartition(THOUGHT)[2].strip()
     for keep_reasoning in (False, True) if THOUGHT in whole else (False,):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 from teachercache import errors
 from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import JobFailed, TeachercacheError
+from teachercache.files import same_imports
 
 Table = dict[str, dict[str, Any]]
 
@@ -98,12 +98,6 @@ def _measure_apart(spec: ModelSpec, cache: str | Path, **options: Any) -> dict[s
     if finished.returncode == 0 and lines:
         return json.loads(lines[-1])
     raise failure_of(spec.model, finished.returncode, lines)
-
-
-def same_imports() -> dict[str, str]:
-    """Environment in which the measuring process finds this very package, also where it is not installed."""
-    root = Path(__file__).parents[2]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def failure_of(model: str, status: int, lines: list[str]) -> TeachercacheError:

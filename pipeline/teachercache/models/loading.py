@@ -201,7 +201,7 @@ def _code_identity(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _readable_errors(model: str, what: str) -> Iterator[None]:
-    """RoutingPass what `from_pretrained` raises for a user's mistake into one line with the remedy."""
+    """Turn what `from_pretrained` raises for a user's mistake into one line with the remedy."""
     from huggingface_hub.errors import GatedRepoError
 
     try:

@@ -5,7 +5,7 @@ one long row changes all others, and one long document all others of a packed ro
 Dynamic factors moreover stay those of the longest batch so far. Here every run of consecutive positions is rotated as it is
 alone, whatever stands beside it.
 
-The length of a row is read off its positions, so padded rows need positions of their own: `models.input_layout` sees to it.
+The length of a row is read off its positions, so padded rows need positions of their own: `loading.input_layout` sees to it.
 
 Shapes: B rows, S tokens, R a head's rotated width.
 """

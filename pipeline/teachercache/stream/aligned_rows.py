@@ -68,7 +68,7 @@ class Side:
 def chunk_arrays(
     rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(what the kind of logits decodes, where each chunk begins [M, …]; the arrays of `objective.across.Chunks`), for the
+    """(what the kind of logits decodes, where each chunk begins [M, …]; the arrays of `cross_tokenizer.batch.Chunks`), for the
     rows of a micro-batch, whose positions follow each other."""
     of_logits = [column.name for column in targets.logits.columns if column.name in columns]
     decoded, chunks, before = [], [], 0

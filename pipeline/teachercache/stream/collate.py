@@ -118,8 +118,8 @@ def collate(
     No rows give one row of padding with N = 0: a process whose share is empty still takes part in collectives.
 
     Rows that are `joined` to a student's tokens (`JoinedRow`) give those, and `targets` where each chunk begins, [M, …], with
-    the arrays of `objective.across.Chunks`; `layers` then hold aligned tokens alone, A of them: `student` and `teacher` say
-    which of either side's they are.
+    the arrays of `cross_tokenizer.batch.Chunks`; `layers` then hold aligned tokens alone, A of them: `student` and `teacher`
+    say which of either side's they are.
 
     With `other_teachers` rows are `EnsembleRow`s, and `targets` hold what `ensemble_targets` makes of them besides.
     """

@@ -151,6 +151,8 @@ def _numpy(values: Tensor) -> NDArray[Any]:
 
 
 def hidden_arrays(tokens_ND: Tensor, layer: int, *, rotated: bool) -> dict[str, NDArray[Any]]:
+    """What a layer's hidden states are read by: mean and spread of each channel, and with `rotated` the principal directions,
+    of which the spreads are then."""
     tokens_ND = tokens_ND.double()
     mean_D = tokens_ND.mean(0)
     spread_D = tokens_ND.std(0, correction=0)

@@ -31,7 +31,21 @@ def saved_fingerprint(folder: Path) -> str:
 
     Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for files that describe none.
     """
-    description = json.loads((folder / DESCRIPTION).read_bytes())
+    return _of_files(folder, json.loads((folder / DESCRIPTION).read_bytes()))
+
+
+def read_fingerprint(folder: Path) -> str:
+    """The same of a saved tokenizer as this version of the tokenizers library reads it, from what its two files say: what
+    `tokenizer_fingerprint` gives of one that was loaded from them, unless its class makes another one of them.
+
+    Raises as `saved_fingerprint`, and what the library raises.
+    """
+    from tokenizers import Tokenizer
+
+    return _of_files(folder, json.loads(Tokenizer.from_file(str(folder / DESCRIPTION)).to_str()))
+
+
+def _of_files(folder: Path, description: dict[str, Any]) -> str:
     settings = json.loads((folder / CONFIG).read_bytes()) if (folder / CONFIG).is_file() else {}
     ids = _ids_of(description)
     unknown = ids.get(_content(settings.get("unk_token")))

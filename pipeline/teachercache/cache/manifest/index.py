@@ -5,6 +5,7 @@ digests: a manifest stays small and is read in parts, however many shards there 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from teachercache.files import sync_folder
 INDEX = "index"
 FORMAT = "teachercache-index"
 INDEX_SHARDS = 4096  # in one file: with two groups about 1 MB
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 MOST_INDEX_BYTES = 2**25  # of one file
 MOST_INDEX_VALUES = 2**20  # in one file: 4096 shards of 40 groups have half of that
 MOST_VALUES = 2**23  # in all of them: half a million shards of two groups
@@ -72,10 +74,12 @@ def read_index(entries: Iterable[dict[str, Any]], read: Read, *, groups: Sequenc
     for entry in entries:
         info = FileInfo(entry["file"], entry["bytes"], entry["sha256"])
         text = _checked_bytes(info, read)
+        data = parse_json(text, most=min(MOST_INDEX_VALUES, left))
         left -= values_of(text)
-        data = parse_json(text, most=MOST_INDEX_VALUES if left >= 0 else 0)
         if data["format"] != FORMAT:
             raise ValueError(f"{info.file} is no index")
+        if not all(map(_SHA256.fullmatch, data["shards"]["row_ids"])):
+            raise ValueError(f"a row_ids in {info.file} is no sha256")
         held = len(data["shards"]["rows"])
         if (entry["first"], entry["shards"]) != (count, held):
             raise ValueError(f"{info.file} does not list the shards that its entry says")

@@ -1,6 +1,6 @@
 """Where the files of a cache are: a folder, or an object store that is read through local copies.
 
-source.py         `CacheSource`: one interface for both
+source.py         `Source`: one interface for both
 object_store.py   reading from a store: pieces, retries, errors in a line
 local_copies.py   what was fetched: bounded, verified, shared by processes
 prefetch.py       fetching ahead of the reader

@@ -165,7 +165,7 @@ class _Expander:
 
 
 def _weights(native: Sequence[TeacherBlock], positions: int) -> Tensor:
-    """What the weights of some teacher_views add up to at each position, [C, 1]; more than 0."""
+    """What the weights of some teachers add up to at each position, [C, 1]; more than 0."""
     weight_C1 = native[0].weight_c1.clone()
     for each in native[1:]:
         _add_rows(weight_C1, each.rows, each.weight_c1)

@@ -17,7 +17,7 @@ teacher the expansion of its tail.
                       highest entropy alone, in reinforcement learning
     entropy-gap       max(0, H(student) - H(teacher)): what the student has yet to learn, without what nobody can know
 
-To focus distillation on hard tokens: Xie et al., "LLM-Oriented Token-Stateful Knowledge Distillation", 2025, who measure
+To focus distillation on hard tokens: Xie et al., "LLM-Oriented Token-Adaptive Knowledge Distillation", 2025, who measure
 difficulty by the divergence of the two, and move the selected share as training goes on; here the share is fixed.
 
 Shapes: B rows, S tokens, N positions, G segments.

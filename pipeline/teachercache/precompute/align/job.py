@@ -178,6 +178,7 @@ def summary(plan: AlignPlan, manifest: AlignmentManifest, *, working_seconds: fl
 
 
 def print_closing(console: Console, result: dict[str, Any]) -> None:
+    """Print what the job made, and why rows have no chunks."""
     console.print(
         f"aligned {result['rows'] - result['rows_without_chunks']:,} of {result['rows']:,} rows with {result['student']}: "
         f"{result['student_tokens']:,} of its tokens for {result['teacher_tokens']:,} of the teacher's, "

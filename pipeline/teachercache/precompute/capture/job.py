@@ -189,6 +189,7 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
 
 
 def print_closing(console: Console, result: dict[str, Any], manifest: Manifest) -> None:
+    """Print what the job made, and warnings of what it found: nothing held out, units that drift, batches halved."""
     size = result["bytes_per_position"]
     held_out = manifest.held_out_rows
     lost = "".join(

@@ -106,7 +106,7 @@ def _load_teacher(job: Job) -> Teacher:
 
 
 def run_calibration(job: Job) -> None:
-    """Fit the sketch, and make the layer file, in a process with the resources of one actor. Raises what the teacher raises."""
+    """Fit the sketch and make the layer files, in a process with the resources of one actor. Raises what the teacher raises."""
     task = ray.remote(**resources_of(job.placement), max_retries=1)(_calibrate)
     try:
         row = ray.get(task.remote(job))

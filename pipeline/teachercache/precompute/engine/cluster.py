@@ -7,12 +7,12 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import ray
 
 from teachercache.config import PrecomputeConfig
+from teachercache.files import SOURCES
 from teachercache.precompute.engine.carried_errors import Row, carrying_errors, stopped
 from teachercache.precompute.engine.local_ray import local_cluster
 from teachercache.precompute.engine.placement import Node, actor_cpus
@@ -55,7 +55,7 @@ def connected(settings: PrecomputeConfig) -> Iterator[None]:
 
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
-    package = str(Path(__file__).parents[2])
+    package = str(SOURCES / "teachercache")
     ray.init(address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield

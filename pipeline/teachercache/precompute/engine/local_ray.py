@@ -22,6 +22,7 @@ import ray._raylet
 from ray._private import ray_constants
 
 from teachercache.errors import RecipeError
+from teachercache.files import SOURCES
 
 FIRST_WITH_TOKENS = "2.52"
 # Printed by Ray's core, once it is told to print nothing but what is fatal.
@@ -44,7 +45,7 @@ def local_cluster(*, cpus: int, gpus: int | None = None) -> Iterator[None]:
 
 
 def _start(cpus: int, gpus: int | None) -> None:
-    source_root = str(Path(__file__).parents[3])
+    source_root = str(SOURCES)
     python_path = os.pathsep.join(filter(None, [source_root, os.environ.get("PYTHONPATH")]))
     # Ray Data makes Ray's core report a restart caveat as an error at every start; real failures reach us as exceptions.
     with _environment({"RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")}):

@@ -138,8 +138,8 @@ class PlanSampler:
     """Batch sampler for a `DataLoader`: the micro-batches of one process from the step that `first_step()` gives on.
 
     The step is asked for when iteration begins, which is after a trainer has restored its state: resume is a seek.
-    `upcoming` is told each step before its rows are asked for. A micro-batch counts `routing_passes` times in its length,
-    for loops that present it so often.
+    `upcoming` is told each step before its rows are asked for. A micro-batch counts `presented` times in its length,
+    for loops that present it several times.
     """
 
     def __init__(
@@ -150,18 +150,18 @@ class PlanSampler:
         steps: int,
         first_step: Callable[[], int],
         upcoming: Callable[[int], None] = lambda step: None,
-        routing_passes: int = 1,
+        presented: int = 1,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.steps = steps
         self.first_step = first_step
         self.upcoming = upcoming
-        self.routing_passes = routing_passes
+        self.presented = presented
 
     def __len__(self) -> int:
         """Micro-batches of the whole run, also where iteration begins later, were all steps as large as the largest."""
-        return self.steps * self.plan.micro_steps * self.routing_passes
+        return self.steps * self.plan.micro_steps * self.presented
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step(), self.steps):

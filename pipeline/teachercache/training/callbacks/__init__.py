@@ -1,6 +1,6 @@
 """What happens between the steps of a run.
 
-log_and_save.py           when it logs, evaluates and saves
+log_and_save.py        when it logs, evaluates and saves
 meter.py               loss terms of a logging window, over micro-batches and processes
 record.py              the record of a window, as log.jsonl and trackers get it
 progress.py            progress bar and log.jsonl

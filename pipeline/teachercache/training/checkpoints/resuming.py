@@ -6,6 +6,7 @@ All processes call these functions together: each reads its share of the files, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,8 +67,16 @@ def written_files(folder: Path) -> dict[str, StoredFile]:
 def _leave_behind(damaged: list[tuple[Checkpoint, str]], *, say: Callable[[str], None]) -> None:
     for checkpoint, damage in reversed(damaged):  # the newest one is kept
         say(f"{checkpoint.name} is damaged ({damage}): going on from the one before it")
-        if PartialState().is_main_process:
-            set_aside(checkpoint)
+        try:
+            _from_all(partial(_set_aside, checkpoint))
+        except OSError as error:
+            raise JobFailed(f"{checkpoint.folder} is damaged, and cannot be set aside: {error}") from error
+
+
+def _set_aside(checkpoint: Checkpoint) -> None:
+    """In the main process alone."""
+    if PartialState().is_main_process:
+        set_aside(checkpoint)
 
 
 def _share(sizes: Mapping[str, int]) -> list[str]:

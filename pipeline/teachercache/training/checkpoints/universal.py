@@ -27,7 +27,7 @@ import threading
 from pathlib import Path
 
 from teachercache.errors import JobFailed
-from teachercache.files import sync_files, write_whole
+from teachercache.files import same_imports, sync_files, write_whole
 from teachercache.training.checkpoints.digests import first_damage, read_digests, stored_files, write_digests
 from teachercache.training.checkpoints.disk import full_disk_in_a_line, out_of_space, space_error
 
@@ -90,10 +90,8 @@ def _names(checkpoint: Path) -> list[str]:
 
 def _run_converter(shards: Path, converted: Path) -> None:
     command = [sys.executable, "-m", "teachercache.training.checkpoints.universal", str(shards), str(converted)]
-    sources = str(Path(__file__).parents[2])
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}},
-        "PYTHONPATH": os.pathsep.join(filter(None, [sources, os.environ.get("PYTHONPATH")])),
+        **{name: value for name, value in same_imports().items() if name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}},
         "DS_ACCELERATOR": "cpu",
     }
     # It is the leader of a group of its own, which it ends as soon as its stdin does: with this process.

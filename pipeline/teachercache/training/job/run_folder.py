@@ -3,6 +3,7 @@
 run.json        whose run this is: the cache's fingerprint, the weights that it began with, and every setting that
                 decides what is learned
 checkpoint-N/   see checkpoints/completion.py
+damaged-checkpoint-N/   the last one whose bytes were not those that were written, kept for whoever needs it
 log.jsonl       log records
 course.jsonl    what alpha, temperature and weights were at each step, where they change
 runs/           trackers' files
@@ -46,7 +47,7 @@ FREE_SETTINGS = {
 @dataclass(frozen=True)
 class RunIdentity:
     """Whose run it is. `student_weights` pins what the run begins with, which a path does not, as
-    `models.weights_identity` does; `deepspeed` is the content of the user's own DeepSpeed file, `order` the
+    `models.loading.weights_identity` does; `deepspeed` is the content of the user's own DeepSpeed file, `order` the
     version of the arithmetic that orders rows."""
 
     recipe: Recipe

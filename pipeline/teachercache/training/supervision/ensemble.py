@@ -137,11 +137,11 @@ class Teachers:
         """The same for people, of the further ones."""
         policy = {"others": "learned from the others", "skip": "learned from their labels alone", "refuse": ""}
         said = []
-        for each, other_teachers in zip(self.report([])[1:], self.other_teachers, strict=True):
+        for each, other in zip(self.report([])[1:], self.other_teachers, strict=True):
             missing = f"; {each['missing']:,} are missing and {policy[self.config.missing]}" if each["missing"] else ""
-            if missing and "packed" in (self.own[0].manifest.layout, other_teachers.cache.manifest.layout):
+            if missing and "packed" in (self.own[0].manifest.layout, other.cache.manifest.layout):
                 missing += " (packed rows join only where they were packed alike)"
-            elif missing and other_teachers.alignment is not None:
+            elif missing and other.alignment is not None:
                 missing += " (another tokenizer cuts documents that are longer than a row elsewhere)"
             said.append(f"teacher {each['cache']}: has {each['rows']:,} of the rows to train on{missing}")
         return said
@@ -168,12 +168,12 @@ def teachers_of(
     return Teachers.of(recipe.teachers, own, caches, names=names)
 
 
-def _projection(cache: Cache, other_teachers: TeacherCache) -> VocabularyProjection | None:
+def _projection(cache: Cache, other: TeacherCache) -> VocabularyProjection | None:
     """From a teacher's tokens to the student's; None where they are the same."""
-    if other_teachers.alignment is not None:
-        vocabulary = other_teachers.alignment.vocabulary
+    if other.alignment is not None:
+        vocabulary = other.alignment.vocabulary
         return VocabularyProjection(torch.from_numpy(vocabulary.first_Vt), torch.from_numpy(vocabulary.emitted_Vs))
-    size, own_size = other_teachers.cache.manifest.vocabulary_size, cache.manifest.vocabulary_size
+    size, own_size = other.cache.manifest.vocabulary_size, cache.manifest.vocabulary_size
     if size == own_size:
         return None
     numbers_U = torch.arange(size)  # the same tokens at the same ids, and more of them on one side

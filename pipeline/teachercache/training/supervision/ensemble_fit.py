@@ -56,31 +56,31 @@ def joined(own: Sequence[Cache], cache: Cache) -> TeacherCache:
     return found
 
 
-def _check_tokens(own: Sequence[Cache], other_teachers: TeacherCache) -> None:
+def _check_tokens(own: Sequence[Cache], other: TeacherCache) -> None:
     """Raise `CacheError` where the same text has other tokens in the first rows that are looked at."""
     tried = same = 0
     for source, cache in enumerate(own):
         for split in SPLITS:
-            for index in np.flatnonzero(other_teachers.rows[source][split] >= 0)[:TRIED_ROWS].tolist():
+            for index in np.flatnonzero(other.rows[source][split] >= 0)[:TRIED_ROWS].tolist():
                 row = cache.read_row(split, index, columns=(), segments=False).row
-                found = other_teachers.read(source, split, index, row_id=row.row_id, columns=())
+                found = other.read(source, split, index, row_id=row.row_id, columns=())
                 tried += 1
                 same += found is not None and np.array_equal(found.row.input_ids_S, row.input_ids_S)
     if tried and not same:
         raise CacheError(
-            f"teachers: {other_teachers.cache.name} has other tokens for the text of {own[0].name}, in all of {tried} rows; "
+            f"teachers: {other.cache.name} has other tokens for the text of {own[0].name}, in all of {tried} rows; "
             "precompute both with one chat template and the same sequence settings"
         )
 
 
-def _nothing_in_common(cache: Cache, other_teachers: Cache) -> str:
-    packed = "packed" in (cache.manifest.layout, other_teachers.manifest.layout)
+def _nothing_in_common(cache: Cache, other: Cache) -> str:
+    packed = "packed" in (cache.manifest.layout, other.manifest.layout)
     remedy = (
         "packed rows join only where they were packed alike: precompute both with sequence.layout: documents"
         if packed
         else "precompute it from the same corpus, with the same sequence.length"
     )
-    return f"teachers: {other_teachers.name} has none of the rows to train on of {cache.name}; {remedy}"
+    return f"teachers: {other.name} has none of the rows to train on of {cache.name}; {remedy}"
 
 
 def check_missing(own: Sequence[Cache], other_teachers: Sequence[TeacherCache], *, policy: str) -> None:

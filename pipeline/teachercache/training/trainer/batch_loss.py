@@ -85,7 +85,7 @@ class BatchLoss:
     def _of_logits(self, of_logits: OfLogits, operands: Sequence[Any], weights: Weights) -> LossTerms:
         if self.routing is None:
             return of_logits(weights, *operands)
-        return self.routing.of_turn(of_logits(self.routing.weights(weights), *operands), weights)
+        return self.routing.of_pass(of_logits(self.routing.weights(weights), *operands), weights)
 
     def forms_in_layer(self, model: Any) -> bool:
         """Whether the loss can be formed where logits would be. Found out at the first batch, by all processes at once."""

@@ -55,9 +55,8 @@ class GradientCosines:
         self._accelerator, self._every = accelerator, every
         self._pairs = ((first, "ce"), *((name, f"{ABOVE}_{name}") for name in terms))
         self._sums = torch.zeros(len(self._pairs), 4, dtype=torch.float64, device=accelerator.device)
-        self._open: tuple[GradientTaps, Tensor] | None = (
-            None  # of the last micro-batch, whose backward pass comes after it
-        )
+        # Of the last micro-batch, whose backward pass comes after it.
+        self._open: tuple[GradientTaps, Tensor] | None = None
 
     def taps_at(self, step: int, shift_labels_BS: Tensor) -> GradientTaps | None:
         """What takes a micro-batch's gradients in a step, counted from 0; None where it is not measured."""

@@ -66,7 +66,7 @@ class Routing:
         # Where alpha is 0 in a step there is no temperature either.
         return replace(weights, alpha=1.0 if self.learns_from_teacher and weights.alpha else 0.0)
 
-    def of_turn(self, terms: LossTerms, weights: Weights) -> LossTerms:
+    def of_pass(self, terms: LossTerms, weights: Weights) -> LossTerms:
         """A total at `weights(…)` as its part of the loss; what is logged, terms and positions, comes in one pass each."""
         nothing = torch.zeros_like(terms.ce)
         if self.learns_from_teacher:

@@ -191,7 +191,7 @@ class DistillationTrainer(Trainer):
             steps=self.args.max_steps,
             first_step=lambda: self.state.global_step,
             upcoming=self._prefetch,
-            routing_passes=1 if self.routing is None else len(ROUTING_PASSES),
+            presented=1 if self.routing is None else len(ROUTING_PASSES),
         )
         return self.reading.loader(self.train_dataset, sampler, self.data_collator)
 

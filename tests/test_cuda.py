@@ -125,7 +125,7 @@ def test_losses_on_a_gpu_are_those_of_the_cpu(settings: Any, autocast: torch.dty
 
     for found, expected in zip(run("cuda"), run("cpu"), strict=True):
         gap = (found.cpu() - expected).norm() / expected.norm()
-        # A sketch is expanded in TF32 (tests/objective/test_tail_logits.py has what that is worth).
+        # A sketch is expanded in TF32 (tests/objective/logits/test_tail_logits.py has what that is worth).
         exact = 1e-3 if settings["tail"] == "sketch" else 1e-4
         assert gap < (exact if autocast is None else 3e-2)
 

@@ -28,7 +28,7 @@ from teachercache.teacher.output_layer import OutputLayer
 
 from builders import tiny_model
 from host_waits import HostWaits
-from kinds import as_tensors
+from target_kinds import as_tensors
 
 V, D, N = 300, 32, 60
 

@@ -34,6 +34,16 @@ def test_no_file_imports_a_test_module_or_a_conftest() -> None:
     assert not found
 
 
+BESIDE_THE_PACKAGE = {"bench", "docs", "zoo"}  # what their tests are about is no folder of the package
+
+
+def test_folders_are_those_of_the_package() -> None:
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    assert Path("training/trainer") in folders
+    inside = {folder for folder in folders if folder.parts and folder.parts[0] not in BESIDE_THE_PACKAGE}
+    assert not {str(folder) for folder in inside if not (PACKAGE / folder / "__init__.py").is_file()}
+
+
 def named_in(path: Path) -> set[str]:
     """Dotted names of our package in a file, those inside programs and patches too."""
     return set(re.findall(r"\bteachercache(?:\.[a-zA-Z]\w*)+", path.read_text(encoding="utf-8")))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from models import BLOCKS, CONTEXT, HEADS, KEY_HEADS, WIDTH, model_of
 from teacher.layered import LOGITS, ROWS, V, alone, divergence, prepared
 from teacher.rows import make_row
 from teachercache.errors import ModelError
@@ -17,6 +16,8 @@ from teachercache.targets.layers.attention import log_attention, sees
 from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
 from teachercache.teacher import Teacher
 from teachercache.tokens.rows import TokenRow
+
+from tiny_models import BLOCKS, CONTEXT, HEADS, KEY_HEADS, WIDTH, model_of
 
 SHARED: dict[str, Any] = {
     "heads": HEADS, "key_heads": KEY_HEADS, "head_width": WIDTH // HEADS, "width": WIDTH, "blocks": BLOCKS,

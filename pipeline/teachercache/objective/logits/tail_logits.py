@@ -61,7 +61,7 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
     in float32. As it was afterwards, and nothing elsewhere.
 
     TF32 keeps 10 bits of a mantissa: a tail's logits are off by thousandths, where the sketch itself is off by tenths
-    (tests/objective/test_tail_logits.py).
+    (tests/objective/logits/test_tail_logits.py).
     """
     if device.type != "cuda":
         yield

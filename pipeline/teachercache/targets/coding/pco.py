@@ -3,7 +3,7 @@
 Elements of an entry differ in their spread: the first sketch coefficient fills six bits, the last is nearly always zero.
 So the elements are cut into groups, and each has its own table, fitted to all rows of the shard. A row stays readable by
 itself: its bytes are one page a group, one after the other, entries innermost. That comes near the entropy of
-each element (tests/targets/test_columns.py holds it to 6 %), which compressors of bytes do not.
+each element (tests/targets/coding/test_columns.py holds it to 6 %), which compressors of bytes do not.
 
 Source: Loncaric et al., "Pcodec: better compression for numerical sequences", 2025; wrapped format of package `pcodec`.
 """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.targets import TopP, target_kind
 
-from kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache
+from target_kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache
 
 GRID = (1.0, 2.0, 4.0)
 V = 40

@@ -17,7 +17,7 @@ from teachercache.teacher.fidelity import kl_divergence
 from teachercache.teacher.output_layer import OutputLayer
 
 from builders import tiny_model
-from kinds import as_tensors, stored_arrays, walk_through_a_cache
+from target_kinds import as_tensors, stored_arrays, walk_through_a_cache
 
 WIDTH = 32
 

@@ -21,7 +21,7 @@ from teachercache.config import Recipe
 from teachercache.training.job.train import run_training
 from training.runs import log_of, losses_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "infra" / "slurm" / "train.sbatch"
 TIMEOUT_SECONDS = 600
 

@@ -1,6 +1,6 @@
 """One optimizer step of plain gradient descent with routing, so that weights before and after it are gradients.
 
-    torchrun --nproc_per_node 2 tests/training/routed_step.py CACHE STUDENT OUTPUT ZERO_STAGE OBJECTIVE [other-labels]
+    torchrun --nproc_per_node 2 tests/training/trainer/routed_step.py CACHE STUDENT OUTPUT ZERO_STAGE OBJECTIVE [other-labels]
 
 Run as a program where it needs several processes. OBJECTIVE is JSON. With `other-labels` the task is another one: every
 next token is the one after it in the vocabulary.

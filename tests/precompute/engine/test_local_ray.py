@@ -28,7 +28,7 @@ from teachercache.precompute.engine.placement import placed
 
 from builders import sentences, tiny_recipe, tiny_teacher
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 

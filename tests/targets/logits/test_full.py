@@ -12,7 +12,7 @@ from teachercache.config import parse_recipe
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets import Full, target_kind
 
-from kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache
+from target_kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache
 
 V = 40
 

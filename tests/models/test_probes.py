@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from models import model_of
 from teachercache.cache import Cache
 from teachercache.errors import ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
@@ -19,6 +18,7 @@ from teachercache.teacher import Teacher
 from teachercache.training.initialise.init_student import init_student
 
 from builders import build_cache, tiny_cache, tiny_model, tiny_recipe, tiny_tokenizer
+from tiny_models import model_of
 
 VOCABULARY = 160
 SIZES = {

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from models import BLOCKS, HEADS, KEY_HEADS, WIDTH, model_of
 from teacher.layered import ROWS, V, alone, divergence, prepared
 from teacher.rows import make_row
 from teachercache.cache import StoredRow
@@ -20,6 +19,8 @@ from teachercache.targets.layers.attention import sees
 from teachercache.targets.layers.attention_maps import AttentionMaps
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.teacher import Teacher
+
+from tiny_models import BLOCKS, HEADS, KEY_HEADS, WIDTH, model_of
 
 BOUND = 1e-3  # nats
 

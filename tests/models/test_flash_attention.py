@@ -11,7 +11,6 @@ import torch
 from transformers import TrainingArguments
 
 from flash import flash_kernels, with_flash
-from models import model_of
 from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig, parse_recipe
 from teachercache.errors import ModelError, RecipeError
@@ -26,6 +25,7 @@ from teachercache.training.job.train import run_training
 from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import tiny_cache, tiny_model, tiny_student
+from tiny_models import model_of
 
 VOCABULARY = 300
 ARCHITECTURES = ("llama", "gemma2", "qwen3", "qwen2")

@@ -338,7 +338,7 @@ def test_two_processes_learn_what_one_learns(shared: tuple[Path, Path], tmp_path
     run_training(one)
     two = one.model_copy(update={"train": one.train.model_copy(update={"output": tmp_path / "two"})})
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(two.model_dump(mode="json", exclude_none=True)))
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root / "pipeline"), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(

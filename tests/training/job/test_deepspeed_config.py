@@ -18,7 +18,7 @@ from teachercache.training.job.launch import training_process
 from teachercache.training.job.train import run_training
 from training.runs import losses_of
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "infra" / "deepspeed").glob("*.json"))
+EXAMPLES = sorted((Path(__file__).parents[3] / "infra" / "deepspeed").glob("*.json"))
 
 
 def _config(**settings: Any) -> TrainConfig:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from cache.forgery import sign
-from models import model_of
 from teachercache.cache import Cache, verify
 from teachercache.cache.inspection import describe, describe_row
 from teachercache.config import LayerChoice, parse_recipe
@@ -21,6 +20,7 @@ from teachercache.precompute.capture.layers import numbered
 from teachercache.precompute.capture.plan import make_plan
 
 from builders import build_cache, tiny_cache, tiny_recipe, tiny_teacher
+from tiny_models import model_of
 
 TARGETS: dict[str, Any] = {
     "logits": {"kind": "top-k", "k": 8},

@@ -24,7 +24,7 @@ from teachercache.teacher import Teacher
 from teachercache.tokens.pretokens import begins_pretoken
 
 from builders import build_cache, sentences, tiny_cache, tiny_model, tiny_recipe, tiny_teacher
-from kinds import random_logits
+from target_kinds import random_logits
 
 V = 300
 

@@ -16,7 +16,7 @@ from teachercache.targets import RandomSampling, target_kind
 from teachercache.targets.coding.counter_rng import position_seeds, uniforms
 
 from builders import sentences, tiny_cache, tiny_teacher
-from kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache
+from target_kinds import as_tensors, log_softmax, random_logits, stored_arrays, stored_columns, walk_through_a_cache
 
 V = 30
 

@@ -14,7 +14,6 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from models import composite_model
 from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig, Recipe, parse_recipe
 from teachercache.errors import ModelError
@@ -25,8 +24,9 @@ from teachercache.training.job.train import run_training
 from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import tiny_cache, tiny_tokenizer
+from tiny_models import composite_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "mistral3")]
 NAMES = ["gemma3", "qwen2_5_vl", *SLOW]
 

@@ -25,8 +25,8 @@ from teachercache.training.job.train import run_training
 from teachercache.training.trainer.layers import layer_objectives, watched
 from teachercache.training.trainer.routing import ROUTING_PASSES, Routing, routed_parameters
 from training.processes import ENVIRONMENT, TIMEOUT_SECONDS, TORCHRUN, compare_with_one
-from training.routed_step import LEARNING_RATE, ROWS, take_step
 from training.runs import log_of
+from training.trainer.routed_step import LEARNING_RATE, ROWS, take_step
 
 from builders import tiny_model
 

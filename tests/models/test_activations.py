@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from models import BLOCKS, HEADS, model_of
 from teachercache.errors import ModelError
 from teachercache.models.activations import check_attention, recorded
 from teachercache.targets.layers.attention import log_attention, sees
+
+from tiny_models import BLOCKS, HEADS, model_of
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_oss"]
 EAGER = ("gemma2", "gpt_oss")  # transformers' fast kernel has no soft cap, and no sinks

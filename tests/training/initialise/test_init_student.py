@@ -27,7 +27,7 @@ from teachercache.training.initialise.layer_choice import chosen_layers
 from builders import tiny_tokenizer
 from tokenizer_families import SMALL, byte_level
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 LAYERS = 6
 IDS = torch.arange(40)[None]
 WIDTH: dict[str, int] = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": LAYERS,

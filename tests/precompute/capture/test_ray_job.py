@@ -19,7 +19,7 @@ from teachercache.cache import Cache, verify
 
 from builders import build_cache, sentences, tiny_recipe, tiny_teacher
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SKETCH = {"logits": {"kind": "head+sketch", "k": 6, "rank": 16, "step": 0.1, "calibration_positions": 400}}
 RAY = str(Path(sys.executable).parent / "ray")
 

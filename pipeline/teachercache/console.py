@@ -1,4 +1,4 @@
-"""What a command prints: progress and messages on stderr, its result on stdout, one readable line for an error.
+"""Output of a command: progress and messages on stderr, its result on stdout, one readable line for an error.
 
 With `--json`, stdout is exactly one JSON document, also when a bug ends the command. Libraries below us (Ray, DeepSpeed)
 print to stdout as they like, so file descriptor 1 itself points to stderr while a command runs.
@@ -98,7 +98,7 @@ def _text(name: str | bytes | int) -> str:
 
 
 def is_main_process() -> bool:
-    """Whether this process may print results: the first of those that a launcher started, or the only one."""
+    """Tells whether this process may print results: the first of those that a launcher started, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -76,7 +76,7 @@ def locked(path: Path, *, job: str, folder: Path) -> Iterator[None]:
 
 
 def _lock(stream: IO[str], *, job: str, folder: Path) -> bool:
-    """Whether the file system has locks."""
+    """Takes the lock; False where the file system has no locks."""
     try:
         # POSIX locks, unlike flock, are not inherited by child processes, which may outlive a killed job.
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What the command prints of a cache, of its fidelity and of one of its rows: the tables behind `inspect` and `fidelity`.
+"""Tables that the commands `inspect` and `fidelity` print: of a cache, of its fidelity and of one of its rows.
 
 Each takes the document that `--json` prints.
 """

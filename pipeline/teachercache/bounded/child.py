@@ -1,4 +1,4 @@
-"""What runs in a child: one request after the other, each under limits that the kernel holds.
+"""The child process: answers one request after the other, each under limits that the kernel holds.
 
 A request's processor time is bounded by a timer whose signal ends the process, also in the middle of C code; its memory by
 the size of the address space, which Python's allocations meet as a `MemoryError`. Files cannot be written to.

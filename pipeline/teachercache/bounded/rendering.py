@@ -21,7 +21,8 @@ Messages = Sequence[dict[str, Any]]
 
 
 class Text(NamedTuple):
-    """What a template writes, and the character spans that it declares as generated, in the order in which they end."""
+    """Text that a template writes, and the character spans that it declares as generated, in the order in which they
+    end."""
 
     text: str
     spans: list[Span]

@@ -14,7 +14,7 @@ _BEFORE_VALUES = (b"{", b"[", b",")
 
 
 def values_of(data: bytes) -> int:
-    """How many values a text of JSON has, at most."""
+    """Counts the values of a JSON text; an upper bound."""
     return sum(map(data.count, _BEFORE_VALUES)) + 1
 
 

@@ -20,8 +20,9 @@ _TODAY = datetime(2024, 7, 26)
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """Of each conversation its `text` and `spans` of what the template declares as generated, or `refused`, the reason; or why
-    there is nothing: `syntax` where the template is none, `exhausted` where the texts have more than `most` characters."""
+    """Renders each conversation: its `text`, and `spans` of what the template declares as generated, or `refused`, the
+    reason. Or says why there is nothing: `syntax` where the template is none, `exhausted` where the texts have more
+    than `most` characters."""
     try:
         template = _compiled(request["template"])
     except TemplateSyntaxError as error:

@@ -1,4 +1,4 @@
-"""Whether a tokenizer loads and reads texts within bounds, found out where nothing else can be harmed."""
+"""Tries a tokenizer in a child process: does it load and read texts within bounds, where nothing else can be harmed?"""
 
 from __future__ import annotations
 

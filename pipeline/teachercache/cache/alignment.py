@@ -78,7 +78,7 @@ class CacheAlignment(ShardSet):
 
     @property
     def vocabulary(self) -> VocabularyMap:
-        """Which of the student's tokens stand for which of the teacher's; loaded once."""
+        """Map from the student's tokens to the teacher's; loaded once."""
         if self._vocabulary is None:
             with loadable(self.source, self._info("file"), most=MOST_CALIBRATION_BYTES) as path:
                 found = VocabularyMap.load(path)
@@ -89,7 +89,7 @@ class CacheAlignment(ShardSet):
 
     @property
     def begins_V(self) -> NDArray[np.bool_]:
-        """Which of the student's tokens begin a new pre-token."""
+        """Marks the student's tokens that begin a new pre-token, [V]."""
         if self._begins_V is None:
             described = self.manifest.vocabulary["begins"]
             mass = BoundaryMass.from_settings(described, vocabulary_size=self.manifest.vocabulary_size)

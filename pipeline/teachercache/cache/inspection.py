@@ -1,4 +1,4 @@
-"""What `teachercache inspect` shows: a cache in numbers, and one row token by token."""
+"""Documents of `teachercache inspect`: a cache in numbers, and one row token by token."""
 
 from __future__ import annotations
 

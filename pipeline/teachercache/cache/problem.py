@@ -1,4 +1,4 @@
-"""What checks of a cache find."""
+"""A problem: the finding of a check of a cache."""
 
 from __future__ import annotations
 

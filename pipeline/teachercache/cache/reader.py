@@ -68,7 +68,7 @@ class Cache(ShardSet):
 
     @property
     def kind(self) -> TargetKind:
-        """How the logit targets are read, with the basis that they need. Raises `CacheError` for a cache without them."""
+        """Reader of the logit targets, with the basis that they need. Raises `CacheError` for a cache without them."""
         self.check_logits()
         return self.targets.logits
 
@@ -88,7 +88,7 @@ class Cache(ShardSet):
 
     @property
     def targets(self) -> StoredTargets:
-        """How everything that is stored of the teacher is read, with the files that this needs; loaded once."""
+        """Readers of everything that is stored of the teacher, with the files that this needs; loaded once."""
         if self._targets is None:
             name = self.manifest.read_by.get(LOGITS, {}).get("basis")
             with self._read_by("basis", name) as basis:
@@ -121,8 +121,8 @@ class Cache(ShardSet):
 
     @property
     def boundary(self) -> BoundaryMass | None:
-        """Which tokens the boundary mass is of, where it is stored; read when first asked for, which training on the teacher's
-        own tokens never does. Raises `CacheDamaged` for a file that holds another set."""
+        """Boundary mass, with the set of tokens that it is of, where it is stored. Read when first asked for: training
+        on the teacher's own tokens never does. Raises `CacheDamaged` for a file that holds another set."""
         boundary = self.targets.boundary
         if boundary is None or boundary.begins_V is not None:
             return boundary
@@ -167,7 +167,7 @@ class Cache(ShardSet):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is in an object store."""
+        """Tells whether it is in an object store."""
         return not isinstance(self.source, LocalFiles)
 
     def folders_of(self, columns: Sequence[str] | None) -> list[str]:

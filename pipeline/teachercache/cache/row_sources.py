@@ -1,8 +1,8 @@
-"""Which train rows of a cache hold a document that another cache holds out.
+"""Finds the train rows of a cache that hold a document that another cache holds out.
 
 A document is held out by the hash that names it, whoever made the cache (`tokens.rows.is_held_out`), so that source ids and a
-share tell. Only the column of segments is decompressed, of every shard once; bytes are checked before as for training.
-"""
+share tell. Only the column of segments is decompressed, of every shard once; bytes are checked before as for
+training."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ REMEDY = "precompute the cache again, or ask who made it"
 
 
 def wrong_rows(location: str | Path) -> Iterator[Problem]:
-    """What is wrong with the rows of a cache in a folder or at a URL, a problem for each row or file that cannot be read.
+    """Checks the values of all rows of a cache in a folder or at a URL; yields a problem for each row or file that
+    cannot be read.
 
     Takes 40 bytes of memory a row, for the ids that were seen.
     """
@@ -39,7 +40,7 @@ def wrong_rows(location: str | Path) -> Iterator[Problem]:
 
 
 def _load(cache: Cache, alignments: list[CacheAlignment]) -> None:
-    """What rows are read by."""
+    """Loads the files that rows are read by."""
     _ = cache.targets, cache.boundary, [(alignment.vocabulary, alignment.begins_V) for alignment in alignments]
 
 

@@ -96,8 +96,8 @@ def _verify_files(location: str | Path, *, quick: bool) -> list[Problem]:
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a file's name belongs to people or to later steps, not to the data: the card, signatures, earlier manifests, a
-    lease, what a copy of parts holds, what an unfinished job left."""
+    """Tells whether a file's name belongs to people or to later steps, not to the data: the card, signatures, earlier
+    manifests, a lease, what a copy of parts holds, what an unfinished job left."""
     return name in RESERVED_FILES or name.partition("/")[0] in (*RESERVED_FOLDERS, WORK_FOLDER)
 
 

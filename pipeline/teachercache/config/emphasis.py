@@ -1,4 +1,4 @@
-"""Which positions of a row count more than others."""
+"""Settings of token weighting: positions of a row that count more than others."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ RowPrefix = Literal["auto", "bos", "eos", "none"]
 
 
 class TeacherConfig(Section):
-    """Which model is the teacher and in which precision it runs."""
+    """The teacher: which model, in which precision."""
 
     model: str = Field(
         description="Hugging Face id, local folder, .gguf file, or package://NAME/FILE in an installed package"
@@ -32,7 +32,7 @@ class TeacherConfig(Section):
 
 
 class CorpusConfig(Section):
-    """Where rows come from. A row is one document or one conversation."""
+    """Sources of rows. A row is one document or one conversation."""
 
     source: str = Field(description="dataset name, file, folder or glob; `python-docs` is CPython's own documentation")
     format: Literal["auto", "datasets", "parquet", "jsonl", "text", "python-docs"] = Field(
@@ -58,7 +58,7 @@ class CorpusConfig(Section):
 
 
 class SequenceConfig(Section):
-    """How documents become token sequences."""
+    """Rules by which documents become token sequences."""
 
     layout: Literal["documents", "packed"] = Field(
         "documents",
@@ -90,10 +90,10 @@ class SequenceConfig(Section):
 
 
 class PrecomputeConfig(Section):
-    """How the Ray Data job runs. `unit_rows` and `unit_bytes` decide which rows share a shard; they are part of
-    a cache's fingerprint. Where layers are stored, which take many times what logits do, a shard holds fewer rows.
-    `positions_per_batch` and `threads_per_actor` decide how floats are rounded, nothing else: with both the same, any number
-    of actors gives identical shards."""
+    """Settings of the Ray Data job. `unit_rows` and `unit_bytes` decide which rows share a shard; they are part of a
+    cache's fingerprint. Where layers are stored, which take many times what logits do, a shard holds fewer rows.
+    `positions_per_batch` and `threads_per_actor` decide how floats are rounded, nothing else: with both the same, any
+    number of actors gives identical shards."""
 
     actors: int | Literal["auto"] = Field(
         "auto",

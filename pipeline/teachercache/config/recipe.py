@@ -186,7 +186,7 @@ def _keys_at(parents: Sequence[str]) -> list[str]:
 
 
 def _is_called(section: type[BaseModel], name: str) -> bool:
-    """Whether it is the one of several that this `kind`, `schedule` or `balance` chooses."""
+    """Tells whether this section of a union is the one that a `kind`, `schedule` or `balance` chooses."""
     chosen_by = [section.model_fields[key] for key in ("kind", "schedule", "balance") if key in section.model_fields]
     return any(name in (field.default, *get_args(field.annotation)) for field in chosen_by)
 

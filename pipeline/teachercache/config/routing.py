@@ -1,4 +1,4 @@
-"""Which parts of the student learn from which terms of the loss."""
+"""Settings of gradient routing: parts of the student that learn from some terms of the loss alone."""
 
 from __future__ import annotations
 

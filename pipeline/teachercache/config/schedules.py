@@ -103,8 +103,8 @@ class StudentLossSchedule(Section):
 
 
 class Balance(Section):
-    """What rules for alpha have in common: it begins at `start`, stays within `least` and `most`, and follows the losses of
-    the last `window` steps."""
+    """Common part of the rules for alpha: each begins at `start`, stays within `least` and `most`, and follows the
+    losses of the last `window` steps."""
 
     start: float = Field(0.5, ge=0, le=1, description="alpha at the first step")
     window: int = Field(100, ge=1, description="steps whose losses are looked at")
@@ -154,7 +154,7 @@ class UncertaintyBalance(Balance):
 
 
 def _tag(value: Any) -> str:
-    """Which of a union's members a value of a recipe is meant to be."""
+    """Names the member of a union that a value of a recipe is meant to be."""
     if isinstance(value, Section):
         return str(getattr(value, "schedule", None) or getattr(value, "balance", NUMBER))
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What every section of a recipe has in common."""
+"""Base of every section of a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether the location of a cache is a URL, such as `s3://BUCKET/PREFIX`; all others are folders."""
+    """Tells whether the location of a cache is a URL, such as `s3://BUCKET/PREFIX`; all others are folders."""
     return isinstance(location, str) and _URL.match(location) is not None
 
 

@@ -51,8 +51,8 @@ class MixConfig(Section):
 
 
 class StreamConfig(Section):
-    """How rows come out of caches. A cache in an object store is read through local copies of its files, which all
-    processes and jobs of a machine share."""
+    """Order and mixture of rows from caches. A cache in an object store is read through local copies of its files,
+    which all processes and jobs of a machine share."""
 
     window: int = Field(
         64,

@@ -114,13 +114,15 @@ class ChatRenderer:
         return spans
 
     def _start_of_turn(self, before: Sequence[Message], text: str, earliest: int, content: int) -> int:
-        """Where generation begins: after the prompt when the whole conversation begins with it, else at the content."""
+        """Returns where generation begins: after the prompt when the whole conversation begins with it, else at the
+        content."""
         prompt = self._prompt(before)
         known = prompt is not None and text.startswith(prompt) and earliest <= len(prompt) <= content
         return len(prompt) if known and prompt is not None else content
 
     def _end_of_turn(self, marked: Sequence[Message], index: int, after: str) -> str:
-        """What closes the turn: the text after it were it the last one, as far as the conversation has it there."""
+        """Returns the text that closes the turn: what follows it were it the last one, as far as the conversation has
+        it there."""
         closing = (self.text_if_any(marked) or "").partition(mark(index))[2]
         marker = commonprefix([closing, after])  # noqa: RUF071 - of characters, as is meant
         if marker != closing:  # they part inside a special token, which then is no part of either
@@ -135,7 +137,8 @@ def _found(text: Text | Unrenderable) -> Text:
 
 
 def _parts_of(messages: Sequence[Message], turns: Sequence[int]) -> list[tuple[Sequence[Message], bool]]:
-    """What is rendered to find each of these turns: the prompt before it, the conversation before it and with it."""
+    """Lists the conversations to render to find each of these turns: the prompt before it, the conversation before it
+    and with it."""
     return [
         part
         for index in turns

@@ -1,10 +1,10 @@
-"""Where the messages of a conversation stand in its rendered text, so that another chat template can be applied later.
+"""Finds the messages of a conversation in its rendered text, so that another chat template can be applied later.
 
 A template is asked with one message at a time replaced by a placeholder: what stands before and after the placeholder must
 be what the text begins and ends with, and what is between them what was said, white space at its ends aside. So a content is
 found by its place, not by what it looks like. One that the template changes, leaves out, repeats or treats by what it says
-is left out, never guessed at; of a reply with reasoning that the template lays out by itself, or drops, the answer is found.
-"""
+is left out, never guessed at; of a reply with reasoning that the template lays out by itself, or drops, the answer is
+found."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def found_together(renderer: ChatRenderer, messages: Sequence[Message], text: st
 
 
 def span_of(renderer: ChatRenderer, messages: Sequence[Message], index: int, text: str) -> Span | None:
-    """Where the answer of message `index` stands in the rendered `text`; None where its template does not show it."""
+    """Returns the span of message `index`'s answer in the rendered `text`; None where its template does not show it."""
     whole = said(messages[index]).strip()
     answer = whole.rpartition(THOUGHT)[2].strip()
     for keep_reasoning in (False, True) if THOUGHT in whole else (False,):

@@ -32,7 +32,7 @@ class Encoded:
 
 
 class Source(NamedTuple):
-    """What is to be encoded; `assistant_spans` is None for text, of which every token is to be learned. `contents` by
+    """A text to encode; `assistant_spans` is None where every token is to be learned. `contents` are spans of
     characters."""
 
     document: Document

@@ -92,7 +92,7 @@ def _kind(config: CorpusConfig) -> str:
 
 
 def _is_described(folder: Path) -> bool:
-    """Whether `datasets` knows more about this folder than the suffixes of its files say."""
+    """Tells whether `datasets` knows more about this folder than the suffixes of its files say."""
     card = folder / "README.md"
     if is_saved_dataset(folder) or (card.is_file() and card.read_bytes()[:3] == b"---"):
         return True

@@ -42,7 +42,7 @@ class Quarantined:
 
 @dataclass
 class Tokenised:
-    """What became of a batch of documents: each is either quarantined or has at least one stored window.
+    """Result of a batch of documents: each is either quarantined or has at least one stored window.
 
     In the `documents` layout, rows = documents - quarantined + extra_windows.
     """

@@ -1,4 +1,4 @@
-"""What a model costs: latency, throughput, memory.
+"""Costs of a model: latency, throughput, memory.
 
 All timed passes run one sequence length over real tokens, logits of every token included, without a key-value cache:
 the pass that scores or prefills a prompt. Models are compared at the same length, batch and thread count.

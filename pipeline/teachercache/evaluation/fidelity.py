@@ -1,4 +1,4 @@
-"""How faithful is a cache? The teacher runs again on some of its rows, and what is stored is compared with what it says.
+"""Fidelity of a cache: runs the teacher again on some of its rows, and compares the result with what is stored.
 
 Per temperature:
 

@@ -1,12 +1,12 @@
-"""How faithful are stored layers? Hidden states and attention maps against those of the teacher, layer by layer.
+"""Fidelity of stored layers: compares hidden states and attention maps with the teacher's, layer by layer.
 
     hidden_cosine           mean cosine of stored and exact states over tokens
     hidden_cosine_centred   the same, both less the layer's mean over the corpus
     attention_kl            KL(teacher ‖ rebuilt) of a query's keys, nats, mean over queries and heads; of maps that average
                             groups of heads, between averages
 
-All are without the first token of each segment, whose massive activations any codec keeps and which sees nothing but itself.
-"""
+All are without the first token of each segment, whose massive activations any codec keeps and which sees nothing but
+itself."""
 
 from __future__ import annotations
 

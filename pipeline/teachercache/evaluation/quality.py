@@ -1,4 +1,4 @@
-"""What a model knows: next-token loss, accuracy and agreement with the teacher on the held-out positions of a cache.
+"""Quality of a model: next-token loss, accuracy and agreement with the teacher on the held-out positions of a cache.
 
 Every model is scored on the same positions: those whose target is stored. Padding, prompts of a chat and the last token
 of a segment are no positions and are never scored. Distributions run over all columns of a model's logits, as it would be

@@ -84,7 +84,7 @@ def _read(path: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def _recorded(run: Path) -> dict[str, Any]:
-    """What training wrote down about a run: its `recipe`, and the `cache_fingerprint` of its cache."""
+    """Reads the record of a run that training wrote: its `recipe`, and the `cache_fingerprint` of its cache."""
     try:
         data = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
         return {key: data[key] for key in ("recipe", "cache_fingerprint")}

@@ -1,4 +1,4 @@
-"""What a model's blocks hold while it runs: hidden states, and the queries and keys of attention. Teacher and student alike.
+"""Records activations of a model's blocks: hidden states, and queries and keys of attention. Teacher and student alike.
 
 Layers are counted the same way everywhere, in the teacher, in a cache and in a student:
 
@@ -46,7 +46,7 @@ class Heads:
 
 @dataclass(eq=False)
 class Activations:
-    """What was recorded of a batch, by layer."""
+    """Recorded activations of a batch, by layer."""
 
     hidden: dict[int, Tensor] = field(default_factory=dict)  # [B, S, D]
     attention: dict[int, Heads] = field(default_factory=dict)
@@ -236,7 +236,7 @@ def check_attention(recorded_layers: Activations, layers: Sequence[int], model: 
 
 
 def _error_of_kernel(heads: Heads) -> float:
-    """Of the last queries' outputs, of the largest."""
+    """Returns the largest error of the last queries' outputs, as a part of the largest output."""
     import torch
 
     if heads.output_BSHE is None:

@@ -29,7 +29,8 @@ _ADD_BOS_PRE = {
 
 
 class Surroundings(NamedTuple):
-    """What a file says of what stands around a text; `space_prefix` None: nothing. `tokens`: how many it has."""
+    """Settings of a GGUF file about what stands around a text; `space_prefix` None: the file has none. `tokens`: size
+    of the vocabulary."""
 
     bos: bool
     eos: bool

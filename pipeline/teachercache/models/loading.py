@@ -32,7 +32,7 @@ PACKAGE_SCHEME = "package://"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: `location` for `from_pretrained`, and an id that means the same on another machine."""
+    """Source of a model: `location` for `from_pretrained`, and an id that means the same on another machine."""
 
     location: str
     gguf_file: str | None
@@ -176,7 +176,7 @@ def _plain_copy(source: ModelSource) -> ModelSource:
 
 
 def weights_identity(model: str, *, revision: str | None, commit: str | None) -> dict[str, str | None]:
-    """What pins the weights: a hub commit, or the sha256 over a local model's weight files (about 1.8 GB/s)."""
+    """Returns what pins the weights: a hub commit, or the sha256 over a local model's weight files (about 1.8 GB/s)."""
     source = find_model(model)
     if not source.is_local:
         return {"revision": revision, "commit": commit}
@@ -217,7 +217,7 @@ def _readable_errors(model: str, what: str) -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether it is what a library in Rust raises where it gave up; that is no `Exception`."""
+    """Tells whether an error is a panic of a library in Rust; that is no `Exception`."""
     return type(error).__module__ == "pyo3_runtime"
 
 
@@ -242,8 +242,9 @@ Layout = Literal["documents", "packed", "flat"]
 
 
 def takes_one_row(model: Any) -> bool:
-    """Whether its attention is one of the flash kernels. transformers has them keep segments apart in one row alone, by their
-    variable-length form; in a batch of several rows `position_ids` do not reach it, and segments see each other."""
+    """Tells whether the model's attention is one of the flash kernels. transformers has them keep segments apart in one
+    row alone, by their variable-length form; in a batch of several rows `position_ids` do not reach it, and segments
+    see each other."""
     inner = getattr(model, "module", model)  # of what training wraps it in, whose `config` may be another thing
     return "flash" in (inner.config.get_text_config()._attn_implementation or "")
 
@@ -263,9 +264,9 @@ def runnable_here(model: Any) -> Iterator[None]:
 
 
 def input_layout(model: Any, layout: str, *, longest: int = 0) -> Layout:
-    """How rows of a cache's layout are given to a model: as they are, or, packed ones to flash kernels, all of a batch in one
-    row, without padding and without a mask. Under sdpa and eager transformers forms a mask of [B, 1, S, S] for packed rows, a
-    byte or more an entry, once for each kind of layer (full, sliding) and forward pass.
+    """Chooses how rows of a cache's layout are given to a model: as they are, or, packed ones to flash kernels, all of
+    a batch in one row, without padding and without a mask. Under sdpa and eager transformers forms a mask of [B, 1, S,
+    S] for packed rows, a byte or more an entry, once for each kind of layer (full, sliding) and forward pass.
 
     Where factors of rotary embeddings depend on length, and the `longest` of some rows is beyond the original context, each
     must say how long it is: they are given as packed ones.
@@ -299,7 +300,7 @@ def model_inputs(rows: Sequence[TokenRow], *, pad_id: int, layout: str) -> dict[
 
 
 def row_places(rows: Sequence[TokenRow], *, layout: str) -> list[tuple[int, slice]]:
-    """Where each row's tokens are in a batch [B, S] of `model_inputs`: which of B, and which of S."""
+    """Returns the place of each row's tokens in a batch [B, S] of `model_inputs`: an index of B, and a slice of S."""
     if layout != "flat":
         return [(index, slice(0, row.length)) for index, row in enumerate(rows)]
     ends = np.cumsum([row.length for row in rows]).tolist()

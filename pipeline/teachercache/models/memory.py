@@ -1,4 +1,4 @@
-"""Which errors say that a device has no memory left."""
+"""Recognises errors which say that a device has no memory left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class NoMemory:
 
 
 def device_bytes_free() -> int | None:
-    """What the driver of the GPU in use has left for anyone; None without one, or where it does not answer any more."""
+    """Returns the bytes that the driver of the GPU in use has left for anyone; None without a GPU, or where the driver
+    does not answer any more."""
     import torch
 
     try:
@@ -38,8 +39,9 @@ def device_bytes_free() -> int | None:
 
 
 def is_out_of_memory(error: BaseException, *, bytes_free: Callable[[], int | None] = device_bytes_free) -> bool:
-    """Whether an error of a forward or backward pass means that memory ran out: torch's own type, or the message of a library
-    that it calls. A library that could not start counts where no more than `HANDLE_BYTES` of the device are free."""
+    """Tells whether an error of a forward or backward pass means that memory ran out: torch's own type, or the message
+    of a library that it calls. A library that could not start counts where no more than `HANDLE_BYTES` of the device
+    are free."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -53,7 +55,7 @@ def is_out_of_memory(error: BaseException, *, bytes_free: Callable[[], int | Non
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line; of one without words its type."""
+    """Returns the first line of an error's message; the name of its type where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

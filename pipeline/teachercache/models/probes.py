@@ -1,4 +1,4 @@
-"""What a loaded model is asked before its numbers are trusted: a few tokens tell what no config says for sure.
+"""Probes of a loaded model before its numbers are trusted: a few tokens tell what no config says for sure.
 
 Teacher and student alike. Each probe costs two to five forward passes of at most 32 tokens, and draws nothing at random.
 
@@ -47,7 +47,7 @@ def check_causal(model: Any, *, name: str, vocabulary_size: int) -> None:
 
 
 def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
-    """Whether logits of the first tokens move when later ones change, or are not there.
+    """Tells whether logits of the first tokens move when later ones change, or are not there.
 
     On a GPU later tokens change how many rows an expert has at once, and so how the others are rounded: in half precision
     logits must move by more than they do when another row of the batch changes, which they cannot see.
@@ -100,8 +100,8 @@ def check_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> None:
 
 
 def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bool:
-    """Whether what a short row gives is the same with a row of `longest` tokens beside it. Raises `ModelError` for a model that
-    has no positions for so many."""
+    """Tells whether a short row's result is the same with a row of `longest` tokens beside it. Raises `ModelError` for
+    a model that has no positions for so many."""
     short, long = (_row(_tokens(count, vocabulary_size)) for count in (HALF_LENGTH, longest))
 
     def hidden(rows: Sequence[TokenRow]) -> Tensor:
@@ -124,8 +124,8 @@ def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bo
 
 
 def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
-    """Whether a model keeps segments of packed rows apart, in a batch of rows of unequal length: each must give what it gives
-    alone."""
+    """Tells whether a model keeps segments of packed rows apart, in a batch of rows of unequal length: each must give
+    what it gives alone."""
     rows = [_row(_tokens(sum(lengths), vocabulary_size, first=index), lengths) for index, lengths in enumerate(PACKED)]
     with _evaluated(model):
         try:
@@ -141,14 +141,14 @@ def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
 
 
 def _logits(model: Any, rows: Sequence[TokenRow], *, layout: str = "documents") -> list[Tensor]:
-    """Of each row, [S, V]."""
+    """Computes the logits of each row, [S, V]."""
     places, inputs = _inputs(model, rows, layout=layout)
     logits_BSV = model(**inputs, use_cache=False).logits
     return [logits_BSV[place] for place in places]
 
 
 def _inputs(model: Any, rows: Sequence[TokenRow], *, layout: str) -> tuple[list[tuple[int, slice]], dict[str, Tensor]]:
-    """Where rows are, and what the model is called with."""
+    """Returns the places of rows, and the arguments of the model's call."""
     import torch
 
     layout = input_layout(model, layout, longest=max(row.length for row in rows))

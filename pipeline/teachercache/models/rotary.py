@@ -81,8 +81,8 @@ def _rotate(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None =
 
 
 def _lengths(position_ids_BS: Tensor) -> Tensor:
-    """Of the sequence that each token belongs to, [B, S]: its largest position and one. Sequences begin where positions do not
-    go on by one."""
+    """Returns the length of the sequence that each token belongs to, [B, S]: its largest position and one. Sequences
+    begin where positions do not go on by one."""
     import torch
 
     begins_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)

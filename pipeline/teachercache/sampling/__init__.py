@@ -1,4 +1,4 @@
-"""What a student writes by itself, as a corpus: `teachercache sample`.
+"""Samples a student's own text, as a corpus: `teachercache sample`.
 
     job.py        `run_sampling`: the whole command
     prompts.py    which documents of a corpus, and how much of them the student is given

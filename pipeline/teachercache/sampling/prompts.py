@@ -1,4 +1,4 @@
-"""Which documents of a corpus a student goes on from, and how much of them it is given."""
+"""Chooses the documents of a corpus that a student goes on from, and how much of each it is given."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def _seed(seed: int, start: int) -> int:
 def _go_on(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], new_tokens: int, temperature: float
 ) -> list[list[int]]:
-    """What follows each prompt, without what ends it. Every token of the vocabulary can come, as the student has it."""
+    """Continues each prompt; returns the new tokens without what ends them. Every token of the vocabulary can come, as
+    the student has it."""
     longest = max(len(prompt.ids) for prompt in prompts)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids_BS = torch.tensor([[padding] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts])

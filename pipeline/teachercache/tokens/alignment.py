@@ -1,4 +1,4 @@
-"""Which tokens of two tokenizers stand for the same bytes of a text.
+"""Alignment: finds the tokens of two tokenizers that stand for the same bytes of a text.
 
 A *chunk* is a run of tokens on either side between two byte positions where both sides have a token end; chunks are as
 short as these allow. Everything else, special tokens that stand for no text and the markup of chat templates, is in
@@ -75,7 +75,7 @@ def align(
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """Where one side may be cut: byte positions, ascending, and how many tokens lie before each."""
+    """Places where one side may be cut: byte positions, ascending, and the number of tokens before each."""
 
     places_P: NDArray[np.int64]
     cuts_P: NDArray[np.int64]
@@ -110,7 +110,8 @@ def _check(regions: Sequence[Region], teacher_size: int, student_size: int) -> N
 
 
 def _common(teacher: _Side, student: _Side, region: Region) -> tuple[NDArray[np.int64], ...]:
-    """Where both sides may be cut in a region: teacher's tokens before, student's tokens before, bytes of the region before."""
+    """Returns the places of a region where both sides may be cut: teacher's tokens before, student's tokens before,
+    bytes of the region before."""
     first, stop = np.searchsorted(teacher.places_P, [region.teacher_start, region.teacher_end + 1])
     places_P = teacher.places_P[first:stop] - region.teacher_start
     found_P = np.searchsorted(student.places_P, places_P + region.student_start)
@@ -200,7 +201,7 @@ def _without_marks(cells: _Cells, teacher_S: NDArray[np.bool_], student_S: NDArr
 
 
 def _marks(pairs: NDArray[np.int64], mark_S: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many marks each cell begins with, and how many it holds."""
+    """Counts the marks that each cell begins with, and those that it holds."""
     count = len(mark_S)
     before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(mark_S)])
     others = np.append(np.where(mark_S, count, np.arange(count)), count)

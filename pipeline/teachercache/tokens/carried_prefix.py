@@ -17,8 +17,8 @@ from teachercache.tokens.prefix import begins_conversations, own_prefix, row_pre
 
 
 def readers_prefix(tokenizer: Any, choice: RowPrefix, *, chats: bool) -> tuple[int, ...]:
-    """What the rows of a student begin with, whose teacher's begin as `choice` says: the same in its own tokens, and where it
-    has no such token what it puts in front by itself."""
+    """Returns the beginning of a student's rows where the teacher's rows begin as `choice` says: the same one in the
+    student's tokens; without such a token, the one that its tokenizer puts in front by itself."""
     try:
         return row_prefix(tokenizer, choice, chats=chats)
     except RecipeError:

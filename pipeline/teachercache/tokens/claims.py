@@ -1,8 +1,8 @@
-"""What a tokenizer's files say of themselves, looked at before a library reads them.
+"""Checks of what a tokenizer's files say of themselves, before a library reads them.
 
 Libraries make room for the highest id that a file names, or end the process where they cannot: an id of 2^31 takes
-gigabytes, and a tokenizer that somebody else wrote can name any. So its ids are held against how many tokens there are.
-"""
+gigabytes, and a tokenizer that somebody else wrote can name any. So its ids are held against how many tokens there
+are."""
 
 from __future__ import annotations
 

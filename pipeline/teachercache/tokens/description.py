@@ -1,4 +1,5 @@
-"""What of a tokenizer's description (`tokenizer.json`) decides text -> ids, in one form whatever version wrote it.
+"""The part of a tokenizer's description (`tokenizer.json`) that decides text -> ids, in one form whatever version wrote
+it.
 
 Versions of the tokenizers library add members with defaults, leave some out, and write merges in two ways. So a member that
 is known here is always there, filled with its default; one that is unknown and says nothing (null, false, "", [] or {}) is
@@ -74,8 +75,8 @@ _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_p
 
 
 def decisive(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a `tokenizer.json` decides ids. Order is kept where it matters (merges, steps of a sequence, scored
-    vocabularies); added tokens stand in the order of their ids."""
+    """Returns the part of a `tokenizer.json` that decides ids. Order is kept where it matters (merges, steps of a
+    sequence, scored vocabularies); added tokens stand in the order of their ids."""
     added = sorted(description.get("added_tokens") or [], key=lambda token: token["id"])
     steps = {name: _step(name, description.get(name)) for name in _STEPS}
     return {"added_tokens": [_members(token, _ADDED_TOKEN) for token in added], **steps}
@@ -95,7 +96,7 @@ def _step(name: str, step: Any) -> Any:
 
 
 def _members(written: Mapping[str, Any], known: _Members) -> dict[str, Any]:
-    """Of an object: known members, filled with their defaults, and unknown ones that say something."""
+    """Returns an object's known members, filled with their defaults, and its unknown ones that say something."""
     defaults = {key: value for key, value in known.items() if value is not _REQUIRED}
     kept = {key: value for key, value in written.items() if key in known or not _says_nothing(value)}
     return {**defaults, **kept}

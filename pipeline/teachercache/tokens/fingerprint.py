@@ -68,7 +68,7 @@ def _ids_of(description: dict[str, Any]) -> dict[str | None, int]:
 
 
 def _content(token: Any) -> str | None:
-    """Of a token in a tokenizer's settings, which is its text or an object with it."""
+    """Returns the text of a token in a tokenizer's settings, which hold the text itself or an object with it."""
     return token["content"] if isinstance(token, dict) else token
 
 

@@ -1,4 +1,4 @@
-"""How rows begin: the tokens that stand before a text where a model reads one.
+"""Row prefixes: the tokens that stand before a text where a model reads one.
 
 The tokenizer says it. Its post-processor puts BOS (Llama, Gemma) or CLS (BERT) before a text, or nothing (GPT-2, Qwen,
 SmolLM2); a chat template writes BOS or more by itself, or does without. Models that were trained with BOS in front lose much
@@ -40,7 +40,7 @@ def row_prefix(tokenizer: Any, choice: RowPrefix = "auto", *, chats: bool) -> tu
 
 
 def own_prefix(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer itself puts before a text."""
+    """Returns the tokens that the tokenizer itself puts before a text."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     found = next((start for start in range(len(whole)) if whole[start : start + len(plain)] == plain), 0)
@@ -70,8 +70,8 @@ def template_prefix(tokenizer: Any) -> tuple[int, ...]:
 
 
 def begins_conversations(tokenizer: Any, prefix: Sequence[int]) -> bool:
-    """Whether what the chat template writes begins with some tokens; where it refuses, or there is none, nothing can be
-    changed."""
+    """Tells whether the chat template's output begins with `prefix`; True where it refuses, or there is none: then
+    nothing can be changed."""
     if not prefix or not getattr(tokenizer, "chat_template", None):
         return True
     [answered] = _rendered(tokenizer, [_EXCHANGE])
@@ -79,14 +79,15 @@ def begins_conversations(tokenizer: Any, prefix: Sequence[int]) -> bool:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Of all tokens that are no text."""
+    """Returns the ids of all tokens that are no text."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     return {index for index, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
 def _is_of_turns(index: int, question: Sequence[int], answered: Sequence[int], special: Container[int]) -> bool:
-    """Whether a special token begins the answer too. ChatML's <|im_start|> is BOS to some tokenizers, but says nothing about
-    where a conversation begins. A BOS that is the end token as well (OLMo 2) comes again at the end of the answer alone."""
+    """Tells whether a special token begins the answer too. ChatML's <|im_start|> is BOS to some tokenizers, but says
+    nothing about the beginning of a conversation. A BOS that is the end token as well (OLMo 2) comes again at the end
+    of the answer alone."""
     if not question or answered[: len(question)] != question:
         return answered.count(index) > 1
     return index in takewhile(special.__contains__, answered[len(question) :])
@@ -100,5 +101,5 @@ def _rendered(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]])
 
 
 def begins_with(ids_S: Any, prefix: Sequence[int]) -> bool:
-    """Whether some tokens begin with these."""
+    """Tells whether `ids_S` begin with `prefix`."""
     return len(ids_S) >= len(prefix) and np.array_equal(np.asarray(ids_S)[: len(prefix)], np.asarray(prefix, np.int64))

@@ -1,4 +1,4 @@
-"""Which tokens begin a new pre-token, told by the tokenizer itself.
+"""Pre-tokens: finds the tokens that begin a new one, by asking the tokenizer itself.
 
 Tokenizers cut a text into pre-tokens (words with the space before them, runs of digits, punctuation) before they merge
 anything, and no token reaches across such a cut. So the teacher's mass on the tokens that begin a new one is the
@@ -30,13 +30,13 @@ _CUT = "\ufffd"  # what decoders make of an incomplete character
 
 
 def begins_pretoken(tokenizer: Any, *, cut_as: Any = None) -> NDArray[np.bool_]:
-    """Which tokens begin a new pre-token when they come after a letter, [V]; seconds for 100,000 tokens.
+    """Marks the tokens that begin a new pre-token when they come after a letter, [V]; takes seconds for 100,000 tokens.
 
     Their text begins with white space, or the pre-tokenizer of `cut_as` (default: the tokenizer itself) cuts between the letter
     and it: two sides whose masses are compared must mean the same event. Special and
     other added tokens do: text is cut at them before anything else. A token whose first character is incomplete does where
-    most of the characters do that it may become. Numbers without a token do not. Raises `ModelError` for a slow tokenizer.
-    """
+    most of the characters do that it may become. Numbers without a token do not. Raises `ModelError` for a slow
+    tokenizer."""
     backend = require_fast(tokenizer).backend_tokenizer
     added = backend.get_added_tokens_decoder()
     begins_V = np.zeros(vocabulary_size(tokenizer), dtype=np.bool_)
@@ -55,7 +55,7 @@ def _begins(token: str, text: str, cuts: Callable[[str], bool]) -> bool:
 
 
 def _cutter(pre_tokenizer: Any) -> Callable[[str], bool]:
-    """Whether text after a letter begins a new pre-token."""
+    """Returns a test: does this text, after a letter, begin a new pre-token?"""
 
     def cuts(text: str) -> bool:
         if not text or text[0].isspace():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 class Content(NamedTuple):
-    """What one message of a conversation says, where a text has it."""
+    """The content of one message of a conversation, as a span of the text that has it."""
 
     role: str
     start: int  # UTF-8 bytes from the beginning of the segment's text
@@ -74,14 +74,14 @@ class TokenRow:
         return np.arange(self.length, dtype=np.int64) - np.maximum.accumulate(starts)
 
     def segment_S(self) -> NDArray[np.int64]:
-        """Which of its segments each token belongs to; one, where segments were not read."""
+        """Numbers each token's segment; all 0 where segments were not read."""
         starts = np.zeros(self.length, dtype=np.int64)
         starts[[segment.start for segment in self.segments[1:]]] = 1
         return np.cumsum(starts)
 
 
 def is_held_out(source_id: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a pure function of its content hash.
+    """Tells whether a document belongs to the held-out split: a pure function of its content hash.
 
     It is decided for whole documents, so all windows of a document and all its repetitions land on one side, in every
     cache that anybody makes of it, and a larger fraction holds out a superset of a smaller one.

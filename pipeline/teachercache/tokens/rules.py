@@ -1,4 +1,4 @@
-"""What a tokenizer's rules may do to a text: looked at in its description, before a library follows them.
+"""Bounds for what a tokenizer's rules do to a text: checks its description before a library follows it.
 
 Forty rules that double a text are a few bytes in a tokenizer.json, and harmless until the text comes that they are for. So
 a description is held against what tokenizers have: components that are known, normalisers that let a text grow by a factor
@@ -98,7 +98,7 @@ def _check_growth(growth: list[int]) -> None:
 
 
 def _pattern_growth(part: Part) -> int:
-    """How much longer a replacement makes a text at most; of other components, 1."""
+    """Returns the factor by which a replacement can lengthen a text at most; 1 for other components."""
     pattern = part.get("pattern")
     if pattern is None:
         return 1
@@ -133,7 +133,7 @@ def _map_growth(part: Part) -> int:
 
 
 def _check_ids(part: Part, vocabulary_size: int) -> None:
-    """What is put around texts: few tokens, which there are."""
+    """Checks that what is put around texts is a few tokens that exist."""
     named = (part.get("special_tokens") or {}).values()
     ids = [token for each in named for token in each["ids"]]
     ids += [part[name][1] for name in ("sep", "cls") if name in part]

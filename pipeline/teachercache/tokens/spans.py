@@ -1,4 +1,4 @@
-"""Where each token of a text ends in the text's UTF-8 bytes.
+"""Token spans: finds the end of each token in a text's UTF-8 bytes.
 
 First by the bytes that the tokens stand for: one join, one comparison, which also prove the result. Where these are not
 the text (a normaliser changed it, the vocabulary does not define them), by the character offsets that a fast tokenizer
@@ -40,7 +40,7 @@ class TokenSpans:
 
 @dataclass(frozen=True, eq=False)
 class SpanFinder:
-    """Of one tokenizer; can be pickled."""
+    """Finds the spans of one tokenizer's tokens; can be pickled."""
 
     tokenizer: Any
     token_bytes: TokenBytes
@@ -205,7 +205,8 @@ class _Tokens:
 
 
 def _written_candidates(special_S: NDArray[Any], chars_S2: NDArray[Any] | None) -> Iterator[NDArray[Any]]:
-    """Which special tokens may be in the text: what the offsets say, all, none, all but some at the ends."""
+    """Yields guesses of which special tokens are in the text: what the offsets say, all, none, all but some at the
+    ends."""
     if chars_S2 is not None and len(chars_S2) == len(special_S):
         yield special_S & (chars_S2[:, 1] > chars_S2[:, 0])
     yield special_S
@@ -257,7 +258,7 @@ def _take_what_was_dropped(data: bytes, ends_S: NDArray[Any], later_S: NDArray[A
 
 
 def _continues(data: bytes) -> bool:
-    """Whether no character begins here."""
+    """Tells whether these bytes only continue a character: none begins here."""
     return all(0x80 <= byte < 0xC0 for byte in data)
 
 

@@ -24,7 +24,7 @@ _PARTS = ("normalizers", "pretokenizers", "decoders")
 
 @dataclass(frozen=True, eq=False)
 class TokenBytes:
-    """Of one fast tokenizer, built once; a few MB for 150k tokens, and it can be pickled.
+    """Bytes of one fast tokenizer's tokens, built once; a few MB for 150k tokens, and it can be pickled.
 
     `values[i]` are the bytes of token i as it continues a text: b"" for special tokens, None where they are not defined
     (an unknown token, an id without a token). `contents` are the same, with special tokens as they are written.
@@ -68,7 +68,7 @@ class TokenBytes:
 
 
 class _Decoder:
-    """How a tokenizer.json writes bytes."""
+    """Decodes bytes as a tokenizer.json writes them."""
 
     def __init__(self, description: dict[str, Any]) -> None:
         self.model = description["model"]
@@ -85,7 +85,8 @@ class _Decoder:
         self.known = set(vocabulary) if isinstance(vocabulary, dict) else {token for token, _ in vocabulary}
 
     def added(self, content: str) -> bytes | None:
-        """Of an added token. SentencePiece's user-defined symbols are part of the model too, and write ▁ for a space."""
+        """Returns the bytes of an added token. SentencePiece's user-defined symbols are part of the model too, and
+        write ▁ for a space."""
         return self.token(content) if self.family == "byte-fallback" and content in self.known else content.encode()
 
     def token(self, token: str) -> bytes | None:
@@ -127,7 +128,7 @@ def _flat(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _space_symbol(part: dict[str, Any]) -> str | None:
-    """What a part writes for a space, or reads as one."""
+    """Returns the symbol that a part writes for a space, or reads as one."""
     if part["type"] == "Metaspace":
         return part.get("replacement") or "▁"
     if part["type"] == "Replace":

@@ -31,7 +31,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """Of one pair of tokenizers; 5 bytes a teacher token, 1 byte a student token."""
+    """Map between the vocabularies of one pair of tokenizers; 5 bytes a teacher token, 1 byte a student token."""
 
     first_Vt: NDArray[np.int32]  # the student's token with the same bytes, or its first token of these; -1: none
     exact_Vt: NDArray[np.bool_]  # the student has a token of the same bytes (of special tokens: with the same role)
@@ -197,7 +197,7 @@ def _continuing(backend: Any) -> Any:
 
 
 def _state(part: Any) -> dict[str, Any] | None:
-    """How a tokenizer.json describes a part."""
+    """Returns a part as a tokenizer.json describes it."""
     return None if part is None else json.loads(part.__getstate__())
 
 
@@ -220,7 +220,8 @@ def _valid_prefix(data: bytes) -> str:
 
 
 def _is_identical(teacher: TokenBytes, student: TokenBytes, teacher_tokenizer: Any, student_tokenizer: Any) -> bool:
-    """Whether the student has all that the teacher has at the same ids, those aside that only fill a vocabulary up."""
+    """Tells whether the student has all that the teacher has at the same ids, those aside that only fill a vocabulary
+    up."""
     size = max(teacher.size, student.size)
     sides = [_comparable(tokens, tokenizer, size) for tokens, tokenizer in
              ((teacher, teacher_tokenizer), (student, student_tokenizer))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""How large what a cache says of itself may be, and checks of it in one line."""
+"""Bounds for the sizes that a cache states about itself, and checks of them in one line."""
 
 from __future__ import annotations
 

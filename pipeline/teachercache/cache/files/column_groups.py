@@ -30,8 +30,8 @@ ReadBy = Mapping[str, Mapping[str, str]]  # by section of targets and role: `{"l
 
 
 def target_digests(targets: Mapping[str, Any], read_by: ReadBy) -> dict[str, str]:
-    """What decides the numbers of each target, by section: its settings, and the files that it is read by, whose sha256
-    `read_by` gives in the place of their names."""
+    """Returns a digest for each section of targets over what decides its numbers: its settings, and the files that it
+    is read by, whose sha256 `read_by` gives in the place of their names."""
     return {
         section: fingerprint_of({"target": section, "settings": settings, "read_by": dict(read_by.get(section, {}))})
         for section, settings in targets.items()
@@ -69,7 +69,7 @@ class Group:
         return ROW_FIELDS if self.has_rows else (ID_FIELD,)
 
     def metadata(self) -> dict[str, Any]:
-        """What its files say of themselves, their columns apart."""
+        """Metadata of the group's files, their columns apart."""
         read_by = {section: dict(files) for section, files in self.read_by.items() if files}
         beside = {"read_by": read_by} if read_by else {}
         return {"settings_fingerprint": self.settings, "targets": dict(self.targets), **beside}
@@ -100,7 +100,7 @@ def _read_by(metadata: Mapping[str, Any], section: str) -> Any:
 
 
 def layout_of(targets: StoredTargets) -> dict[str, tuple[str, ...]]:
-    """Which group holds which sections of targets when a cache is written: folder to sections."""
+    """Assigns sections of targets to groups when a cache is written: folder to sections."""
     layout: dict[str, tuple[str, ...]] = {ROWS_GROUP: ()}
     for section, kind in targets.sections.items():
         if kind.columns:

@@ -1,4 +1,4 @@
-"""What a manifest lists: files with their digests, and shards, of which it may list a hundred thousand.
+"""Entries of a manifest: files with their digests, and shards, of which it may list a hundred thousand.
 
 A shard is one part of the rows: one file for each column group, with the same rows in the same order. Shards are kept as
 columns, and become objects where they are asked for: that many open in a fraction of a second.
@@ -200,7 +200,7 @@ class ShardTable(Sequence[ShardInfo]):
         return int((self.counted("positions") - self.counted("held_out_positions")).sum())
 
     def totals(self) -> dict[str, int]:
-        """How many shards there are, and the sums over all of them."""
+        """Returns the number of shards, and the sums over all of them."""
         counts = {name: int(values.sum()) for name, values in self._counts.items()}
         return {"shards": len(self), **counts, "bytes": int(self.sizes().sum())}
 

@@ -26,7 +26,7 @@ _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class NoRegularFile(ValueError):
-    """What lies under a name is not a regular file of the folder."""
+    """Raised where a name leads to something that is not a regular file of the folder."""
 
     def __init__(self) -> None:
         super().__init__(NO_FILE)
@@ -78,8 +78,8 @@ def read_at_most(stream: BufferedReader, most: int) -> bytes:
 
 
 def why_different(stream: BufferedReader, *, expected_bytes: int, sha256: str | None) -> str | None:
-    """Why an open file has not the size and digest that a manifest promises; None where it has. Without a `sha256` only its
-    size is compared. sha256 runs at about 1.4 GB/s."""
+    """Returns the reason why an open file has not the size and digest that a manifest promises; None where it has.
+    Without a `sha256` only its size is compared. sha256 runs at about 1.4 GB/s."""
     size = os.fstat(stream.fileno()).st_size
     if size != expected_bytes:
         return f"holds {size} bytes, the manifest says {expected_bytes}"

@@ -1,4 +1,4 @@
-"""What a cache says of itself, and the checks that hold it against what it can be.
+"""Manifests: the description of a cache, and the checks that hold it against what a cache can be.
 
 model.py               `Manifest`: what manifest.json says, and what follows from it
 manifest.py            reading manifest.json, and committing it last

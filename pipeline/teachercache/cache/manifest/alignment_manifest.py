@@ -54,14 +54,15 @@ _PLAIN_KEYS = (
 
 
 def reader_of(tokenizer_fingerprint: str, chat_template: str | None) -> str:
-    """What decides how a student reads a cache: its tokenizer and, of conversations, the fingerprint of its chat template."""
+    """Returns the identity of a student's way of reading: its tokenizer and, for conversations, the fingerprint of its
+    chat template."""
     if chat_template is None:
         return tokenizer_fingerprint
     return fingerprint_of({"tokenizer": tokenizer_fingerprint, "chat_template": chat_template})
 
 
 def alignment_folder(reader: str) -> str:
-    """Where the alignment with a tokenizer (`reader_of`) lies in a cache."""
+    """Returns the folder, in a cache, of the alignment with a tokenizer (`reader_of`)."""
     return f"{ALIGNMENTS}/{reader[:16]}"
 
 
@@ -84,12 +85,12 @@ class AlignmentManifest:
 
     @property
     def fingerprint(self) -> str:
-        """What its parts carry: equal for equal settings of caches and equal tokenizers."""
+        """Fingerprint that its parts carry: equal for equal settings of caches and equal tokenizers."""
         return self.group.settings
 
     @property
     def group(self) -> Group:
-        """What its parts hold."""
+        """Column group of its parts."""
         begins = self.tokenizer.get("prefix_ids", ())
         return alignment_group(self.cache, self.reader, prefix_ids=begins, format_version=self.format_version)
 
@@ -105,7 +106,7 @@ class AlignmentManifest:
 
     @property
     def folder(self) -> str:
-        """Where it lies in the cache."""
+        """Its folder in the cache."""
         return alignment_folder(self.reader)
 
     @property

@@ -1,4 +1,4 @@
-"""What a manifest says of a cache, held against what a cache can be, before anything relies on it.
+"""Checks a manifest's claims against what a cache can be, before anything relies on it.
 
 Digests tell that bytes are those that somebody wrote, not that they make sense. So settings and counts of a manifest are
 checked when a cache is opened: all of it is a `ValueError` here; readers name the file. The rows of a record batch are checked
@@ -192,7 +192,7 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
 
 
 def _check_layers(section: str, targets: Mapping[str, Any], *, longest: int) -> None:
-    """Of a kind that this version knows; others are refused where they are read."""
+    """Checks settings of a kind that this version knows; others are refused where they are read."""
     settings = targets[section]
     if not isinstance(settings, dict):
         raise ValueError(f"targets.{section} is no mapping")
@@ -226,7 +226,8 @@ def _check_heads(settings: Mapping[str, Any], *, longest: int) -> None:
 
 
 def _check_settings(settings: Mapping[str, Any], vocabulary_size: int) -> None:
-    """Of a kind that this version knows, by the rules that recipes are under; others are refused where they are read."""
+    """Checks settings of a kind that this version knows, by the rules that recipes are under; others are refused where
+    they are read."""
     kind = settings.get("kind")
     if not isinstance(kind, str):
         raise ValueError("targets.logits.kind is no text")

@@ -30,7 +30,7 @@ Read = Callable[[str, int], bytes]  # (file, its size) to its bytes
 
 @dataclass(frozen=True)
 class Indexed:
-    """What index files list: shards, and files that belong to no shard, such as those of quarantined rows."""
+    """Contents of index files: shards, and files that belong to no shard, such as those of quarantined rows."""
 
     shards: ShardTable
     files: FileTable
@@ -67,7 +67,7 @@ def remove_others(folder: Path, entries: Iterable[dict[str, Any]], *, within: st
 
 
 def read_index(entries: Iterable[dict[str, Any]], read: Read, *, groups: Sequence[str]) -> Indexed:
-    """What the index files hold that a manifest names, for these column groups; keys and groups that it does not name are
+    """Reads the index files that a manifest names, for these column groups; keys and groups that it does not name are
     ignored. Raises `ValueError`, `KeyError` or `TypeError` for files that are not those that the manifest promises."""
     shards, files, infos = [], [], []
     count, left = 0, MOST_VALUES

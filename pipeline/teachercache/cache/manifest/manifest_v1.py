@@ -18,8 +18,8 @@ JOB_KEYS = ("teacher", "tokenizer", "corpus", "sequence", "targets", "units")
 
 
 def fields_of(data: dict[str, Any]) -> dict[str, Any]:
-    """What `Manifest` is made of, from the keys of a manifest of format 1, whose digest was right. Raises `ValueError`,
-    `KeyError` or `TypeError` for what cannot be one."""
+    """Returns the fields of `Manifest` from the keys of a manifest of format 1, whose digest was right. Raises
+    `ValueError`, `KeyError` or `TypeError` for what cannot be one."""
     if data["fingerprint"] != fingerprint_of({key: data[key] for key in JOB_KEYS}):
         raise ValueError("its fingerprint does not match its settings")
     plain = {key: data[key] for key in ("fingerprint", "teacher", "model", "corpus", "units", "targets", "created_by")}

@@ -28,7 +28,7 @@ PLAIN_KEYS = (
 
 @dataclass(frozen=True)
 class Audit:
-    """Where each row of the corpus went: `rows_in = stored + quarantined + deduplicated`."""
+    """Count of where each row of the corpus went: `rows_in = stored + quarantined + deduplicated`."""
 
     rows_in: int
     stored: int
@@ -89,7 +89,7 @@ class Manifest:
 
     @property
     def sequence(self) -> dict[str, Any]:
-        """How documents became rows."""
+        """Settings by which documents became rows."""
         return self.settings["sequence"]
 
     @property
@@ -165,8 +165,8 @@ class Manifest:
         return int(self.shards.sizes().sum())
 
     def stored_targets(self, *, basis: Path | None = None) -> StoredTargets:
-        """How its targets are read; `basis` is the file of kinds of logits that calibrate: without it they know their columns
-        alone."""
+        """Returns the readers of its targets; `basis` is the file of kinds of logits that calibrate: without it they
+        know their columns alone."""
         return StoredTargets.of(self.targets, vocabulary_size=self.vocabulary_size, basis=basis)
 
     def bytes_per_position(self) -> dict[str, float]:

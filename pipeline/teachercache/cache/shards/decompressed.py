@@ -8,11 +8,11 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Sized(Protocol):
-    """What takes memory."""
+    """Something that takes memory."""
 
     @property
     def nbytes(self) -> int:
-        """How much."""
+        """Size in bytes."""
 
 
 Batch = TypeVar("Batch", bound=Sized)

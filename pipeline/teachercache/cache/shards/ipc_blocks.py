@@ -1,4 +1,4 @@
-"""What a record batch claims to be, read off an Arrow file before anything of it is decompressed.
+"""Sizes that the record batches of an Arrow file claim, read before anything of them is decompressed.
 
 Arrow makes room for a compressed buffer by the length that stands before its bytes, and decompresses whatever there is: a
 few kilobytes of zstd can become gigabytes. So the lengths are added up first. They stand where the footer of the file and
@@ -47,7 +47,7 @@ class Blocks:
         return len(self._blocks)
 
     def decompressed_bytes(self, number: int) -> int:
-        """What the buffers of a batch claim to take in memory."""
+        """Returns the bytes that the buffers of a batch claim to take in memory."""
         block = self._blocks[number]
         start, head, body_bytes = int(block["offset"]), int(block["metadata_bytes"]), int(block["body_bytes"])
         body = start + head

@@ -30,7 +30,8 @@ def numbers(array: pa.Array) -> NDArray[Any]:
 
 
 def offsets(array: Any) -> NDArray[Any]:
-    """Where each value of a list, binary or text array begins, and the last one ends: one more than it has values."""
+    """Returns where each value of a list, binary or text array begins, and the last one ends: one more than it has
+    values."""
     return np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
 
 

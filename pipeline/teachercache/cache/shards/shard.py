@@ -26,7 +26,7 @@ Check = Callable[[pa.RecordBatch, int], None]  # of a batch and the index of its
 
 
 class Payload(Protocol):
-    """What rows hold beside their tokens: targets of a teacher, or the alignment with its tokens."""
+    """Columns of rows beside their tokens: targets of a teacher, or the alignment with its tokens."""
 
     def check_stored(self, stored: Mapping[str, NDArray[Any]]) -> None:
         """Raise `CacheDamaged` where a row's columns, those that are there, cannot be."""
@@ -161,7 +161,7 @@ class Shard:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of all groups."""
+        """Column names of all groups."""
         return tuple(self._group_of)
 
     def read_row(

@@ -104,6 +104,6 @@ def _rows_per_batch(pages: Sequence[Sequence[bytes]], rows: Sequence[TokenRow]) 
 
 
 def _compressed_bytes(array: pa.Array) -> int:
-    """What the array's buffers take under the shard's codec (Arrow does not tell)."""
+    """Returns the bytes of the array's buffers under the shard's codec (Arrow does not tell)."""
     codec = pa.Codec("zstd", compression_level=3)
     return sum(len(codec.compress(buffer)) for buffer in array.buffers() if buffer is not None and buffer.size)

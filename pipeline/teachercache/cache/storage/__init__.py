@@ -1,4 +1,4 @@
-"""Where the files of a cache are: a folder, or an object store that is read through local copies.
+"""Storage of a cache's files: a folder, or an object store that is read through local copies.
 
 source.py         `Source`: one interface for both
 object_store.py   reading from a store: pieces, retries, errors in a line

@@ -226,7 +226,7 @@ def _digest(info: FileInfo) -> str:
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:
-    """Which file it is, and in which state."""
+    """Identifies an open file and its state."""
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 

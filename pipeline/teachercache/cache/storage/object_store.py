@@ -51,7 +51,7 @@ class ObjectStore:
         self._closed = threading.Event()
 
     def name_of(self, file: str) -> str:
-        """What messages call a file."""
+        """Returns the name of a file for messages."""
         return f"{self.name}/{file}".rstrip("/")
 
     def read(self, file: str, *, most: int) -> bytes:

@@ -55,7 +55,7 @@ class Prefetcher:
 
 
 class _Work:
-    """What the threads share; it does not refer to the `Prefetcher`, so that dropping that one ends them."""
+    """State that the threads share; it does not refer to the `Prefetcher`, so that dropping that one ends them."""
 
     def __init__(self, store: ObjectStore, copies: LocalCopies) -> None:
         self.store = store

@@ -1,4 +1,4 @@
-"""Where the files of a cache are: a folder, or an object store that is read through local copies.
+"""Sources: open the files of a cache, in a folder or in an object store that is read through local copies.
 
 A `Source` opens files whose bytes were checked against the manifest, once in a process; what reads them need not know where
 they come from. What is opened is what was checked: a file that takes its place later is checked anew. Sources are
@@ -48,7 +48,7 @@ class Source(Protocol):
         """Read and check manifest.json. Raises `CacheError` when there is none, `CacheDamaged` when it was changed."""
 
     def name_of(self, info: FileInfo) -> str:
-        """What messages call a file."""
+        """Returns the name of a file for messages."""
 
     def opened(self, info: FileInfo) -> AbstractContextManager[BufferedReader]:
         """A regular file whose bytes are those of the manifest, as far as they were checked in this process.
@@ -191,7 +191,7 @@ class LocalFiles:
 
 
 def _identity(stream: BufferedReader) -> tuple[int, ...]:
-    """Which file it is, and in which state."""
+    """Identifies an open file and its state."""
     found = os.fstat(stream.fileno())
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

@@ -68,7 +68,7 @@ class FusedTail:
         return replace(self, teacher_views=teacher_views, weight_NK=self.weight_NK[start:stop])
 
     def expander(self) -> Callable[[slice, Tensor], None]:
-        """What writes logits into a buffer, with scratch that it keeps from one call to the next."""
+        """Returns a function that writes logits into a buffer, with scratch that it keeps from one call to the next."""
         return _Expander(self)
 
 
@@ -165,7 +165,7 @@ class _Expander:
 
 
 def _weights(native: Sequence[TeacherBlock], positions: int) -> Tensor:
-    """What the weights of some teachers add up to at each position, [C, 1]; more than 0."""
+    """Adds up the weights of some teachers at each position, [C, 1]; more than 0."""
     weight_C1 = native[0].weight_c1.clone()
     for each in native[1:]:
         _add_rows(weight_C1, each.rows, each.weight_c1)

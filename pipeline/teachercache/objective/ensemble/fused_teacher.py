@@ -134,7 +134,7 @@ class FusedTeacher:
 
     @property
     def _factors(self) -> list[float]:
-        """What weights are the same at all positions."""
+        """Weights that are the same at all positions."""
         return [prior * factor for prior, factor in zip(self.prior, self.shared.factors, strict=True)]
 
     def chosen(self, targets: Mapping[str, Tensor], index_M: Tensor) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class FusedTeacher:
         return dict(zip(self.names, sums, strict=True))
 
     def _own(self, targets: Mapping[str, Tensor], *, like: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-        """What a batch holds of each teacher."""
+        """Splits a batch's arrays by teacher."""
         arrays = in_type(targets, like=like, dtype=dtype)
         further = [f"teacher{number}/" for number in range(1, len(self.members))]
         first = {name: values for name, values in arrays.items() if "/" not in name}
@@ -182,7 +182,7 @@ class FusedTeacher:
         return found
 
     def _first_alone(self, own: Sequence[Mapping[str, Tensor]]) -> bool:
-        """Whether nothing is to be fused in this batch, as far as that is known without a look at its numbers."""
+        """Tells whether nothing is to be fused in this batch, as far as that is known without a look at its numbers."""
         factors = self._factors
         silent = all(not len(arrays["at"]) or factor == 0 for arrays, factor in zip(own[1:], factors[1:], strict=True))
         return silent and factors[0] > 0 and self.config.missing != "skip"
@@ -205,7 +205,7 @@ def actual_columns(kind: TargetKind, name: str) -> tuple[str, ...]:
 
 
 def tail_to_fuse(member: EnsembleMember, objective: ObjectiveConfig, config: TeachersConfig) -> TailPolicy:
-    """How a teacher's tail is spread where it is fused with others: every token needs a share of its own."""
+    """Returns the tail policy of a teacher that is fused with others: every token needs a share of its own."""
     policies, tail = member.kind.tail_policies, objective.tail
     if tail == "ghost":
         raise RecipeError(
@@ -232,7 +232,7 @@ def tail_to_fuse(member: EnsembleMember, objective: ObjectiveConfig, config: Tea
 
 
 def _speaking(teacher_views: Sequence[TeacherView]) -> Tensor:
-    """Which teachers speak at each position, bool [N, K]."""
+    """Marks the teachers that speak at each position, bool [N, K]."""
     first_N = teacher_views[0].softened.tail_log_prob_N
     speaks_NK = torch.zeros(len(first_N), len(teacher_views), dtype=torch.bool, device=first_N.device)
     for number, teacher_view in enumerate(teacher_views):

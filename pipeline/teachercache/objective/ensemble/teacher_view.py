@@ -1,4 +1,4 @@
-"""What one of several teachers says of a batch: at some of its positions, perhaps in another vocabulary.
+"""View of one of several teachers on a batch: at some of its positions, perhaps in another vocabulary.
 
 Shapes: N positions of a batch, n of them at which a teacher speaks; C positions of a block, c of them with a teacher; U tokens
 of the teacher's own vocabulary, V of the student's; k tokens of a head.
@@ -50,7 +50,7 @@ class TeacherView:
         return replace(self, softened=self.softened.at(own), at_n=self.at_n[own] - start, before=before)
 
     def own(self, start: int, stop: int) -> slice:
-        """Which of its n positions lie in a block."""
+        """Returns those of its n positions that lie in a block."""
         return slice(int(self.before[start]), int(self.before[stop]))
 
     def rows(self, start: int, stop: int) -> Tensor | None:
@@ -80,7 +80,7 @@ class TeacherView:
 
 @dataclass(frozen=True, eq=False)
 class TeacherBlock:
-    """What a teacher says in a block of C positions."""
+    """View of a teacher on a block of C positions."""
 
     rows: Tensor | None  # of the C, at which it speaks; None: at all
     logits_cU: Tensor | None  # of a tail that has logits; overwritten
@@ -134,7 +134,7 @@ class TeacherBlock:
         return self.tail_log_prob_c1 - outside_c1.clamp_min(1).to(self.tail_log_prob_c1.dtype).log()
 
     def _is_first_ck(self) -> Tensor:
-        """Which of the head's tokens are no padding, which repeats the first one."""
+        """Marks the head's tokens that are no padding, which repeats the first one."""
         is_first_ck = torch.ones_like(self.head_ids_ck, dtype=torch.bool)
         is_first_ck[:, 1:] = self.head_ids_ck[:, 1:] != self.head_ids_ck[:, :1]
         return is_first_ck

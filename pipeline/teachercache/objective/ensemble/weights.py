@@ -1,4 +1,4 @@
-"""How much each of several teachers counts at a position.
+"""Weights of several teachers at a position.
 
     fixed                 the recipe's weights, of each domain its own
     confidence            by how likely each teacher finds the token that really follows:
@@ -41,7 +41,7 @@ class TeacherWeights:
         self.factors = tuple(share / sum(shares) for share in shares)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"factors": list(self.factors)}
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -67,22 +67,22 @@ class Block:
 
     @property
     def logits_CV(self) -> Tensor:
-        """Of the vocabulary."""
+        """Logits of the vocabulary."""
         return self.logits_CL[:, : self.vocabulary_size]
 
     @property
     def values_CV(self) -> Tensor:
-        """Of the vocabulary."""
+        """Values of the vocabulary."""
         return self.values_CL[:, : self.vocabulary_size]
 
     @property
     def logits_CP(self) -> Tensor:
-        """Of padding, in the type of `values_CL`; often there is none, and P = 0."""
+        """Logits of padding, in the type of `values_CL`; often there is none, and P = 0."""
         return self.logits_CL[:, self.vocabulary_size :].to(self.values_CL.dtype)
 
     @property
     def values_CP(self) -> Tensor:
-        """Of padding."""
+        """Values of padding."""
         return self.values_CL[:, self.vocabulary_size :]
 
     def exponentiate(self, head_ids_Ck: Tensor, temperature: float) -> Tensor:
@@ -174,6 +174,6 @@ def block_rows(columns: int, dtype: torch.dtype, device: torch.device, *, block_
 
 
 def squarings_of(power: float) -> int:
-    """How often to square for this power; 0 where squaring does not give it."""
+    """Returns the number of squarings that give this power; 0 where squaring does not give it."""
     squarings = math.log2(power)
     return int(squarings) if squarings > 0 and squarings.is_integer() else 0

@@ -1,4 +1,4 @@
-"""How far a student's distribution q is from the teacher's p: four divergences, outcome by outcome.
+"""Divergences of a student's distribution q from the teacher's p: four of them, outcome by outcome.
 
     forward-kl          Σ p log(p / q)                                   covers the teacher's modes (Hinton et al., 2015)
     reverse-kl          Σ q log(q / p)                                   seeks one of them (Gu et al., "MiniLLM", 2023)

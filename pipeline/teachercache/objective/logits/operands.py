@@ -1,4 +1,4 @@
-"""What enters the loss: its weights, its other operands, and the student's logits at single tokens.
+"""Operands of the loss: its weights, the others, and the student's logits at single tokens.
 
 Shapes: R rows of the flat logits, L columns; N positions, k tokens of the head. Log-probabilities in nats.
 """

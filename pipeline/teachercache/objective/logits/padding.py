@@ -1,4 +1,4 @@
-"""What a divergence makes of columns beyond the vocabulary: outcomes of their own, of which the teacher has p = 0.
+"""Padding columns beyond the vocabulary under a divergence: outcomes of their own, of which the teacher has p = 0.
 
     forward-kl          nothing by itself: q is smaller for all tokens by what padding has
     reverse-kl          q · (log q - log p), p as small as counts (`divergences.LEAST_LOG_PROB`)

@@ -61,7 +61,7 @@ def projected_sums(
 
 
 def autocast_type(device: str, dtype: torch.dtype) -> torch.dtype:
-    """Of the matmuls: autocast's, where that is on, else the weights' own."""
+    """Returns the type of matmuls: autocast's, where that is on, else the weights' own."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 

@@ -1,4 +1,4 @@
-"""Who a student learns from: whatever gives a `Softened` distribution at each position, at the temperature of a step.
+"""Interface of a teacher: gives a `Softened` distribution at each position, at the temperature of a step.
 
 Shapes: N positions.
 """
@@ -29,7 +29,7 @@ class Teacher(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What `measured` gives."""
+        """Names that `measured` gives."""
 
     def check_temperatures(self, temperatures: Sequence[float]) -> None:
         """Raise `CacheError` for one at which it cannot be read."""
@@ -40,7 +40,7 @@ class Teacher(Protocol):
         """Its distributions at a temperature, from what the collator gave; on the device of `like`, in `dtype`."""
 
     def chosen(self, targets: Mapping[str, Tensor], index_M: Tensor) -> dict[str, Tensor]:
-        """What the collator gave, of some of the positions; `index_M` rises."""
+        """Selects some positions of what the collator gave; `index_M` rises."""
 
     def measured(self, softened: Softened) -> Mapping[str, Tensor]:
         """Sums over positions of what is logged of its distributions."""

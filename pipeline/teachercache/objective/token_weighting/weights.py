@@ -52,7 +52,8 @@ def emphasis_of(
     student_entropy: Callable[[], Tensor],
     teacher_entropy: Callable[[], Tensor],
 ) -> TokenWeights:
-    """What a recipe's emphasis makes of positions; entropies [N] are computed only where the score needs them.
+    """Returns the weights that a recipe's emphasis gives to positions; entropies [N] are computed only where the score
+    needs them.
 
     `segment_N` is rising: see `segments_of`.
     """
@@ -87,7 +88,7 @@ def position_weights(score_N: Tensor, segment_N: Tensor, *, strength: float, top
 
 
 def _highest(score_N: Tensor, place_N: Tensor, count_G: Tensor, top: float) -> Tensor:
-    """Which positions are among the highest of their segment, bool [N]."""
+    """Marks the positions that are among the highest of their segment, bool [N]."""
     order_N = score_N.argsort(descending=True, stable=True)
     order_N = order_N[place_N[order_N].argsort(stable=True)]  # segment by segment, highest first
     rank_N = torch.empty_like(order_N)

@@ -150,8 +150,8 @@ def _others(folder: Path, kept: set[Path]) -> Iterator[Path]:
 
 
 def summary(plan: AlignPlan, manifest: AlignmentManifest, *, working_seconds: float, seconds: float) -> dict[str, Any]:
-    """What the job made; `aligned_fraction` is of the bytes of the cache's text, `chunks` stand for the same bytes on both
-    sides."""
+    """Sums up the job's result; `aligned_fraction` is of the bytes of the cache's text, `chunks` stand for the same
+    bytes on both sides."""
     totals = Counter(manifest.totals)
     tokens = max(1, totals["student_tokens"])
     beside = sum(manifest.column_bytes.get(column.name, 0) for column in ChunkColumns.columns)

@@ -1,7 +1,7 @@
-"""What an align job is: a cache, a student's tokenizer, and which shards are done.
+"""Plan of an align job: a cache, a student's tokenizer, and the shards that are done.
 
-alignments/ID/.work/ holds plan.json and a record for each shard that is done, and is gone once alignment.json is committed.
-"""
+alignments/ID/.work/ holds plan.json and a record for each shard that is done, and is gone once alignment.json is
+committed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Planned(TypedDict):
 
 
 class Record(TypedDict):
-    """Of a shard that is done."""
+    """Record of a shard that is done."""
 
     shard: Shard
     column_bytes: dict[str, Count]
@@ -102,7 +102,7 @@ class AlignPlan:
 
     @property
     def group(self) -> Group:
-        """What its parts hold."""
+        """Column group of its parts."""
         return alignment_group(self.settings, self._reader, prefix_ids=self.tokenizer["prefix_ids"])
 
     @property
@@ -115,7 +115,7 @@ class AlignPlan:
         return self.folder / WORK_FOLDER
 
     def record(self, unit: int) -> dict[str, Any] | None:
-        """What is known of a shard that is done, if its file is there in full."""
+        """Returns the record of a shard that is done, if its file is there in full."""
         source = self.work / f"{unit:05d}.json"
         remedy = f"delete it (rm {source}) and run the same command again: this shard is aligned again"
         record = read_shaped(source, RECORD, remedy=remedy)
@@ -132,7 +132,7 @@ class AlignPlan:
         return [unit for unit in range(self.units) if self.record(unit) is None]
 
     def is_finished(self) -> bool:
-        """Whether alignment.json is there."""
+        """Tells whether alignment.json is there."""
         return (self.folder / ALIGNMENT).is_file()
 
 

@@ -1,4 +1,5 @@
-"""What a student reads of a segment: the teacher's text, or of a conversation what was said, as its own template writes it."""
+"""Text of a segment as a student reads it: the teacher's text, or, of a conversation, its messages as the student's own
+template writes them."""
 
 from __future__ import annotations
 
@@ -19,20 +20,20 @@ NO_CONTENTS = "nothing that was said is found in both texts"
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """What the student reads of a segment, and where it is what the teacher read."""
+    """Text that the student reads of a segment, and the regions in which it is the teacher's."""
 
     text: str
     regions: list[Region]
 
 
 class Reader:
-    """Of plain text, or of conversations by the chat template of `renderer`."""
+    """Reads plain text, or conversations by the chat template of `renderer`."""
 
     def __init__(self, renderer: ChatRenderer | None) -> None:
         self._renderer = renderer
 
     def __call__(self, segment: Segment) -> Read | str:
-        """What the student reads, or why it reads nothing."""
+        """Returns the student's text, or the reason why there is none."""
         if segment.text is None:
             return NO_TEXT
         if self._renderer is not None:

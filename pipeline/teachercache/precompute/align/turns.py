@@ -1,4 +1,4 @@
-"""Which special token ends a turn of a conversation, on both sides.
+"""Finds the special token that ends a turn of a conversation, on both sides.
 
 A chat template may close turns by another token than EOS (`<|im_end|>` of many base models). What the teacher says where a turn
 ends must be carried over to the token that the student is to write there.

@@ -21,7 +21,7 @@ BATCH = 256  # rows that are tokenised in one call: bounds memory, changes no re
 
 @dataclass(frozen=True)
 class AlignReport:
-    """How a shard went; nothing of it is stored. `started` is wall clock."""
+    """Report of a shard's work; nothing of it is stored. `started` is wall clock."""
 
     tokens: int  # of the student
     started: float

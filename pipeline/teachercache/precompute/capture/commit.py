@@ -69,7 +69,8 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
 
 
 def _loaded_teacher(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the actors loaded. Raises `JobFailed` where they did not load the same; libraries and kernels are noted alone."""
+    """Returns what the actors loaded. Raises `JobFailed` where they did not load the same; libraries and kernels are
+    noted alone."""
     model: dict[str, Any] = records[0]["teacher"]
     differs = [
         key for key in ("architecture", "parameters", "dtype") if any(r["teacher"][key] != model[key] for r in records)

@@ -1,5 +1,5 @@
-"""Whether rows begin as the teacher is used to: its loss on a small sample, with what the recipe puts in front and with the
-other forms that families expect (nothing, BOS, EOS).
+"""Checks that rows begin as the teacher is used to: its loss on a small sample, with what the recipe puts in front and
+with the other forms that families expect (nothing, BOS, EOS).
 
 All forms are read over the same tokens and scored on the same labels: what counts is the mean of their differences beside its
 standard error. A wrong beginning costs Gemma 3 270M four nats a label on such a sample, a harmless one SmolLM2 0.06. What the
@@ -55,7 +55,7 @@ def check_input(teacher: Teacher, plan: Plan, *, positions_per_batch: int) -> No
 
 
 def _forms(tokenizer: Any, chosen: RowPrefix, prefix: tuple[int, ...], *, chats: bool) -> Forms:
-    """What to compare, each once, by the recipe's word for it: the chosen one first."""
+    """Lists the forms to compare, each once, by the recipe's word for it: the chosen one first."""
     forms: Forms = {chosen: prefix}
     for name in get_args(RowPrefix):
         try:

@@ -101,7 +101,8 @@ def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any
 
 @dataclass
 class Timing:
-    """Of the units that this run computed: wall seconds from the first position to the last, and before the first."""
+    """Times of the units that this run computed: wall seconds from the first position to the last, and before the
+    first."""
 
     positions: int = 0
     teacher_seconds: float = 0.0
@@ -150,7 +151,7 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
 
 
 def _tell_input(plan: Plan, console: Console) -> bool:
-    """Whether it was measured by now how the teacher takes the rows' beginnings; warns where another form is better."""
+    """Warns where another beginning of rows suits the teacher better; returns whether that was measured by now."""
     found = plan.input_form()
     line = input_warning(found)
     if line is not None:
@@ -166,7 +167,7 @@ def _describe_choice(chosen: dict[str, Any] | None) -> str:
 
 
 def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -> dict[str, Any]:
-    """What the job made; `positions_per_second` leaves start-up out."""
+    """Sums up the job's result; `positions_per_second` leaves start-up out."""
     working = timing.working_seconds
     return {
         "cache": str(plan.folder),

@@ -1,4 +1,5 @@
-"""What a recipe's `targets.hidden` and `targets.attention` ask for, of a given teacher: kinds with the numbers filled in.
+"""Layers that a recipe's `targets.hidden` and `targets.attention` ask for, of a given teacher: kinds with the numbers
+filled in.
 
 Everything that can be known from the teacher's config is checked here, before a model is loaded.
 """
@@ -108,7 +109,8 @@ def _nearest(numerator: int, denominator: int) -> int:
 
 
 def _head_width(text: Any, share: int) -> int:
-    """Of queries and keys: those that have two parts, with and without positions (DeepSeek), are as wide as both."""
+    """Returns the width of queries and keys: those that have two parts, with and without positions (DeepSeek), are as
+    wide as both."""
     parts = [getattr(text, name, 0) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
     return sum(parts) if all(parts) else getattr(text, "head_dim", None) or share
 

@@ -1,4 +1,4 @@
-"""What a precompute job is, before any compute is spent.
+"""Plan of a precompute job, before any compute is spent.
 
 Equal identities of jobs mean equal inputs and settings. Planning checks the recipe against
 its teacher, reads the corpus once (staging.py), and decides between a new job, one to resume, and a finished one.
@@ -110,7 +110,8 @@ class Plan:
         return self.work / "calibration.json"
 
     def calibration(self) -> dict[str, Any] | None:
-        """Which rows basis and layer files were made from, and these files; {} for targets without, None when it is due."""
+        """Returns the rows that basis and layer files were made from, and these files; {} for targets without, None
+        when it is due."""
         if not self.targets.needs_preparation:
             return {}
         record = read_shaped(
@@ -126,7 +127,7 @@ class Plan:
         return self.work / "input.json"
 
     def input_form(self) -> dict[str, Any]:
-        """What was measured (input_form.py); {} where nothing was, so far."""
+        """Returns the measured losses of input forms (input_form.py); {} before they are measured."""
         return read_shaped(self.input_file, INPUT_FORM, remedy="delete it and run the same command again") or {}
 
     def read_by(self) -> dict[str, dict[str, str]]:
@@ -153,7 +154,8 @@ class Plan:
         return targets
 
     def settings(self, dtype: str) -> dict[str, Any]:
-        """What the cache's shards have in common, of a teacher that was loaded in this dtype; see `Manifest.settings`."""
+        """Returns the settings that the cache's shards share, for a teacher that was loaded in this dtype; see
+        `Manifest.settings`."""
         asked = self.identity["teacher"]
         teacher = {key: asked[key] for key in TEACHER_IDENTITY if asked.get(key) is not None}
         return {
@@ -171,8 +173,8 @@ class Plan:
         return target_digests(self.identity["targets"], read_by)
 
     def groups(self, dtype: str, *, targets: StoredTargets) -> tuple[Group, ...]:
-        """What the files of a shard hold, of a teacher that was loaded in this dtype and captures these targets, whose rank may
-        have been chosen by calibration."""
+        """Returns the column groups of a shard, for a teacher that was loaded in this dtype and captures these targets,
+        whose rank may have been chosen by calibration."""
         return groups_of(
             targets,
             layout=layout_of(self.targets),
@@ -192,7 +194,7 @@ def _made(calibration: Mapping[str, Any]) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _sha256_of(path: Path) -> str:
-    """Of a file that is named by its content: every unit of a process asks for it."""
+    """Hashes a file that is named by its content; cached, because every unit of a process asks for it."""
     return hash_file(path)
 
 
@@ -246,7 +248,8 @@ def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def _begins(recipe: Recipe, tokenizer: Any) -> dict[str, list[int]]:
-    """How rows begin; nothing where neither tokenizer nor recipe puts anything before a text. Raises `RecipeError`."""
+    """Returns the tokens that rows begin with; nothing where neither tokenizer nor recipe puts anything before a text.
+    Raises `RecipeError`."""
     sequence = recipe.sequence
     chats = recipe.corpus is not None and recipe.corpus.messages_field is not None
     prefix = row_prefix(tokenizer, sequence.prefix, chats=chats)

@@ -36,7 +36,7 @@ class Loaded(TypedDict):
 
 
 class Record(TypedDict):
-    """Of a finished unit."""
+    """Record of a finished unit."""
 
     documents: Count
     quarantined_documents: Count

@@ -39,7 +39,7 @@ KEEP_FREED_MEMORY = {
 
 @dataclass(frozen=True)
 class Job:
-    """What every stage knows; travels to the workers."""
+    """Facts that every stage needs; travels to the workers."""
 
     plan: Plan
     teacher: TeacherConfig
@@ -136,7 +136,7 @@ def _tokenise(row: Row, job: Job) -> Row:
 
 
 def resources_of(placement: Placement) -> dict[str, Any]:
-    """What Ray gives to the process that holds a teacher."""
+    """Returns the resources that Ray gives to the process that holds a teacher."""
     if placement.gpus:
         return {"num_cpus": placement.cpus, "num_gpus": placement.gpus}
     return {"num_cpus": placement.cpus, "runtime_env": {"env_vars": KEEP_FREED_MEMORY}}

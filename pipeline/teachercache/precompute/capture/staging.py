@@ -25,7 +25,7 @@ from teachercache.errors import CorpusError
 
 @dataclass(frozen=True)
 class Staged:
-    """What a pass over the corpus found; `digest` covers id, occurrence and problem of every document, in order."""
+    """Result of a pass over the corpus; `digest` covers id, occurrence and problem of every document, in order."""
 
     units: int
     rows_in: int

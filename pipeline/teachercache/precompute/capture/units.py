@@ -112,7 +112,7 @@ def compute_unit(
 
 @dataclass(frozen=True)
 class UnitReport:
-    """How a unit went; nothing of it is stored. `started` is wall clock."""
+    """Report of a unit's work; nothing of it is stored. `started` is wall clock."""
 
     positions: int
     started: float

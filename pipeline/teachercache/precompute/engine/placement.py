@@ -1,4 +1,5 @@
-"""Where the teacher runs: how many actors, and whether each has a GPU. A function of the recipe and of the cluster's nodes.
+"""Placement of the teacher: the number of actors, and whether each has a GPU. A function of the recipe and of the
+cluster's nodes.
 
 What the cluster cannot give is refused here: Ray would wait for it for ever.
 """
@@ -19,7 +20,7 @@ TASK_CPUS = 0.25
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine of the cluster has for Ray to give."""
+    """Resources of one machine of the cluster that Ray can give."""
 
     cpus: float
     gpus: float
@@ -27,7 +28,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """What was chosen. `gpus` and `cpus` are those of one actor; `unmet` says what was asked for, or is there, in vain."""
+    """The chosen placement. `gpus` and `cpus` are those of one actor; `unmet` says what was asked for, or is there, in
+    vain."""
 
     actors: int
     gpus: float
@@ -100,7 +102,7 @@ def _no_room(nodes: Sequence[Node], gpus: float, cpus: int) -> str:
 
 
 def _unmet(settings: PrecomputeConfig, nodes: Sequence[Node], *, wanted: int, room: int, gpus: float) -> str:
-    """What to add to the line, in brackets."""
+    """Words the part in brackets that is added to the line."""
     there = sum(node.gpus for node in nodes)
     if wanted > room:
         return f" (precompute.actors: {wanted}, but the cluster has room for {room})"

@@ -1,4 +1,4 @@
-"""What users see of a job while it runs."""
+"""Progress of a job, for users, while it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job finds in its own `.work/`: read as JSON of the shape that it wrote, or refused in one line.
+"""Records of a job in its own `.work/`: read as JSON of the shape that it wrote, or refused in one line.
 
 A record that is no JSON at all counts as missing, and its unit is computed again. One of another shape was written by
 something else, and computing over it would hide that.
@@ -65,7 +65,7 @@ def read_shaped(file: Path, shape: TypeAdapter[Any], *, remedy: str) -> dict[str
 
 
 def read_json(file: Path) -> Any:
-    """Of any shape; None where there is no file, or no JSON in it."""
+    """Reads JSON of any shape; None where there is no file, or no JSON in it."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -96,7 +96,7 @@ def check_named_by_content(folder: Path, name: str, *, remedy: str) -> None:
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:
-    """Of the files that a record or a plan lists."""
+    """Lists the files that a record or a plan names."""
     shard, others = record.get("shard"), [record.get("quarantine"), *record.get("files", ())]
     files = [*(shard["files"].values() if shard else ()), *(each for each in others if each)]
     made = [name for named in record.get("read_by", {}).values() for name in named.values()]

@@ -1,4 +1,4 @@
-"""Which rows each step of a run sees, as arithmetic.
+"""Order of rows: the rows that each step of a run sees, as arithmetic.
 
 permutation.py      a keyed permutation of 0 … size-1: no table, whatever the number of rows
 shuffle_windows.py  `RowOrder`: the rows of one cache, shuffled in windows of shards

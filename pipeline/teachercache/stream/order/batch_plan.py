@@ -1,4 +1,4 @@
-"""Which rows a training step sees, and which of them a process sees.
+"""Batch plan: the rows that a training step sees, and those of them that a process sees.
 
 Optimizer step t belongs to epoch t // steps_per_epoch; an epoch visits every row exactly once. The rows of a step (the
 *global batch*) are cut into micro-batches, each of rows of one cache, and micro-batch j goes to process j mod W. All
@@ -71,7 +71,7 @@ class BatchPlan:
         return epochs * self.rows + min(rest * self.global_batch, self.rows)
 
     def ends_phase(self, step: int) -> bool:
-        """Whether a phase ends with the first `step` steps: there are none here."""
+        """Tells whether a phase ends with the first `step` steps; no phase does here."""
         return False
 
     def step_rows(self, step: int) -> NDArray[np.int64]:
@@ -102,7 +102,7 @@ class BatchPlan:
 
 
 class Plan(Protocol):
-    """What a run asks of a `BatchPlan`, or of several that follow each other (phases.py)."""
+    """Interface of a `BatchPlan`, or of several that follow each other (phases.py), for a run."""
 
     @property
     def micro_steps(self) -> int:
@@ -131,7 +131,7 @@ class Plan(Protocol):
         """Rows in the first `step` steps."""
 
     def ends_phase(self, step: int) -> bool:
-        """Whether a phase ends with the first `step` steps."""
+        """Tells whether a phase ends with the first `step` steps."""
 
 
 class PlanSampler:

@@ -85,7 +85,7 @@ class Mixture:
         return np.cumsum([0, *(order.rows for order in self.orders[:-1])]).tolist()
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Which cache a row belongs to, and its index there."""
+        """Returns the cache that a row belongs to, and the row's index there."""
         source = int(np.searchsorted(self.starts, row, side="right")) - 1
         return source, row - self.starts[source]
 
@@ -110,7 +110,7 @@ class Mixture:
         return [list(dict.fromkeys([*here, *then])) for here, then in windows]
 
     def _counts(self, index: int) -> list[int]:
-        """How many of the first `index` rows of an epoch each cache gives."""
+        """Counts the rows that each cache gives to the first `index` rows of an epoch."""
         counts, rest, total = [], index, self.rows
         for draws in self.draws:
             counts.append((2 * rest * draws + total) // (2 * total) if total else 0)  # round(rest · draws / total)

@@ -25,7 +25,7 @@ def order_key(fingerprint: str, *, seed: int, epoch: int, part: str = "") -> byt
 
 
 def permuted(index_N: NDArray[np.int64], *, size: int, key: bytes) -> NDArray[np.int64]:
-    """Where the permutation that belongs to `key` sends each index, [N]; all of them lie in 0 … size-1."""
+    """Returns each index's place under the permutation that belongs to `key`, [N]; all of them lie in 0 … size-1."""
     index_N = np.asarray(index_N, dtype=np.int64)
     if size < 1 or (index_N.size and (index_N.min() < 0 or index_N.max() >= size)):
         raise IndexError(f"indices must lie in 0 … {size - 1}")

@@ -58,7 +58,7 @@ class PhasedPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the first phase."""
+        """Steps per epoch of the first phase."""
         return self.parts[0].steps_per_epoch
 
     def steps(self, epochs: float) -> int:
@@ -92,7 +92,7 @@ class PhasedPlan:
         return step in self.ends
 
     def _before(self, step: int) -> list[tuple[BatchPlan, int]]:
-        """How many of the first `step` steps lie in each part."""
+        """Counts the first `step` steps that lie in each part."""
         begins = [0, *self.ends[:-1]]
         return [
             (part, min(max(step - begin, 0), end - begin))

@@ -1,4 +1,4 @@
-"""What happens between the steps of a run.
+"""Callbacks: work between the steps of a run.
 
 log_and_save.py        when it logs, evaluates and saves
 meter.py               loss terms of a logging window, over micro-batches and processes

@@ -1,4 +1,5 @@
-"""When a run logs, evaluates and saves, beyond the intervals of `TrainingArguments`, and that it begins at step 0."""
+"""Times at which a run logs, evaluates and saves beyond the intervals of `TrainingArguments`; and its beginning at step
+0."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ AGREE_EVERY = 4
 
 
 class Request:
-    """Whether this process was asked to stop."""
+    """Request to stop that this process may have got."""
 
     asked = False
 

@@ -1,4 +1,4 @@
-"""What a user sees of a run while it goes on: a progress bar on stderr, and OUTPUT/log.jsonl to read or plot."""
+"""Progress of a run, for users, while it goes on: a progress bar on stderr, and OUTPUT/log.jsonl to read or plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a run follows its losses: told them after every step, logged at every step, saved with every checkpoint.
+"""Parts of a run that follow its losses: told them after every step, logged at every step, saved with every checkpoint.
 
 The losses are those of the global batch, so that every process settles on the same numbers, however many there are.
 """
@@ -61,7 +61,8 @@ class StepLosses(TrainerCallback):
 
 
 class ScheduleFile(TrainerCallback):
-    """What holds in each step, a line of JSON each. A resumed run first goes back to its checkpoint's step."""
+    """Writes the values of the schedule in each step, a line of JSON each. A resumed run first goes back to its
+    checkpoint's step."""
 
     def __init__(self, path: Path, schedule: ObjectiveSchedule) -> None:
         self._path, self._schedule = path, schedule
@@ -91,7 +92,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 def schedule_record(schedule: ObjectiveSchedule, weights: Weights, *, step: int) -> dict[str, Any]:
-    """What held in a step, by the names that logs give it."""
+    """Returns the values of the schedule in a step, by the names that logs give them."""
     phase = schedule.phase_at(step)
     return {
         **({"phase": phase} if phase is not None else {}),

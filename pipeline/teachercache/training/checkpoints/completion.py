@@ -1,4 +1,5 @@
-"""Which checkpoint folders of a run are whole, and whether their bytes are still those that were written.
+"""Completion of checkpoints: tells which folders of a run are whole, and whether their bytes are still those that were
+written.
 
 A checkpoint is many files, written by all processes; a job that is killed meanwhile leaves half of them. The last file
 written is `complete.json`, after everything else has reached the disk: a folder without it is never resumed from. It
@@ -46,12 +47,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.folder.name
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies; transformers gives the name."""
+    """Returns the folder of a step's checkpoint; transformers gives the name."""
     return run / f"checkpoint-{step}"
 
 
@@ -89,7 +90,7 @@ def _marked(folder: Path, step: int) -> Checkpoint:
 
 
 def _of_earlier_version(marker: Path) -> int | None:
-    """How many processes wrote a checkpoint whose marker says only that."""
+    """Returns the number of processes of a checkpoint whose marker says only that; None for any other marker."""
     try:
         data = json.loads(read_regular(marker.parent, marker.name, most=2**16))
     except (ValueError, OSError, RecursionError):
@@ -106,7 +107,8 @@ def names_of(folder: Path) -> dict[str, int]:
 
 
 def exported_damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with what an export reads: weights and configuration, but no optimizer's state. None: nothing."""
+    """Describes the first damage to the files that an export reads: weights and configuration, but no optimizer's
+    state. None: no damage."""
     read = {name: stored for name, stored in (checkpoint.files or {}).items() if "/" not in name}
     try:
         return first_damage(checkpoint.folder, read)

@@ -23,7 +23,7 @@ MOST_MARKER_BYTES = 2**25
 
 @dataclass(frozen=True)
 class StoredFile:
-    """What a file was when it was written."""
+    """Size and digest of a file when it was written."""
 
     bytes: int
     sha256: str
@@ -40,10 +40,10 @@ def stored_files(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
 
 
 def first_damage(folder: Path, files: Mapping[str, StoredFile]) -> str | None:
-    """What is wrong with the first of these files that is not as it was written; None where none is.
+    """Describes the first of these files that is not as it was written; None where all are.
 
-    Raises `OSError` where a file cannot be read now, as when a file system does not answer: that says nothing about its bytes.
-    """
+    Raises `OSError` where a file cannot be read now, as when a file system does not answer: that says nothing about its
+    bytes."""
     for name, stored in files.items():
         try:
             with open_regular(folder, name) as stream:

@@ -21,7 +21,7 @@ _WORDS = (
 
 
 def out_of_space(error: BaseException) -> bool:
-    """Whether an error, or what it came from, says that a file system took no more bytes.
+    """Tells whether an error, or its cause, says that a file system took no more bytes.
 
     The system calls say it by number; safetensors and torch's legacy writer wrap them in their own errors, in words.
     """

@@ -70,7 +70,7 @@ def _check_settings(zero: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 
 class _Resumed(TrainerCallback):
-    """What is left to do once DeepSpeed has loaded a conversion."""
+    """Does the rest of the work once DeepSpeed has loaded a conversion."""
 
     def __init__(self, trainer: Trainer, checkpoint: Checkpoint, *, sharded: bool) -> None:
         self._trainer, self._checkpoint, self._sharded = trainer, checkpoint, sharded
@@ -132,8 +132,9 @@ def _check_weights(model: Any, checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def _groups_without_a_share() -> Iterator[None]:
-    """Where processes are many and a group of parameters is small, the last ones hold nothing but its padding. There
-    DeepSpeed's ZeRO 1 and 2 end with an IndexError (0.19.8): they are to load the other groups alone."""
+    """Lets the last processes load all groups but those of which they have no share. Where processes are many and a
+    group of parameters is small, they hold nothing but its padding, and DeepSpeed's ZeRO 1 and 2 end with an IndexError
+    (0.19.8)."""
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
     load = ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest one whose bytes are those that were written.
+"""Finds the checkpoint that a run goes on from: the newest one whose bytes are those that were written.
 
 All processes call these functions together: each reads its share of the files, and all come to the same result.
 """
@@ -45,7 +45,7 @@ def intact_checkpoint(run: Path, *, say: Callable[[str], None]) -> Checkpoint | 
 
 
 def damage_of(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint's bytes; None where nothing is, or where nothing can be known."""
+    """Describes the damage to a checkpoint's bytes; None where there is none, or where nothing can be known."""
     if checkpoint.damage is not None or checkpoint.files is None:
         return checkpoint.damage
     names = _share({name: stored.bytes for name, stored in checkpoint.files.items()})

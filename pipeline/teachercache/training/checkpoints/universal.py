@@ -73,7 +73,7 @@ def discard(checkpoint: Path) -> None:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with the bytes of a whole conversion; None where nothing is."""
+    """Describes the damage to the bytes of a whole conversion; None where there is none."""
     try:
         if (checkpoint / MARKER).read_bytes() != UNIVERSAL.encode():
             return f"{MARKER} is not what was written"

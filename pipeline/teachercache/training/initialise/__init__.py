@@ -1,4 +1,4 @@
-"""How a student begins.
+"""Beginnings of a student.
 
 init_student.py        a student from a model's own layers
 layer_choice.py        which layers, as people write it

@@ -56,7 +56,8 @@ def transplant_embeddings(model: Any, *, old: Any, new: Any, name: str) -> dict[
 
 
 def _weights(model: Any) -> dict[str, Any]:
-    """What has a row for each token: of tied embeddings one, else input and output, and the head's bias."""
+    """Returns the weights that have a row for each token: of tied embeddings one, else input and output, and the head's
+    bias."""
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     found = {"inputs": inputs}
     if head is not None and head.weight is not inputs:

@@ -1,4 +1,4 @@
-"""Which layers of a model to keep, as people write it: "0,5,10", "every:3", "keep:10", "first:8"."""
+"""Chooses the layers of a model to keep, as people write it: "0,5,10", "every:3", "keep:10", "first:8"."""
 
 from __future__ import annotations
 

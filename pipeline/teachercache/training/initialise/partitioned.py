@@ -19,7 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def is_partitioned(model: Any) -> bool:
-    """Whether a process holds a part of it."""
+    """Tells whether this process holds only a part of the model."""
     return any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 

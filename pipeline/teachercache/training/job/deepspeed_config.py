@@ -91,7 +91,7 @@ def _precision_settings(precision: Precision) -> dict[str, Any]:
 
 
 def own_deepspeed_settings(config: TrainConfig) -> dict[str, Any] | None:
-    """What the user's own file holds; None where the recipe names none. Raises `RecipeError` as above."""
+    """Reads the settings of the user's own file; None where the recipe names none. Raises `RecipeError` as above."""
     path = config.deepspeed
     if path is None:
         return None
@@ -108,7 +108,8 @@ def own_deepspeed_settings(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _without_load_universal(data: dict[str, Any]) -> dict[str, Any]:
-    """Whether a conversion is loaded depends on what there is to resume from, see elastic.py."""
+    """Drops `load_universal`: whether a conversion is loaded depends on what there is to resume from, see
+    elastic.py."""
     section = {name: value for name, value in data.get("checkpoint", {}).items() if name != "load_universal"}
     rest = {name: value for name, value in data.items() if name != "checkpoint"}
     return {**rest, "checkpoint": section} if section else rest

@@ -18,7 +18,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Process:
-    """Which process this is; `main` is the one that writes files and prints."""
+    """This process among those of the job; `main` is the one that writes files and prints."""
 
     rank: int
     world_size: int
@@ -26,7 +26,7 @@ class Process:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process with rank 0."""
+        """Tells whether this is the process with rank 0."""
         return self.rank == 0
 
 
@@ -58,7 +58,8 @@ def training_process() -> Iterator[Process]:
 
 
 def lost_another_process(error: BaseException) -> bool:
-    """Whether an error says that another process of the job is gone, of which the launcher or its own line tells why."""
+    """Tells whether an error says that another process of the job is gone, of which the launcher or its own line tells
+    why."""
     words = str(error).lower()
     return any(known in words for known in ("connection closed by peer", "connection reset by peer", "broken pipe"))
 

@@ -61,7 +61,7 @@ class RunIdentity:
     held_out: float | None = None  # the largest share that any cache holds out, where rows of others are left out by it
 
     def decisive(self) -> dict[str, Any]:
-        """What decides what is learned: two runs that are equal in it are one run."""
+        """Returns the part that decides what is learned: two runs that are equal in it are one run."""
         recipe = self.recipe.model_dump(mode="json", include={"student", "objective", "train"})
         train = {key: value for key, value in recipe["train"].items() if key not in FREE_SETTINGS}
         objective = {key: value for key, value in recipe["objective"].items() if key not in FREE_SETTINGS}
@@ -138,7 +138,7 @@ class RunFolder:
         return self.path / "student"
 
     def summary(self) -> dict[str, Any] | None:
-        """What the finished run said; None while it is unfinished or its student was deleted."""
+        """Reads the finished run's summary; None while it is unfinished or its student was deleted."""
         path = self.path / "summary.json"
         if not path.is_file() or not (self.student / "config.json").is_file():
             return None

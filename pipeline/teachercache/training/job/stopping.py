@@ -1,4 +1,4 @@
-"""Where a student stops: the tokens that its rows ended with, written to every file of an export that says so.
+"""Stop tokens of a student: the tokens that its rows ended with, written to every file of an export that names them.
 
 A base model's own end token is seldom that of the rows which an instruct teacher made: <|end_of_text|> and <|eot_id|> of
 Llama 3, <|endoftext|> and <|im_end|> of Qwen 2.5, <eos> and <end_of_turn> of Gemma 3. A student that learned the one and is
@@ -32,7 +32,7 @@ RARE = 0.02  # a window may end anywhere, also at a special token that ends no t
 
 @dataclass(frozen=True)
 class Ends:
-    """What a tokenizer and the rows of a run say about beginnings and ends, as ids."""
+    """Ids of tokens that begin and end texts, by a tokenizer and the rows of a run."""
 
     rows: tuple[int, ...]  # that ended texts, or turns of the assistant
     special: frozenset[int]  # all special tokens: an end token of a config must be one
@@ -42,7 +42,8 @@ class Ends:
 
     @classmethod
     def of(cls, caches: Sequence[Cache], alignments: Sequence[CacheAlignment], *, tokenizer_folder: Path) -> Ends:
-        """Of a run over some caches; `alignments`, one a cache or none, have its rows in the student's own tokens."""
+        """Collects the ends of a run over some caches; `alignments`, one a cache or none, have its rows in the
+        student's own tokens."""
         tokenizer = load_tokenizer(str(tokenizer_folder))
         special = special_ids(tokenizer)
         rows: list[int] = []
@@ -88,7 +89,8 @@ class Ends:
 
 
 def _ends_in(cache: Cache, alignment: CacheAlignment | None, special: set[int]) -> list[int]:
-    """Of a cache's rows: of texts the end token that was appended, of conversations what the template closes turns with."""
+    """Lists the ends of a cache's rows: of texts the end token that was appended, of conversations what the template
+    closes turns with."""
     if not cache.manifest.corpus.get("messages_field"):
         end = (cache if alignment is None else alignment).manifest.tokenizer.get("eos_id")
         return [end] if cache.manifest.sequence.get("add_eos", True) and end is not None else []

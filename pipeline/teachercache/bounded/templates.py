@@ -73,7 +73,7 @@ class _Generated(Extension):
 
     @pass_eval_context
     def _said(self, context: nodes.EvalContext, caller: Any) -> str:
-        text = caller()
+        text: str = caller()
         if text:
             self.spans.append((self.length, self.length + len(text)))
         return text

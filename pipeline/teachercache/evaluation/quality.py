@@ -191,7 +191,8 @@ def _score(
 def _teachers_choices(stored: Row, cache: Cache, alignment: CacheAlignment | None) -> NDArray[Any]:
     """At each position, in the model's own ids; -1 where the teacher has none to compare."""
     if isinstance(stored, StoredRow):
-        return first_choices(cache.kind, cache.kind.decoded(stored.targets), xp=np)
+        own_N: NDArray[Any] = first_choices(cache.kind, cache.kind.decoded(stored.targets), xp=np)
+        return own_N
     assert alignment is not None
     choices_N = np.full(stored.row.positions, -1, dtype=np.int64)
     arrays, chunks = chunk_arrays([stored], cache.targets, tuple(stored.teacher.targets))

@@ -96,7 +96,8 @@ def _measure_apart(spec: ModelSpec, cache: str | Path, **options: Any) -> dict[s
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=same_imports())
     lines = finished.stdout.strip().splitlines()
     if finished.returncode == 0 and lines:
-        return json.loads(lines[-1])
+        figures: dict[str, Any] = json.loads(lines[-1])
+        return figures
     raise failure_of(spec.model, finished.returncode, lines)
 
 
@@ -104,7 +105,8 @@ def failure_of(model: str, status: int, lines: list[str]) -> TeachercacheError:
     """The measuring process's own error, or a `JobFailed` for one that died."""
     try:
         error = json.loads(lines[-1])["error"]
-        return getattr(errors, error["type"])(error["message"])
+        known: TeachercacheError = getattr(errors, error["type"])(error["message"])
+        return known
     except (IndexError, KeyError, TypeError, ValueError):
         died = "was killed, most likely for want of memory" if status in (-9, 137) else f"ended with status {status}"
         return JobFailed(f"the process that measures {model} {died}; what it said is above")

@@ -116,7 +116,10 @@ def load_config(model: str, *, revision: str | None = None, trust_remote_code: b
 
     with _readable_errors(model, "configuration"):
         source = _plain_copy(find_model(model))
-        return AutoConfig.from_pretrained(source.location, revision=revision, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source.location, revision=revision, trust_remote_code=trust_remote_code
+        )
+        return config
 
 
 def load_causal_lm(
@@ -142,7 +145,8 @@ def load_causal_lm(
         made_by = auto_class(AutoConfig.from_pretrained(source.location, **options))
         loaded = made_by.from_pretrained(source.location, dtype=dtype, **options, **extra)
     _keep_soft_cap(loaded, model, attention)
-    return rotate_by_own_length(loaded.eval())
+    rotated: PreTrainedModel = rotate_by_own_length(loaded.eval())
+    return rotated
 
 
 def _keep_soft_cap(loaded: Any, model: str, attention: str | None) -> None:

@@ -106,8 +106,9 @@ def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bo
 
     def hidden(rows: Sequence[TokenRow]) -> Tensor:
         places, inputs = _inputs(model, rows, layout="documents")
-        found = model.base_model(**inputs, use_cache=False)
-        return found.logits[places[0]] if model.base_model is model else found[0][places[0]]
+        output = model.base_model(**inputs, use_cache=False)
+        hidden_BSD: Tensor = output.logits if model.base_model is model else output[0]
+        return hidden_BSD[places[0]]
 
     with _evaluated(model):
         try:

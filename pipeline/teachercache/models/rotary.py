@@ -59,14 +59,19 @@ def _rotate(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None =
     """In the place of a rotary module's `forward`: cos and sin [B, S, R]."""
     kind = {} if layer_type is None else {"layer_type": layer_type}
     rope_type = self.rope_type if layer_type is None else self.rope_type[layer_type]
+
+    def plain(position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        rotations: tuple[Tensor, Tensor] = type(self).forward(self, x, position_ids, **kind)
+        return rotations
+
     if not _depends_on_length(rope_type) or position_ids.dim() != 2:
-        return type(self).forward(self, x, position_ids, **kind)
+        return plain(position_ids)
     # transformers takes long factors from a variable that only the first long sequence sets.
     vars(self).pop(f"{layer_type}_long_inv_freq", None)
 
     def of(longest: int) -> tuple[Tensor, Tensor]:
         type(self).forward(self, x[:, :1], position_ids.new_zeros(1, 1), **kind)  # resets what a long sequence left
-        return type(self).forward(self, x, position_ids.clamp(max=longest - 1), **kind)
+        return plain(position_ids.clamp(max=longest - 1))
 
     original = _original(self, layer_type)
     length_BS = _lengths(position_ids).clamp_min(original)

@@ -61,15 +61,17 @@ def _of_description(description: dict[str, Any], split_special_tokens: Any, name
 
 def _ids_of(description: dict[str, Any]) -> dict[str | None, int]:
     """Token to id: of added tokens, and of the model's vocabulary, which may be a list in the order of ids."""
-    vocabulary = description["model"]["vocab"]
-    if isinstance(vocabulary, list):
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    listed = description["model"]["vocab"]
+    vocabulary: dict[str | None, int] = (
+        {token: number for number, (token, _) in enumerate(listed)} if isinstance(listed, list) else listed
+    )
     return vocabulary | {token["content"]: token["id"] for token in description.get("added_tokens") or []}
 
 
 def _content(token: Any) -> str | None:
     """Returns the text of a token in a tokenizer's settings, which hold the text itself or an object with it."""
-    return token["content"] if isinstance(token, dict) else token
+    text: str | None = token["content"] if isinstance(token, dict) else token
+    return text
 
 
 def template_fingerprint(tokenizer: Any) -> str | None:

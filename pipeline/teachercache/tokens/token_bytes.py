@@ -114,8 +114,9 @@ class _Decoder:
         """The token that stands for whatever the vocabulary lacks; byte-level vocabularies lack nothing."""
         if self.family == "byte-level":
             return None
-        index, token = self.model.get("unk_id"), self.model.get("unk_token")
-        return index if token is None else tokenizer.convert_tokens_to_ids(token)
+        token = self.model.get("unk_token")
+        index: int | None = self.model.get("unk_id") if token is None else tokenizer.convert_tokens_to_ids(token)
+        return index
 
 
 def _flat(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -129,10 +130,12 @@ def _flat(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 def _space_symbol(part: dict[str, Any]) -> str | None:
     """Returns the symbol that a part writes for a space, or reads as one."""
+    symbol: str | None = part.get("replacement")
     if part["type"] == "Metaspace":
-        return part.get("replacement") or "▁"
+        return symbol or "▁"
     if part["type"] == "Replace":
-        pattern, content = (part.get("pattern") or {}).get("String"), part.get("content")
+        pattern: str | None = (part.get("pattern") or {}).get("String")
+        content: str | None = part.get("content")
         if pattern == " " and content and content != " ":
             return content
         if content == " " and pattern == "▁":

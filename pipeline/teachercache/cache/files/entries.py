@@ -192,7 +192,10 @@ class ShardTable(Sequence[ShardInfo]):
     def sizes(self, groups: Iterable[str] | None = None) -> NDArray[np.int64]:
         """Bytes of each shard's files, of all column groups or of some."""
         chosen = self.files if groups is None else [group for group in self.files if group in set(groups)]
-        return np.sum([np.zeros(len(self), np.int64), *(self.files[group].sizes for group in chosen)], axis=0)
+        sizes: NDArray[np.int64] = np.sum(
+            [np.zeros(len(self), np.int64), *(self.files[group].sizes for group in chosen)], axis=0
+        )
+        return sizes
 
     @property
     def train_positions(self) -> int:

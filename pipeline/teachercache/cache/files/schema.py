@@ -78,7 +78,7 @@ def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
     try:
         if len(raw) > MOST_METADATA_BYTES:
             raise ValueError
-        metadata = parse_json(raw, most=MOST_METADATA_VALUES)
+        metadata: dict[str, Any] = parse_json(raw, most=MOST_METADATA_VALUES)
         rows = metadata["rows_per_batch"]
         described = [metadata["columns"], metadata.get("targets", {}), metadata.get("read_by", {})]
         sound = type(rows) is int and rows >= 1 and all(type(each) is dict for each in described)

@@ -112,12 +112,12 @@ class AlignmentManifest:
     @property
     def vocabulary_size(self) -> int:
         """Tokens of the student's tokenizer."""
-        return self.tokenizer["vocabulary_size"]
+        return int(self.tokenizer["vocabulary_size"])
 
     @property
     def pad_id(self) -> int:
         """Token that fills up batches; never seen by a loss."""
-        return self.tokenizer["pad_id"]
+        return int(self.tokenizer["pad_id"])
 
     def to_json(self, index: list[dict[str, Any]]) -> str:
         """The file's text, its own digest included; `index` are the entries of its index files."""

@@ -85,12 +85,14 @@ class Manifest:
     @property
     def tokenizer(self) -> dict[str, Any]:
         """The teacher's tokenizer, and how rows begin."""
-        return self.settings["tokenizer"]
+        tokenizer: dict[str, Any] = self.settings["tokenizer"]
+        return tokenizer
 
     @property
     def sequence(self) -> dict[str, Any]:
         """Settings by which documents became rows."""
-        return self.settings["sequence"]
+        sequence: dict[str, Any] = self.settings["sequence"]
+        return sequence
 
     @property
     def job(self) -> dict[str, Any]:
@@ -105,22 +107,23 @@ class Manifest:
     @property
     def logits(self) -> dict[str, Any]:
         """Settings of the logit targets, e.g. `{"kind": "top-k", "k": 64, …}`; {} where the cache stores none."""
-        return self.targets.get("logits", {})
+        logits: dict[str, Any] = self.targets.get("logits", {})
+        return logits
 
     @property
     def vocabulary_size(self) -> int:
         """Tokens of the teacher's tokenizer: every distribution is over exactly these."""
-        return self.tokenizer["vocabulary_size"]
+        return int(self.tokenizer["vocabulary_size"])
 
     @property
     def tokenizer_fingerprint(self) -> str:
         """Equal fingerprints map text to equal ids."""
-        return self.tokenizer["fingerprint"]
+        return str(self.tokenizer["fingerprint"])
 
     @property
     def pad_id(self) -> int:
         """Token that fills up batches; never seen by a loss."""
-        return self.tokenizer["pad_id"]
+        return int(self.tokenizer["pad_id"])
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -137,12 +140,12 @@ class Manifest:
     @property
     def layout(self) -> str:
         """`documents` or `packed`."""
-        return self.sequence["layout"]
+        return str(self.sequence["layout"])
 
     @property
     def sequence_length(self) -> int:
         """Most tokens in a row."""
-        return self.sequence["length"]
+        return int(self.sequence["length"])
 
     @property
     def rows(self) -> int:

@@ -50,7 +50,7 @@ class RowBatch:
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return self._batch.nbytes
+        return int(self._batch.nbytes)
 
     @cached_property
     def _tokens(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:

@@ -164,7 +164,7 @@ def _with_defaults(url: str) -> str:
 
 
 def _read(source: Any, length: int, start: int) -> bytes:
-    data = source.read_at(length, start)
+    data: bytes = source.read_at(length, start)
     if len(data) != length:
         raise OSError(f"{len(data)} of {length} bytes came")
     return data

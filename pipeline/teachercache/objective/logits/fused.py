@@ -59,7 +59,8 @@ def distillation_sums(
 
 def _sums(logits_BSL: Tensor, batch: Batch, block_bytes: int | None) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and logits_BSL.requires_grad:
-        return _Distillation.apply(logits_BSL, batch, block_bytes)
+        sums: tuple[Tensor, Tensor, Tensor] = _Distillation.apply(logits_BSL, batch, block_bytes)
+        return sums
     return totals(*run(logits_BSL, None, batch, block_bytes), batch)
 
 

@@ -56,7 +56,8 @@ def projected_sums(
     with torch.autocast(device, enabled=False):
         operands = (hidden_ND.to(dtype), weight_LD.to(dtype), None if bias_L is None else bias_L.to(dtype))
         if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
-            return _Projected.apply(*operands, batch, softcap, chunk)
+            sums: tuple[Tensor, Tensor, Tensor] = _Projected.apply(*operands, batch, softcap, chunk)
+            return sums
         return totals(*_run_chunks(operands, batch, softcap, chunk, gradients=None), batch)
 
 

@@ -73,7 +73,7 @@ def entropy_of_teacher(teacher: Softened, *, vocabulary_size: int) -> Tensor:
     """
     with torch.no_grad(), torch.autocast(teacher.tail_log_prob_N.device.type, enabled=False):
         tail_N = teacher.tail_log_prob_N.exp()
-        entropy_N = torch.special.entr(teacher.head_log_prob_Nk.exp()).sum(-1) + torch.special.entr(tail_N)
+        entropy_N: Tensor = torch.special.entr(teacher.head_log_prob_Nk.exp()).sum(-1) + torch.special.entr(tail_N)
         if teacher.tail is None:
             return entropy_N
         return entropy_N + torch.where(tail_N > 0, tail_N * _of_tail(teacher, vocabulary_size), 0.0)
@@ -97,4 +97,5 @@ def _entropy(logits_CV: Tensor, share_CV: Tensor) -> Tensor:
     """[C]; overwrites both. Whatever has no share adds nothing, also where its logit is -inf."""
     torch.softmax(logits_CV, -1, out=share_CV)
     logits_CV.sub_(logits_CV.amax(-1, keepdim=True)).clamp_min_(NOTHING)
-    return (-share_CV.amax(-1).log() - torch.linalg.vecdot(share_CV, logits_CV)).clamp_min_(0.0)
+    entropy_C: Tensor = -share_CV.amax(-1).log() - torch.linalg.vecdot(share_CV, logits_CV)
+    return entropy_C.clamp_min_(0.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,7 @@ class Mixture:
     @property
     def starts(self) -> list[int]:
         """The number of the first row of each cache."""
-        return np.cumsum([0, *(order.rows for order in self.orders[:-1])]).tolist()
+        return list(accumulate((order.rows for order in self.orders[:-1]), initial=0))
 
     def locate(self, row: int) -> tuple[int, int]:
         """Returns the cache that a row belongs to, and the row's index there."""

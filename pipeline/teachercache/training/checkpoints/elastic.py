@@ -158,7 +158,8 @@ def _groups_without_a_share() -> Iterator[None]:
 
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
-    return trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    settings: dict[str, Any] = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    return settings
 
 
 def _load_universal(trainer: Trainer, wanted: bool) -> None:

@@ -114,7 +114,8 @@ def _keep_layers(source: Any, model: str, path: str, kept: list[int]) -> Any:
 
 def _config_of_kept(config: Any, kept: list[int]) -> dict[str, Any]:
     """The config as a dict, with as many layers as are kept, and every list of one entry a layer cut to those."""
-    values, text = config.to_dict(), config.get_text_config()
+    values: dict[str, Any] = config.to_dict()
+    text = config.get_text_config()
     inner = values
     if text is not config:  # a composite config: the decoder's own is one of its parts
         inner = next(values[name] for name, part in vars(config).items() if part is text)

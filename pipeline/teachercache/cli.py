@@ -122,9 +122,9 @@ def init_student(
         size = f"{len(result['layers'])} layers, {result['parameters']:,} parameters"
         console.print(Text.assemble(("made", "green"), f" a student of {size} → {out}"), soft_wrap=True)
         if tokenizer is not None:
-            made = result["embeddings"]
-            how = f"{made['copied']:,} copied, {made['averaged']:,} averaged, {made['mean']:,} from the mean"
-            console.print(f"embeddings of {sum(made.values()):,} tokens: {how}", soft_wrap=True)
+            counts = result["embeddings"]
+            how = f"{counts['copied']:,} copied, {counts['averaged']:,} averaged, {counts['mean']:,} from the mean"
+            console.print(f"embeddings of {sum(counts.values()):,} tokens: {how}", soft_wrap=True)
         return result
 
     raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
@@ -289,8 +289,8 @@ def verify(
     def show(result: dict[str, Any]) -> Any:
         if result["ok"]:
             lost = result["windows_quarantined"]
-            said = f"; {lost:,} windows of stored rows have no targets: quarantine/ says which, and why" if lost else ""
-            return Text.assemble(("whole", "green"), f" {cache}{said}")
+            note = f"; {lost:,} windows of stored rows have no targets: quarantine/ says which, and why" if lost else ""
+            return Text.assemble(("whole", "green"), f" {cache}{note}")
         lines = [Text.assemble((e["file"], "red"), f": {e['reason']}; {e['remedy']}") for e in result["errors"]]
         return Text("\n").join(lines)
 

@@ -82,7 +82,7 @@ class PlainTextConsole(Console):
 def without_controls(text: str) -> str:
     """Text whose control characters, and those that turn the direction of writing, are spelled out: `\\x1b`. New lines and
     tabs stay."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")

@@ -94,12 +94,12 @@ def _chunk_table(result: dict[str, Any]) -> Table:
     teacher, student = iter(result["tokens"]), iter(result["student_tokens"])
     before: Any = None  # the target of the token before: what predicts the chunk's first one
     for chunk in result["chunks"]:
-        theirs = [next(teacher) for _ in range(chunk["teacher"])]
-        ours = [next(student) for _ in range(chunk["student"])]
-        known = [token["target"] for token in [{"target": before}, *theirs][: len(theirs)]]
-        likely = f"{sum(each['actual_log_prob'] for each in known):.2f}" if known and all(known) else ""
-        before = theirs[-1]["target"] if theirs else before
+        teacher_tokens = [next(teacher) for _ in range(chunk["teacher"])]
+        student_tokens = [next(student) for _ in range(chunk["student"])]
+        known = [token["target"] for token in [{"target": before}, *teacher_tokens][: len(teacher_tokens)]]
+        likely = f"{sum(target['actual_log_prob'] for target in known):.2f}" if known and all(known) else ""
+        before = teacher_tokens[-1]["target"] if teacher_tokens else before
         top = "  ".join(f"{entry['text']!r} {entry['probability']:.2f}" for entry in before["top"]) if before else ""
-        shown = (Text(" ".join(repr(token["text"]) for token in tokens)) for tokens in (theirs, ours))
-        table.add_row("" if chunk["aligned"] else "≠", *shown, likely, Text(top if theirs else ""))
+        shown = (Text(" ".join(repr(token["text"]) for token in tokens)) for tokens in (teacher_tokens, student_tokens))
+        table.add_row("" if chunk["aligned"] else "≠", *shown, likely, Text(top if teacher_tokens else ""))
     return table

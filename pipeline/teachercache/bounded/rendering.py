@@ -51,10 +51,10 @@ class ChatTemplate:
         Raises `Unrenderable` where the template refuses or the conversation is too large for it, `ModelError` where the
         template does not parse, or takes too much for a short conversation.
         """
-        [found] = self.rendered_all([(messages, prompt)])
-        if isinstance(found, Unrenderable):
-            raise found
-        return found
+        [rendering] = self.rendered_all([(messages, prompt)])
+        if isinstance(rendering, Unrenderable):
+            raise rendering
+        return rendering
 
     def rendered_all(self, conversations: Sequence[tuple[Messages, bool]]) -> list[Text | Unrenderable]:
         """As `rendered`, of several (messages, prompt) at the cost of asking once; who is refused is given as its error."""
@@ -65,26 +65,26 @@ class ChatTemplate:
             "template": self.template,
             "variables": {"tools": None, "documents": None, **self._variables},
             "conversations": [
-                {"messages": list(each), "add_generation_prompt": prompt} for each, prompt in conversations
+                {"messages": list(messages), "add_generation_prompt": prompt} for messages, prompt in conversations
             ],
             "most": most,
         }
         try:
             seconds, memory = self._seconds + size / 2**20, MEMORY + _LARGER * size
-            found = _process(os.getpid()).ask(request, seconds=seconds, memory=memory, most=16 * most)
+            answer = _process(os.getpid()).ask(request, seconds=seconds, memory=memory, most=16 * most)
         except Exhausted as error:
-            found = {"exhausted": str(error)}
-        if isinstance(found, list):
-            return [_text(each) for each in found]
-        if "syntax" in found:
-            raise ModelError(f"the tokenizer's chat template does not parse: {found['syntax']}")
-        raise _too_much(found["exhausted"], max(sizes, default=0), seconds=self._seconds)
+            answer = {"exhausted": str(error)}
+        if isinstance(answer, list):
+            return [_text(item) for item in answer]
+        if "syntax" in answer:
+            raise ModelError(f"the tokenizer's chat template does not parse: {answer['syntax']}")
+        raise _too_much(answer["exhausted"], max(sizes, default=0), seconds=self._seconds)
 
 
-def _text(found: dict[str, Any]) -> Text | Unrenderable:
-    if "refused" in found:
-        return Unrenderable(f"the chat template refuses it: {found['refused']}")
-    return Text(found["text"], [(start, end) for start, end in found["spans"]])
+def _text(item: dict[str, Any]) -> Text | Unrenderable:
+    if "refused" in item:
+        return Unrenderable(f"the chat template refuses it: {item['refused']}")
+    return Text(item["text"], [(start, end) for start, end in item["spans"]])
 
 
 def _too_much(what: str, size: int, *, seconds: float) -> Exception:
@@ -106,7 +106,7 @@ def _size(value: Any) -> int:
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
-        return sum(_size(each) for pair in value.items() for each in pair)
+        return sum(_size(part) for pair in value.items() for part in pair)
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 8
 
 

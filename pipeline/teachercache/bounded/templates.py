@@ -27,14 +27,14 @@ def answer(request: dict[str, Any]) -> Any:
         template = _compiled(request["template"])
     except TemplateSyntaxError as error:
         return {"syntax": str(error)}
-    found: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
     for variables in request["conversations"]:
-        left = request["most"] - sum(len(each.get("text", "")) for each in found)
+        left = request["most"] - sum(len(answered.get("text", "")) for answered in answers)
         one = _rendered(template, {**request["variables"], **variables}, most=left)
         if one is None:
             return {"exhausted": "text"}
-        found.append(one)
-    return found
+        answers.append(one)
+    return answers
 
 
 def _rendered(template: Any, variables: dict[str, Any], *, most: int) -> dict[str, Any] | None:

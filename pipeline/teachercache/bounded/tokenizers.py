@@ -27,12 +27,12 @@ def try_tokenizer(data: bytes, *, memory: int = MEMORY) -> None:
 
 def _why_not(data: bytes, memory: int) -> str | None:
     try:
-        found = BoundedProcess("trial").ask({"data": data}, seconds=SECONDS, memory=memory, most=2**16)
+        answer = BoundedProcess("trial").ask({"data": data}, seconds=SECONDS, memory=memory, most=2**16)
     except Exhausted as error:
-        found = {"exhausted": str(error)}
-    if "refused" in found:
-        return f"they read no text ({found['refused']})"
-    if "exhausted" in found:
-        most = f"{SECONDS:g} s" if found["exhausted"] == "time" else f"{memory >> 20} MiB"
+        answer = {"exhausted": str(error)}
+    if "refused" in answer:
+        return f"they read no text ({answer['refused']})"
+    if "exhausted" in answer:
+        most = f"{SECONDS:g} s" if answer["exhausted"] == "time" else f"{memory >> 20} MiB"
         return f"to load them and read a few lines takes more than {most}"
     return None

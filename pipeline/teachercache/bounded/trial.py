@@ -23,8 +23,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         ids = [tokenizer.encode(text).ids for text in _TRIED]
-        for each in ids:
-            tokenizer.decode(each)
+        for token in ids:
+            tokenizer.decode(token)
     except MemoryError:
         raise
     except BaseException as error:  # what Rust raises where it gives up is no Exception

@@ -68,23 +68,26 @@ class CacheAlignment(ShardSet):
     @classmethod
     def all_of(cls, cache: Cache) -> list[CacheAlignment]:
         """Every finished alignment of a cache. Raises `CacheDamaged` for one that cannot be trusted."""
-        found = []
+        alignments = []
         for name in cache.source.names(ALIGNMENTS):
             data = cache.source.read(name) if name.count("/") == 2 and name.endswith(f"/{ALIGNMENT}") else None
             if data is not None:
                 read = cache.source.read_listed
-                found.append(cls(cache, parse_alignment(data, read, cache=cache.manifest, name=f"{cache.name}/{name}")))
-        return found
+                alignments.append(
+                    cls(cache, parse_alignment(data, read, cache=cache.manifest, name=f"{cache.name}/{name}"))
+                )
+        return alignments
 
     @property
     def vocabulary(self) -> VocabularyMap:
         """Map from the student's tokens to the teacher's; loaded once."""
         if self._vocabulary is None:
             with loadable(self.source, self._info("file"), most=MOST_CALIBRATION_BYTES) as path:
-                found = VocabularyMap.load(path)
-            if (len(found.first_Vt), len(found.emitted_Vs)) != (self._teacher_tokens, self.manifest.vocabulary_size):
+                vocabulary = VocabularyMap.load(path)
+            sizes = len(vocabulary.first_Vt), len(vocabulary.emitted_Vs)
+            if sizes != (self._teacher_tokens, self.manifest.vocabulary_size):
                 raise CacheDamaged(f"{self._cache_name}: its vocabulary map is of other vocabularies; align again")
-            self._vocabulary = found
+            self._vocabulary = vocabulary
         return self._vocabulary
 
     @property

@@ -97,15 +97,15 @@ def _chosen(alignments: list[CacheAlignment], student: str | None) -> CacheAlign
     names = [alignment.manifest.tokenizer["name"] for alignment in alignments]
     if student is None:
         return alignments[0] if len(alignments) == 1 else None
-    found = [
+    places = [
         alignment
         for alignment in alignments
         if alignment.manifest.tokenizer["name"] == student
         or alignment.manifest.tokenizer["fingerprint"].startswith(student)
     ]
-    if len(found) != 1:
+    if len(places) != 1:
         raise CacheError(f"say which alignment with --student: {', '.join(names) or 'the cache has none'}")
-    return found[0]
+    return places[0]
 
 
 def _describe_joined(alignment: CacheAlignment, joined: StoredRow) -> dict[str, Any]:
@@ -155,12 +155,12 @@ def _find(cache: Cache, row_id: str) -> tuple[Split, int]:
         return split, int(number)
     rows: Iterator[tuple[Split, int]] = ((split, index) for split in SPLITS for index in range(cache.rows_of(split)))
     named = ((cache.read_row(*row, columns=()).row.row_id, row) for row in rows)
-    found = list(islice((pair for pair in named if pair[0].startswith(row_id)), 1 if len(row_id) == ID_DIGITS else 2))
-    if not found:
+    matches = list(islice((pair for pair in named if pair[0].startswith(row_id)), 1 if len(row_id) == ID_DIGITS else 2))
+    if not matches:
         raise CacheError(f"no row's id begins with {row_id!r}; `--row train:0` shows the first one and its id")
-    if len(found) > 1:
-        names = " and ".join(name for name, _ in found)
+    if len(matches) > 1:
+        names = " and ".join(name for name, _ in matches)
         raise CacheError(
             f"more than one row's id begins with {row_id!r}, {names} do; give more digits of the one you mean"
         )
-    return found[0][1]
+    return matches[0][1]

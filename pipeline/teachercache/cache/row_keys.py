@@ -33,15 +33,15 @@ def row_keys(cache: Cache) -> dict[Split, Keys]:
         keys = _of_shard(cache, info)
         parts["train"].append(keys[: info.rows - info.held_out_rows])
         parts["held-out"].append(keys[info.rows - info.held_out_rows :])
-    return {split: np.concatenate([np.empty(0, np.uint64), *found]) for split, found in parts.items()}
+    return {split: np.concatenate([np.empty(0, np.uint64), *keys]) for split, keys in parts.items()}
 
 
 def _of_shard(cache: Cache, info: ShardInfo) -> Keys:
     try:
         with cache.source.unchecked(info.rows_file) as stream, pa.memory_map(str(path_of_open(stream))) as file:
-            found = np.frombuffer(row_ids_of(file), ">u8")[::2].astype(np.uint64)
-        if len(found) != info.rows:
-            raise ValueError(f"it holds {len(found)} rows, the manifest says {info.rows}")
-        return found
+            keys = np.frombuffer(row_ids_of(file), ">u8")[::2].astype(np.uint64)
+        if len(keys) != info.rows:
+            raise ValueError(f"it holds {len(keys)} rows, the manifest says {info.rows}")
+        return keys
     except DAMAGE as error:
         raise damaged(info.file, error) from None

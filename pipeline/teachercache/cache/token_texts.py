@@ -50,7 +50,7 @@ def _has_byte_level(part: dict[str, Any] | None) -> bool:
     if part is None:
         return False
     inner = [*part.get("decoders", []), *part.get("pretokenizers", [])]
-    return part.get("type") == "ByteLevel" or any(_has_byte_level(each) for each in inner)
+    return part.get("type") == "ByteLevel" or any(_has_byte_level(inner_part) for inner_part in inner)
 
 
 def _byte_level_text(spelling: str) -> str:

@@ -233,8 +233,8 @@ def _why_wrong_shard(path: Path, group: Group, shard: ShardInfo) -> str | None:
     except CacheDamaged as error:
         return str(error)
     if rows != shard.rows or positions not in (None, shard.positions):
-        found = f"{rows} rows" if positions is None else f"{rows} rows and {positions} positions"
-        return f"it holds {found}, the manifest says {shard.rows} and {shard.positions}"
+        counts = f"{rows} rows" if positions is None else f"{rows} rows and {positions} positions"
+        return f"it holds {counts}, the manifest says {shard.rows} and {shard.positions}"
     return None
 
 

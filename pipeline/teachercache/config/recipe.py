@@ -64,12 +64,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _flash_kernels_in_half_precision(self) -> Recipe:
-        found = {}
+        models = {}
         if self.student is not None and self.train is not None and self.train.deepspeed is None:
-            found["student"] = (self.student.attention, self.train.precision == "fp32", "train.precision: bf16")
+            models["student"] = (self.student.attention, self.train.precision == "fp32", "train.precision: bf16")
         if self.teacher is not None:
-            found["teacher"] = (self.teacher.attention, self.teacher.dtype == "float32", "teacher.dtype: bfloat16")
-        for name, (attention, is_single, remedy) in found.items():
+            models["teacher"] = (self.teacher.attention, self.teacher.dtype == "float32", "teacher.dtype: bfloat16")
+        for name, (attention, is_single, remedy) in models.items():
             if is_single and "flash" in (attention or ""):
                 raise ValueError(
                     f"{name}.attention: {attention} computes in half precision alone; set {remedy}, or {name}.attention: sdpa"
@@ -131,8 +131,8 @@ def parse_recipe(data: dict[str, Any], *, origin: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         # A list that is too short once its wrong items are gone is no mistake of its own.
-        found = error.errors()
-        told = [item for item in found if item["type"] != "too_short"] or found
+        faults = error.errors()
+        told = [item for item in faults if item["type"] != "too_short"] or faults
         raise RecipeError(f"recipe {origin}: " + "; ".join(_explain(item) for item in told)) from None
 
 
@@ -196,5 +196,5 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     inner = (getattr(annotation, "__origin__", None), *get_args(annotation))
-    found = [model for each in inner if each is not None and each is not annotation for model in models_in(each)]
-    return list(dict.fromkeys(found))
+    models = [model for part in inner if part is not None and part is not annotation for model in models_in(part)]
+    return list(dict.fromkeys(models))

@@ -50,26 +50,26 @@ class TeachersConfig(Section):
     @model_validator(mode="after")
     def _weights_sum_to_one(self) -> TeachersConfig:
         self.shares()
-        for name, given in self.domains.items():
-            if len(given) != len(self.caches) + 1:
+        for name, weights in self.domains.items():
+            if len(weights) != len(self.caches) + 1:
                 raise ValueError(
-                    f"domains.{name} has {len(given)} weights for {len(self.caches) + 1} teachers; give one for `cache` and "
+                    f"domains.{name} has {len(weights)} weights for {len(self.caches) + 1} teachers; give one for `cache` and "
                     "one for each of teachers.caches"
                 )
-            _check_sum(given, f"domains.{name}")
+            _check_sum(weights, f"domains.{name}")
         if self.tau != 1 and not self.weights.startswith("validation"):
             raise ValueError(f"tau means nothing to weights: {self.weights}; leave it out")
         return self
 
     def shares(self) -> tuple[float, ...]:
         """The weights of `cache` and of each of `caches`."""
-        given = (self.weight, *(each.weight for each in self.caches))
-        known = [weight for weight in given if weight is not None]
-        if len(known) == len(given) or sum(known) > 1 + OFF:
+        weights = (self.weight, *(cache.weight for cache in self.caches))
+        known = [weight for weight in weights if weight is not None]
+        if len(known) == len(weights) or sum(known) > 1 + OFF:
             _check_sum(known, "the teachers'")
             return tuple(known)
-        rest = max(0.0, 1 - sum(known)) / (len(given) - len(known))
-        return tuple(rest if weight is None else weight for weight in given)
+        rest = max(0.0, 1 - sum(known)) / (len(weights) - len(known))
+        return tuple(rest if weight is None else weight for weight in weights)
 
 
 def _check_sum(weights: Sequence[float], whose: str) -> None:

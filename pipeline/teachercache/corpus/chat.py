@@ -218,8 +218,8 @@ def with_mark(message: Message, index: int, *, keep_reasoning: bool) -> Message:
 def _split_at(marks: Sequence[str], skeleton: str) -> list[str]:
     pieces = []
     for mark in marks:
-        piece, found, skeleton = skeleton.partition(mark)
-        if not found or mark in skeleton:
+        piece, separator, skeleton = skeleton.partition(mark)
+        if not separator or mark in skeleton:
             raise Unrenderable("the chat template does not keep the assistant's turns once each and in order")
         pieces.append(piece)
     return [*pieces, skeleton]

@@ -22,14 +22,14 @@ def contents_of(renderer: ChatRenderer, messages: Sequence[Message], text: str) 
     together = found_together(renderer, messages, text)
     if together is not None:
         return together
-    found = []
+    contents = []
     for index, message in enumerate(messages):
         span = span_of(renderer, messages, index, text) if said(message).strip() else None
         if span is not None:
-            found.append(Content(str(message["role"]), *span))
-    found.sort(key=lambda content: content.start)  # some templates move what the system says
+            contents.append(Content(str(message["role"]), *span))
+    contents.sort(key=lambda content: content.start)  # some templates move what the system says
     disjoint: list[Content] = []
-    for content in found:
+    for content in contents:
         if not disjoint or content.start >= disjoint[-1].end:
             disjoint.append(content)
     return disjoint
@@ -53,7 +53,7 @@ def found_together(renderer: ChatRenderer, messages: Sequence[Message], text: st
         pieces.append(before)
     if not spoken or not text.startswith(pieces[0]):
         return None
-    cursor, found = len(pieces[0]), []
+    cursor, contents = len(pieces[0]), []
     for index, after in zip(spoken, [*pieces[1:], rest], strict=True):
         whole = said(messages[index])
         forms = (form for form in (whole, whole.strip()) if text.startswith(form + after, cursor))
@@ -61,9 +61,9 @@ def found_together(renderer: ChatRenderer, messages: Sequence[Message], text: st
         if form is None:
             return None
         start = cursor + len(form) - len(form.lstrip())
-        found.append(Content(str(messages[index]["role"]), start, start + len(form.strip())))
+        contents.append(Content(str(messages[index]["role"]), start, start + len(form.strip())))
         cursor += len(form) + len(after)
-    return found if cursor == len(text) else None
+    return contents if cursor == len(text) else None
 
 
 def span_of(renderer: ChatRenderer, messages: Sequence[Message], index: int, text: str) -> Span | None:
@@ -73,9 +73,9 @@ def span_of(renderer: ChatRenderer, messages: Sequence[Message], index: int, tex
     for keep_reasoning in (False, True) if THOUGHT in whole else (False,):
         placed = with_mark(messages[index], index, keep_reasoning=keep_reasoning)
         skeleton = renderer.text_if_any([*messages[:index], placed, *messages[index + 1 :]]) or ""
-        before, found, after = skeleton.partition(mark(index))
+        before, marker, after = skeleton.partition(mark(index))
         end = len(text) - len(after)
-        if not found or mark(index) in after or not (text.startswith(before) and text.endswith(after)):
+        if not marker or mark(index) in after or not (text.startswith(before) and text.endswith(after)):
             continue
         between = text[len(before) : end]  # "" where before and after overlap
         content = between.strip()

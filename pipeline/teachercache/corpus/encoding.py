@@ -46,15 +46,15 @@ def source_of(document: Document, renderer: ChatRenderer | None, *, contents: bo
     reason when there is none that a tokenizer could read."""
     if document.problem is not None:
         raise Unrenderable(document.problem)
-    text, spans, found = document.text or "", None, []
+    text, spans, message_contents = document.text or "", None, []
     if document.messages is not None and renderer is not None:
         text, spans = renderer.render(document.messages)
-        found = contents_of(renderer, document.messages, text) if contents else []
+        message_contents = contents_of(renderer, document.messages, text) if contents else []
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise Unrenderable(f"not valid Unicode: lone surrogate at character {error.start}") from None
-    return Source(document, text, spans, found)
+    return Source(document, text, spans, message_contents)
 
 
 def encode(
@@ -66,12 +66,12 @@ def encode(
     puts at the end, and EOS with `add_eos`; rendered conversations take neither, because the chat template has written
     them, the prefix too where it does.
     """
-    own = own_prefix(tokenizer)
+    own_ids = own_prefix(tokenizer)
     eos = tokenizer.eos_token_id if add_eos else None
     for source, (ids_S, chars_S2) in zip(sources, _call(sources, tokenizer), strict=True):
         is_chat = source.assistant_spans is not None
         if not is_chat:
-            ids_S, chars_S2 = ids_S[len(own) :], chars_S2[len(own) :]
+            ids_S, chars_S2 = ids_S[len(own_ids) :], chars_S2[len(own_ids) :]
             if eos is not None and (len(ids_S) == 0 or ids_S[-1] != eos):  # some tokenizers append it themselves
                 ids_S, chars_S2 = np.append(ids_S, np.int32(eos)), np.append(chars_S2, [[0, 0]], axis=0)
         if not (is_chat and begins_with(ids_S, prefix)):

@@ -120,18 +120,18 @@ def _paths(source: str, *, kind: str | None) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = _visible(path)
+        files = _visible(path)
     elif glob.has_magic(source):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
-        found = sorted(Path(name) for name in names if Path(name).is_file())
+        files = sorted(Path(name) for name in names if Path(name).is_file())
     else:
-        found = []
-    if not found:
+        files = []
+    if not files:
         if path.is_dir():
             raise CorpusError(f"corpus {source} is an empty folder; put files there, or set another corpus.source")
         raise CorpusError(f"corpus {source} does not exist")
-    matching = [each for each in found if kind is None or format_of(each) == kind]
-    return _documents(matching or found)
+    matching = [file for file in files if kind is None or format_of(file) == kind]
+    return _documents(matching or files)
 
 
 def _documents(paths: Sequence[Path]) -> list[Path]:

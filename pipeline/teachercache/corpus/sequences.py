@@ -114,7 +114,7 @@ def _kept(encoded: Encoded, result: Tokenised, *, sequence: SequenceConfig, stor
 def _pack(windows: Sequence[Window], length: int) -> list[list[Window]]:
     bins = []
     for held_out in (False, True):
-        group = sorted((each for each in windows if each.held_out == held_out), key=_content_key)
+        group = sorted((window for window in windows if window.held_out == held_out), key=_content_key)
         sizes = [len(window.input_ids_S) for window in group]
         bins += [[group[index] for index in indices] for indices in best_fit_decreasing(sizes, capacity=length)]
     return bins

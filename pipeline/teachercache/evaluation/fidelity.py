@@ -132,8 +132,8 @@ def _check_weights(settings: Mapping[str, Any], named: str | None, *, other_weig
     model = named or settings["model"]
     if named is None and not find_model(model).is_local:
         raise ModelError(f"the teacher of this cache was {model}, files that are not here; say where: --teacher PATH")
-    found = weights_identity(model, revision=None, commit=None).get("weights_sha256")
-    if found != expected and not other_weights:
+    digest = weights_identity(model, revision=None, commit=None).get("weights_sha256")
+    if digest != expected and not other_weights:
         raise ModelError(
             f"the files of {model} are not those of this cache's teacher (their digests differ); name the right ones with "
             "--teacher, or compare all the same with --other-weights"

@@ -81,13 +81,17 @@ def attention_divergence(targets: StoredTargets, layer: int, stored: StoredRow, 
     training makes of the columns that are stored of it."""
     columns = targets.attention.columns_of(layer)
     batch = collate([stored], layout="documents", pad_id=0, targets=targets, columns=columns)["layers"]
-    found = targets.attention.stored_heads(torch, layer, batch, torch.from_numpy(stored.row.position_ids_S())[None])
+    stored_heads = targets.attention.stored_heads(
+        torch, layer, batch, torch.from_numpy(stored.row.position_ids_S())[None]
+    )
     shape, sinks_H = exact.shapes[layer], exact.sinks.get(layer)
     queries_BHSE, keys_BKSE = (part[layer].float().cpu()[None] for part in (exact.queries, exact.keys))
-    theirs = StoredHeads(queries_BHSE, keys_BKSE, None, shape, None if sinks_H is None else sinks_H.cpu())
+    exact_heads = StoredHeads(queries_BHSE, keys_BKSE, None, shape, None if sinks_H is None else sinks_H.cpu())
     sees_BSS = sees(torch, batch["segment"], window=shape.window)
-    exact_HSS, found_HSS = (each.probabilities(slice(None), sees_BSS, sinks=True)[0] for each in (theirs, found))
-    if found.heads < shape.heads:
-        exact_HSS = exact_HSS.unflatten(0, (found.heads, -1)).mean(1)
-    apart_HSS = (each.clamp_min(torch.finfo(each.dtype).tiny).log() for each in (exact_HSS, found_HSS))
+    exact_HSS, found_HSS = (
+        heads.probabilities(slice(None), sees_BSS, sinks=True)[0] for heads in (exact_heads, stored_heads)
+    )
+    if stored_heads.heads < shape.heads:
+        exact_HSS = exact_HSS.unflatten(0, (stored_heads.heads, -1)).mean(1)
+    apart_HSS = (maps_HSS.clamp_min(torch.finfo(maps_HSS.dtype).tiny).log() for maps_HSS in (exact_HSS, found_HSS))
     return torch.where(sees_BSS, exact_HSS * torch.sub(*apart_HSS), 0.0).sum(-1).mean(0)

@@ -125,10 +125,10 @@ def label_bytes(rows: Sequence[Row], cache: Cache) -> int | None:
             bytes_S = stored.alignment["token_bytes"]
         else:
             assert finder is not None
-            found = _token_bytes(stored.row, finder)
-            if found is None:
+            text_bytes = _token_bytes(stored.row, finder)
+            if text_bytes is None:
                 return None
-            bytes_S = found
+            bytes_S = text_bytes
         total += int(bytes_S[1:][stored.row.target_mask_S[:-1]].sum())
     return total
 

@@ -86,9 +86,9 @@ def _compared(student: dict[str, Any], teacher: dict[str, Any]) -> dict[str, flo
 
 def _measure_apart(spec: ModelSpec, cache: str | Path, **options: Any) -> dict[str, Any]:
     """Run the measuring module; its stderr passes through."""
-    given = {**dataclasses.asdict(spec), "cache": str(cache), **options}
+    arguments = {**dataclasses.asdict(spec), "cache": str(cache), **options}
     command = [sys.executable, "-m", "teachercache.evaluation.measure"]
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is True:
             command.append(f"--{name.replace('_', '-')}")
         elif value not in (None, False):

@@ -115,8 +115,8 @@ def check_layers(what: str, layers: Sequence[int], *, first: int, count: int, mo
 
 def _hidden_hooks(blocks: Any, layers: Sequence[int], activations: Activations, *, apart: bool) -> list[Any]:
     def onward(layer: int) -> Tensor:
-        found = activations.hidden[layer]
-        activations.onward["hidden", layer] = (found.view_as(found),)
+        hidden_BSD = activations.hidden[layer]
+        activations.onward["hidden", layer] = (hidden_BSD.view_as(hidden_BSD),)
         return activations.onward["hidden", layer][0]
 
     def entered(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,8 +167,8 @@ def _seen_by_kernels(model: Any, owners: dict[int, int], activations: Activation
         layer = owners.get(id(module))
         onward: tuple[Any, ...] = (query, key, value)
         if apart and layer is not None:
-            onward = activations.onward["attention", layer] = tuple(each.view_as(each) for each in onward)
-        made = _kernel_of(name, module, before)(module, *onward, *args, **kwargs)
+            onward = activations.onward["attention", layer] = tuple(tensor.view_as(tensor) for tensor in onward)
+        result = _kernel_of(name, module, before)(module, *onward, *args, **kwargs)
         if layer is not None:
             activations.attention[layer] = Heads(
                 query,
@@ -178,9 +178,9 @@ def _seen_by_kernels(model: Any, owners: dict[int, int], activations: Activation
                 window=kwargs.get("sliding_window"),
                 softcap=kwargs.get("softcap"),
                 sinks_H=kwargs.get("s_aux"),
-                output_BSHE=made[0],
+                output_BSHE=result[0],
             )
-        return made
+        return result
 
     functions[name] = kernel
     try:

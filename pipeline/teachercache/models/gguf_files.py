@@ -93,24 +93,24 @@ def surroundings(file: Path) -> Surroundings:
     )
 
 
-def surround(tokenizer: Any, said: Surroundings) -> None:
+def surround(tokenizer: Any, settings: Surroundings) -> None:
     """Have a tokenizer put before and after a text what its file says."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     changed = description
-    if said.space_prefix is not None:
-        changed = with_space_prefix(description, wanted=said.space_prefix)
+    if settings.space_prefix is not None:
+        changed = with_space_prefix(description, wanted=settings.space_prefix)
         if changed != description:
-            tokenizer.add_prefix_space = said.space_prefix
-            tokenizer.init_kwargs["add_prefix_space"] = said.space_prefix
+            tokenizer.add_prefix_space = settings.space_prefix
+            tokenizer.init_kwargs["add_prefix_space"] = settings.space_prefix
     # transformers gives byte-level vocabularies GPT-2's <|endoftext|>, for which the model has no row.
-    added = [token for token in changed["added_tokens"] if token["id"] < said.tokens]
+    added = [token for token in changed["added_tokens"] if token["id"] < settings.tokens]
     if added != changed["added_tokens"] or changed != description:
         changed = {**changed, "added_tokens": added}
         tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(changed))
-    if tokenizer.bos_token is not None and tokenizer.add_bos_token != said.bos:
-        tokenizer.add_bos_token = said.bos
-    if tokenizer.eos_token is not None and tokenizer.add_eos_token != said.eos:
-        tokenizer.add_eos_token = said.eos
+    if tokenizer.bos_token is not None and tokenizer.add_bos_token != settings.bos:
+        tokenizer.add_bos_token = settings.bos
+    if tokenizer.eos_token is not None and tokenizer.add_eos_token != settings.eos:
+        tokenizer.add_eos_token = settings.eos
 
 
 def with_space_prefix(description: dict[str, Any], *, wanted: bool) -> dict[str, Any]:
@@ -124,11 +124,11 @@ def with_space_prefix(description: dict[str, Any], *, wanted: bool) -> dict[str,
     for part in places:
         if part["type"] == "ByteLevel":
             part["add_prefix_space"] = wanted
-    own = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     if any(part["type"] == "Fuse" for part in decoders):
         changed["decoder"] = _parts(changed["decoder"], "decoders", lambda part: part["type"] != "Strip")
         if wanted:
-            changed["decoder"] = _with(changed["decoder"], "decoders", own, first=False)
+            changed["decoder"] = _with(changed["decoder"], "decoders", strip, first=False)
     if wanted and not any(part["type"] in ("Metaspace", "ByteLevel") for part in places):
         changed["normalizer"] = _with(
             changed["normalizer"], "normalizers", {"type": "Prepend", "prepend": "▁"}, first=True
@@ -141,18 +141,18 @@ def _places(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     if part is None:
         return []
     inner = next((part[name] for name in ("normalizers", "pretokenizers", "decoders") if name in part), None)
-    return [part] if inner is None else [each for item in inner for each in _places(item)]
+    return [part] if inner is None else [place for item in inner for place in _places(item)]
 
 
 def _parts(part: dict[str, Any] | None, name: str, kept: Any) -> dict[str, Any] | None:
     """The same without parts that are not kept."""
-    found = _places(part)
-    left = [each for each in found if kept(each)]
-    if len(left) == len(found):
+    places = _places(part)
+    left = [place for place in places if kept(place)]
+    if len(left) == len(places):
         return part
     return {"type": "Sequence", name: left} if left else None
 
 
-def _with(part: dict[str, Any] | None, name: str, own: dict[str, Any], *, first: bool) -> dict[str, Any]:
-    found = _places(part)
-    return {"type": "Sequence", name: [own, *found] if first else [*found, own]}
+def _with(part: dict[str, Any] | None, name: str, step: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    places = _places(part)
+    return {"type": "Sequence", name: [step, *places] if first else [*places, step]}

@@ -48,9 +48,9 @@ def is_out_of_memory(error: BaseException, *, bytes_free: Callable[[], int | Non
         return True
     if not isinstance(error, RuntimeError):
         return False
-    if any(said in str(error) for said in ALLOCATION_FAILED):
+    if any(message in str(error) for message in ALLOCATION_FAILED):
         return True
-    free = bytes_free() if any(said in str(error) for said in NO_HANDLE) else None
+    free = bytes_free() if any(message in str(error) for message in NO_HANDLE) else None
     return free is not None and free <= HANDLE_BYTES
 
 

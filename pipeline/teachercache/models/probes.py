@@ -58,7 +58,7 @@ def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
     changed_S[HALF_LENGTH:] = (ids_S[HALF_LENGTH:] + vocabulary_size // 2 + 1) % vocabulary_size
     with _evaluated(model):
         whole_SV, changed_SV, alone_SV = (
-            _logits(model, [_row(each)])[0][half] for each in (ids_S, changed_S, ids_S[half])
+            _logits(model, [_row(row_S)])[0][half] for row_S in (ids_S, changed_S, ids_S[half])
         )
         if _differ(whole_SV, alone_SV, reshaped=True):
             return True
@@ -67,7 +67,7 @@ def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
         if str(whole_SV.dtype).removeprefix("torch.") in TOLERANCE:
             return True
         beside, otherwise = (
-            _logits(model, [_row(ids_S), _row(each)])[0][half] for each in (changed_S, ids_S[::-1].copy())
+            _logits(model, [_row(ids_S), _row(row_S)])[0][half] for row_S in (changed_S, ids_S[::-1].copy())
         )
     return _distance(whole_SV, changed_SV) > ROUNDING_FACTOR * _distance(beside, otherwise)
 

@@ -35,8 +35,8 @@ def original_context(model: Any) -> int | None:
 def _by_length(model: Any) -> Iterator[tuple[Any, str | None]]:
     """Rotary modules with such factors, with the type of layer that each kind of factors is for."""
     for module in model.modules():
-        found = getattr(module, "rope_type", None)
-        of_types = found if isinstance(found, dict) else {None: found}
+        rope_types = getattr(module, "rope_type", None)
+        of_types = rope_types if isinstance(rope_types, dict) else {None: rope_types}
         for layer_type, rope_type in of_types.items():
             if _depends_on_length(rope_type):
                 yield module, layer_type

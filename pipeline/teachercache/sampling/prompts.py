@@ -42,14 +42,14 @@ def prompts(
     trained = (document for document in usable if document.problem is None and not document.held_out)
     drawn = heapq.nsmallest(rows, trained, key=lambda document: _draw(document, seed))
     before = list(readers_prefix(tokenizer, prefix, chats=bool(config.messages_field)))
-    made = [_of(document, tokenizer, prompt_tokens, before) for document in drawn]
-    found = [prompt for prompt in made if prompt is not None]
-    if not found:
+    candidates = [_of(document, tokenizer, prompt_tokens, before) for document in drawn]
+    prompts = [prompt for prompt in candidates if prompt is not None]
+    if not prompts:
         raise CorpusError(
             f"corpus {config.source} has no document that a student could go on from within {prompt_tokens} tokens; raise "
             "--prompt-tokens"
         )
-    return sorted(found, key=lambda prompt: -len(prompt.ids))
+    return sorted(prompts, key=lambda prompt: -len(prompt.ids))
 
 
 def _draw(document: Document, seed: int) -> bytes:
@@ -59,8 +59,8 @@ def _draw(document: Document, seed: int) -> bytes:
 def _of(document: Document, tokenizer: Any, prompt_tokens: int, before: list[int]) -> Prompt | None:
     if document.messages is None:
         ids = [*before, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
-        given = ids[: min(prompt_tokens, max(1, len(ids) // 2))]
-        return Prompt(given) if given else None
+        prompt_ids = ids[: min(prompt_tokens, max(1, len(ids) // 2))]
+        return Prompt(prompt_ids) if prompt_ids else None
     last = max((n for n, message in enumerate(document.messages) if message["role"] == "assistant"), default=0)
     if not last:
         return None

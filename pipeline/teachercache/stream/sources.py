@@ -34,8 +34,8 @@ def train_order(
     """The order of the train rows of a run, by default of all that its caches have, else of `trained` ones (numbered among
     themselves, as a `CacheDataset` numbers them). Raises `RecipeError` for impossible shares."""
     caches = [cache, *(mixed.cache for mixed in mix)]
-    counts = [(trained or Trained(())).of_shards(number, each) for number, each in enumerate(caches)]
-    orders = [_row_order(each, rows, seed=seed, window=window) for each, rows in zip(caches, counts, strict=True)]
+    counts = [(trained or Trained(())).of_shards(number, source) for number, source in enumerate(caches)]
+    orders = [_row_order(source, rows, seed=seed, window=window) for source, rows in zip(caches, counts, strict=True)]
     return Mixture.of(orders, shares=[mixed.share for mixed in mix])
 
 
@@ -61,7 +61,7 @@ def windows_bytes(caches: Sequence[Cache], *, window: int, layers: bool) -> int:
     is stored of these as well."""
     remote = [cache for cache in caches if cache.is_remote]
     sizes = [cache.infos.sizes(None if layers else cache.folders_of(cache.logit_columns)) for cache in remote]
-    return sum(int(np.sort(each)[-2 * window :].sum()) for each in sizes)
+    return sum(int(np.sort(sizes_S)[-2 * window :].sum()) for sizes_S in sizes)
 
 
 def _row_order(cache: Cache, rows_S: NDArray[np.int64], *, seed: int, window: int) -> RowOrder:

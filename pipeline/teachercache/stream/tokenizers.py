@@ -51,19 +51,19 @@ def _loaded(folder: AbstractContextManager[Path], described: Mapping[str, Any], 
             check_tokenizer_files(path, vocabulary_size=described["vocabulary_size"])
             try_tokenizer((path / DESCRIPTION).read_bytes())
             tokenizer = load_tokenizer(str(path))
-            found = tokenizer_fingerprint(tokenizer)
-            if found != described["fingerprint"]:
+            fingerprint = tokenizer_fingerprint(tokenizer)
+            if fingerprint != described["fingerprint"]:
                 # A later library may describe in another form what it read; that a class changes it is another matter.
-                if found != read_fingerprint(path):
+                if fingerprint != read_fingerprint(path):
                     raise ValueError("their configuration makes another tokenizer than their description")
-                found = saved_fingerprint(path)
+                fingerprint = saved_fingerprint(path)
         _try(tokenizer)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CacheDamaged(f"{name} tokenizer files cannot be trusted: {reason}; fetch the cache again") from None
-    if found != described["fingerprint"]:
+    if fingerprint != described["fingerprint"]:
         raise CacheDamaged(
-            f"{name} tokenizer files give another tokenizer than the manifest says (fingerprint {found[:12]}, not "
+            f"{name} tokenizer files give another tokenizer than the manifest says (fingerprint {fingerprint[:12]}, not "
             f"{described['fingerprint'][:12]}); fetch the cache again"
         )
     return tokenizer

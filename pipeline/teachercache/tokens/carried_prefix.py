@@ -43,7 +43,9 @@ def _begin_conversations(tokenizer: Any, wanted: Sequence[int]) -> None:
     before = f"{{{{ {json.dumps(''.join(tokenizer.convert_ids_to_tokens(list(wanted))), ensure_ascii=False)} }}}}"
     template = tokenizer.chat_template
     named = isinstance(template, dict)
-    tokenizer.chat_template = {name: before + each for name, each in template.items()} if named else before + template
+    tokenizer.chat_template = (
+        {name: before + source for name, source in template.items()} if named else before + template
+    )
 
 
 def _begin_texts(tokenizer: Any, wanted: Sequence[int]) -> None:
@@ -60,10 +62,10 @@ def _begin_texts(tokenizer: Any, wanted: Sequence[int]) -> None:
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys([*before, *after])],
     )
     backend = tokenizer.backend_tokenizer
-    found = json.loads(backend.to_str())["post_processor"] or {}
+    processor = json.loads(backend.to_str())["post_processor"] or {}
     kept = [
         processors.ByteLevel(trim_offsets=part["trim_offsets"], add_prefix_space=part["add_prefix_space"])
-        for part in found.get("processors", [found])
+        for part in processor.get("processors", [processor])
         if "trim_offsets" in part
     ]
     backend.post_processor = processors.Sequence([*kept, around]) if kept else around

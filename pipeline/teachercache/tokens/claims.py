@@ -31,8 +31,8 @@ def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
     check_rules(description, vocabulary_size=vocabulary_size)
     for name, key in _FURTHER.items():
         if (folder / name).is_file():
-            found = _json(folder / name)
-            ids = found.values() if key is None else map(_number, found.get(key, {}))
+            content = _json(folder / name)
+            ids = content.values() if key is None else map(_number, content.get(key, {}))
             _check(name, iter(ids), vocabulary_size)
     for path in sorted(folder.glob("*.json")):  # transformers copies what stands in them several times
         if path.name not in _LISTS and (count := values_of(path.read_bytes())) > MOST_CONFIG_VALUES:
@@ -50,12 +50,12 @@ def _check_paths(config: dict[str, Any]) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = parse_json(path.read_bytes(), most=MOST_VALUES)
+        content = parse_json(path.read_bytes(), most=MOST_VALUES)
     except ValueError as error:
         raise ValueError(f"{path.name} is no JSON ({' '.join(str(error).split())[:100]})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path.name} is no description of a tokenizer")
-    return found
+    return content
 
 
 def _described_ids(description: dict[str, Any]) -> Iterator[Any]:

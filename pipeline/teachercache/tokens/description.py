@@ -86,13 +86,13 @@ def _step(name: str, step: Any) -> Any:
     """A model, normaliser, pre-tokeniser or post-processor, with all that it consists of; None for none."""
     if step is None:
         return None
-    found = _members(step, {"type": _REQUIRED, **_KNOWN[name].get(step.get("type"), {})})
+    members = _members(step, {"type": _REQUIRED, **_KNOWN[name].get(step.get("type"), {})})
     parts = _PARTS.get(name)
-    if step.get("type") == "Sequence" and parts in found:
-        found[parts] = [_step(name, part) for part in found[parts]]
-    if found.get("merges") is not None:
-        found["merges"] = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in found["merges"]]
-    return found
+    if step.get("type") == "Sequence" and parts in members:
+        members[parts] = [_step(name, part) for part in members[parts]]
+    if members.get("merges") is not None:
+        members["merges"] = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in members["merges"]]
+    return members
 
 
 def _members(written: Mapping[str, Any], known: _Members) -> dict[str, Any]:

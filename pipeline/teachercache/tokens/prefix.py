@@ -43,8 +43,8 @@ def own_prefix(tokenizer: Any) -> tuple[int, ...]:
     """Returns the tokens that the tokenizer itself puts before a text."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
-    found = next((start for start in range(len(whole)) if whole[start : start + len(plain)] == plain), 0)
-    return tuple(int(index) for index in whole[:found])
+    length = next((start for start in range(len(whole)) if whole[start : start + len(plain)] == plain), 0)
+    return tuple(int(index) for index in whole[:length])
 
 
 def template_prefix(tokenizer: Any) -> tuple[int, ...]:
@@ -95,8 +95,8 @@ def _is_of_turns(index: int, question: Sequence[int], answered: Sequence[int], s
 
 def _rendered(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
     """Conversations as the template writes them; empty where it refuses."""
-    found = ChatTemplate(tokenizer).rendered_all([(each, False) for each in conversations])
-    texts = ["" if isinstance(each, Unrenderable) else each.text for each in found]
+    renderings = ChatTemplate(tokenizer).rendered_all([(conversation, False) for conversation in conversations])
+    texts = ["" if isinstance(rendering, Unrenderable) else rendering.text for rendering in renderings]
     return [list(map(int, tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts]
 
 

@@ -77,8 +77,8 @@ def _reader(backend: Any) -> Callable[[str], str]:
 
 def _first_bytes(token: str) -> bytes | None:
     """The bytes of a token's first, incomplete character: b"" where none begins there, None where none are spelled."""
-    if found := _BYTE_TOKEN.fullmatch(token):
-        values = bytes([int(found[1], 16)])
+    if match := _BYTE_TOKEN.fullmatch(token):
+        values = bytes([int(match[1], 16)])
     elif all(char in BYTE_OF for char in token):
         values = bytes(BYTE_OF[char] for char in token)
     else:
@@ -91,8 +91,8 @@ def _first_bytes(token: str) -> bytes | None:
 
 def _completions(start: bytes) -> list[str]:
     """Characters whose UTF-8 begins with these bytes, evenly chosen among those that are assigned."""
-    found = list(_assigned(start)) if start else []
-    return found[:: max(1, len(found) // COMPLETIONS)]
+    characters = list(_assigned(start)) if start else []
+    return characters[:: max(1, len(characters) // COMPLETIONS)]
 
 
 def _assigned(start: bytes) -> Iterator[str]:

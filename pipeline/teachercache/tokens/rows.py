@@ -94,7 +94,9 @@ def row_id(segments: Sequence[Segment], *, repeat: int = 0) -> str:
 
     `repeat` tells rows apart whose spans are equal, which takes windows of a few tokens inside a single character.
     """
-    lines = [f"{each.source_id}:{each.byte_start}:{each.byte_end}:{each.occurrence}" for each in segments]
+    lines = [
+        f"{segment.source_id}:{segment.byte_start}:{segment.byte_end}:{segment.occurrence}" for segment in segments
+    ]
     if repeat:
         lines.append(f"repeat:{repeat}")
     return hashlib.blake2b("\n".join(lines).encode("ascii"), digest_size=16).hexdigest()

@@ -62,17 +62,17 @@ def check_rules(description: Part, *, vocabulary_size: int) -> None:
 
 def _parts(component: Part | None, key: str) -> Iterator[Part]:
     """A component, or those of a sequence, however they are nested."""
-    found: list[Part] = []
+    parts: list[Part] = []
     left = [] if component is None else [component]
     while left:
         part = left.pop()
         if part.get("type") == "Sequence":
             left += part[key]
         else:
-            found.append(part)
-        if len(found) + len(left) > MOST_PARTS:
+            parts.append(part)
+        if len(parts) + len(left) > MOST_PARTS:
             raise ValueError(f"a sequence of {key} has more than {MOST_PARTS} parts")
-    return iter(found)
+    return iter(parts)
 
 
 def _check_known(part: Part, known: frozenset[str]) -> None:
@@ -91,8 +91,8 @@ def _check_normalizers(parts: list[Part]) -> None:
 
 def _check_growth(growth: list[int]) -> None:
     total = 1
-    for each in growth:
-        total *= each
+    for factor in growth:
+        total *= factor
         if total > MOST_GROWTH:
             raise ValueError(f"its rules can make a text more than {MOST_GROWTH} times as long")
 
@@ -135,7 +135,7 @@ def _map_growth(part: Part) -> int:
 def _check_ids(part: Part, vocabulary_size: int) -> None:
     """Checks that what is put around texts is a few tokens that exist."""
     named = (part.get("special_tokens") or {}).values()
-    ids = [token for each in named for token in each["ids"]]
+    ids = [token for special in named for token in special["ids"]]
     ids += [part[name][1] for name in ("sep", "cls") if name in part]
     if len(ids) > MOST_PARTS or max(len(part.get(name) or []) for name in ("single", "pair")) > MOST_PARTS:
         raise ValueError(f"it puts more than {MOST_PARTS} tokens around a text")

@@ -65,9 +65,9 @@ class SpanFinder:
         if len(ids_S) and not 0 <= ids_S.min() <= ids_S.max() < self.token_bytes.size:
             return None
         chars_S2 = None if chars_S2 is None else np.asarray(chars_S2, dtype=np.int64).reshape(-1, 2)
-        found = self._by_bytes(data, ids_S, chars_S2)
-        if found is not None:
-            return found
+        spans = self._by_bytes(data, ids_S, chars_S2)
+        if spans is not None:
+            return spans
         if chars_S2 is None:
             chars_S2 = self._encode_again(text, ids_S)
         return None if chars_S2 is None else self._by_characters(text, data, ids_S, chars_S2)
@@ -86,9 +86,9 @@ class SpanFinder:
                 pieces[index] = (self.token_bytes.contents[ids[index]] or b"") if written_S[index] else b""
                 lengths_S[index] = len(pieces[index])
             tokens = _Tokens(pieces, lengths_S, special_S & ~written_S, written_S)
-            found = tokens.found(data)
-            if found is not None:
-                return found
+            spans = tokens.found(data)
+            if spans is not None:
+                return spans
         return None
 
     def _encode_again(self, text: str, ids_S: NDArray[Any]) -> NDArray[Any] | None:
@@ -153,13 +153,13 @@ class _Tokens:
 
     def _but_for_edges(self, joined: bytes, data: bytes) -> TokenSpans | None:
         """Other white space at the ends (a dummy prefix; offsets that leave it out), or characters cut at a window's."""
-        core, own = data.strip(_WHITE), joined.strip(_WHITE)
-        missing = len(core) - len(own)
-        if not own or not 0 <= missing < 2 * _LONGEST_CHARACTER:
+        core, token_core = data.strip(_WHITE), joined.strip(_WHITE)
+        missing = len(core) - len(token_core)
+        if not token_core or not 0 <= missing < 2 * _LONGEST_CHARACTER:
             return None
         for cut in range(min(missing, _LONGEST_CHARACTER - 1) + 1):
             end = len(core) - (missing - cut)
-            if core[cut:end] == own and _continues(core[1 : cut + 1]) and _continues(core[end:]):
+            if core[cut:end] == token_core and _continues(core[1 : cut + 1]) and _continues(core[end:]):
                 lead = (len(data) - len(data.lstrip(_WHITE))) - (len(joined) - len(joined.lstrip(_WHITE)))
                 ends_S = np.clip(np.cumsum(self.lengths_S) + (cut + lead), 0, len(data))
                 ends_S[np.cumsum(self.lengths_S) == 0] = 0
@@ -192,8 +192,8 @@ class _Tokens:
 
     def _but_for_white_space(self, joined: bytes, data: bytes) -> TokenSpans | None:
         """White space that the tokens do not have (WordPiece, normalisers that squeeze it) belongs to the one after it."""
-        own = joined.translate(None, _WHITE)
-        if not own or own != data.translate(None, _WHITE):
+        token_text = joined.translate(None, _WHITE)
+        if not token_text or token_text != data.translate(None, _WHITE):
             return None
         is_text_B = ~_IS_WHITE[np.frombuffer(joined, dtype=np.uint8)]
         before_B = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(is_text_B)])  # bytes of text up to each place

@@ -112,15 +112,15 @@ def token_pieces(source_tokenizer: Any, target_tokenizer: Any) -> Pieces:
         is_special = index in special
         single_V[index] = known.special(source.contents[index], index) if is_special else known.find(key, index)
     for role in ("bos_token_id", "eos_token_id"):
-        own, other = getattr(source_tokenizer, role, None), getattr(target_tokenizer, role, None)
-        if own is not None and other is not None:
-            single_V[own] = other
+        source_id, other = getattr(source_tokenizer, role, None), getattr(target_tokenizer, role, None)
+        if source_id is not None and other is not None:
+            single_V[source_id] = other
     exact_V = single_V >= 0
     ids = [[index] if index >= 0 else [] for index in single_V.tolist()]
     rest = [index for index, key in enumerate(keys) if key and not exact_V[index] and index not in special]
     encoded = _encoded([keys[index] or b"" for index in rest], target, target_tokenizer, known)
-    for index, found in zip(rest, encoded, strict=True):
-        ids[index] = found
+    for index, pieces in zip(rest, encoded, strict=True):
+        ids[index] = pieces
     return Pieces(source, target, ids, exact_V)
 
 
@@ -173,15 +173,15 @@ def _encoded(keys: Sequence[bytes], target: TokenBytes, tokenizer: Any, known: _
     """The tokens that the tokenizer gives to each of these bytes, as they continue a text; none if any is unknown."""
     backend = _continuing(tokenizer.backend_tokenizer)
     texts = [_valid_prefix(key) for key in keys]
-    found = []
+    pieces = []
     for key, text, encoding in zip(keys, texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
         ids, cut = list(encoding.ids), key[len(text.encode()) :]
         if cut and target.family == "byte-level":
             ids = [piece.id for piece in backend.model.tokenize("".join(CHARACTER_OF[byte] for byte in key))]
         elif cut:
             ids += [known.plain[cut[at : at + 1]] for at in range(len(cut)) if cut[at : at + 1] in known.plain]
-        found.append([] if any(target.values[index] is None for index in ids) else ids)
-    return found
+        pieces.append([] if any(target.values[index] is None for index in ids) else ids)
+    return pieces
 
 
 def _continuing(backend: Any) -> Any:
@@ -205,8 +205,8 @@ def _without_prefix(part: dict[str, Any] | None, inner: str) -> dict[str, Any] |
     if part is None or part["type"] == "Prepend":
         return None
     if part["type"] == "Sequence":
-        kept = [each for each in (_without_prefix(each, inner) for each in part[inner]) if each is not None]
-        return {**part, inner: kept}
+        steps = (_without_prefix(step, inner) for step in part[inner])
+        return {**part, inner: [step for step in steps if step is not None]}
     if part["type"] == "Metaspace":
         return {**part, "prepend_scheme": "never"}
     return {**part, "add_prefix_space": False} if "add_prefix_space" in part else part
@@ -231,12 +231,12 @@ def _is_identical(teacher: TokenBytes, student: TokenBytes, teacher_tokenizer: A
 
 def _comparable(tokens: TokenBytes, tokenizer: Any, size: int) -> list[tuple[str, bool] | None]:
     """Each id's token and whether it is special; None for an id without a token, or that fills up."""
-    found: list[tuple[str, bool] | None] = [None] * size
+    comparable: list[tuple[str, bool] | None] = [None] * size
     special = tokens.special_V.tolist()
     for token, index in tokenizer.get_vocab().items():
         if not _FILLER.fullmatch(token):
-            found[index] = (token, special[index])
-    return found
+            comparable[index] = (token, special[index])
+    return comparable
 
 
 def _problem(version: Any, identical: Any, coverage: Any, *, first: Any, exact: Any, emitted: Any) -> str | None:

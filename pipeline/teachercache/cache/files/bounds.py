@@ -25,7 +25,7 @@ def validated(validate: Any, value: Any) -> None:
     try:
         validate(value)
     except ValidationError as error:
-        wrong = [each for each in error.errors() if each["type"] != "extra_forbidden"]  # keys of a later version
+        wrong = [fault for fault in error.errors() if fault["type"] != "extra_forbidden"]  # keys of a later version
         if not wrong:
             return
         first = wrong[0]

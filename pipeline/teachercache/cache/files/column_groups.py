@@ -41,7 +41,7 @@ def target_digests(targets: Mapping[str, Any], read_by: ReadBy) -> dict[str, str
 def check_groups(groups: Mapping[str, Sequence[str]]) -> None:
     """Raise `ValueError` for column groups that no cache has: every section of targets stands in one of them at most. Those
     of a later version may have any folder."""
-    sections = [section for each in groups.values() for section in each]
+    sections = [section for names in groups.values() for section in names]
     for folder in groups:
         check_inside(folder)
     if ROWS_GROUP not in groups:
@@ -86,8 +86,8 @@ class Group:
             if metadata.get("targets", {}).get(section) != digest:
                 raise CacheDamaged(f"its {section} are of other settings than the manifest's")
         for section, files in self.read_by.items():
-            if (found := _read_by(metadata, section)) != dict(files):
-                raise CacheDamaged(f"its {section} are read by {str(found)[:200]}, the manifest names {dict(files)}")
+            if (read_by := _read_by(metadata, section)) != dict(files):
+                raise CacheDamaged(f"its {section} are read by {str(read_by)[:200]}, the manifest names {dict(files)}")
         return metadata
 
 

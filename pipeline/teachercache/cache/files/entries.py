@@ -147,7 +147,7 @@ class ShardTable(Sequence[ShardInfo]):
         lengths = {len(self.row_ids), *map(len, self._counts.values()), *map(len, self.files.values())}
         if len(lengths) > 1 or not self.files:
             raise ValueError("its lists of shards are not of one length")
-        if {type(each) for each in self.row_ids} - {str}:
+        if {type(row_id) for row_id in self.row_ids} - {str}:
             raise ValueError("a row_ids of a shard is no text")
         rows, held_out = self.counted("rows"), self.counted("held_out_rows")
         wrong = (held_out > rows) | (self.counted("held_out_positions") > self.counted("positions")) | (rows == 0)
@@ -237,7 +237,7 @@ class ShardTable(Sequence[ShardInfo]):
 
 
 def _chained(lists: Iterable[list[Any]]) -> list[Any]:
-    return [value for each in lists for value in each]
+    return [value for values in lists for value in values]
 
 
 def _checked_counts(name: str, values: Sequence[Any]) -> NDArray[np.int64]:

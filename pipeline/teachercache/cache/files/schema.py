@@ -81,7 +81,7 @@ def shard_metadata(schema: pa.Schema) -> dict[str, Any]:
         metadata: dict[str, Any] = parse_json(raw, most=MOST_METADATA_VALUES)
         rows = metadata["rows_per_batch"]
         described = [metadata["columns"], metadata.get("targets", {}), metadata.get("read_by", {})]
-        sound = type(rows) is int and rows >= 1 and all(type(each) is dict for each in described)
+        sound = type(rows) is int and rows >= 1 and all(type(section) is dict for section in described)
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -102,10 +102,10 @@ def check_schema(
         )
     types = [*(field.type for field in fields), *(pa.binary() for _ in columns)]
     for name, wanted in zip(expected, types, strict=True):
-        found = schema.field(name).type
-        before_contents = name == "segments" and found.equals(pa.list_(pa.struct(_SEGMENT)))  # of earlier caches
-        if not found.equals(wanted) and not before_contents:
-            raise CacheDamaged(f"its column {name} is of type {str(found)[:200]}, not {wanted}")
+        dtype = schema.field(name).type
+        before_contents = name == "segments" and dtype.equals(pa.list_(pa.struct(_SEGMENT)))  # of earlier caches
+        if not dtype.equals(wanted) and not before_contents:
+            raise CacheDamaged(f"its column {name} is of type {str(dtype)[:200]}, not {wanted}")
 
 
 def table_metadata(tables: bytes) -> dict[str, str]:

@@ -249,10 +249,12 @@ def _check(manifest: AlignmentManifest, cache: Manifest) -> None:
         raise ValueError("its pad_id is no token")
     if manifest.cache != cache.settings_fingerprint:
         raise ValueError("it belongs to another cache")
-    ours, theirs = manifest.shards, cache.shards
-    same = len(ours) == len(theirs) and all(
-        np.array_equal(ours.counted(name), theirs.counted(name)) for name in ("rows", "held_out_rows")
+    shards, cached = manifest.shards, cache.shards
+    same = len(shards) == len(cached) and all(
+        np.array_equal(shards.counted(name), cached.counted(name)) for name in ("rows", "held_out_rows")
     )
     # Format 1 does not tell which rows a shard holds: joining compares them one by one.
-    if not same or any(own and other and own != other for own, other in zip(ours.row_ids, theirs.row_ids, strict=True)):
+    if not same or any(
+        digest and other and digest != other for digest, other in zip(shards.row_ids, cached.row_ids, strict=True)
+    ):
         raise ValueError("its rows are not those of the cache")

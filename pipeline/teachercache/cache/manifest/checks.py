@@ -216,10 +216,11 @@ def _check_layers(section: str, targets: Mapping[str, Any], *, longest: int) -> 
 
 
 def _check_heads(settings: Mapping[str, Any], *, longest: int) -> None:
-    theirs = settings.get("teacher_heads", settings["heads"])
-    if theirs % settings["key_heads"] or theirs % settings["heads"]:
+    teacher_heads = settings.get("teacher_heads", settings["heads"])
+    if teacher_heads % settings["key_heads"] or teacher_heads % settings["heads"]:
         raise ValueError(
-            f"targets.attention has {theirs} heads, {settings['key_heads']} of keys, and {settings['heads']} of them stored"
+            f"targets.attention has {teacher_heads} heads, {settings['key_heads']} of keys, and {settings['heads']} of them "
+            "stored"
         )
     if settings["kind"] == "maps":
         check_length(longest, heads=settings["heads"], layers=len(settings["layers"]), top=settings["top"])
@@ -234,10 +235,10 @@ def _check_settings(settings: Mapping[str, Any], vocabulary_size: int) -> None:
     if kind not in TARGET_KINDS:
         return
     chosen = ("rank", "step") if settings.get("target_kl") is not None else ()  # by calibration
-    given = {name: value for name, value in settings.items() if value is not None or name not in chosen}
-    if None in given.values():
+    stated = {name: value for name, value in settings.items() if value is not None or name not in chosen}
+    if None in stated.values():
         raise ValueError("a setting of targets.logits has no value")
-    validated(lambda text: _LOGITS.validate_json(text, strict=True), json.dumps(given))
+    validated(lambda text: _LOGITS.validate_json(text, strict=True), json.dumps(stated))
     try:
         target_kind(settings, vocabulary_size=vocabulary_size)
     except (RecipeError, CacheDamaged) as error:

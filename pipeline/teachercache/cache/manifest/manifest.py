@@ -115,8 +115,8 @@ def _fields_of(data: dict[str, Any], read_file: Callable[[str, int], bytes]) -> 
         raise ValueError("its totals are not those of its shards")
     if data["settings_fingerprint"] != fingerprint_of(data["settings"]):
         raise ValueError("its settings_fingerprint does not match its settings")
-    found = cache_fingerprint(data["settings_fingerprint"], data["target_digests"], data["corpus"], data["units"])
-    if data["fingerprint"] != found:
+    fingerprint = cache_fingerprint(data["settings_fingerprint"], data["target_digests"], data["corpus"], data["units"])
+    if data["fingerprint"] != fingerprint:
         raise ValueError("its fingerprint does not match its settings, targets and corpus")
     return {
         **{key: data[key] for key in PLAIN_KEYS},

@@ -192,12 +192,12 @@ class Shard:
     ) -> tuple[TokenRow, dict[str, NDArray[Any]]]:
         group = self._groups[0]
         file = self.file(group)
-        own = tuple(name for name in names if self._group_of[name] is group)
-        fields = (*(name for name in ROW_COLUMNS if segments or name != "segments"), *own)
+        payload_names = tuple(name for name in names if self._group_of[name] is group)
+        fields = (*(name for name in ROW_COLUMNS if segments or name != "segments"), *payload_names)
         try:
             batch, within = file.row_batch(index, fields, recent, self._check_rows, rows=self.info.rows)
             row = batch.row(within)
-            stored = {name: batch.payload(name, within) for name in own}
+            stored = {name: batch.payload(name, within) for name in payload_names}
             return row, file.decoded(stored, _counts(row), before=0)
         except DAMAGE as error:
             raise damaged(f"{file.name}, row {index},", error) from None

@@ -80,11 +80,11 @@ class LocalCopies:
             stream = open_regular(path.parent, path.name)
         except (FileNotFoundError, NoRegularFile):
             return None
-        found = _identity(stream.fileno())
-        if self._checked.get(info.sha256) == found:
+        identity = _identity(stream.fileno())
+        if self._checked.get(info.sha256) == identity:
             return stream
         if why_different(stream, expected_bytes=info.bytes, sha256=info.sha256) is None:
-            self._checked[info.sha256] = found
+            self._checked[info.sha256] = identity
             return stream
         stream.close()
         return None
@@ -164,8 +164,8 @@ class LocalCopies:
         """Copies, the longest unused first, and parts of others; parts that nobody fetches any more are removed."""
         copies: list[Entry] = []
         parts: list[Entry] = []
-        with os.scandir(self.folder) as found:
-            for file in found:
+        with os.scandir(self.folder) as entries:
+            for file in entries:
                 if not _COPY.fullmatch(file.name) or file.name == besides.name:
                     continue
                 path = Path(file.path)
@@ -227,8 +227,8 @@ def _digest(info: FileInfo) -> str:
 
 def _identity(descriptor: int) -> tuple[int, ...]:
     """Identifies an open file and its state."""
-    found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _mark_used(stream: BufferedReader) -> None:

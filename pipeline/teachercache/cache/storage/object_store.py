@@ -83,8 +83,8 @@ class ObjectStore:
         from pyarrow import fs
 
         selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
-        found = self._retried("", lambda: filesystem.get_file_info(selector))
-        return {info.path.removeprefix(root).lstrip("/"): info.size for info in found if info.type == fs.FileType.File}
+        infos = self._retried("", lambda: filesystem.get_file_info(selector))
+        return {info.path.removeprefix(root).lstrip("/"): info.size for info in infos if info.type == fs.FileType.File}
 
     def close(self) -> None:
         """End the waits between retries, in all threads."""

@@ -180,8 +180,8 @@ class LocalFiles:
         return read_listed(self.folder, name, size)
 
     def names(self, folder: str) -> list[str]:
-        found = (path for path in (self.folder / folder).rglob("*") if path.is_symlink() or not path.is_dir())
-        return sorted(path.relative_to(self.folder).as_posix() for path in found)
+        paths = (path for path in (self.folder / folder).rglob("*") if path.is_symlink() or not path.is_dir())
+        return sorted(path.relative_to(self.folder).as_posix() for path in paths)
 
     def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         """Nothing to do."""
@@ -192,8 +192,8 @@ class LocalFiles:
 
 def _identity(stream: BufferedReader) -> tuple[int, ...]:
     """Identifies an open file and its state."""
-    found = os.fstat(stream.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    status = os.fstat(stream.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class RemoteFiles:

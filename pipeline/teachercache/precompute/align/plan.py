@@ -152,7 +152,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
             f"{cache.name} keeps no text (corpus.store_text: false), so nothing can be aligned; precompute it again with "
             "corpus.store_text: true"
         )
-    said = {
+    settings = {
         "name": portable_name(student),
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "vocabulary_size": vocabulary_size(tokenizer),
@@ -166,7 +166,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
             f"{cache.name} does not say where messages stand in its conversations (an earlier version made it), so that "
             "no other chat template can be applied; precompute it again"
         )
-    plan = AlignPlan(cache.folder.resolve(), said, {}, len(cache.infos), cache.manifest.settings_fingerprint)
+    plan = AlignPlan(cache.folder.resolve(), settings, {}, len(cache.infos), cache.manifest.settings_fingerprint)
     for path in (plan.folder.parent, plan.folder):
         if path.is_symlink():
             raise CacheError(f"{path} is a link, which would lead what is written out of the cache; delete it")

@@ -45,26 +45,28 @@ class Reader:
     def _rendered(renderer: ChatRenderer, text: str, contents: Sequence[Content]) -> Read | str:
         """The teacher's own text where both templates write the same."""
         data = text.encode()
-        said = [data[content.start : content.end].decode(errors="replace") for content in contents]
-        messages = [{"role": content.role, "content": each} for content, each in zip(contents, said, strict=True)]
+        texts = [data[content.start : content.end].decode(errors="replace") for content in contents]
+        messages = [
+            {"role": content.role, "content": message} for content, message in zip(contents, texts, strict=True)
+        ]
         if not messages:
             return NO_CONTENTS
         try:
-            rendered, found = _render(renderer, messages)
+            rendered, starts = _render(renderer, messages)
         except Unrenderable as error:
             return f"the student's template: {error}"
         if rendered == text:
             return Read(text, [Region(0, len(data), 0, len(data))])
         places = byte_offsets(rendered)
-        regions, rest = [], list(found)
-        for content, each in zip(contents, said, strict=True):
-            kept = each.strip()  # a window may have cut it at white space, which templates strip
+        regions, rest = [], list(starts)
+        for content, message in zip(contents, texts, strict=True):
+            kept = message.strip()  # a window may have cut it at white space, which templates strip
             same = (one for one in rest if one.role == content.role and rendered[one.start : one.end] == kept)
             match = next(same, None)
             if match is None:
                 continue  # the student's template changes it, or leaves it out
             rest = rest[rest.index(match) + 1 :]
-            start = content.start + len(each[: len(each) - len(each.lstrip())].encode())
+            start = content.start + len(message[: len(message) - len(message.lstrip())].encode())
             end = start + len(kept.encode())
             regions.append(Region(start, end, int(places[match.start]), int(places[match.end])))
         return Read(rendered, regions) if regions else NO_CONTENTS

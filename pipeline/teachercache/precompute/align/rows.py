@@ -88,7 +88,7 @@ class Aligner:
     def aligned(self, rows: Sequence[StoredRow]) -> list[AlignedRow]:
         """All rows, in order, their texts tokenised in one call."""
         read = [self._reader(segment) for stored in rows for segment in stored.row.segments]
-        encoded = iter(self._encoded([each.text if isinstance(each, Read) else "" for each in read]))
+        encoded = iter(self._encoded([segment.text if isinstance(segment, Read) else "" for segment in read]))
         reads = iter(read)
         return [self._row(stored.row, [(next(reads), next(encoded)) for _ in stored.row.segments]) for stored in rows]
 
@@ -213,9 +213,9 @@ def _overlaps(sides: Sides, teacher_predicted_T: NDArray[np.bool_]) -> NDArray[n
     starts_S = np.append(0, ends_S[:-1])
     found_S = np.zeros(len(ends_S), dtype=np.bool_)
     for region in sides.regions:
-        edges = (np.clip(each, region.student_start, region.student_end) for each in (starts_S, ends_S))
+        edges = (np.clip(places_S, region.student_start, region.student_end) for places_S in (starts_S, ends_S))
         before, after = (
-            np.interp(each - region.student_start + region.teacher_start, places, covered) for each in edges
+            np.interp(edge_S - region.student_start + region.teacher_start, places, covered) for edge_S in edges
         )
         found_S |= after > before
     return found_S
@@ -250,9 +250,9 @@ def _joined(row: TokenRow, pieces: Sequence[Piece], problems: Sequence[str]) -> 
     )
     alignments = [piece.alignment for piece in pieces]
     columns = {
-        "teacher_counts": np.concatenate([each.teacher_counts_K for each in alignments]),
-        "student_counts": np.concatenate([each.student_counts_K for each in alignments]),
-        "aligned": np.concatenate([each.aligned_K for each in alignments]).astype(np.uint16),
+        "teacher_counts": np.concatenate([alignment.teacher_counts_K for alignment in alignments]),
+        "student_counts": np.concatenate([alignment.student_counts_K for alignment in alignments]),
+        "aligned": np.concatenate([alignment.aligned_K for alignment in alignments]).astype(np.uint16),
     }
     token_bytes_S = np.concatenate([piece.bytes_S for piece in pieces])
     totals = {
@@ -260,11 +260,11 @@ def _joined(row: TokenRow, pieces: Sequence[Piece], problems: Sequence[str]) -> 
         "teacher_tokens": row.length,
         "student_tokens": student.length,
         "positions": student.positions,
-        "chunks": sum(int(each.aligned_K.sum()) for each in alignments),
+        "chunks": sum(int(alignment.aligned_K.sum()) for alignment in alignments),
         "bytes": sum(
             segment.byte_end - segment.byte_start for segment in row.segments
         ),  # also where there are no chunks
-        "aligned_bytes": sum(each.aligned_bytes for each in alignments),
+        "aligned_bytes": sum(alignment.aligned_bytes for alignment in alignments),
         "rows_by_characters": int(not all(piece.exact for piece in pieces)),
         "segments_without_chunks": len(problems),
     }

@@ -21,11 +21,11 @@ MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content":
 
 def with_turn_ends(mapped: VocabularyMap, teacher: Any, student: Any) -> VocabularyMap:
     """The map with the teacher's end of a turn on the student's; as it is where either has none."""
-    theirs, ours = turn_end(teacher), turn_end(student)
-    if theirs is None or ours is None:
+    teacher_end, student_end = turn_end(teacher), turn_end(student)
+    if teacher_end is None or student_end is None:
         return mapped
     first_Vt, exact_Vt = mapped.first_Vt.copy(), mapped.exact_Vt.copy()
-    first_Vt[theirs], exact_Vt[theirs] = ours, True
+    first_Vt[teacher_end], exact_Vt[teacher_end] = student_end, True
     emitted_Vs = np.zeros_like(mapped.emitted_Vs)
     emitted_Vs[first_Vt[first_Vt >= 0]] = True
     return replace(mapped, first_Vt=first_Vt, exact_Vt=exact_Vt, emitted_Vs=emitted_Vs)
@@ -38,8 +38,8 @@ def turn_end(tokenizer: Any) -> int | None:
         text = renderer.render(MESSAGES).text
     except Unrenderable:
         return None
-    said = [content for content in contents_of(renderer, MESSAGES, text) if content.role == "assistant"]
-    if not said:
+    replies = [content for content in contents_of(renderer, MESSAGES, text) if content.role == "assistant"]
+    if not replies:
         return None
-    ids = tokenizer(text[said[-1].end :], add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text[replies[-1].end :], add_special_tokens=False)["input_ids"]
     return ids[0] if ids and ids[0] in set(tokenizer.all_special_ids) else None

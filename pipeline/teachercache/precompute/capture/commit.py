@@ -86,8 +86,8 @@ def _loaded_teacher(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _teacher_files(plan: Plan) -> list[FileInfo]:
     """Those that the job wrote, as it wrote them; whatever else lies there is none of the cache's."""
     check_teacher_files(plan)
-    made = [file_info(plan.folder, plan.folder / name) for name in plan.made_files()]
-    return sorted([*(FileInfo(**info) for info in plan.files), *made], key=lambda info: info.file)
+    files = [file_info(plan.folder, plan.folder / name) for name in plan.made_files()]
+    return sorted([*(FileInfo(**info) for info in plan.files), *files], key=lambda info: info.file)
 
 
 def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:

@@ -104,10 +104,10 @@ def _nats(teacher: Teacher, rows: list[TokenRow], prefix: tuple[int, ...], size:
         )
         for row in rows
     ]
-    found = teacher.label_nats(begun, positions_per_batch=size)
+    losses = teacher.label_nats(begun, positions_per_batch=size)
     missing = [np.full(row.positions, np.nan) for row in begun]
     return np.concatenate(
-        [np.zeros(0), *(each if each is not None else nan for each, nan in zip(found, missing, strict=True))]
+        [np.zeros(0), *(loss if loss is not None else nan for loss, nan in zip(losses, missing, strict=True))]
     )
 
 
@@ -134,14 +134,14 @@ _SAID = {
 }
 
 
-def input_warning(found: Mapping[str, Any]) -> str | None:
+def input_warning(measured: Mapping[str, Any]) -> str | None:
     """A line for the user where another form is clearly better for the teacher."""
-    better = found.get("better")
+    better = measured.get("better")
     if better is None:
         return None
-    nats, chosen = found["nats"], found["chosen"]
+    nats, chosen = measured["nats"], measured["chosen"]
     return (
-        f"warning: on {found['positions']} positions of the corpus the teacher's loss is {nats[chosen]:.2f} nats with "
+        f"warning: on {measured['positions']} positions of the corpus the teacher's loss is {nats[chosen]:.2f} nats with "
         f"{_SAID[chosen]} (sequence.prefix: {chosen}) and {nats[better]:.2f} with {_SAID[better]}; stop, and set "
         f"sequence.prefix: {better}, if that is how this teacher was trained"
     )

@@ -59,12 +59,12 @@ def _check_students(recipe: Recipe) -> None:
     if not recipe.corpus.store_text:
         raise RecipeError("align needs the text of the corpus; set corpus.store_text: true, or leave align out")
     teacher = recipe.teacher
-    own = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    tokenizer = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
     for student in recipe.align:
         check_tokenizer(
             require_fast(load_tokenizer(student)),
             student,
-            teacher_fingerprint=tokenizer_fingerprint(own),
+            teacher_fingerprint=tokenizer_fingerprint(tokenizer),
             chats=recipe.corpus.messages_field is not None,
         )
 
@@ -152,11 +152,11 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
 
 def _tell_input(plan: Plan, console: Console) -> bool:
     """Warns where another beginning of rows suits the teacher better; returns whether that was measured by now."""
-    found = plan.input_form()
-    line = input_warning(found)
+    measured = plan.input_form()
+    line = input_warning(measured)
     if line is not None:
         console.print(line, markup=False, soft_wrap=True)
-    return bool(found)
+    return bool(measured)
 
 
 def _describe_choice(chosen: dict[str, Any] | None) -> str:

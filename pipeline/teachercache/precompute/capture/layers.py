@@ -64,12 +64,12 @@ def _attention(config: AttentionConfig, text: Any, *, longest: int) -> Relations
 
 
 def _maps(config: AttentionConfig, shared: dict[str, Any], *, longest: int) -> AttentionMaps:
-    theirs = shared["heads"]
-    heads = theirs if config.heads is None else config.heads
-    if theirs % heads:
+    teacher_heads = shared["heads"]
+    heads = teacher_heads if config.heads is None else config.heads
+    if teacher_heads % heads:
         raise RecipeError(
-            f"targets.attention.heads is {heads}, but the teacher's {theirs} heads cannot be averaged in as many equal groups; "
-            "choose a divisor, or leave it out: students of any head count mix heads themselves"
+            f"targets.attention.heads is {heads}, but the teacher's {teacher_heads} heads cannot be averaged in as many equal "
+            "groups; choose a divisor, or leave it out: students of any head count mix heads themselves"
         )
     try:
         check_length(longest, heads=heads, layers=len(shared["layers"]), top=config.top)
@@ -78,7 +78,7 @@ def _maps(config: AttentionConfig, shared: dict[str, Any], *, longest: int) -> A
             f"targets.attention: {error}; store fewer layers, fewer heads or the `top` keys of each query, make "
             "sequence.length smaller, or use kind: relations, which is linear in it"
         ) from None
-    return AttentionMaps(**{**shared, "heads": heads, "teacher_heads": theirs}, top=config.top, longest=longest)
+    return AttentionMaps(**{**shared, "heads": heads, "teacher_heads": teacher_heads}, top=config.top, longest=longest)
 
 
 def numbered(key: str, layers: tuple[int, ...] | LayerChoice, *, count: int, first: int) -> tuple[int, ...]:

@@ -132,8 +132,8 @@ class Plan:
 
     def read_by(self) -> dict[str, dict[str, str]]:
         """Files that targets are read by, as far as they are made, by section and role."""
-        found: dict[str, dict[str, str]] = (self.calibration() or {}).get("read_by", {})
-        return found
+        read_by: dict[str, dict[str, str]] = (self.calibration() or {}).get("read_by", {})
+        return read_by
 
     def made_files(self) -> list[str]:
         """Their names, once they are made."""
@@ -254,8 +254,8 @@ def _begins(recipe: Recipe, tokenizer: Any) -> dict[str, list[int]]:
     chats = recipe.corpus is not None and recipe.corpus.messages_field is not None
     prefix = row_prefix(tokenizer, sequence.prefix, chats=chats)
     check_room(length=sequence.length, prefix=len(prefix), context=sequence.context)
-    said = prefix or row_prefix(tokenizer, chats=chats) or own_prefix(tokenizer)
-    return {"prefix_ids": list(prefix)} if said else {}
+    stated = prefix or row_prefix(tokenizer, chats=chats) or own_prefix(tokenizer)
+    return {"prefix_ids": list(prefix)} if stated else {}
 
 
 def _check_context(recipe: Recipe, config: Any) -> None:
@@ -295,11 +295,11 @@ def _find_or_begin(
     folder, corpus, settings = recipe.cache_folder, recipe.corpus, _smaller_units(recipe.precompute, targets)
     assert corpus is not None
     # Where a corpus comes from is no part of its identity: what it holds is.
-    said = corpus.model_dump(exclude={"limit", "format", "streaming"})
-    said["source"] = _portable_source(corpus.source)
+    corpus_settings = corpus.model_dump(exclude={"limit", "format", "streaming"})
+    corpus_settings["source"] = _portable_source(corpus.source)
 
     def planned(staged: Staged) -> Plan:
-        whole = {**identity, "corpus": {**said, "digest": staged.digest}}
+        whole = {**identity, "corpus": {**corpus_settings, "digest": staged.digest}}
         return Plan(folder, whole, targets, staged.units, staged.rows_in, staged.deduplicated)
 
     known = _known_job(folder)
@@ -364,8 +364,8 @@ def _known_job(folder: Path) -> _Known | None:
 
 def _read_plan(file: Path, folder: Path) -> dict[str, Any]:
     """plan.json of an unfinished job; raises `CacheError` for that of another version, `CacheDamaged` for one that is none."""
-    found = read_json(file)
-    if isinstance(found, dict) and found.get("format_version") != PLAN_VERSION:
+    content = read_json(file)
+    if isinstance(content, dict) and content.get("format_version") != PLAN_VERSION:
         raise CacheError(
             f"the job in {folder} was begun by another version of teachercache, whose cache has another format; finish it "
             f"with that version, or {_start_over(folder)}"
@@ -403,8 +403,11 @@ def _is_there(folder: Path, file: str, size: int) -> bool:
 
 def _check_same_job(known: _Known, identity: dict[str, Any], folder: Path) -> None:
     if known.is_of_format_1:  # it says less of what pins a teacher
-        theirs = known.job["teacher"]
-        identity = {**identity, "teacher": {key: value for key, value in identity["teacher"].items() if key in theirs}}
+        known_teacher = known.job["teacher"]
+        identity = {
+            **identity,
+            "teacher": {key: value for key, value in identity["teacher"].items() if key in known_teacher},
+        }
     different = sorted(_differences(known.job, identity))
     if different:
         rows = " (other rows: corpus.limit, or the data itself)" if "corpus.digest" in different else ""

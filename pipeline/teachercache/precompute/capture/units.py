@@ -50,13 +50,13 @@ def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positio
     rows = _calibration_rows(plan, sequence=sequence)
     layers = teacher.prepare(rows, positions_per_batch=positions_per_batch, longest=sequence.length)
     basis = teacher.kind.basis if calibrates(teacher.kind) else None
-    made: list[tuple[str, str, LayerFile | SketchBasis]]
-    made = [(section, "layers", file) for section, file in layers.items()]
-    made += [(LOGITS, "basis", basis)] if basis is not None else []
+    files: list[tuple[str, str, LayerFile | SketchBasis]]
+    files = [(section, "layers", file) for section, file in layers.items()]
+    files += [(LOGITS, "basis", basis)] if basis is not None else []
     record: dict[str, Any] = {
         "read_by": {
             section: {role: file.save(plan.folder / "teacher").relative_to(plan.folder).as_posix()}
-            for section, role, file in made
+            for section, role, file in files
         },
         "positions": sum(row.positions for row in rows),
         "rows": sorted(row.row_id for row in rows),

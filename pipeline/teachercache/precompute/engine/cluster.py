@@ -81,4 +81,4 @@ def _quiet_ray_data() -> None:
 def cluster_nodes() -> list[Node]:
     """The machines of the cluster that is connected."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in resources]
+    return [Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in resources]

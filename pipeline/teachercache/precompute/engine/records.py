@@ -52,16 +52,16 @@ def read_shaped(file: Path, shape: TypeAdapter[Any], *, remedy: str) -> dict[str
 
     Raises `CacheDamaged`, which says the `remedy`, for one of another shape, or that names files outside the cache.
     """
-    found: dict[str, Any] | None = read_json(file)
-    if found is None:
+    record: dict[str, Any] | None = read_json(file)
+    if record is None:
         return None
     try:
-        validated(partial(shape.validate_python, strict=True), found)  # "3" and true are no counts
-        for name in _names(found):
+        validated(partial(shape.validate_python, strict=True), record)  # "3" and true are no counts
+        for name in _names(record):
             check_inside(name)
     except ValueError as error:
         raise CacheDamaged(f"{file} is not as a job writes it ({error}); {remedy}") from None
-    return found
+    return record
 
 
 def read_json(file: Path) -> Any:
@@ -98,6 +98,6 @@ def check_named_by_content(folder: Path, name: str, *, remedy: str) -> None:
 def _names(record: Mapping[str, Any]) -> list[str]:
     """Lists the files that a record or a plan names."""
     shard, others = record.get("shard"), [record.get("quarantine"), *record.get("files", ())]
-    files = [*(shard["files"].values() if shard else ()), *(each for each in others if each)]
-    made = [name for named in record.get("read_by", {}).values() for name in named.values()]
-    return [*(each["file"] for each in files), *made]
+    files = [*(shard["files"].values() if shard else ()), *(other for other in others if other)]
+    named_files = [name for named in record.get("read_by", {}).values() for name in named.values()]
+    return [*(file["file"] for file in files), *named_files]

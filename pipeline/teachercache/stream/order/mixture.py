@@ -39,13 +39,13 @@ class Mixture:
         Raises `RecipeError` where shares leave nothing to the first cache.
         """
         first = orders[0].rows
-        given = sum(share for share in shares if share is not None)
-        if given >= 1:
+        stated = sum(share for share in shares if share is not None)
+        if stated >= 1:
             raise RecipeError(
-                f"stream.mix: shares add up to {given:g} and leave nothing to `cache`; they must stay below 1"
+                f"stream.mix: shares add up to {stated:g} and leave nothing to `cache`; they must stay below 1"
             )
         alike = first + sum(order.rows for order, share in zip(orders[1:], shares, strict=True) if share is None)
-        total = alike / (1 - given)
+        total = alike / (1 - stated)
         draws = [
             order.rows if share is None else max(1, round(total * share))
             for order, share in zip(orders[1:], shares, strict=True)
@@ -58,7 +58,7 @@ class Mixture:
         if shares is None:
             return Mixture(self.orders, self.draws, tuple(drawn))
         rows, share = next((order.rows, share) for order, share in zip(self.orders, shares, strict=True) if share > 0)
-        draws = [max(1, round(rows * each / share)) if each > 0 else 0 for each in shares]
+        draws = [max(1, round(rows * other / share)) if other > 0 else 0 for other in shares]
         return Mixture(self.orders, tuple(draws), tuple(drawn))
 
     def drawn_after(self, epoch: int, index: int) -> tuple[int, ...]:

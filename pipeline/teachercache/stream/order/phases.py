@@ -71,21 +71,21 @@ class PhasedPlan:
 
     def micro_batches(self, step: int, *, rank: int) -> list[list[int]]:
         """See `BatchPlan`."""
-        part, own = self._at(step)
-        return part.micro_batches(own, rank=rank)
+        part, part_step = self._at(step)
+        return part.micro_batches(part_step, rank=rank)
 
     def shards_at(self, step: int) -> list[list[int]]:
         """See `BatchPlan`; those of a phase to come are fetched when it begins."""
-        part, own = self._at(step)
-        return part.shards_at(own)
+        part, part_step = self._at(step)
+        return part.shards_at(part_step)
 
     def epochs_before(self, step: int) -> float:
         """See `BatchPlan`; epochs of phases add up."""
-        return sum(part.epochs_before(own) for part, own in self._before(step))
+        return sum(part.epochs_before(part_step) for part, part_step in self._before(step))
 
     def rows_before(self, step: int) -> int:
         """See `BatchPlan`."""
-        return sum(part.rows_before(own) for part, own in self._before(step))
+        return sum(part.rows_before(part_step) for part, part_step in self._before(step))
 
     def ends_phase(self, step: int) -> bool:
         """See `BatchPlan`."""

@@ -136,7 +136,7 @@ class RowOrder:
             starts.append(self._start_S[shard] + first_B)
             sizes.append(np.minimum(rows - first_B, step))
             held.append(np.full(len(first_B), self.block_bytes_S[shard]))
-        start_B, size_B, bytes_B = (np.concatenate(each) for each in (starts, sizes, held))
+        start_B, size_B, bytes_B = (np.concatenate(arrays) for arrays in (starts, sizes, held))
         if int(bytes_B.sum()) > self.group_bytes:
             order_B = permuted(np.arange(len(start_B)), size=len(start_B), key=self._key(epoch, f"/{number}/blocks"))
             start_B, size_B, bytes_B = start_B[order_B], size_B[order_B], bytes_B[order_B]

@@ -58,8 +58,8 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def marked_checkpoints(run: Path) -> list[Checkpoint]:
     """All checkpoints of a run that have a marker, readable or not, oldest first."""
-    found = [_marked(folder, step) for folder, step in _folders(run) if (folder / MARKER).exists()]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    checkpoints = [_marked(folder, step) for folder, step in _folders(run) if (folder / MARKER).exists()]
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
 def complete_checkpoints(run: Path) -> list[Checkpoint]:
@@ -72,8 +72,8 @@ def whole_checkpoint(folder: Path) -> Checkpoint | None:
     name = _NAME.fullmatch(folder.name)
     if not name or not (folder / MARKER).is_file():
         return None
-    found = _marked(folder, int(name[1]))
-    return found if found.damage is None else None
+    checkpoint = _marked(folder, int(name[1]))
+    return checkpoint if checkpoint.damage is None else None
 
 
 def _marked(folder: Path, step: int) -> Checkpoint:
@@ -102,8 +102,8 @@ def _of_earlier_version(marker: Path) -> int | None:
 def names_of(folder: Path) -> dict[str, int]:
     """Size of each file of a checkpoint that is being written, but for the marker, by name."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    return {name: size for name, size in found.items() if name not in (MARKER, f".{MARKER}.tmp")}
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {name: size for name, size in sizes.items() if name not in (MARKER, f".{MARKER}.tmp")}
 
 
 def exported_damage(checkpoint: Checkpoint) -> str | None:
@@ -157,10 +157,10 @@ def set_aside(checkpoint: Checkpoint) -> Path | None:
 
 def rotate(run: Path, *, keep: int, best_step: int | None) -> None:
     """Delete checkpoints but for the `keep` latest whole ones and the best one, and what was converted to resume from."""
-    marked, found = marked_checkpoints(run), complete_checkpoints(run)
-    for checkpoint in found:
+    marked, complete = marked_checkpoints(run), complete_checkpoints(run)
+    for checkpoint in complete:
         universal.discard(checkpoint.folder)
-    kept = {checkpoint.step for checkpoint in found[-keep:]} | {best_step}
+    kept = {checkpoint.step for checkpoint in complete[-keep:]} | {best_step}
     for checkpoint in marked:
         if checkpoint.step not in kept:
             remove(checkpoint)

@@ -31,12 +31,12 @@ class StoredFile:
 
 def stored_files(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
     """Size and digest of these files, once their bytes have reached the disk."""
-    found = {}
+    stored = {}
     for name in names:
         path = folder / name
         sync(path)
-        found[name] = StoredFile(path.stat().st_size, hash_file(path))
-    return found
+        stored[name] = StoredFile(path.stat().st_size, hash_file(path))
+    return stored
 
 
 def first_damage(folder: Path, files: Mapping[str, StoredFile]) -> str | None:

@@ -51,17 +51,17 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     names = _share({name: stored.bytes for name, stored in checkpoint.files.items()})
     share = {name: checkpoint.files[name] for name in names}
     try:
-        found = _from_all(lambda: first_damage(checkpoint.folder, share))
+        damages = _from_all(lambda: first_damage(checkpoint.folder, share))
     except OSError as error:
         raise unreadable(checkpoint.folder, error) from error
-    return next((damage for damage in found if damage is not None), None)
+    return next((damage for damage in damages if damage is not None), None)
 
 
 def written_files(folder: Path) -> dict[str, StoredFile]:
     """Size and digest of every file of a checkpoint that all processes have written, once they have reached the disk."""
     share = _share(_from_main(lambda: names_of(folder)))
-    found = _from_all(lambda: stored_files(folder, share))
-    return {name: stored for each in found for name, stored in each.items()}
+    shares = _from_all(lambda: stored_files(folder, share))
+    return {name: stored for files in shares for name, stored in files.items()}
 
 
 def _leave_behind(damaged: list[tuple[Checkpoint, str]], *, say: Callable[[str], None]) -> None:
@@ -82,35 +82,35 @@ def _set_aside(checkpoint: Checkpoint) -> None:
 def _share(sizes: Mapping[str, int]) -> list[str]:
     """This process's part of the files: every file goes to who has the least to read so far, large ones first."""
     state = PartialState()
-    loads, mine = [0] * state.num_processes, []
+    loads, names = [0] * state.num_processes, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         process = loads.index(min(loads))
         loads[process] += sizes[name]
         if process == state.process_index:
-            mine.append(name)
-    return mine
+            names.append(name)
+    return names
 
 
 def _from_main(work: Callable[[], Result]) -> Result:
     """The main process's result, in all."""
-    found = [work() if PartialState().is_main_process else None]
-    broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
+    results = [work() if PartialState().is_main_process else None]
+    broadcast_object_list(results)
+    assert results[0] is not None
+    return results[0]
 
 
 def _from_all(work: Callable[[], Result]) -> list[Result]:
     """The results of all processes; where it fails in one, all raise."""
-    mine: list[Result] = []
+    results: list[Result] = []
     failure: OSError | None = None
     try:
-        mine = [work()]
+        results = [work()]
     except OSError as error:
         failure = error
-    found = gather_object([(mine, str(failure or ""))])
+    gathered = gather_object([(results, str(failure or ""))])
     if failure is not None:
         raise failure
-    reasons = [reason for _, reason in found if reason]
+    reasons = [reason for _, reason in gathered if reason]
     if reasons:
         raise JobFailed(f"another process of this job failed: {reasons[0]}")
-    return [result for each, _ in found for result in each]
+    return [result for results_of_one, _ in gathered for result in results_of_one]

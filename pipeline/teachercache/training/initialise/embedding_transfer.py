@@ -44,14 +44,14 @@ def transplant_embeddings(model: Any, *, old: Any, new: Any, name: str) -> dict[
     rows, size = model.get_input_embeddings().weight.shape[0], TokenBytes.of(new).size
     _check_weights(model, rows=rows, name=name)
     pieces = token_pieces(new, old)
-    ids = [[index for index in found if index < rows] for found in pieces.ids]
+    ids = [[index for index in indices if index < rows] for indices in pieces.ids]
     tensors = {kind: _made(weight, ids, known=pieces.target.size) for kind, weight in _weights(model).items()}
     _name_special_tokens(model, new)
     model.resize_token_embeddings(size, mean_resizing=False)
     for kind, weight in _weights(model).items():
         weight.data.copy_(tensors[kind])
-    empty = sum(not found for found in ids)
-    copied = sum(bool(found) and exact for found, exact in zip(ids, pieces.exact_V.tolist(), strict=True))
+    empty = sum(not indices for indices in ids)
+    copied = sum(bool(indices) and exact for indices, exact in zip(ids, pieces.exact_V.tolist(), strict=True))
     return {"copied": copied, "averaged": size - copied - empty, "mean": empty}
 
 
@@ -59,12 +59,12 @@ def _weights(model: Any) -> dict[str, Any]:
     """Returns the weights that have a row for each token: of tied embeddings one, else input and output, and the head's
     bias."""
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    found = {"inputs": inputs}
+    weights = {"inputs": inputs}
     if head is not None and head.weight is not inputs:
-        found["outputs"] = head.weight
+        weights["outputs"] = head.weight
     if getattr(head, "bias", None) is not None:
-        found["bias"] = head.bias
-    return found
+        weights["bias"] = head.bias
+    return weights
 
 
 def _check_weights(model: Any, *, rows: int, name: str) -> None:
@@ -85,13 +85,13 @@ def _made(weight: Tensor, ids: list[list[int]], *, known: int) -> Tensor:
 
     with torch.no_grad():
         source = weight.detach().float().reshape(weight.shape[0], -1)
-        counts = np.array([len(found) for found in ids], dtype=np.int64)
-        flat = torch.tensor([index for found in ids for index in found], dtype=torch.int64)
+        counts = np.array([len(indices) for indices in ids], dtype=np.int64)
+        flat = torch.tensor([index for indices in ids for index in indices], dtype=torch.int64)
         owner = torch.from_numpy(np.repeat(np.arange(len(ids)), counts))
         sums = torch.zeros(len(ids), source.shape[1]).index_add_(0, owner, source[flat])
-        made = sums / torch.from_numpy(counts).clamp_min(1)[:, None]
-        made[torch.from_numpy(counts == 0)] = source[:known].mean(dim=0)
-        return made.reshape(len(ids), *weight.shape[1:]).to(weight.dtype)
+        means = sums / torch.from_numpy(counts).clamp_min(1)[:, None]
+        means[torch.from_numpy(counts == 0)] = source[:known].mean(dim=0)
+        return means.reshape(len(ids), *weight.shape[1:]).to(weight.dtype)
 
 
 def _name_special_tokens(model: Any, tokenizer: Any) -> None:

@@ -49,18 +49,21 @@ def init_student(
     """
     output = Path(output)
     _check_output(output, model, overwrite=overwrite)
-    own = load_tokenizer(model, revision=revision)
-    chosen = own if tokenizer is None else load_tokenizer(tokenizer)
+    model_tokenizer = load_tokenizer(model, revision=revision)
+    chosen = model_tokenizer if tokenizer is None else load_tokenizer(tokenizer)
     if tokenizer is not None:
-        check_tokenizers({model: own, tokenizer: chosen})
+        check_tokenizers({model: model_tokenizer, tokenizer: chosen})
     source: Any = load_causal_lm(model, revision=revision, dtype="auto")
-    check_causal(source, name=model, vocabulary_size=vocabulary_size(own))
+    check_causal(source, name=model, vocabulary_size=vocabulary_size(model_tokenizer))
     path = path_of_layers(source, model)
     kept = chosen_layers(layers, count=len(source.get_submodule(path)))
     student = _keep_layers(source, model, path, kept)
-    made: dict[str, Any] = {}
+    transferred: dict[str, Any] = {}
     if tokenizer is not None:
-        made = {"tokenizer": tokenizer, "embeddings": transplant_embeddings(student, old=own, new=chosen, name=model)}
+        transferred = {
+            "tokenizer": tokenizer,
+            "embeddings": transplant_embeddings(student, old=model_tokenizer, new=chosen, name=model),
+        }
     _save(student, chosen, output)
     return {
         "student": str(output),
@@ -68,7 +71,7 @@ def init_student(
         "teacher_layers": len(source.get_submodule(path)),
         "parameters": sum(weight.numel() for weight in student.parameters()),
         "teacher_parameters": sum(weight.numel() for weight in source.parameters()),
-        **made,
+        **transferred,
     }
 
 

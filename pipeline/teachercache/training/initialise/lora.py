@@ -45,8 +45,9 @@ def with_adapters(model: Any, config: LoraConfig, *, seed: int) -> Any:
             torch.manual_seed(seed)
             adapted = peft.get_peft_model(model, settings)
     except (ValueError, re.error) as error:
-        said = re.sub(r"\(.*\)(?= is not supported)", "", " ".join(str(error).split()))  # a whole model, layer by layer
-        raise ModelError(f"student.lora.target_modules: {said}") from None
+        # The brackets hold a whole model, layer by layer.
+        message = re.sub(r"\(.*\)(?= is not supported)", "", " ".join(str(error).split()))
+        raise ModelError(f"student.lora.target_modules: {message}") from None
     _check_not_shared(adapted, places)
     return adapted
 
@@ -57,9 +58,9 @@ Places = dict[int, dict[tuple[int, str], str]]  # of each weight: its layers, by
 def _places_of_weights(model: Any) -> Places:
     places: Places = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        parent, _, own = name.rpartition(".")
+        parent, _, own_name = name.rpartition(".")
         for weight in module.parameters(recurse=False):
-            places.setdefault(id(weight), {})[id(model.get_submodule(parent)), own] = name
+            places.setdefault(id(weight), {})[id(model.get_submodule(parent)), own_name] = name
     return places
 
 

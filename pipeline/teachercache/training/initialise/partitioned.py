@@ -55,9 +55,9 @@ def runnable(model: Any) -> Iterator[None]:
 def _units(module: Any) -> Iterator[tuple[Any, list[Any]]]:
     """Modules, and the weights that are gathered while they run: blocks of a list whole, since some read their parts' weights
     by themselves; of other modules their own."""
-    own = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
-    if own:
-        yield module, own
+    own_weights = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
+    if own_weights:
+        yield module, own_weights
     for child in module.children():
         if not isinstance(child, torch.nn.ModuleList):
             yield from _units(child)

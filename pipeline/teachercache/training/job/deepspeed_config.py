@@ -26,8 +26,8 @@ def deepspeed_config(config: TrainConfig, *, on_gpu: bool) -> dict[str, Any]:
 
     Raises `RecipeError` when that file is missing, no JSON object, or offloads to NVMe.
     """
-    own = own_deepspeed_settings(config)
-    merged = _made(config, on_gpu=on_gpu) if own is None else {**_batch_settings(), **own}
+    settings = own_deepspeed_settings(config)
+    merged = _made(config, on_gpu=on_gpu) if settings is None else {**_batch_settings(), **settings}
     zero = {"stage": 0, **merged.get("zero_optimization", {})}
     # Stage 3 would save shards alone, and nothing could be exported.
     return {**merged, "zero_optimization": {**zero, "stage3_gather_16bit_weights_on_model_save": True}}
@@ -62,11 +62,11 @@ def _made(config: TrainConfig, *, on_gpu: bool) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         }
-    made = {**_batch_settings(), **_precision_settings(config.precision), "zero_optimization": zero}
+    settings = {**_batch_settings(), **_precision_settings(config.precision), "zero_optimization": zero}
     if config.precision == "bf16":
         # Micro-batches' gradients are summed in float32: bf16 would drop what is 2^-8 of the sum.
-        made["data_types"] = {"grad_accum_dtype": "fp32"}
-    return made
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def _batch_settings() -> dict[str, Any]:

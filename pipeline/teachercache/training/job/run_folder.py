@@ -66,7 +66,7 @@ class RunIdentity:
         train = {key: value for key, value in recipe["train"].items() if key not in FREE_SETTINGS}
         objective = {key: value for key, value in recipe["objective"].items() if key not in FREE_SETTINGS}
         student = {**self.student_weights, **recipe["student"]}
-        shares = [each.share for each in self.recipe.stream.mix]
+        shares = [source.share for source in self.recipe.stream.mix]
         stream = {
             "order": self.order,
             "window": self.recipe.stream.window,
@@ -89,9 +89,9 @@ class RunIdentity:
     def _decisive_of(self, phase: PhaseConfig) -> dict[str, Any]:
         """Shares by the order of the caches, whose folders may be moved."""
         settings = phase.model_dump(mode="json", exclude={"mix", "name"})
-        locations = (self.recipe.cache, *(each.cache for each in self.recipe.stream.mix))
+        locations = (self.recipe.cache, *(source.cache for source in self.recipe.stream.mix))
         return settings | (
-            {} if phase.mix is None else {"mix": [phase.mix.get(folder_name(each), 0) for each in locations]}
+            {} if phase.mix is None else {"mix": [phase.mix.get(folder_name(location), 0) for location in locations]}
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -143,10 +143,10 @@ class RunFolder:
         if not path.is_file() or not (self.student / "config.json").is_file():
             return None
         try:
-            found = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
         except ValueError:  # damaged: the run is exported once more, which writes it again
             return None
-        return found if isinstance(found, dict) and "steps" in found else None
+        return content if isinstance(content, dict) and "steps" in content else None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Declare the run finished."""

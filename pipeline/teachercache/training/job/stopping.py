@@ -65,17 +65,17 @@ class Ends:
         good place to stop as well.
         """
         configs = {name: _read(folder / name) for name in ("config.json", "generation_config.json")}
-        own = [index for values in configs.values() for index in _listed(values.get("eos_token_id"))]
-        ends = list(dict.fromkeys([*(index for index in own if index in self.special), *self.rows]))
+        config_ends = [index for values in configs.values() for index in _listed(values.get("eos_token_id"))]
+        ends = list(dict.fromkeys([*(index for index in config_ends if index in self.special), *self.rows]))
         config, generation = configs.values()
         columns = (config if "vocab_size" in config else config.get("text_config", {})).get("vocab_size", 0)
         if columns > self.tokens:
             no_tokens = {*_listed(generation.get("suppress_tokens")), *range(self.tokens, columns)}
             generation["suppress_tokens"] = sorted(no_tokens)
         for name, values in configs.items():
-            for each in (values, values.get("text_config")):  # that of a composite model
-                if isinstance(each, dict):
-                    self._put(each, ends, generation=name != "config.json")
+            for section in (values, values.get("text_config")):  # that of a composite model
+                if isinstance(section, dict):
+                    self._put(section, ends, generation=name != "config.json")
             write_whole(folder / name, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def _put(self, values: dict[str, Any], ends: Sequence[int], *, generation: bool) -> None:
@@ -94,8 +94,8 @@ def _ends_in(cache: Cache, alignment: CacheAlignment | None, special: set[int]) 
     if not cache.manifest.corpus.get("messages_field"):
         end = (cache if alignment is None else alignment).manifest.tokenizer.get("eos_id")
         return [end] if cache.manifest.sequence.get("add_eos", True) and end is not None else []
-    found = Counter(end for end in _last_targets(cache, alignment) if end in special)
-    return [end for end, count in found.most_common() if count >= RARE * found.total()]
+    counts = Counter(end for end in _last_targets(cache, alignment) if end in special)
+    return [end for end, count in counts.most_common() if count >= RARE * counts.total()]
 
 
 def _last_targets(cache: Cache, alignment: CacheAlignment | None) -> Iterator[int]:

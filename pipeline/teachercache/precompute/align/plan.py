@@ -31,7 +31,7 @@ from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer, portable_name, save_tokenizer
 from teachercache.precompute.align.turns import with_turn_ends
-from teachercache.precompute.engine.records import File, Shard, check_unchanged, described, read_shaped
+from teachercache.precompute.engine.records import File, Shard, check_unchanged, described, pending_units, read_shaped
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.boundary_mass import BoundaryMass
 from teachercache.tokens.carried_prefix import readers_prefix, with_prefix
@@ -114,9 +114,13 @@ class AlignPlan:
         """Records of an unfinished job."""
         return self.folder / WORK_FOLDER
 
+    def record_file(self, unit: int) -> Path:
+        """Written once the shard's file is in place."""
+        return self.work / f"{unit:05d}.json"
+
     def record(self, unit: int) -> dict[str, Any] | None:
         """Returns the record of a shard that is done, if its file is there in full."""
-        source = self.work / f"{unit:05d}.json"
+        source = self.record_file(unit)
         remedy = f"delete it (rm {source}) and run the same command again: this shard is aligned again"
         record = read_shaped(source, RECORD, remedy=remedy)
         if record is None:
@@ -128,8 +132,8 @@ class AlignPlan:
         return record if path.is_file() and path.stat().st_size == file["bytes"] else None
 
     def pending(self) -> list[int]:
-        """Shards that are still to be aligned."""
-        return [unit for unit in range(self.units) if self.record(unit) is None]
+        """Shards that are still to be aligned; records that do not count are removed, so that others can take their place."""
+        return pending_units(self)
 
     def is_finished(self) -> bool:
         """Tells whether alignment.json is there."""

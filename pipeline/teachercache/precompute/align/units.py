@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from functools import lru_cache
 
 from teachercache.cache import Cache, write_shard
 from teachercache.cache.alignment import TOKENIZER
-from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.align.plan import AlignPlan
 from teachercache.precompute.align.rows import AlignedRow, Aligner
+from teachercache.precompute.engine.records import put_record
 from teachercache.stream.tokenizers import teacher_tokenizer
 
 BATCH = 256  # rows that are tokenised in one call: bounds memory, changes no result
@@ -56,7 +55,7 @@ def align_shard(plan: AlignPlan, unit: int) -> AlignReport:
         "unaligned": dict(Counter(item.problem for item in rows if item.problem)),
         "longest": max(item.row.length for item in rows),
     }
-    write_whole(plan.work / f"{unit:05d}.json", json.dumps(record, sort_keys=True))
+    put_record(plan.record_file(unit), record)
     return AlignReport(totals["student_tokens"], started)
 
 

@@ -39,6 +39,7 @@ from teachercache.precompute.engine.records import (
     check_named_by_content,
     check_unchanged,
     described,
+    pending_units,
     read_json,
     read_shaped,
 )
@@ -184,8 +185,8 @@ class Plan:
         )
 
     def pending(self) -> list[int]:
-        """Units that are still to be computed."""
-        return [unit for unit in range(self.units) if self.record(unit) is None]
+        """Units that are still to be computed; records that do not count are removed, so that others can take their place."""
+        return pending_units(self)
 
 
 def _made(calibration: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.input_form import check_input
 from teachercache.precompute.capture.plan import Plan
 from teachercache.precompute.capture.staging import read_unit, salted_hash, sample_file
+from teachercache.precompute.engine.records import put_record
 from teachercache.targets import LayerFile, SketchBasis, calibrates
 from teachercache.targets.stored import LOGITS
 from teachercache.teacher import Captured, Teacher
@@ -105,7 +106,7 @@ def compute_unit(
     teacher.drift.reset()
     captured = teacher.capture(tokenised.rows, positions_per_batch=positions_per_batch)
     seconds = time.perf_counter() - start
-    record = _write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher)
+    record = write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher)
     positions = record["shard"]["positions"] if record["shard"] else 0
     return UnitReport(positions, started, seconds, teacher.batches_halved - halved)
 
@@ -120,9 +121,11 @@ class UnitReport:
     batches_halved: int
 
 
-def _write_unit(
+def write_unit(
     plan: Plan, unit: int, tokenised: Tokenised, captured: list[Captured], *, documents: int, teacher: Teacher
 ) -> dict[str, Any]:
+    """Write a unit's captured rows: files that are named by their content and, last, the record that names them, unless
+    another process was first; returns it."""
     stored = [item for item in captured if item.columns is not None]
     quarantined = [*tokenised.quarantined, *_quarantined_rows(captured)]
     record: dict[str, Any] = {
@@ -146,7 +149,7 @@ def _write_unit(
         record["shard"] = shard.to_json()
     if quarantined:
         record["quarantine"] = vars(_write_quarantine(plan, unit, quarantined))
-    write_whole(plan.record_file(unit), json.dumps(record, sort_keys=True))
+    put_record(plan.record_file(unit), record)
     return record
 
 

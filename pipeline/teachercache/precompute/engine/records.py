@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from teachercache.cache.files.bounds import Count, validated
 from teachercache.cache.files.entries import check_inside, file_info
 from teachercache.cache.files.regular_files import open_regular, refused_in_a_line, why_different
+from teachercache.cache.storage.store import LocalStore
 from teachercache.errors import CacheDamaged
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -62,6 +63,35 @@ def read_shaped(file: Path, shape: TypeAdapter[Any], *, remedy: str) -> dict[str
     except ValueError as error:
         raise CacheDamaged(f"{file} is not as a job writes it ({error}); {remedy}") from None
     return record
+
+
+class Recorded(Protocol):
+    """A plan whose units leave records."""
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+
+    def record_file(self, unit: int) -> Path:
+        """Where a unit's record is, or will be."""
+
+    def record(self, unit: int) -> dict[str, Any] | None:
+        """The record, if there is one that counts."""
+
+
+def pending_units(plan: Recorded) -> list[int]:
+    """Units without a record that counts; one that does not is removed."""
+    pending = [unit for unit in range(plan.units) if plan.record(unit) is None]
+    for unit in pending:
+        plan.record_file(unit).unlink(missing_ok=True)
+    return pending
+
+
+def put_record(file: Path, record: Mapping[str, Any]) -> bool:
+    """Write the record of a unit that is done, unless there is one; True where this call wrote it. Of several writers of one
+    unit the first one counts: what the others wrote has names that no record says, and goes when the job is committed."""
+    data = json.dumps(record, sort_keys=True).encode()
+    return LocalStore(file.parent).put_if_absent(file.name, data)
 
 
 def read_json(file: Path) -> Any:

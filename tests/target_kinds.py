@@ -13,6 +13,7 @@ from teachercache.cache.inspection import describe_row
 from teachercache.cache.verify import verify
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.collate import Collator
 from teachercache.targets import TargetKind
 
@@ -71,7 +72,7 @@ def walk_through_a_cache(folder: Path, settings: dict[str, Any], **objective: An
     assert Collator.of(cache, columns=loss.columns)([])["targets"].keys() == batch["targets"].keys()
     B, S = batch["shift_labels"].shape
     logits = torch.zeros(B, S, cache.kind.vocabulary_size, requires_grad=True)
-    terms = loss(logits, batch["shift_labels"], batch["targets"])
+    terms = loss(StudentOutput.of_logits(logits), batch["shift_labels"], batch["targets"])
     terms.total.backward()
     assert logits.grad is not None and torch.isfinite(logits.grad).all() and torch.isfinite(terms.total)
     return cache, terms.divergence / terms.positions

@@ -16,6 +16,7 @@ from teachercache.objective.ensemble.fused_tail import FusedTail, Fusion
 from teachercache.objective.ensemble.teacher_view import TeacherView
 from teachercache.objective.logits.operands import Weights, no_teacher
 from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.objective.logits.tail_logits import tensor_cores
 from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.targets.logits.boundary_mass import BoundaryMass
@@ -115,10 +116,10 @@ def test_losses_on_a_gpu_are_those_of_the_cpu(settings: Any, autocast: torch.dty
         enabled = autocast is not None and device == "cuda"
         with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=enabled):
             if projected:
-                terms = objective.projected(student_BSD, weight_LD, None, labels_BS, targets)
+                output = StudentOutput.of_hidden(student_BSD, weight_LD)
             else:
-                logits = torch.nn.functional.linear(student_BSD, weight_LD)
-                terms = objective(logits, labels_BS, targets)
+                output = StudentOutput.of_logits(torch.nn.functional.linear(student_BSD, weight_LD))
+            terms = objective(output, labels_BS, targets)
         terms.total.backward()
         assert student_BSD.grad is not None and weight_LD.grad is not None
         return [terms.total.detach().float(), student_BSD.grad, weight_LD.grad]

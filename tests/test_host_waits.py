@@ -15,6 +15,7 @@ from teachercache.objective.logits.divergences import forward_kl
 from teachercache.objective.logits.fused import distillation_sums
 from teachercache.objective.logits.operands import Weights, no_teacher
 from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.targets.coding.counter_rng import position_seeds
 from teachercache.targets.coding.transfer import to_host, unpacked
@@ -81,9 +82,10 @@ def test_a_micro_batch_waits_for_its_positions_alone(projected: bool) -> None:
     labels_BS[:, : N // 2] = torch.arange(N).view(2, -1)
     with HostWaits() as waits:
         if projected:
-            terms = objective.projected(student_BSD, weight_LD, None, labels_BS, targets)
+            output = StudentOutput.of_hidden(student_BSD, weight_LD)
         else:
-            terms = objective(torch.nn.functional.linear(student_BSD, weight_LD), labels_BS, targets)
+            output = StudentOutput.of_logits(torch.nn.functional.linear(student_BSD, weight_LD))
+        terms = objective(output, labels_BS, targets)
         terms.total.backward()
     # Where there are logits of the whole batch: their blocks, and what no position writes, besides.
     assert waits.counts == ({"nonzero": 1} if projected else {"nonzero": 2, "tolist": 1})

@@ -15,6 +15,7 @@ from teachercache.config import ObjectiveConfig, StudentConfig
 from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
 from teachercache.objective import NO_TARGET, DistillationObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.collate import Collator
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.order.mixture import Mixture
@@ -67,8 +68,8 @@ def test_mistake_01_labels_and_masks_are_not_shifted_against_the_logits(cache, t
     batch = batch_of(cache, range(8), columns)
     with torch.no_grad():
         logits = teacher(input_ids=batch["input_ids"], use_cache=False).logits[..., : cache.manifest.vocabulary_size]
-        terms = objective(logits, batch["shift_labels"], batch["targets"])
-        moved = objective(logits.roll(1, dims=1), batch["shift_labels"], batch["targets"])
+        terms = objective(StudentOutput.of_logits(logits), batch["shift_labels"], batch["targets"])
+        moved = objective(StudentOutput.of_logits(logits.roll(1, dims=1)), batch["shift_labels"], batch["targets"])
     assert abs(float(terms.divergence)) / terms.positions < 1e-5 < float(moved.divergence) / terms.positions
     ids, labels = batch["input_ids"], batch["shift_labels"]
     shifted = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NO_TARGET)], dim=1)
@@ -177,9 +178,9 @@ def test_mistake_08_padded_output_rows_are_a_part_of_the_students_softmax_and_th
     batch, size = batch_of(cache, range(4), columns), cache.manifest.vocabulary_size
     with torch.no_grad():
         logits = teacher(input_ids=batch["input_ids"], use_cache=False).logits
-        plain = objective(logits[..., :size], batch["shift_labels"], batch["targets"])
+        plain = objective(StudentOutput.of_logits(logits[..., :size]), batch["shift_labels"], batch["targets"])
         logits[..., size:] = logits[..., :size].logsumexp(-1, keepdim=True) - math.log(PADDED)
-        padded = objective(logits, batch["shift_labels"], batch["targets"])
+        padded = objective(StudentOutput.of_logits(logits), batch["shift_labels"], batch["targets"])
     lost = math.log(2) * plain.positions
     assert float(padded.divergence) == pytest.approx(float(plain.divergence) + lost, rel=1e-4)
     assert float(padded.ce) == pytest.approx(float(plain.ce) + lost, rel=1e-4)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.targets import TopK
 
 GRID = (1.0, 2.0, 4.0, 8.0)
@@ -62,7 +63,7 @@ def _contestants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
 
         def step() -> None:
             leaf = student_NV[None].detach().requires_grad_()
-            (objective(leaf, labels_N[None], targets).total / options.positions).backward()
+            (objective(StudentOutput.of_logits(leaf), labels_N[None], targets).total / options.positions).backward()
 
         return step
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teachercache.objective import NO_TARGET
 from teachercache.objective.logits.operands import Weights
-from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.student_output import StudentOutput, output_sums
 from teachercache.training.trainer.output_layer import loss_for_logits
 
 
@@ -19,16 +19,14 @@ def student_loss(
     labels_R = labels_BS.reshape(-1)
     positions_N = (labels_R != NO_TARGET).nonzero()[:, 0]
 
-    def loss(hidden_BSD: Tensor, weight_LD: Tensor, bias_L: Tensor | None, softcap: float | None) -> Tensor:
-        total, _, _ = projected_sums(
-            hidden_BSD.flatten(0, 1)[positions_N],
-            weight_LD,
-            bias_L,
+    def loss(output: StudentOutput) -> Tensor:
+        total, _, _ = output_sums(
+            output,
+            positions_N=positions_N,
             labels_N=labels_R[positions_N],
             teacher=teacher,
             weights=weights,
             vocabulary_size=vocabulary_size,
-            softcap=softcap,
         )
         return total / len(positions_N)
 

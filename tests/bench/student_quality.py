@@ -40,6 +40,7 @@ from teachercache.stream.order.batch_plan import BatchPlan, spread
 from teachercache.stream.sources import train_order
 from teachercache.targets import Softened, TailPolicy
 from teachercache.training.trainer.held_out import HeldOutMeasure
+from teachercache.training.trainer.held_out_pass import add_batch
 
 SEEDS = (0, 1, 2)
 SCHEDULES = {"1": (1.0,), "5-3-1": (5.0, 3.0, 1.0)}  # equal shares of the steps
@@ -165,10 +166,10 @@ class Bench:
         measure = HeldOutMeasure(cache.kind, tail="auto", device=torch.device("cpu"))
         collate = Collator.of(cache, columns=measure.columns)
         batches = spread(cache.rows_of("held-out"), micro_batch=8, rank=0, world_size=1)
-        measure.add(
-            student.eval(),
-            (collate([cache.read_row("held-out", i, columns=measure.columns) for i in batch]) for batch in batches),
-        )
+        student.eval()
+        for batch in batches:
+            rows = [cache.read_row("held-out", i, columns=measure.columns) for i in batch]
+            add_batch(measure, student, collate(rows))
         return measure.metrics(measure.sums, prefix="held_out")
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from provenance import provenance
@@ -22,6 +21,7 @@ from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
 from teachercache.models.loading import load_causal_lm
 from teachercache.objective import NO_TARGET, DistillationObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.collate import Collator
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
@@ -57,10 +57,8 @@ def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], N
             batch = collate([cache.read_row("train", row, columns=columns) for row in rows])
             labels_BS, targets = batch["shift_labels"], batch["targets"]
 
-            def loss(
-                hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
-            ) -> Any:
-                return objective.projected(hidden, weight, bias, labels_BS, targets, softcap=softcap).total
+            def loss(output: StudentOutput) -> torch.Tensor:
+                return objective(output, labels_BS, targets).total
 
             with loss_for_logits(model, loss):  # as `DistillationTrainer` does
                 total = model(input_ids=batch["input_ids"], use_cache=False).logits

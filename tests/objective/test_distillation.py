@@ -11,6 +11,7 @@ from torch import Tensor
 from teachercache.config import ObjectiveConfig, parse_recipe
 from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.objective import DistillationObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.targets import TopK
 
 B, S, V = 2, 6, 40
@@ -36,7 +37,9 @@ def _objective(k: int, **config: object) -> DistillationObjective:
 @pytest.mark.parametrize("temperature", GRID)
 def test_a_full_head_is_hinton_distillation(temperature: float) -> None:
     teacher_NV, student = _logits(0, N), _logits(1).view(B, S, V).requires_grad_()
-    terms = _objective(V, alpha=0.9, temperature=temperature)(student, LABELS, _columns(teacher_NV, V))
+    terms = _objective(V, alpha=0.9, temperature=temperature)(
+        StudentOutput.of_logits(student), LABELS, _columns(teacher_NV, V)
+    )
     (gradient,) = torch.autograd.grad(terms.total, student)
     z_NV = student[LABELS != -100]
     kl = F.kl_div((z_NV / temperature).log_softmax(-1), (teacher_NV / temperature).softmax(-1), reduction="sum")
@@ -59,7 +62,9 @@ def test_ghost_and_renormalised_tails(temperature: float) -> None:
     head_Nk = p_Nk / p_Nk.sum(-1, keepdim=True)
     renormalised = (head_Nk * (head_Nk / q_Nk).log()).sum()
     for tail, expected in (("ghost", ghost), ("renormalise", renormalised)):
-        terms = _objective(4, alpha=1.0, temperature=temperature, tail=tail)(student, LABELS, _columns(teacher_NV, 4))
+        terms = _objective(4, alpha=1.0, temperature=temperature, tail=tail)(
+            StudentOutput.of_logits(student), LABELS, _columns(teacher_NV, 4)
+        )
         torch.testing.assert_close(terms.divergence, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -68,7 +73,7 @@ def test_a_uniform_tail_is_a_dense_teacher(divergence: str) -> None:
     """Every divergence of the recipe against the teacher that the tail policy describes."""
     teacher_NV, student = _logits(0, N), _logits(1).view(B, S, V).requires_grad_()
     objective = _objective(4, alpha=1.0, temperature=2.0, tail="uniform", divergence=divergence, mixing=0.3)
-    terms = objective(student, LABELS, _columns(teacher_NV, 4))
+    terms = objective(StudentOutput.of_logits(student), LABELS, _columns(teacher_NV, 4))
     ids = teacher_NV.topk(4).indices
     p_NV = (teacher_NV / 2).softmax(-1)
     share_N1 = (1 - p_NV.gather(1, ids).sum(-1, keepdim=True)) / (V - 4)
@@ -92,8 +97,10 @@ def test_a_position_of_weight_two_counts_twice() -> None:
     weight_N[3] = 2
     alone_BS = torch.full_like(LABELS, -100)
     alone_BS[0, 4] = LABELS[0, 4]
-    weighted = objective(student, LABELS, columns, position_weight_N=weight_N)
-    alone = objective(student, alone_BS, {name: values[3:4] for name, values in columns.items()})
+    weighted = objective(StudentOutput.of_logits(student), LABELS, columns, position_weight_N=weight_N)
+    alone = objective(
+        StudentOutput.of_logits(student), alone_BS, {name: values[3:4] for name, values in columns.items()}
+    )
     torch.testing.assert_close(weighted.total, 2 * alone.total)
     torch.testing.assert_close([weighted.divergence, weighted.ce], [2 * alone.divergence, 2 * alone.ce])
 
@@ -101,7 +108,9 @@ def test_a_position_of_weight_two_counts_twice() -> None:
 def test_labels_are_aligned_with_the_logits_that_predict_them() -> None:
     """Mistake 1 of the field, off by one: the gradient is zero exactly where shift_labels is -100."""
     student = _logits(1).view(B, S, V).requires_grad_()
-    terms = _objective(4, alpha=0.5, temperature=2.0)(student, LABELS, _columns(_logits(0, N), 4))
+    terms = _objective(4, alpha=0.5, temperature=2.0)(
+        StudentOutput.of_logits(student), LABELS, _columns(_logits(0, N), 4)
+    )
     (gradient,) = torch.autograd.grad(terms.total, student)
     assert torch.equal(gradient.abs().sum(-1) > 0, LABELS != -100)
 
@@ -111,7 +120,7 @@ def test_without_a_teacher_no_columns_are_needed() -> None:
     objective = DistillationObjective(config, kind=TopK(4, (1.0,), "float32", V))
     assert objective.columns == ()
     student = _logits(1).view(B, S, V)
-    terms = objective(student, LABELS)
+    terms = objective(StudentOutput.of_logits(student), LABELS)
     expected = F.cross_entropy(student.view(-1, V), LABELS.view(-1), reduction="sum")
     torch.testing.assert_close(terms.total, expected)
     assert terms.divergence == 0
@@ -126,7 +135,10 @@ def test_stored_types_are_taken_as_they_come() -> None:
     """uint16 ids and float16 values give what float32 gives, up to the rounding of the stored values."""
     student, teacher_NV = _logits(1).view(B, S, V), _logits(0, N)
     objective = _objective(4, alpha=0.9, temperature=2.0)
-    coarse, exact = (objective(student, LABELS, _columns(teacher_NV, 4, dtype)) for dtype in ("float16", "float32"))
+    coarse, exact = (
+        objective(StudentOutput.of_logits(student), LABELS, _columns(teacher_NV, 4, dtype))
+        for dtype in ("float16", "float32")
+    )
     assert _columns(teacher_NV, 4, "float16")["head_ids"].numpy().dtype == np.uint16
     torch.testing.assert_close(coarse.total, exact.total, rtol=1e-2, atol=1e-2)
 
@@ -136,7 +148,7 @@ def test_a_batch_without_positions_gives_zero_and_reaches_the_logits(alpha: floa
     nothing = torch.full((B, S), -100)
     student = _logits(1).view(B, S, V).requires_grad_()
     empty = {name: values[:0] for name, values in _columns(_logits(0, N), 4).items()}
-    terms = _objective(4, alpha=alpha, temperature=1.0)(student, nothing, empty)
+    terms = _objective(4, alpha=alpha, temperature=1.0)(StudentOutput.of_logits(student), nothing, empty)
     terms.total.backward()
     assert terms.total == 0 and terms.positions == 0
     assert student.grad is not None and student.grad.eq(0).all()
@@ -154,7 +166,9 @@ def test_a_tail_policy_that_the_cache_cannot_serve_is_refused() -> None:
 
 def test_without_a_sketch_auto_means_ghost() -> None:
     student, columns = _logits(1).view(B, S, V), _columns(_logits(0, N), 4)
-    auto, ghost = (_objective(4, tail=tail)(student, LABELS, columns).total for tail in ("auto", "ghost"))
+    auto, ghost = (
+        _objective(4, tail=tail)(StudentOutput.of_logits(student), LABELS, columns).total for tail in ("auto", "ghost")
+    )
     assert auto == ghost
 
 
@@ -172,9 +186,11 @@ def test_a_mixture_of_one_side_alone_is_refused(mixing: float) -> None:
 
 def test_a_student_with_too_few_tokens_is_refused() -> None:
     with pytest.raises(ModelError, match=r"predicts 30 tokens.*has 40"):
-        _objective(4)(_logits(1).view(B, S, V)[..., :30], LABELS, _columns(_logits(0, N), 4))
+        _objective(4)(StudentOutput.of_logits(_logits(1).view(B, S, V)[..., :30]), LABELS, _columns(_logits(0, N), 4))
 
 
 def test_targets_of_another_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="misaligned"):
-        _objective(4)(_logits(1).view(B, S, V), LABELS, _columns(_logits(0, 4), 4, labels=LABELS[:, :4]))
+        _objective(4)(
+            StudentOutput.of_logits(_logits(1).view(B, S, V)), LABELS, _columns(_logits(0, 4), 4, labels=LABELS[:, :4])
+        )

@@ -1,5 +1,6 @@
 """What a student minimises: losses against the targets of a cache. Pure torch; the teacher's weights are never here.
 
+contract.py        what every objective takes and gives
 distillation.py    the objective of a recipe: from a batch and its cached targets to sums over positions
 logits/            divergences and cross-entropy over the vocabulary, value and gradient in one pass
 layers/            losses between layers of student and teacher
@@ -9,6 +10,8 @@ schedule/          alpha, temperature and weights at each step
 token_weighting/   weights of hard positions
 """
 
-from teachercache.objective.distillation import NO_TARGET, DistillationObjective, LossTerms
+from teachercache.objective.contract import LossTerms, Objective
+from teachercache.objective.distillation import DistillationObjective
+from teachercache.objective.logits.operands import NO_TARGET
 
-__all__ = ["NO_TARGET", "DistillationObjective", "LossTerms"]
+__all__ = ["NO_TARGET", "DistillationObjective", "LossTerms", "Objective"]

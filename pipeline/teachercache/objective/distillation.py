@@ -14,13 +14,13 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import ModelError
+from teachercache.objective.contract import LossTerms
 from teachercache.objective.logits.divergences import divergence_of
-from teachercache.objective.logits.fused import distillation_sums
-from teachercache.objective.logits.operands import Weights, no_teacher
-from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.operands import Weights, labelled_positions, no_teacher
+from teachercache.objective.logits.student_output import StudentOutput, output_sums
 from teachercache.objective.logits.teacher import CachedTeacher, Teacher
 from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
-from teachercache.objective.token_weighting.entropy import entropy_of_logits, entropy_of_teacher, entropy_projected
+from teachercache.objective.token_weighting.entropy import entropy_of_output, entropy_of_teacher
 from teachercache.objective.token_weighting.weights import (
     EFFECTIVE,
     ENTROPY_TEMPERATURE,
@@ -29,25 +29,6 @@ from teachercache.objective.token_weighting.weights import (
     segments_of,
 )
 from teachercache.targets import Softened, TargetKind
-
-NO_TARGET = -100  # label of a token that is not a position, as everywhere in transformers
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """Sums over positions, in nats. `total` = alpha · T² · divergence + (1 - alpha) · ce carries the gradient.
-
-    All three are weighted where the objective was called with weights. Without a teacher (alpha = 0) `divergence` is
-    not measured and stands at 0.
-    """
-
-    total: Tensor
-    divergence: Tensor
-    ce: Tensor
-    positions: int
-    weighed: Tensor | None = None  # what alpha weighs, detached: T² · divergence, or the terms across tokenizers
-    named: Mapping[str, Tensor] = field(default_factory=dict)  # sums of further terms, and of what they measure
-    counts: Mapping[str, int] = field(default_factory=dict)  # of what these are sums over, where that is not positions
 
 
 class DistillationObjective:
@@ -85,7 +66,7 @@ class DistillationObjective:
 
     def __call__(
         self,
-        logits_BSL: Tensor,
+        output: StudentOutput,
         shift_labels_BS: Tensor,
         targets: Mapping[str, Tensor] | None = None,
         *,
@@ -93,7 +74,7 @@ class DistillationObjective:
         position_weight_N: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
     ) -> LossTerms:
-        """Loss sums of one batch; a batch without positions gives zeros that still reach the logits.
+        """Loss sums of one batch; a batch without positions gives zeros that still reach the student's output.
 
         `shift_labels_BS[b, s]` is the token that follows token s, or -100. `targets` holds what the kind decodes
         from `columns`, each [N, …]; they may lie on another device. `weights` are those of this step (default: of the first
@@ -101,64 +82,22 @@ class DistillationObjective:
         positions; `position_ids_BS` tell it where rows begin, where there are several in a sequence. Raises `ModelError` when
         the student predicts fewer tokens than the cache's vocabulary has.
         """
-        self._check_width(logits_BSL.shape[-1])
-        logits_RL, dtype = logits_BSL.reshape(-1, logits_BSL.shape[-1]), logits_BSL.dtype
+        self._check_width(output.columns)
         counted = self._counted(
             _Positions.of(shift_labels_BS, targets or {}, position_weight_N),
-            lambda index_N: entropy_of_logits(logits_RL, positions_N=index_N),
+            lambda index_N: entropy_of_output(output, positions_N=index_N),
             lambda: segments_of(shift_labels_BS, position_ids_BS),
-            dtype,
+            output.dtype,
         )
         weights = weights or self._first
-        teacher = self._softened(counted, dtype, weights)
-        sums = distillation_sums(
-            logits_BSL,
+        teacher = self._softened(counted, output.dtype, weights)
+        sums = output_sums(
+            output,
             positions_N=counted.index_N,
             labels_N=counted.labels_N,
             teacher=teacher,
             weights=weights,
             vocabulary_size=self.vocabulary_size,
-            divergence=self._divergence,
-            position_weight_N=counted.weight_N,
-        )
-        return counted.terms(sums, weights, self._measured(teacher, weights))
-
-    def projected(
-        self,
-        hidden_BSD: Tensor,
-        weight_LD: Tensor,
-        bias_L: Tensor | None,
-        shift_labels_BS: Tensor,
-        targets: Mapping[str, Tensor] | None = None,
-        *,
-        softcap: float | None = None,
-        weights: Weights | None = None,
-        position_weight_N: Tensor | None = None,
-        position_ids_BS: Tensor | None = None,
-    ) -> LossTerms:
-        """The same from what enters the student's output layer, and its weights: no logits of a whole batch are formed.
-
-        Raises `ModelError` when the layer has fewer rows than the cache's vocabulary.
-        """
-        self._check_width(len(weight_LD))
-        hidden_RD, size = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), self.vocabulary_size
-        counted = self._counted(
-            _Positions.of(shift_labels_BS, targets or {}, position_weight_N),
-            lambda index_N: entropy_projected(hidden_RD[index_N], weight_LD, bias_L, softcap=softcap),
-            lambda: segments_of(shift_labels_BS, position_ids_BS),
-            weight_LD.dtype,
-        )
-        weights = weights or self._first
-        teacher = self._softened(counted, weight_LD.dtype, weights)
-        sums = projected_sums(
-            hidden_RD[counted.index_N],
-            weight_LD,
-            bias_L,
-            labels_N=counted.labels_N,
-            teacher=teacher,
-            weights=weights,
-            vocabulary_size=size,
-            softcap=softcap,
             divergence=self._divergence,
             position_weight_N=counted.weight_N,
         )
@@ -247,10 +186,3 @@ class _Positions:
 def _computed(logits_dtype: torch.dtype) -> torch.dtype:
     """What the loss is computed in."""
     return torch.float64 if logits_dtype == torch.float64 else torch.float32
-
-
-def labelled_positions(shift_labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Rising indices into [B · S] of what has a label, and the labels, [N] each."""
-    labels_R = shift_labels_BS.reshape(-1)
-    positions_N = (labels_R != NO_TARGET).nonzero()[:, 0]
-    return positions_N, labels_R[positions_N]

@@ -25,6 +25,7 @@ from teachercache.objective.logits.divergences import Divergence, JensenShannon,
 from teachercache.objective.logits.fused import distillation_sums
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.objective.token_weighting.weights import position_weights
 from teachercache.targets import Full, RandomSampling, TopK
 from teachercache.targets.logits.softened import SketchTail, Softened, UniformTail
@@ -437,7 +438,7 @@ def test_hard_positions_are_those_of_the_fused_teacher(by: str) -> None:
     objective = DistillationObjective(config, kind=kinds[0], teacher=teacher)
     labels_BS = torch.cat([torch.arange(N) % V, torch.tensor([-100])])[None]
     logits_BSV = torch.randn(1, N + 1, V, generator=_generator(4)).requires_grad_()
-    terms = objective(logits_BSV, labels_BS, batch)
+    terms = objective(StudentOutput.of_logits(logits_BSV), labels_BS, batch)
     p_NV = teacher.softened(batch, 1.0, **PLACE).dense().exp()
     log_q_NV = logits_BSV[0, :N].log_softmax(-1)
     entropies = {"student": torch.special.entr(log_q_NV.exp()).sum(-1), "teacher": torch.special.entr(p_NV).sum(-1)}

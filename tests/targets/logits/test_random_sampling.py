@@ -12,6 +12,7 @@ from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError
 from teachercache.objective import DistillationObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.targets import RandomSampling, target_kind
 from teachercache.targets.coding.counter_rng import position_seeds, uniforms
 
@@ -100,7 +101,7 @@ def test_the_gradient_is_unbiased() -> None:
     objective = DistillationObjective(ObjectiveConfig(alpha=1.0), kind=kind)
     student = random_logits(1, V, seed=5, scale=1.0)
     logits = student.expand(1, count, V).clone().requires_grad_()
-    objective(logits, torch.zeros(1, count, dtype=torch.int64), arrays).total.backward()
+    objective(StudentOutput.of_logits(logits), torch.zeros(1, count, dtype=torch.int64), arrays).total.backward()
     assert logits.grad is not None
     exact = (torch.softmax(student, -1) - torch.softmax(z[:1], -1))[0]
     error = (logits.grad[0].mean(0) - exact).abs() / (logits.grad[0].std(0) / count**0.5)

@@ -24,6 +24,7 @@ from teachercache.evaluation import run_evaluation
 from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.objective import DistillationObjective
 from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.tokenizers import teacher_tokenizer
@@ -222,8 +223,8 @@ def test_equal_vocabularies_make_projected_kl_the_kl(tmp_path: Path) -> None:
     model = load_causal_lm(str(student))
     logits = model(plain["input_ids"]).logits.detach()
     padded = torch.cat([logits, torch.full((*logits.shape[:2], 1), -1e9)], -1)  # the token that never comes
-    wanted = one(logits, plain["shift_labels"], plain["targets"])
-    found = two(padded, across["shift_labels"], across["targets"])
+    wanted = one(StudentOutput.of_logits(logits), plain["shift_labels"], plain["targets"])
+    found = two(StudentOutput.of_logits(padded), across["shift_labels"], across["targets"])
     assert float(found.named["projected-kl"]) == pytest.approx(float(wanted.divergence), rel=1e-5)
     assert float(found.ce) == pytest.approx(float(wanted.ce), rel=1e-5)
 
@@ -270,7 +271,7 @@ def test_shares_are_of_chunks(shared: tuple[Path, Path], tmp_path: Path) -> None
     )
     batch = Collator.of(cache, columns=objective.columns, alignment=alignment)(rows.rows)
     logits = load_causal_lm(str(shared[1]))(batch["input_ids"]).logits  # padding is on the right
-    terms = objective(logits.detach(), batch["shift_labels"], batch["targets"])
+    terms = objective(StudentOutput.of_logits(logits.detach()), batch["shift_labels"], batch["targets"])
     chunks = len(batch["targets"]["chunk_first"])
     assert chunks < 0.95 * terms.positions  # else this would show nothing
     assert record["unreachable"] == pytest.approx(float(terms.named["unreachable"]) / chunks, rel=1e-3)

@@ -22,6 +22,7 @@ from teachercache.objective import LossTerms
 from teachercache.objective.layers.gradient_taps import VECTORS
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.collate import Collator
 from teachercache.training.job.train import run_training
 from teachercache.training.trainer.gradient_cosines import GradientCosines
@@ -44,20 +45,20 @@ def test_divergence_and_cross_entropy_are_compared_at_what_enters_the_output_lay
     labels, weights, softened = torch.arange(len(hidden)) % V, Weights(0.7, 2.0), teacher("sketch")
 
     def loss(part: slice) -> Any:
-        def of(weights: Weights, hidden_ND: torch.Tensor, weight_LD: torch.Tensor, bias_L: None) -> LossTerms:
-            assert not weight_LD.requires_grad
+        def of(output: StudentOutput, weights: Weights) -> LossTerms:
+            assert output.layer is not None and not output.layer.weight_LD.requires_grad
             sums = projected_sums(
-                hidden_ND, weight_LD, bias_L, labels_N=labels[part], teacher=softened.at(part), weights=weights,
-                vocabulary_size=V,
+                output.values_BSA, output.layer.weight_LD, None, labels_N=labels[part], teacher=softened.at(part),
+                weights=weights, vocabulary_size=V,
             )  # fmt: skip
-            return LossTerms(*sums, positions=len(hidden_ND))
+            return LossTerms(*sums, positions=len(output.values_BSA))
 
         return of
 
     measured = cosines()
     with torch.no_grad():  # as inside a forward pass that nothing is recorded of
         for part in (slice(0, 9), slice(9, None)):  # two micro-batches
-            measured.add(loss(part), (hidden[part], weight, None), weights)
+            measured.add(loss(part), StudentOutput.of_hidden(hidden[part], weight), weights)
     found = measured.take()
 
     logits = hidden @ weight.T  # of more columns than tokens
@@ -74,7 +75,7 @@ def test_divergence_and_cross_entropy_are_compared_at_what_enters_the_output_lay
 
 def test_a_term_without_weight_has_no_cosine() -> None:
     measured = cosines()
-    measured.add(lambda *_: pytest.fail("computed"), (torch.zeros(2, 3),), Weights(0.0, 1.0))
+    measured.add(lambda *_: pytest.fail("computed"), StudentOutput.of_logits(torch.zeros(2, 3)), Weights(0.0, 1.0))
     assert measured.take() == {}
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.dataset import Rows
 from teachercache.training.trainer.output_layer import loss_for_logits, takes_loss
 from teachercache.training.trainer.trainer import DistillationTrainer
@@ -67,7 +68,9 @@ def test_loss_and_gradients_are_those_of_whole_logits(cache: Path, name: str, tm
     model.zero_grad()
     inputs = {key: values for key, values in batch.items() if key not in ("shift_labels", "targets")}
     objective = DistillationObjective(ObjectiveConfig(alpha=0.7, temperature=2.0), kind=opened.kind)
-    terms = objective(model(**inputs, use_cache=False).logits, batch["shift_labels"], batch["targets"])
+    terms = objective(
+        StudentOutput.of_logits(model(**inputs, use_cache=False).logits), batch["shift_labels"], batch["targets"]
+    )
     expected = terms.total / terms.positions
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

@@ -18,6 +18,7 @@ from teachercache.errors import RecipeError
 from teachercache.models.loading import load_causal_lm
 from teachercache.objective import DistillationObjective, LossTerms
 from teachercache.objective.logits.operands import Weights
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.collate import Collator
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
@@ -127,7 +128,7 @@ def gradients(cache: Path, student: Path) -> dict[str, dict[str, torch.Tensor]]:
         with watched(model, of_layers) as activations:
             logits = model(**batch, use_cache=False).logits
         weights = Weights(1.0 if routing_pass == "distillation" else 0.0, 2.0)
-        total = objective(logits, labels, targets, weights=weights).total
+        total = objective(StudentOutput.of_logits(logits), labels, targets, weights=weights).total
         if routing_pass == "distillation":
             weighed = of_layers.loss(activations, layers, labels, weights={"hidden-cosine": 0.5}).total
             total = 0.7 * total + weighed

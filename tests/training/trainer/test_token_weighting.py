@@ -14,6 +14,7 @@ from teachercache.config import ObjectiveConfig
 from teachercache.errors import RecipeError
 from teachercache.models.loading import load_causal_lm
 from teachercache.objective import DistillationObjective
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.collate import Collator
 from teachercache.training.job.train import run_training
 from training.processes import TORCHRUN, compare_with_one
@@ -47,10 +48,9 @@ def test_the_loss_is_that_of_weighted_positions(cache: Path, plain_student: Path
     with torch.no_grad():
         hidden = model.model(**batch, use_cache=False)[0]
         logits = model.lm_head(hidden)
-        found["whole"] = emphasised(logits, labels, targets, position_ids_BS=places)
-        found["projected"] = emphasised.projected(
-            hidden, model.lm_head.weight, None, labels, targets, position_ids_BS=places
-        )
+        found["whole"] = emphasised(StudentOutput.of_logits(logits), labels, targets, position_ids_BS=places)
+        within_layer = StudentOutput.of_hidden(hidden, model.lm_head.weight)
+        found["projected"] = emphasised(within_layer, labels, targets, position_ids_BS=places)
         total, effective = 0.0, 0.0
         for row in rows:  # alone, position by position
             one = Collator.of(opened, columns=plain.columns)([row])
@@ -68,7 +68,7 @@ def test_the_loss_is_that_of_weighted_positions(cache: Path, plain_student: Path
             weight_N = len(scores) * powers / powers.sum()
             effective += len(scores) * (weight_N.sum() ** 2 / (weight_N**2).sum()) / len(scores)
             terms = plain(
-                model(input_ids=one["input_ids"], use_cache=False).logits, of_row, given,
+                StudentOutput.of_logits(model(input_ids=one["input_ids"], use_cache=False).logits), of_row, given,
                 position_weight_N=torch.from_numpy(weight_N),
             )  # fmt: skip
             total += float(terms.total)

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError, ModelError, RecipeError
+from teachercache.objective.contract import LossTerms
 from teachercache.objective.cross_tokenizer.batch import PREFIX, Chunks
 from teachercache.objective.cross_tokenizer.chunk_likelihood import ChunkLikelihood
 from teachercache.objective.cross_tokenizer.projected_kl import ProjectedKL, VocabularyProjection
 from teachercache.objective.cross_tokenizer.sorted_probabilities import SortedProbabilities
-from teachercache.objective.cross_tokenizer.sums import Batch, Sums, across_sums, across_sums_of_logits, names_of
+from teachercache.objective.cross_tokenizer.sums import Batch, Sums, across_sums_of_output, names_of
 from teachercache.objective.cross_tokenizer.term import ChunkTerm, PairTerm
-from teachercache.objective.distillation import LossTerms, labelled_positions
-from teachercache.objective.logits.operands import Weights
+from teachercache.objective.logits.operands import Weights, labelled_positions
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.targets import StoredTargets, TailPolicy
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
@@ -95,42 +96,18 @@ class CrossTokenizerObjective:
 
     def __call__(
         self,
-        logits_BSL: Tensor,
+        output: StudentOutput,
         shift_labels_BS: Tensor,
         targets: Mapping[str, Tensor] | None = None,
         *,
         weights: Weights | None = None,
+        position_ids_BS: Tensor | None = None,
     ) -> LossTerms:
-        """Loss sums of one batch; `targets` are what the collator made of the aligned rows, `weights` those of this
-        step (default: of the first step)."""
-        self._fit(logits_BSL.shape[-1])
+        """See `Objective`; `targets` are what the collator made of aligned rows."""
+        self._fit(output.columns)
         positions_N, labels_N = labelled_positions(shift_labels_BS)
-        logits_NL = logits_BSL.reshape(-1, logits_BSL.shape[-1])[positions_N]
         batch = self._batch(targets or {}, labels_N, weights or self._first)
-        return self._terms(across_sums_of_logits(logits_NL, batch), batch)
-
-    def projected(
-        self,
-        hidden_BSD: Tensor,
-        weight_LD: Tensor,
-        bias_L: Tensor | None,
-        shift_labels_BS: Tensor,
-        targets: Mapping[str, Tensor] | None = None,
-        *,
-        softcap: float | None = None,
-        weights: Weights | None = None,
-    ) -> LossTerms:
-        """The same from what enters the student's output layer, and its weights: no logits of a whole batch are formed."""
-        self._fit(len(weight_LD))
-        positions_N, labels_N = labelled_positions(shift_labels_BS)
-        sums = across_sums(
-            hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[positions_N],
-            weight_LD,
-            bias_L,
-            batch := self._batch(targets or {}, labels_N, weights or self._first),
-            softcap=softcap,
-        )
-        return self._terms(sums, batch)
+        return self._terms(across_sums_of_output(output, positions_N, batch), batch)
 
     def _terms(self, sums: Sums, batch: Batch) -> LossTerms:
         """Terms are logged a position, so that they add up to the loss; shares are of chunks."""

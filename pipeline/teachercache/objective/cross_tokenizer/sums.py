@@ -22,6 +22,7 @@ from teachercache.objective.cross_tokenizer.batch import Chunks
 from teachercache.objective.cross_tokenizer.softmax import label_terms
 from teachercache.objective.cross_tokenizer.term import ChunkTerm, PairTerm
 from teachercache.objective.logits.projected import carry_on, chunk_logits, chunk_rows, summed
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.targets.logits.softened import Softened
 
 
@@ -56,6 +57,14 @@ class Sums:
     total: Tensor
     ce: Tensor
     named: dict[str, Tensor]
+
+
+def across_sums_of_output(output: StudentOutput, positions_N: Tensor, batch: Batch) -> Sums:
+    """The sums of a batch, from its logits or through its output layer. `positions_N` are rising indices into [B · S]."""
+    values_NA, layer = output.values_RA[positions_N], output.layer
+    if layer is None:
+        return across_sums_of_logits(values_NA, batch)
+    return across_sums(values_NA, layer.weight_LD, layer.bias_L, batch, softcap=layer.softcap)
 
 
 def across_sums(

@@ -1,6 +1,6 @@
 """Operands of the loss: its weights, the others, and the student's logits at single tokens.
 
-Shapes: R rows of the flat logits, L columns; N positions, k tokens of the head. Log-probabilities in nats.
+Shapes: B rows, S tokens, R = B · S; L columns of the logits; N positions, k tokens of the head. Log-probabilities in nats.
 """
 
 from __future__ import annotations
@@ -14,6 +14,15 @@ from torch import Tensor
 
 from teachercache.objective.logits.divergences import Divergence
 from teachercache.targets.logits.softened import Softened
+
+NO_TARGET = -100  # label of a token that is not a position, as everywhere in transformers
+
+
+def labelled_positions(shift_labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Rising indices into [B · S] of what has a label, and the labels, [N] each."""
+    labels_R = shift_labels_BS.reshape(-1)
+    positions_N = (labels_R != NO_TARGET).nonzero()[:, 0]
+    return positions_N, labels_R[positions_N]
 
 
 def no_teacher(labels_N: Tensor, dtype: torch.dtype) -> Softened:

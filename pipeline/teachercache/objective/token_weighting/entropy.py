@@ -18,8 +18,18 @@ from torch import Tensor
 from teachercache.objective.logits.blocks import blocks
 from teachercache.objective.logits.dense import NOTHING
 from teachercache.objective.logits.projected import autocast_type, chunk_logits, chunk_rows
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.objective.logits.tail_logits import CHUNK_POSITIONS, TailLogits
 from teachercache.targets.logits.softened import Softened
+
+
+def entropy_of_output(output: StudentOutput, *, positions_N: Tensor) -> Tensor:
+    """[N] of a student's distributions, without a gradient. `positions_N` are rising indices into [B · S]."""
+    layer = output.layer
+    if layer is None:
+        return entropy_of_logits(output.values_RA, positions_N=positions_N)
+    hidden_ND = output.values_RA[positions_N]
+    return entropy_projected(hidden_ND, layer.weight_LD, layer.bias_L, softcap=layer.softcap)
 
 
 def entropy_of_logits(logits_RL: Tensor, *, positions_N: Tensor, consecutive: bool = False) -> Tensor:

@@ -31,6 +31,7 @@ from teachercache.objective import NO_TARGET, LossTerms
 from teachercache.objective.layers.gradient_taps import GradientTaps, products
 from teachercache.objective.layers.objective import LayerObjective
 from teachercache.objective.logits.operands import Weights
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.training.callbacks.meter import LOGGED_AS
 
 ABOVE = "above"
@@ -66,18 +67,16 @@ class GradientCosines:
         self._open = (GradientTaps(), (shift_labels_BS != NO_TARGET).sum())
         return self._open[0]
 
-    def add(self, loss: Callable[..., LossTerms], operands: Sequence[Tensor | None], weights: Weights) -> None:
-        """Both terms of a micro-batch: `loss(weights, *operands)`, the first of which are the activations that they share."""
+    def add(self, loss: Callable[[StudentOutput, Weights], LossTerms], output: StudentOutput, weights: Weights) -> None:
+        """Both terms of a micro-batch, at the values that the student's output holds."""
         if weights.alpha in (0, 1):
             return
-        shared, *others = (None if each is None else each.detach() for each in operands)
-        assert shared is not None
         gradients = []
         for alpha, share in ((1.0, weights.alpha), (0.0, 1 - weights.alpha)):
+            leaf = output.detached()
             with torch.enable_grad():
-                leaf = shared.detach().requires_grad_()
-                terms = loss(replace(weights, alpha=alpha), leaf, *others)
-            [gradient] = torch.autograd.grad(terms.total, leaf)
+                terms = loss(leaf, replace(weights, alpha=alpha))
+            [gradient] = torch.autograd.grad(terms.total, leaf.values_BSA)
             gradients.append(gradient.float() * share)
         self._add(0, products(*gradients), terms.positions)
 

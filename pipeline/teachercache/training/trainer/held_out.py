@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +17,10 @@ from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
 from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
-from teachercache.objective.logits.projected import chunk_logits, chunk_rows
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.objective.schedule.objective_schedule import ScheduleRange
 from teachercache.targets import TargetKind
 from teachercache.targets.logits.kind import first_choices
-from teachercache.training.trainer.output_layer import loss_for_logits
-
-Layer = tuple[Tensor, Tensor | None, float | None]  # the output layer: weight, bias, soft cap
 
 # Both terms are measured: neither weight may be zero.
 _BOTH = 0.5
@@ -44,47 +38,8 @@ class Measure(ABC):
         """From the sums of all batches."""
 
     @abstractmethod
-    def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
-        """Add a batch by its logits."""
-
-    @abstractmethod
-    def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
-        """Add positions by what enters the output layer."""
-
-    def add(self, model: Any, batches: Iterable[dict[str, Any]], *, in_layer_of: Any = None) -> None:
-        """One forward pass for each batch. The model is called as it is given: under ZeRO 3 it gathers its weights.
-
-        `in_layer_of` is the same model unwrapped, if `takes_loss` accepts it: then no logits of a whole batch are formed.
-        """
-        with torch.no_grad():
-            for batch in batches:
-                labels_BS, targets = batch.pop("shift_labels"), batch.pop("targets")
-                if in_layer_of is None:
-                    self.add_logits(model(**batch, use_cache=False).logits, labels_BS, targets)
-                    continue
-                with loss_for_logits(in_layer_of, partial(self._add_hidden, labels_BS, targets)):
-                    model(**batch, use_cache=False)
-
-    def _add_hidden(
-        self,
-        labels_BS: Tensor,
-        targets: dict[str, Tensor],
-        hidden_BSD: Tensor,
-        weight_LD: Tensor,
-        bias_L: Tensor | None,
-        softcap: float | None,
-    ) -> Tensor:
-        is_position_BS = labels_BS != NO_TARGET
-        self.add_hidden(hidden_BSD[is_position_BS], (weight_LD, bias_L, softcap), labels_BS[is_position_BS], targets)
-        return hidden_BSD.new_zeros(())
-
-
-def _blocks(hidden_ND: Tensor, layer: Layer) -> Iterator[tuple[slice, Tensor]]:
-    """Positions and their logits, a block at a time."""
-    rows = chunk_rows(layer[0])
-    for start in range(0, len(hidden_ND), rows):
-        part = slice(start, start + rows)
-        yield part, chunk_logits(hidden_ND[part], *layer)
+    def add(self, output: StudentOutput, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
+        """Add a batch by the student's output for it."""
 
 
 class HeldOutMeasure(Measure):
@@ -97,14 +52,13 @@ class HeldOutMeasure(Measure):
         self.columns = self._objective.columns
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
-    def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
+    def add(self, output: StudentOutput, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
         """See `Measure`."""
-        for part, logits_CL in _blocks(hidden_ND, layer):
-            self.add_logits(logits_CL[None], labels_N[None, part], {n: values[part] for n, values in targets.items()})
+        for part, logits_BSL, labels in output.blocks(labels_BS):
+            self._add(logits_BSL, labels, {name: values[part] for name, values in targets.items()})
 
-    def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
-        """See `Measure`."""
-        terms = self._objective(logits_BSL, labels_BS, targets)
+    def _add(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
+        terms = self._objective(StudentOutput.of_logits(logits_BSL), labels_BS, targets)
         is_position_BS = labels_BS != NO_TARGET
         choice_N = logits_BSL.argmax(-1)[is_position_BS]
         correct = (choice_N == labels_BS[is_position_BS]).sum()
@@ -141,19 +95,11 @@ class AcrossMeasure(Measure):
         self.columns = self._objective.columns
         self.sums = torch.zeros(8, dtype=torch.float64, device=device)
 
-    def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
+    def add(self, output: StudentOutput, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
         """See `Measure`."""
-        choices = [logits_CL.argmax(-1) for _, logits_CL in _blocks(hidden_ND, layer)]
-        terms = self._objective.projected(
-            hidden_ND[None], layer[0], layer[1], labels_N[None], targets, softcap=layer[2]
-        )
-        self._add(terms, torch.cat(choices or [labels_N[:0]]), labels_N, targets)
-
-    def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
-        """See `Measure`."""
-        is_position_BS = labels_BS != NO_TARGET
-        choice_N = logits_BSL.argmax(-1)[is_position_BS]
-        self._add(self._objective(logits_BSL, labels_BS, targets), choice_N, labels_BS[is_position_BS], targets)
+        labels_N = labels_BS[labels_BS != NO_TARGET]
+        choices = [logits.argmax(-1)[labels != NO_TARGET] for _, logits, labels in output.blocks(labels_BS)]
+        self._add(self._objective(output, labels_BS, targets), torch.cat(choices or [labels_N[:0]]), labels_N, targets)
 
     def _add(self, terms: LossTerms, choice_N: Tensor, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
         first_M = targets["chunk_first"]

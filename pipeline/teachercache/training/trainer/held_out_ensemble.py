@@ -1,22 +1,18 @@
 """How far the student is from each of several teachers on held-out rows, where their weights follow that.
 
-Shapes: N positions, K teachers, D width of the output layer's input, L columns of the logits.
+Shapes: B rows, S tokens, N positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from teachercache.objective.distillation import labelled_positions
 from teachercache.objective.ensemble import FusedTeacher
-from teachercache.objective.logits.fused import distillation_sums
-from teachercache.objective.logits.operands import Weights
-from teachercache.objective.logits.projected import projected_sums
+from teachercache.objective.logits.operands import Weights, labelled_positions
+from teachercache.objective.logits.student_output import StudentOutput, output_sums
 from teachercache.targets import TargetKind
-from teachercache.training.trainer.held_out import HeldOutMeasure, Layer, Measure
+from teachercache.training.trainer.held_out import HeldOutMeasure, Measure
 
 MEASURED = Weights(0.5, 1.0)  # neither weight may be zero
 OWN = 5  # sums of `HeldOutMeasure`
@@ -32,35 +28,18 @@ class TaughtMeasure(Measure):
         further = torch.zeros(len(teacher.members) + 1, dtype=torch.float64, device=device)
         self.sums = torch.cat([self._own.sums, further])
 
-    def add_hidden(self, hidden_ND: Tensor, layer: Layer, labels_N: Tensor, targets: dict[str, Tensor]) -> None:
+    def add(self, output: StudentOutput, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
         """See `Measure`."""
-        self._own.add_hidden(hidden_ND, layer, labels_N, _of_first(targets))
-        weight_LD, bias_L, softcap = layer
-        each, all_N = self._teacher.each(targets, 1.0, like=labels_N, dtype=torch.float32)
-        sums = [
-            projected_sums(
-                hidden_ND, weight_LD, bias_L, labels_N=labels_N, teacher=teacher, weights=MEASURED, softcap=softcap,
-                vocabulary_size=self._teacher.vocabulary_size,
-            )
-            for teacher in each
-        ]  # fmt: skip
-        self._add(sums, all_N)
-
-    def add_logits(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
-        """See `Measure`."""
-        self._own.add_logits(logits_BSL, labels_BS, _of_first(targets))
+        self._own.add(output, labels_BS, _of_first(targets))
         positions_N, labels_N = labelled_positions(labels_BS)
-        each, all_N = self._teacher.each(targets, 1.0, like=labels_N, dtype=torch.float32)
+        every, all_N = self._teacher.each(targets, 1.0, like=labels_N, dtype=torch.float32)
         sums = [
-            distillation_sums(
-                logits_BSL, positions_N=positions_N, labels_N=labels_N, teacher=teacher, weights=MEASURED,
+            output_sums(
+                output, positions_N=positions_N, labels_N=labels_N, teacher=teacher, weights=MEASURED,
                 vocabulary_size=self._teacher.vocabulary_size,
             )
-            for teacher in each
+            for teacher in every
         ]  # fmt: skip
-        self._add(sums, all_N)
-
-    def _add(self, sums: Sequence[tuple[Tensor, Tensor, Tensor]], all_N: Tensor) -> None:
         further = torch.stack([*(kl.double() for _, kl, _ in sums), all_N.sum().double()]).to(self.sums.device)
         own = len(self._own.sums)
         self.sums = torch.cat([self._own.sums, self.sums[own:] + further])

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.dataset import Rows
 from teachercache.training.supervision.reading import Reading
 from teachercache.training.trainer.held_out import AcrossMeasure, HeldOutMeasure, Measure
 from teachercache.training.trainer.held_out_ensemble import TaughtMeasure
+from teachercache.training.trainer.output_layer import output_with_loss
 
 
 class HeldOutPass:
@@ -25,13 +29,13 @@ class HeldOutPass:
     ) -> dict[str, float]:
         """Over all held-out rows; where there are several caches, of each besides: `eval_cache0_loss`, …
 
-        `in_layer_of` as in `Measure.add`; `prepare` brings a batch to the model's device.
+        `in_layer_of` as in `output_with_loss`; `prepare` brings a batch to the model's device.
         """
         measures = [self._measure(number) for number in range(len(self._reading.caches))]
         if self._loader is None:
             self._loader = self._reading.held_out([measure.columns for measure in measures])
         for batch in self._loader:
-            measures[batch.pop("source")].add(model, [prepare(batch)], in_layer_of=in_layer_of)
+            add_batch(measures[batch.pop("source")], model, prepare(batch), in_layer_of=in_layer_of)
         return self._reduced(measures, accelerator, prefix=prefix)
 
     def close(self) -> None:
@@ -57,3 +61,15 @@ class HeldOutPass:
                 if self._reading.caches[number].rows_of("held-out"):
                     metrics |= measures[0].metrics(of_cache, prefix=f"{prefix}_cache{number}")
         return metrics
+
+
+def add_batch(measure: Measure, model: Any, batch: dict[str, Any], *, in_layer_of: Any = None) -> None:
+    """One forward pass of a batch of the collator's, on the model's device; `in_layer_of` as in `output_with_loss`."""
+    labels_BS, targets = batch.pop("shift_labels"), batch.pop("targets")
+
+    def add(output: StudentOutput) -> Tensor:
+        measure.add(output, labels_BS, targets)
+        return output.values_BSA.new_zeros(())
+
+    with torch.no_grad():
+        output_with_loss(model, batch, add, in_layer_of=in_layer_of)

@@ -13,8 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# (hidden states [B, S, D], weight [L, D], bias [L] or None, soft cap or None) -> the loss, a scalar
-LossOfHidden = Callable[[Tensor, Tensor, Tensor | None, float | None], Tensor]
+from teachercache.objective.logits.student_output import StudentOutput
+
+LossOfOutput = Callable[[StudentOutput], Tensor]  # a scalar
+
+
+def output_with_loss(model: Any, inputs: dict[str, Any], loss: LossOfOutput, *, in_layer_of: Any) -> tuple[Tensor, Any]:
+    """One forward pass: the loss on its graph, and what the model returned. The model is called as it is given: under ZeRO 3 it
+    gathers its weights.
+
+    `in_layer_of` is the same model unwrapped, if `takes_loss` accepts it, else None: without logits of a whole batch.
+    """
+    if in_layer_of is None:
+        outputs = model(**inputs, use_cache=False)
+        return loss(StudentOutput.of_logits(outputs.logits)), outputs
+    with loss_for_logits(in_layer_of, loss):
+        outputs = model(**inputs, use_cache=False)
+    return outputs.logits.reshape(()), outputs
 
 
 def takes_loss(model: Any, forward: Any = None) -> bool:
@@ -29,7 +44,7 @@ def takes_loss(model: Any, forward: Any = None) -> bool:
     was_training = run.training
     run.eval()
     try:
-        with torch.no_grad(), loss_for_logits(model, lambda hidden_BSD, *_: hidden_BSD.new_ones(())):
+        with torch.no_grad(), loss_for_logits(model, lambda output: output.values_BSA.new_ones(())):
             ids_BS = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
             returned = run(input_ids=ids_BS, use_cache=False).logits
         return tuple(returned.shape) == (1, 1, 1) and float(returned) == 1.0
@@ -40,7 +55,7 @@ def takes_loss(model: Any, forward: Any = None) -> bool:
 
 
 @contextmanager
-def loss_for_logits(model: Any, loss: LossOfHidden) -> Iterator[None]:
+def loss_for_logits(model: Any, loss: LossOfOutput) -> Iterator[None]:
     """While it is open, the model returns the loss, [1, 1, 1], where it would return logits.
 
     A soft cap is handed to the loss instead of being applied to it. For models that `takes_loss` accepts.
@@ -49,7 +64,7 @@ def loss_for_logits(model: Any, loss: LossOfHidden) -> Iterator[None]:
     softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(hidden_BSD: Tensor) -> Tensor:
-        return loss(hidden_BSD, layer.weight, layer.bias, softcap).view(1, 1, 1)
+        return loss(StudentOutput.of_hidden(hidden_BSD, layer.weight, layer.bias, softcap)).view(1, 1, 1)
 
     before = layer.__dict__.get("forward")  # somebody else's, e.g. accelerate's
     layer.forward = forward

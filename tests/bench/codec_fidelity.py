@@ -1,15 +1,16 @@
 """How faithful is what each kind of targets stores, and how many bytes does it take? One teacher pass serves them all.
 
     python tests/bench/codec_fidelity.py [--teacher ID] [--positions 4096] [--calibration 16384] [--only NAME …]
-                                         [--out results/codec_fidelity.json] [--json]
+                                         [--briefly] [--out results/codec_fidelity.json] [--json]
 
 Rows are windows of 256 tokens of CPython's documentation, in the order of a salted hash of their ids: the first are for
 calibration, the next ones for measuring. Bytes are those of the target columns in the shard file, tables included;
 token ids apart, the basis (stored once a cache) apart. `kl` in nats; `angle` in degrees, see
 `teachercache.evaluation.fidelity` for the student; `log_z` is the error of log Z(T) over 15 temperatures in [1, 8].
 `late_student` has the angle for a student at a KL of about 0.25 to the teacher (a share of the last block left to it),
-`documents` how the angle spreads over the rows, each by itself (both for kinds in `CLOSER_LOOK`). `decode` is positions
-per second of one thread from the file to arrays of a batch, its sha256 included, for a shard of 16 times these rows.
+`documents` how the angle spreads over the rows, each by itself (both for kinds in `CLOSER_LOOK`, unless `--briefly`).
+`decode` is positions per second of one thread from the file to arrays of a batch, its sha256 included, for a shard of 16
+times these rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,7 @@ CLOSER_LOOK = ("head+sketch, compact", "head+sketch, fine", "top-50, renormalise
 LATE_KL = 0.25
 LENGTH = 256
 COPIES = 16
+KEPT_LOGIT_BYTES = 4 * 2**30  # of all rows, teacher's and student's; beyond it the models run again for each kind
 LOG_Z_TEMPERATURES = (1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6.5, 8)
 
 
@@ -78,13 +82,20 @@ class Bench:
         rows = _rows(self.tokenizer)
         self.calibration = _until(rows, calibration)
         self.rows = _until(rows[len(self.calibration) :], positions)
+        self.calibrated_positions = sum(row.positions for row in self.calibration)
         self.positions = positions
-        self.observed = self._observe(0.0)
+        logit_bytes = 8 * len(self.tokenizer) * sum(row.positions for row in self.rows)
+        self._kept = list(self._observe(0.0)) if logit_bytes <= KEPT_LOGIT_BYTES else None
         self._late: list[Any] | None = None
 
-    def _observe(self, share: float, rows: int | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
-        chosen = self.rows[:rows]
-        return [observe(self.model, row, pad_id=self.pad_id, layout="documents", share=share) for row in chosen]
+    def _observe(self, share: float, rows: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for row in self.rows[:rows]:
+            yield observe(self.model, row, pad_id=self.pad_id, layout="documents", share=share)
+
+    @property
+    def observed(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Of each row the teacher's logits, the student's, and what entered the student's output layer."""
+        return self._observe(0.0) if self._kept is None else self._kept
 
     @property
     def late(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -96,7 +107,7 @@ class Bench:
                 pairs = [(logits_NV, student_NV) for logits_NV, student_NV, _ in self._observe(share, rows=2)]
                 divergence = float(torch.cat([kl_divergence(p, q.log_softmax(-1)) for p, q in pairs]).mean())
                 low, high = (share, high) if divergence > LATE_KL else (low, share)
-            self._late = self._observe(share)
+            self._late = list(self._observe(share))
         return self._late
 
     def run(self, settings: dict[str, Any], *, closely: bool) -> dict[str, Any]:
@@ -156,12 +167,11 @@ class Bench:
         return info.positions / (time.process_time() - start)
 
     def _compare(
-        self, kind: TargetKind, captured: list[Any], tail: Any, observed: list[Any], rows: slice = slice(None)
+        self, kind: TargetKind, captured: list[Any], tail: Any, observed: Iterable[Any], rows: slice = slice(None)
     ) -> dict[str, Any]:
         comparison = Comparison(TEMPERATURES)
-        for row, columns, (logits_NV, student_NV, input_ND) in list(zip(self.rows, captured, observed, strict=True))[
-            rows
-        ]:
+        items = islice(zip(self.rows, captured, observed, strict=True), rows.start, rows.stop)
+        for row, columns, (logits_NV, student_NV, input_ND) in items:
             left = self.positions - comparison.positions
             if left <= 0:
                 break
@@ -220,14 +230,16 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--calibration", type=int, default=16384)
     parser.add_argument("--only", nargs="*", help="names of SPECS, or JSON settings of targets.logits")
+    parser.add_argument("--briefly", action="store_true", help="no late student, no single rows")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     chosen = {name: SPECS[name] if name in SPECS else json.loads(name) for name in options.only or SPECS}
     bench = Bench(options.teacher, positions=options.positions, calibration=options.calibration)
     result = {**provenance(), "teacher": options.teacher, "positions": options.positions, "kinds": {}}
+    result["calibration"] = bench.calibrated_positions
     for name, settings in chosen.items():
-        figures = result["kinds"][name] = bench.run(settings, closely=name in CLOSER_LOOK)
+        figures = result["kinds"][name] = bench.run(settings, closely=name in CLOSER_LOOK and not options.briefly)
         temperatures = "  ".join(
             f"T={T}: {value['gradient_angle_degrees']:.2f}°, KL {value['kl']:.4f}"
             for T, value in figures["temperatures"].items()

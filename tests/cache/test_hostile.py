@@ -382,6 +382,8 @@ BASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "soft cap in text": ({"softcap": "30"}, {}),
     "infinite step": ({"step": float("inf")}, {}),
     "negative step": ({"step": -1.0}, {}),
+    "a curve in text": ({"bias_curve": "0.8"}, {}),
+    "a curve beyond all biases": ({"bias_curve": 1e300}, {}),
     "later version": ({"version": 2}, {}),
 }
 

@@ -101,6 +101,26 @@ def test_directions_go_to_tokens_that_have_probability() -> None:
     assert divergence(4.0) < 1.05 * divergence(0.0)
 
 
+def test_each_token_has_its_mean_probability_between_the_temperatures_of_the_fit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = list(torch.randn(24, 96, 32, generator=generator))
+    noisy = torch.arange(V) < V // 3  # tokens whose logits the directions hardly reach
+    first = torch.arange(32) < 16
+    channels_D, rest_D = torch.where(first, 0.8, 0.0), torch.where(first, 0.0, 0.4)
+    matrix_VD = torch.randn(V, 32, generator=generator) * torch.where(noisy[:, None], rest_D, channels_D)
+    layer = OutputLayer(matrix_VD, torch.where(noisy, 0.0, 1.0), 1.0, None)
+    kind = calibrate(HeadSketch(6, 16, 0.05, V, 600), layer, hidden)
+    exact_V, stored_V = torch.zeros(V), torch.zeros(V)
+    for hidden_ND in hidden:
+        logits_NV = layer.logits(hidden_ND)
+        softened = kind.softened(stored_arrays(kind, logits_NV, hidden_ND), 2.0)
+        ids_Nk = torch.from_numpy(softened.head_ids_Nk).long()
+        exact_V += torch.softmax(logits_NV / 2, -1).scatter(1, ids_Nk, 0.0).sum(0)
+        stored_V += torch.from_numpy(softened.dense()).exp().scatter(1, ids_Nk, 0.0).sum(0)
+    ratio_V = (stored_V / exact_V).log()
+    assert ratio_V.square().mean().sqrt() < 0.03
+
+
 def test_a_basis_is_deterministic_and_survives_its_file(tmp_path: Path) -> None:
     model = tiny_model(vocabulary=V)
     layer, (hidden, logits) = OutputLayer.of(model, vocabulary_size=V), observe(model)

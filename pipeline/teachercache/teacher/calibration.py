@@ -21,7 +21,7 @@ from torch import Tensor
 from teachercache.errors import ModelError
 from teachercache.targets import CalibratedKind
 from teachercache.targets.coding.grouped_topk import largest
-from teachercache.targets.logits.basis import SketchBasis
+from teachercache.targets.logits.basis import BIAS_TEMPERATURES, SketchBasis
 from teachercache.targets.logits.final_hidden import FinalHidden
 from teachercache.targets.logits.head_sketch import HeadSketch, quantise_coefficients, restore_coefficients
 from teachercache.targets.logits.tail import fit_node_weights, node_sums
@@ -29,8 +29,8 @@ from teachercache.teacher.output_layer import OutputLayer
 from teachercache.teacher.sketch_choice import candidate_ranks, choose, held_apart
 
 TEMPERATURES = (4.0, 2.0, 1.0)  # of which each has an exponential that is the square of the one before
-BIAS_TEMPERATURES = (1.0, 4.0)
 BIAS_ITERATIONS = 2
+BIAS_CURVE = 1 / sum(1 / temperature for temperature in BIAS_TEMPERATURES)  # by which the line is one in 1/T²
 LARGEST_BIAS = 3.0
 LEAST_MASS = 2e-7  # added to mean probabilities: a token seldom outside the head has no bias to speak of
 FINEST_WITH_HALF = 1 / 256  # step of kind hidden down to which its rounding outweighs float16's by ten
@@ -97,7 +97,8 @@ def fit_sketch(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Te
     kind = kind.with_basis(basis)
     coefficients_Nr = _quantised(kind, basis, rows_hidden_ND).to(hidden_ND.device)
     constant_V, slope_V = _biases(basis, sample, coefficients_Nr)
-    return kind.with_basis(replace(basis, bias_constant_V=_half(constant_V), bias_slope_V=_half(slope_V)))
+    biases: dict[str, Any] = {"bias_constant_V": _half(constant_V), "bias_slope_V": _half(slope_V)}
+    return kind.with_basis(replace(basis, **biases, bias_curve=BIAS_CURVE))
 
 
 def _possible_ranks(kind: HeadSketch, *, width: int, positions: int) -> list[int]:

@@ -9,8 +9,13 @@ of that by m is 1: one quantisation step costs the same in each direction.
 
     logits ≈ basis · coefficients + base                    (up to a constant, which softmax does not see)
 
-What quantisation loses shows as a bias per token, different at each temperature: `bias(T) = constant + slope / T`, fitted
-by matching each token's mean probability outside the head.
+What quantisation loses shows as a bias per token, different at each temperature. It is fitted at T = 1 and 4, by matching
+each token's mean probability outside the head:
+
+    bias(T) = constant + slope · (1/T - curve · (1 - 1/T) · (1/T - 1/4))
+
+Logits that lack a normal error of variance σ² lack σ²/2T² in a token's log-probability: with curve = 0.8 the bias is one of
+1/T². Files without a curve are of a bias straight in 1/T; a reader that does not know it is right at T = 1 and 4.
 
 Kind `hidden` stores h itself: its directions are the channels, r = D, and its basis is W. It has no biases, and ranks and
 weights, which serve heads, are empty.
@@ -36,6 +41,7 @@ from teachercache.targets.logits.softened import SketchTail
 Array = NDArray[Any]
 PREFIX = "sketch-"
 METADATA_KEY = "teachercache-sketch"
+BIAS_TEMPERATURES = (1.0, 4.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +53,7 @@ class SketchBasis:
     basis_Vr: Array  # float16; of kind hidden float32 where the steps are finer than float16's rounding
     base_V: Array  # float32
     bias_constant_V: Array  # float16, in units of logit / T
-    bias_slope_V: Array  # float16, likewise, times 1 / T
+    bias_slope_V: Array  # float16, likewise, what 1 / T is worth
     token_of_rank_V: Array  # uint32: tokens, the most frequent in heads first
     tail_weights_GF: Array  # float32: linear prediction of the tail's nodes, see tail.py
     softcap: float | None = None
@@ -55,6 +61,7 @@ class SketchBasis:
     chosen: dict[str, Any] | None = (
         None  # by a target: rank and step, what they cost and leave, and what else was tried
     )
+    bias_curve: float = 0.0
     copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of arrays, by use, type and device
 
     @property
@@ -82,7 +89,10 @@ class SketchBasis:
     def tail(self, coefficients_Nr: Any, temperature: float) -> SketchTail:
         """The logits of N positions at a temperature, from coefficients of numpy's or torch's, on any device."""
         basis_Vr, base_V, constant_V, slope_V = self._reading_arrays(coefficients_Nr)
-        bias_V = constant_V + slope_V / temperature
+        low, high = BIAS_TEMPERATURES
+        bent = self.bias_curve * (1 / low - 1 / temperature) * (1 / temperature - 1 / high)
+        # Bases without a curve read to the bit as they always did.
+        bias_V = constant_V + slope_V * (1 / temperature - bent) if bent else constant_V + slope_V / temperature
         if self.softcap is not None:
             return SketchTail(coefficients_Nr, basis_Vr, base_V, self.softcap, temperature, bias_V)
         return SketchTail(coefficients_Nr / temperature, basis_Vr, base_V / temperature + bias_V)
@@ -110,11 +120,17 @@ class SketchBasis:
 
     def save(self, folder: Path) -> Path:
         """Write it as safetensors, named by its content; returns the path."""
-        names = [entry.name for entry in fields(self) if entry.name not in ("softcap", "step", "chosen", "copies")]
+        names = [
+            entry.name
+            for entry in fields(self)
+            if entry.name not in ("softcap", "step", "chosen", "bias_curve", "copies")
+        ]
         arrays = {name: getattr(self, name) for name in names}
         described: dict[str, Any] = {"version": 1, "softcap": self.softcap, "step": self.step}
         if self.chosen is not None:
             described["chosen"] = self.chosen
+        if self.bias_curve:
+            described["bias_curve"] = self.bias_curve
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         return save_named(contiguous, {METADATA_KEY: json.dumps(described)}, folder, prefix=PREFIX)
 
@@ -124,7 +140,7 @@ class SketchBasis:
         try:
             arrays, described = load_named(path, key=METADATA_KEY)
             basis = cls(**arrays, softcap=described["softcap"], step=described["step"])
-            basis = replace(basis, chosen=described.get("chosen"))
+            basis = replace(basis, chosen=described.get("chosen"), bias_curve=described.get("bias_curve", 0.0))
             basis.check()
             return basis
         except (KeyError, TypeError, ValueError) as error:
@@ -152,6 +168,8 @@ class SketchBasis:
             value = getattr(self, name)
             if value is not None and not (type(value) in (int, float) and 0 < value <= LARGEST):
                 raise ValueError(f"its {name} is no positive number")
+        if type(self.bias_curve) not in (int, float) or not 0 <= self.bias_curve <= 1:
+            raise ValueError("its bias_curve is no number between 0 and 1")
 
 
 LARGEST = 1e9  # magnitude of anything in a basis: sums of products with codes stay finite in float32

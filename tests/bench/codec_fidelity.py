@@ -9,8 +9,9 @@ token ids apart, the basis (stored once a cache) apart. `kl` in nats; `angle` in
 `teachercache.evaluation.fidelity` for the student; `log_z` is the error of log Z(T) over 15 temperatures in [1, 8].
 `late_student` has the angle for a student at a KL of about 0.25 to the teacher (a share of the last block left to it),
 `documents` how the angle spreads over the rows, each by itself (both for kinds in `CLOSER_LOOK`, unless `--briefly`).
-`decode` is positions per second of one thread from the file to arrays of a batch, its sha256 included, for a shard of 16
-times these rows.
+`halfway` are the angles over the first half of the positions: what falls with their number is noise of the measured text,
+what stays is the basis's own error. `decode` is positions per second of one thread from the file to arrays of a batch, its
+sha256 included, for a shard of 16 times these rows.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class Bench:
                 basis_bytes = kind.basis.save(Path(folder)).stat().st_size
         captured = [item.columns for item in teacher.capture(self.rows, positions_per_batch=2048)]
         result = {"tail": tail or dense_policy(kind), **self._stored(kind, captured), "basis_bytes": basis_bytes}
-        result["temperatures"] = self._compare(kind, captured, result["tail"], self.observed)
+        result["halfway"] = {}
+        result["temperatures"] = self._compare(kind, captured, result["tail"], self.observed, halfway=result["halfway"])
         if closely:
             result["late_student"] = self._compare(kind, captured, result["tail"], self.late)
             result["documents"] = self._spread(kind, captured, result["tail"])
@@ -167,7 +169,13 @@ class Bench:
         return info.positions / (time.process_time() - start)
 
     def _compare(
-        self, kind: TargetKind, captured: list[Any], tail: Any, observed: Iterable[Any], rows: slice = slice(None)
+        self,
+        kind: TargetKind,
+        captured: list[Any],
+        tail: Any,
+        observed: Iterable[Any],
+        rows: slice = slice(None),
+        halfway: dict[str, float] | None = None,
     ) -> dict[str, Any]:
         comparison = Comparison(TEMPERATURES)
         items = islice(zip(self.rows, captured, observed, strict=True), rows.start, rows.stop)
@@ -175,6 +183,8 @@ class Bench:
             left = self.positions - comparison.positions
             if left <= 0:
                 break
+            if halfway == {} and left <= self.positions // 2:
+                halfway.update({T: value["gradient_angle_degrees"] for T, value in comparison.result().items()})
             labels_N = torch.from_numpy(row.labels_N().astype(np.int64))
             comparison.add(
                 lambda T, columns=columns, like=logits_NV: read(kind, columns, T, tail, like),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from teachercache.bounded.process import BoundedProcess, Exhausted
 from teachercache.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SECONDS = 4.0  # of processor time; real templates take a few ms
 MEMORY = 2**28
@@ -35,7 +38,7 @@ class Unrenderable(Exception):
 class ChatTemplate:
     """A tokenizer's chat template, and how much processor time it may take at a time. Raises `ModelError` if it has none."""
 
-    def __init__(self, tokenizer: Any, *, seconds: float = SECONDS) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seconds: float = SECONDS) -> None:
         self._seconds = seconds
         try:
             self.template: str = tokenizer.get_chat_template()

@@ -16,9 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from teachercache.bounded import ChatTemplate, Text, Unrenderable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -38,7 +41,7 @@ class Rendered(NamedTuple):
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template. Raises `ModelError` if it has none, or a broken one."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._template = ChatTemplate(tokenizer)
 
     def render(self, messages: Sequence[Message]) -> Rendered:

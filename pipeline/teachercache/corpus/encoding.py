@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from teachercache.corpus.contents import contents_of
 from teachercache.corpus.documents import Document
 from teachercache.tokens.prefix import begins_with, own_prefix
 from teachercache.tokens.rows import Content
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,7 @@ def source_of(document: Document, renderer: ChatRenderer | None, *, contents: bo
 
 
 def encode(
-    sources: Sequence[Source], *, tokenizer: Any, add_eos: bool, prefix: tuple[int, ...] = ()
+    sources: Sequence[Source], *, tokenizer: PreTrainedTokenizerBase, add_eos: bool, prefix: tuple[int, ...] = ()
 ) -> Iterator[Encoded]:
     """Encode each source whole, in order, with two batched calls of the tokenizer.
 
@@ -88,7 +91,9 @@ def _targets(source: Source, chars_S2: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.arange(len(chars_S2)) < len(chars_S2) - 1
 
 
-def _call(sources: Sequence[Source], tokenizer: Any) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+def _call(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
     results: dict[int, tuple[NDArray[np.int32], NDArray[np.int64]]] = {}
     for chat in (False, True):
         chosen = [index for index, source in enumerate(sources) if (source.assistant_spans is not None) == chat]

@@ -11,7 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from teachercache.corpus.windows import Window, check_room, cut
 from teachercache.tokens.fingerprint import require_fast
 from teachercache.tokens.prefix import row_prefix
 from teachercache.tokens.rows import Segment, TokenRow, row_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXCERPT_CHARACTERS = 200
 _BATCH = 256  # documents in one call of the tokenizer: bounds its memory, changes no result
@@ -57,7 +60,7 @@ class Tokenised:
 def tokenise(
     documents: Sequence[Document],
     *,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     sequence: SequenceConfig,
     store_text: bool,
     prefix: Sequence[int] | None = None,

@@ -15,12 +15,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from teachercache.tokens.rows import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LONGEST_TIMED = 128
 WARM_UP_PASSES = 2
@@ -32,7 +35,7 @@ def timed_tokens(row: TokenRow) -> torch.Tensor:
     return torch.from_numpy(row.input_ids_S[:LONGEST_TIMED].astype(np.int64))[None]
 
 
-def speed(model: Any, input_ids_1L: torch.Tensor, *, batch_rows: int) -> dict[str, float | int]:
+def speed(model: PreTrainedModel, input_ids_1L: torch.Tensor, *, batch_rows: int) -> dict[str, float | int]:
     """`latency_ms`: median over passes at batch 1; `throughput`: positions/s at `throughput_batch` rows."""
     input_ids_1L = input_ids_1L.to(model.device)
     input_ids_BL = input_ids_1L.repeat(batch_rows, 1)
@@ -78,7 +81,7 @@ class MemoryMeter:
         self._on_gpu = device.type == "cuda"
         self._before = _resident_bytes()
 
-    def read(self, model: Any, input_ids_1L: torch.Tensor) -> dict[str, float | str]:
+    def read(self, model: PreTrainedModel, input_ids_1L: torch.Tensor) -> dict[str, float | str]:
         """`memory_mb`, `memory_is` (which of the two) and `weights_mb`: bytes of the parameters and buffers alone."""
         weights = weight_bytes(model) / MEGABYTE
         if self._on_gpu:
@@ -89,7 +92,7 @@ class MemoryMeter:
         return {"memory_mb": max(0.0, grown), "memory_is": "resident set", "weights_mb": weights}
 
 
-def weight_bytes(model: Any) -> int:
+def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of parameters and buffers; a tied weight counts once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -98,7 +101,7 @@ def weight_bytes(model: Any) -> int:
     return sum(storages.values())
 
 
-def _peak_allocated(model: Any, input_ids_1L: torch.Tensor) -> float:
+def _peak_allocated(model: PreTrainedModel, input_ids_1L: torch.Tensor) -> float:
     torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
         model(input_ids=input_ids_1L.to(model.device), use_cache=False)

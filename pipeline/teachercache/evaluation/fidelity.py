@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from teachercache.targets import Softened, TailPolicy, TargetKind
 from teachercache.targets.logits.softened import UniformTail
 from teachercache.teacher.output_layer import OutputLayer, layer_after_body, recorded_input
 from teachercache.tokens.rows import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 BLOCK = 128  # positions
@@ -200,7 +203,7 @@ def _sources(stored: StoredRow) -> set[str]:
 
 @torch.inference_mode()
 def observe(
-    model: Any,
+    model: PreTrainedModel,
     row: TokenRow,
     *,
     pad_id: int,
@@ -228,7 +231,7 @@ def observe(
 
 
 @contextmanager
-def weakened_last_block(model: Any, *, share: float = 0.0) -> Iterator[None]:
+def weakened_last_block(model: PreTrainedModel, *, share: float = 0.0) -> Iterator[None]:
     """While it is open, a share of what the model's last block adds to its input is left, 0: its input passes unchanged.
 
     Raises `ModelError` for unknown shapes.
@@ -239,12 +242,13 @@ def weakened_last_block(model: Any, *, share: float = 0.0) -> Iterator[None]:
             f"{type(model).__name__} does not keep its blocks in one list: no student can be cut out of it"
         )
 
-    def weaken(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def weaken(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         before = args[0] if args else kwargs["hidden_states"]
         hidden = before + share * ((output[0] if isinstance(output, tuple) else output) - before)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = model.get_submodule(path)[-1].register_forward_hook(weaken, with_kwargs=True)
+    blocks: Any = model.get_submodule(path)
+    handle = blocks[-1].register_forward_hook(weaken, with_kwargs=True)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ itself."""
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from teachercache.targets.layers.hidden_states import column_of
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.teacher.layers import rows_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class LayerComparison:
     """Sums over rows; add each with what the teacher held at its tokens."""
@@ -39,7 +42,7 @@ class LayerComparison:
         self._tokens = 0
 
     @torch.inference_mode()
-    def add(self, model: Any, stored: StoredRow, *, pad_id: int, layout: str) -> None:
+    def add(self, model: PreTrainedModel, stored: StoredRow, *, pad_id: int, layout: str) -> None:
         """A row of the cache; the teacher runs on it."""
         if not self._targets.layers:
             return

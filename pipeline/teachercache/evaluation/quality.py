@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from teachercache.targets.logits.kind import first_choice_tail, first_choices
 from teachercache.teacher.output_layer import HALF, OutputLayer, layer_after_body
 from teachercache.tokens.rows import TokenRow
 from teachercache.tokens.spans import SpanFinder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_POSITIONS = 256
 BATCH_TOKENS = 4096  # most tokens in a forward pass, padding included: bounds the logits, which are B · S · V
@@ -92,7 +95,12 @@ def held_out_rows(cache: Cache, *, limit: int | None, alignment: CacheAlignment 
 
 
 def quality(
-    model: Any, rows: Sequence[Row], cache: Cache, *, batch_rows: int, alignment: CacheAlignment | None = None
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    cache: Cache,
+    *,
+    batch_rows: int,
+    alignment: CacheAlignment | None = None,
 ) -> dict[str, float | int | None]:
     """`loss`, `perplexity`, `bits_per_byte` (which compares across tokenizers; None where the cache keeps no text),
     `top1_agreement` (the model's first choice is the teacher's; across tokenizers, where both have read the same bytes),
@@ -157,7 +165,7 @@ def _batches(rows: Sequence[Row], *, batch_rows: int) -> Iterator[list[Row]]:
 
 
 def _score(
-    model: Any,
+    model: PreTrainedModel,
     layer: OutputLayer | None,
     batch: Sequence[Row],
     cache: Cache,

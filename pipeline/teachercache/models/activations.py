@@ -26,6 +26,7 @@ from teachercache.targets.layers.attention import log_attention, sees
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 ADAPTERS = "distillation"  # the module that training adds to a student: none of its own layers
 
@@ -55,7 +56,7 @@ class Activations:
     onward: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict)
 
 
-def path_of_blocks(model: Any) -> str | None:
+def path_of_blocks(model: PreTrainedModel) -> str | None:
     """Name of the one list of blocks, e.g. `model.layers` or `transformer.h`; None where there is no such list."""
     from torch.nn import ModuleList
 
@@ -66,7 +67,7 @@ def path_of_blocks(model: Any) -> str | None:
     return outermost[0] if len(outermost) == 1 else None
 
 
-def blocks_of(model: Any) -> Any:
+def blocks_of(model: PreTrainedModel) -> Any:
     """The model's blocks in order. Raises `ModelError` where they are not in one list."""
     path = path_of_blocks(model)
     if path is None:
@@ -79,7 +80,7 @@ def blocks_of(model: Any) -> Any:
 
 @contextmanager
 def recorded(
-    model: Any, *, hidden: Sequence[int] = (), attention: Sequence[int] = (), apart: bool = False
+    model: PreTrainedModel, *, hidden: Sequence[int] = (), attention: Sequence[int] = (), apart: bool = False
 ) -> Iterator[Activations]:
     """While it is open, what the chosen layers of the model hold is recorded; each forward pass replaces the one before.
 
@@ -119,14 +120,14 @@ def _hidden_hooks(blocks: Any, layers: Sequence[int], activations: Activations, 
         activations.onward["hidden", layer] = (hidden_BSD.view_as(hidden_BSD),)
         return activations.onward["hidden", layer][0]
 
-    def entered(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def entered(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         activations.hidden[0] = args[0] if args else kwargs["hidden_states"]
         if not apart:
             return None
         return ((onward(0), *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": onward(0)})
 
     def left(layer: int) -> Callable[[Any, Any, Any], Any]:
-        def hook(_: Any, __: Any, output: Any) -> Any:
+        def hook(_: object, __: object, output: Any) -> Any:
             activations.hidden[layer] = output[0] if isinstance(output, tuple) else output
             if not apart:
                 return None
@@ -142,7 +143,7 @@ def _hidden_hooks(blocks: Any, layers: Sequence[int], activations: Activations, 
 
 def _rotary_hooks(blocks: Any, layers: Sequence[int], activations: Activations) -> list[Any]:
     def entered(layer: int) -> Callable[[Any, Any, dict[str, Any]], None]:
-        def hook(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        def hook(_: object, __: object, kwargs: dict[str, Any]) -> None:
             rotary = kwargs.get("position_embeddings")
             if isinstance(rotary, tuple) and len(rotary) == 2:
                 activations.rotary[layer] = rotary
@@ -153,7 +154,9 @@ def _rotary_hooks(blocks: Any, layers: Sequence[int], activations: Activations) 
 
 
 @contextmanager
-def _seen_by_kernels(model: Any, owners: dict[int, int], activations: Activations, *, apart: bool) -> Iterator[None]:
+def _seen_by_kernels(
+    model: PreTrainedModel, owners: dict[int, int], activations: Activations, *, apart: bool
+) -> Iterator[None]:
     """Stand between the model and its attention kernel, as transformers' `AttentionInterface` provides for."""
     if not owners:
         yield
@@ -206,7 +209,7 @@ TRIED_QUERIES = 64  # the last ones: those that a window hides most from
 TOLERANCE = 0.02  # of the largest number that a kernel gives; half-precision kernels round
 
 
-def check_recorded(recorded_layers: Activations, layers: Sequence[int], model: Any) -> None:
+def check_recorded(recorded_layers: Activations, layers: Sequence[int], model: PreTrainedModel) -> None:
     """Raise `ModelError` where some layer's attention did not pass by."""
     for layer in layers:
         if layer not in recorded_layers.attention:
@@ -216,7 +219,7 @@ def check_recorded(recorded_layers: Activations, layers: Sequence[int], model: A
             )
 
 
-def check_attention(recorded_layers: Activations, layers: Sequence[int], model: Any) -> None:
+def check_attention(recorded_layers: Activations, layers: Sequence[int], model: PreTrainedModel) -> None:
     """Raise `ModelError` where some layer's attention did not pass by, or is another than what was recorded of it.
 
     Softmax over the recorded scores must give what the kernel gave: else a mask hides more than the window that the kernel

@@ -14,7 +14,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONVERSION = 2  # part of the folder's name: raise it with every change of what a conversion gives
 
@@ -93,7 +96,7 @@ def surroundings(file: Path) -> Surroundings:
     )
 
 
-def surround(tokenizer: Any, settings: Surroundings) -> None:
+def surround(tokenizer: PreTrainedTokenizerBase, settings: Surroundings) -> None:
     """Have a tokenizer put before and after a text what its file says."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     changed = description

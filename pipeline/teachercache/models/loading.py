@@ -93,7 +93,7 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(source.location, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def save_tokenizer(folder: Path, tokenizer: Any, *, fingerprint: str) -> None:
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, *, fingerprint: str) -> None:
     """Its files into a folder, without paths of this machine. Raises `ModelError` for one that is another once it is loaded
     again."""
     tokenizer.save_pretrained(folder)
@@ -245,7 +245,7 @@ def _explain(model: str, what: str, error: Exception, *, gated: type[Exception])
 Layout = Literal["documents", "packed", "flat"]
 
 
-def takes_one_row(model: Any) -> bool:
+def takes_one_row(model: PreTrainedModel) -> bool:
     """Tells whether the model's attention is one of the flash kernels. transformers has them keep segments apart in one
     row alone, by their variable-length form; in a batch of several rows `position_ids` do not reach it, and segments
     see each other."""
@@ -254,7 +254,7 @@ def takes_one_row(model: Any) -> bool:
 
 
 @contextmanager
-def runnable_here(model: Any) -> Iterator[None]:
+def runnable_here(model: PreTrainedModel) -> Iterator[None]:
     """While it is open, a model that still waits on the CPU for its GPU attends without: flash kernels run on GPUs alone."""
     kernel = model.config.get_text_config()._attn_implementation
     if not takes_one_row(model) or model.device.type != "cpu":
@@ -267,7 +267,7 @@ def runnable_here(model: Any) -> Iterator[None]:
         model.set_attn_implementation(kernel)
 
 
-def input_layout(model: Any, layout: str, *, longest: int = 0) -> Layout:
+def input_layout(model: PreTrainedModel, layout: str, *, longest: int = 0) -> Layout:
     """Chooses how rows of a cache's layout are given to a model: as they are, or, packed ones to flash kernels, all of
     a batch in one row, without padding and without a mask. Under sdpa and eager transformers forms a mask of [B, 1, S,
     S] for packed rows, a byte or more an entry, once for each kind of layer (full, sliding) and forward pass.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from teachercache.tokens.rows import Segment, TokenRow
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 # Root mean square of a difference, in standard deviations of the logits. A causal model gives the same bits (72 of the zoo's,
 # in bfloat16 and float16 as well); one without a mask moves by 2e-3 even when its weights are random and small, and by 5e-3
@@ -37,7 +38,7 @@ SHORTEST_CONTEXT = 2048  # of models whose config does not say
 PACKED = ((5, 9, 2), (7, 3))  # lengths of the segments of two rows, of which one is padded
 
 
-def check_causal(model: Any, *, name: str, vocabulary_size: int) -> None:
+def check_causal(model: PreTrainedModel, *, name: str, vocabulary_size: int) -> None:
     """Raise `ModelError` for a model whose predictions change with later tokens: its targets would have seen their labels."""
     if sees_later_tokens(model, vocabulary_size=vocabulary_size):
         raise ModelError(
@@ -46,7 +47,7 @@ def check_causal(model: Any, *, name: str, vocabulary_size: int) -> None:
         )
 
 
-def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
+def sees_later_tokens(model: PreTrainedModel, *, vocabulary_size: int) -> bool:
     """Tells whether logits of the first tokens move when later ones change, or are not there.
 
     On a GPU later tokens change how many rows an expert has at once, and so how the others are rounded: in half precision
@@ -72,7 +73,7 @@ def sees_later_tokens(model: Any, *, vocabulary_size: int) -> bool:
     return _distance(whole_SV, changed_SV) > ROUNDING_FACTOR * _distance(beside, otherwise)
 
 
-def check_length(model: Any, *, name: str, longest: int) -> None:
+def check_length(model: PreTrainedModel, *, name: str, longest: int) -> None:
     """Raise `ModelError` for a model with fewer positions than the longest row has tokens. One whose factors grow with a
     document, or whose config does not say how many it has, passes."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -83,7 +84,7 @@ def check_length(model: Any, *, name: str, longest: int) -> None:
         )
 
 
-def check_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> None:
+def check_rows_alone(model: PreTrainedModel, *, vocabulary_size: int, longest: int) -> None:
     """Raise `ModelError` for a model that computes a short row otherwise beside a long one, as by rotary embeddings of its own
     that scale with the batch. `longest` is the number of tokens in the longest row.
 
@@ -99,7 +100,7 @@ def check_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> None:
         )
 
 
-def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bool:
+def computes_rows_alone(model: PreTrainedModel, *, vocabulary_size: int, longest: int) -> bool:
     """Tells whether a short row's result is the same with a row of `longest` tokens beside it. Raises `ModelError` for
     a model that has no positions for so many."""
     short, long = (_row(_tokens(count, vocabulary_size)) for count in (HALF_LENGTH, longest))
@@ -124,7 +125,7 @@ def computes_rows_alone(model: Any, *, vocabulary_size: int, longest: int) -> bo
     return True  # two such rows never meet here either
 
 
-def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
+def isolates_packed_segments(model: PreTrainedModel, *, vocabulary_size: int) -> bool:
     """Tells whether a model keeps segments of packed rows apart, in a batch of rows of unequal length: each must give
     what it gives alone."""
     rows = [_row(_tokens(sum(lengths), vocabulary_size, first=index), lengths) for index, lengths in enumerate(PACKED)]
@@ -141,14 +142,16 @@ def isolates_packed_segments(model: Any, *, vocabulary_size: int) -> bool:
     return True
 
 
-def _logits(model: Any, rows: Sequence[TokenRow], *, layout: str = "documents") -> list[Tensor]:
+def _logits(model: PreTrainedModel, rows: Sequence[TokenRow], *, layout: str = "documents") -> list[Tensor]:
     """Computes the logits of each row, [S, V]."""
     places, inputs = _inputs(model, rows, layout=layout)
     logits_BSV = model(**inputs, use_cache=False).logits
     return [logits_BSV[place] for place in places]
 
 
-def _inputs(model: Any, rows: Sequence[TokenRow], *, layout: str) -> tuple[list[tuple[int, slice]], dict[str, Tensor]]:
+def _inputs(
+    model: PreTrainedModel, rows: Sequence[TokenRow], *, layout: str
+) -> tuple[list[tuple[int, slice]], dict[str, Tensor]]:
     """Returns the places of rows, and the arguments of the model's call."""
     import torch
 
@@ -184,7 +187,7 @@ def _tokens(count: int, vocabulary_size: int, *, first: int = 0) -> NDArray[np.i
 
 
 @contextmanager
-def _evaluated(model: Any) -> Iterator[None]:
+def _evaluated(model: PreTrainedModel) -> Iterator[None]:
     import torch
 
     was_training = model.training

@@ -18,21 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 
-def rotate_by_own_length(model: Any) -> Any:
+def rotate_by_own_length(model: PreTrainedModel) -> Any:
     """The model, each rotary module of which now does so where its factors depend on length. Once is enough, twice no harm."""
     for module, _ in _by_length(model):
         module.forward = MethodType(_rotate, module)
     return model
 
 
-def original_context(model: Any) -> int | None:
+def original_context(model: PreTrainedModel) -> int | None:
     """Tokens up to which no factor depends on length; None where none does at all."""
     return min((_original(module, layer_type) for module, layer_type in _by_length(model)), default=None)
 
 
-def _by_length(model: Any) -> Iterator[tuple[Any, str | None]]:
+def _by_length(model: PreTrainedModel) -> Iterator[tuple[Any, str | None]]:
     """Rotary modules with such factors, with the type of layer that each kind of factors is for."""
     for module in model.modules():
         rope_types = getattr(module, "rope_type", None)

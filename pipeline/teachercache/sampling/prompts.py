@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teachercache.bounded import ChatTemplate, Unrenderable
 from teachercache.config import CorpusConfig, RowPrefix
@@ -14,6 +14,9 @@ from teachercache.corpus.readers import read_rows
 from teachercache.errors import CorpusError
 from teachercache.tokens.carried_prefix import readers_prefix
 from teachercache.tokens.prefix import begins_with
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,13 @@ class Prompt:
 
 
 def prompts(
-    config: CorpusConfig, tokenizer: Any, *, rows: int, prompt_tokens: int, seed: int, prefix: RowPrefix = "auto"
+    config: CorpusConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    prompt_tokens: int,
+    seed: int,
+    prefix: RowPrefix = "auto",
 ) -> list[Prompt]:
     """At most `rows` of them, longest first. A text is given up to its first `prompt_tokens` tokens, at most half of it; a
     conversation up to its last assistant turn, if that takes no more tokens. They begin as the rows of a cache do
@@ -56,7 +65,7 @@ def _draw(document: Document, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed} {document.source_id}".encode(), digest_size=16).digest()
 
 
-def _of(document: Document, tokenizer: Any, prompt_tokens: int, before: list[int]) -> Prompt | None:
+def _of(document: Document, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, before: list[int]) -> Prompt | None:
     if document.messages is None:
         ids = [*before, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
         prompt_ids = ids[: min(prompt_tokens, max(1, len(ids) // 2))]

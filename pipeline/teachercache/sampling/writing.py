@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -17,10 +17,13 @@ from rich.progress import Progress
 from teachercache.files import write_whole
 from teachercache.sampling.prompts import Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def write_samples(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     out: Path,
     *,
@@ -54,7 +57,11 @@ def _seed(seed: int, start: int) -> int:
 
 
 def _go_on(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], new_tokens: int, temperature: float
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    temperature: float,
 ) -> list[list[int]]:
     """Continues each prompt; returns the new tokens without what ends them. Every token of the vocabulary can come, as
     the student has it."""
@@ -81,7 +88,7 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _sample(tokenizer: Any, prompt: Prompt, ids: list[int]) -> Any:
+def _sample(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) -> Any:
     """A text, or a conversation with the student's answer."""
     if prompt.messages is not None:
         answer = tokenizer.decode(ids, skip_special_tokens=True)

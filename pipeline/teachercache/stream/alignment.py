@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
@@ -12,8 +12,11 @@ from teachercache.tokens.carried_prefix import with_prefix
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint
 from teachercache.tokens.vocabulary_map import vocabulary_map
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def alignment_for(cache: Cache, tokenizer: Any, *, student: str) -> CacheAlignment | None:
+
+def alignment_for(cache: Cache, tokenizer: PreTrainedTokenizerBase, *, student: str) -> CacheAlignment | None:
     """The alignment of a cache with this tokenizer, which messages call `student`; None where none is needed: it is the
     teacher's own, or has the same bytes at the same ids. It is found also where the alignment's begins rows as the cache's
     `sequence.prefix` says, and this one otherwise.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import Any
 
 
-def heed_parent_alone(*_: Any) -> None:
+def heed_parent_alone(*_: object) -> None:
     """In a loading process: from now on SIGTERM ends it only if its parent sent it.
 
     A loader's worker that died of anybody else's would take its parent along before the checkpoint. It cannot just

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teachercache.bounded.tokenizers import try_tokenizer
 from teachercache.cache import Cache
@@ -18,6 +18,9 @@ from teachercache.errors import CacheDamaged, ModelError
 from teachercache.models.loading import is_panic, load_tokenizer
 from teachercache.tokens.claims import DESCRIPTION, check_tokenizer_files
 from teachercache.tokens.fingerprint import read_fingerprint, saved_fingerprint, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRIED = "A text, 1 of 2:\n\té"
 
@@ -32,7 +35,7 @@ def student_tokenizer(alignment: CacheAlignment) -> Any:
     return _loaded(alignment.tokenizer_folder(), alignment.manifest.tokenizer, name=f"{alignment.manifest.folder}: the")
 
 
-def _try(tokenizer: Any) -> None:
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` for a tokenizer that gives up on plain text; what Rust raises then is no `Exception`."""
     try:
         tokenizer(TRIED, add_special_tokens=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from teachercache.targets.layers.attention_relations import PARTS, QueriesKeys, 
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.tokens.rows import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LARGE = 5.0  # times the median norm: a token that is no longer one of the sample
 SMALLEST_SPREAD = 1e-6  # of the mean spread: a channel that never varies
@@ -103,7 +106,9 @@ class LayerSample:
 
 
 @torch.inference_mode()
-def make_layer_files(model: Any, targets: StoredTargets, sample: LayerSample, *, longest: int) -> dict[str, LayerFile]:
+def make_layer_files(
+    model: PreTrainedModel, targets: StoredTargets, sample: LayerSample, *, longest: int
+) -> dict[str, LayerFile]:
     """Everything that the kinds are read by: a file for each section. `longest` is the number of tokens in the longest row.
 
     Raises `ModelError` for attention that cannot be rebuilt, or has other heads than the settings say, and for a sample that
@@ -120,7 +125,7 @@ def make_layer_files(model: Any, targets: StoredTargets, sample: LayerSample, *,
     return made
 
 
-def _attention_file(model: Any, attention: Any, sample: LayerSample, *, longest: int) -> LayerFile:
+def _attention_file(model: PreTrainedModel, attention: Any, sample: LayerSample, *, longest: int) -> LayerFile:
     arrays: dict[str, NDArray[Any]] = {}
     described: dict[int, Any] = {}
     tried = _tried(model, attention.layers, longest=longest)
@@ -179,15 +184,16 @@ def _spreads(attention: QueriesKeys, sample: LayerSample, layer: int) -> dict[st
     return spreads
 
 
-def _tried(model: Any, layers: Sequence[int], *, longest: int) -> Activations:
+def _tried(model: PreTrainedModel, layers: Sequence[int], *, longest: int) -> Activations:
     """Activations of some tokens, as many as a row can have."""
     activations = _recorded(model, layers, length=longest)
     check_attention(activations, layers, model)
     return activations
 
 
-def _recorded(model: Any, layers: Sequence[int], *, length: int) -> Activations:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+def _recorded(model: PreTrainedModel, layers: Sequence[int], *, length: int) -> Activations:
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
     ids_BS = torch.arange(length, device=model.device).mul(7919).remainder(vocabulary)[None]
     with recorded(model, hidden=[layer - 1 for layer in layers], attention=layers) as activations:
         model.base_model(input_ids=ids_BS, use_cache=False)
@@ -205,7 +211,9 @@ def _check_heads(attention: Any, layer: int, heads: Heads) -> None:
         )
 
 
-def _entry(model: Any, layer: int, tried: Activations, *, values: bool) -> tuple[BlockEntry, dict[str, Tensor]]:
+def _entry(
+    model: PreTrainedModel, layer: int, tried: Activations, *, values: bool
+) -> tuple[BlockEntry, dict[str, Tensor]]:
     """How a block makes queries and keys, and its arrays. Raises `ModelError` where they are not those that it made."""
     block, name = blocks_of(model)[layer - 1], type(model).__name__
     attention = next((getattr(block, child) for child in ATTENTIONS if hasattr(block, child)), None)
@@ -243,7 +251,7 @@ def _rotary_tables(cos_BSR: Tensor, sin_BSR: Tensor) -> list[dict[str, Tensor]]:
     return [{"cos": cos_BSR[0].repeat(1, times), "sin": sin_BSR[0].repeat(1, times)} for times in (1, 2)]
 
 
-def _check_rotary(tried: Activations, brief: Activations, model: Any) -> None:
+def _check_rotary(tried: Activations, brief: Activations, model: PreTrainedModel) -> None:
     """Raise `ModelError` where a long row is rotated by other tables than a short one, as under some ways to scale rotary
     embeddings: there is one table a block."""
     for layer, tables in brief.rotary.items():

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from teachercache.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 HALF = (torch.float16, torch.bfloat16)
@@ -36,7 +39,7 @@ class OutputLayer:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, model: Any, *, vocabulary_size: int) -> OutputLayer:
+    def of(cls, model: PreTrainedModel, *, vocabulary_size: int) -> OutputLayer:
         """Read it off a loaded model, and check that it rebuilds the model's own logits.
 
         Raises `ModelError`, with the remedy, when they differ by more than the model's precision explains.
@@ -90,7 +93,7 @@ class OutputLayer:
         return float(gap / logits_NV.abs().max().clamp_min(1e-30))
 
     @torch.inference_mode()
-    def follows_body(self, model: Any) -> bool:
+    def follows_body(self, model: PreTrainedModel) -> bool:
         """Whether what the model's body returns is what enters this layer, tried on a few tokens; up to rounding."""
         body, vocabulary = model.base_model, len(self.matrix_VD)
         if body is model:
@@ -101,7 +104,7 @@ class OutputLayer:
         return error <= (1e-5 if self.matrix_VD.dtype in (torch.float32, torch.float64) else 1e-2)
 
 
-def layer_after_body(model: Any, *, vocabulary_size: int | None = None) -> OutputLayer | None:
+def layer_after_body(model: PreTrainedModel, *, vocabulary_size: int | None = None) -> OutputLayer | None:
     """The output layer, or as many of its rows, if the model's logits are what it makes of the body's output."""
     if vocabulary_size is None:
         vocabulary_size = len(getattr(model.get_output_embeddings(), "weight", ()))
@@ -113,7 +116,7 @@ def layer_after_body(model: Any, *, vocabulary_size: int | None = None) -> Outpu
 
 
 @contextmanager
-def recorded_input(model: Any) -> Iterator[list[Tensor]]:
+def recorded_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """While it is open, what enters the output layer is appended to the list, [B, S, D] each."""
     inputs: list[Tensor] = []
     layer = model.get_output_embeddings()
@@ -127,12 +130,12 @@ def recorded_input(model: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _probe(model: Any, vocabulary_size: int) -> Tensor:
+def _probe(model: PreTrainedModel, vocabulary_size: int) -> Tensor:
     known = min(vocabulary_size, len(getattr(model.get_input_embeddings(), "weight", range(vocabulary_size))))
     return torch.linspace(0, known - 1, steps=min(16, known), device=model.device).long()[None]
 
 
-def _try(model: Any, vocabulary_size: int) -> tuple[Tensor, Tensor]:
+def _try(model: PreTrainedModel, vocabulary_size: int) -> tuple[Tensor, Tensor]:
     """What enters the layer [N, D] and the model's own logits, float32 [N, V]."""
     with recorded_input(model) as inputs:
         logits = model(input_ids=_probe(model, vocabulary_size), use_cache=False).logits

@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teachercache.config import RowPrefix
 from teachercache.errors import RecipeError
 from teachercache.tokens.prefix import begins_conversations, own_prefix, row_prefix
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def readers_prefix(tokenizer: Any, choice: RowPrefix, *, chats: bool) -> tuple[int, ...]:
+
+def readers_prefix(tokenizer: PreTrainedTokenizerBase, choice: RowPrefix, *, chats: bool) -> tuple[int, ...]:
     """Returns the beginning of a student's rows where the teacher's rows begin as `choice` says: the same one in the
     student's tokens; without such a token, the one that its tokenizer puts in front by itself."""
     try:
@@ -25,7 +28,7 @@ def readers_prefix(tokenizer: Any, choice: RowPrefix, *, chats: bool) -> tuple[i
         return row_prefix(tokenizer, chats=chats)
 
 
-def with_prefix(tokenizer: Any, choice: RowPrefix, *, chats: bool) -> Any:
+def with_prefix(tokenizer: PreTrainedTokenizerBase, choice: RowPrefix, *, chats: bool) -> Any:
     """The tokenizer itself, or a changed copy where it begins rows otherwise than `readers_prefix` says."""
     wanted = readers_prefix(tokenizer, choice, chats=chats)
     if choice == "auto" or (begins_conversations(tokenizer, wanted) if chats else own_prefix(tokenizer) == wanted):
@@ -38,7 +41,7 @@ def with_prefix(tokenizer: Any, choice: RowPrefix, *, chats: bool) -> Any:
     return changed
 
 
-def _begin_conversations(tokenizer: Any, wanted: Sequence[int]) -> None:
+def _begin_conversations(tokenizer: PreTrainedTokenizerBase, wanted: Sequence[int]) -> None:
     """Put tokens before what the chat template writes, as rows have them."""
     before = f"{{{{ {json.dumps(''.join(tokenizer.convert_ids_to_tokens(list(wanted))), ensure_ascii=False)} }}}}"
     template = tokenizer.chat_template
@@ -48,7 +51,7 @@ def _begin_conversations(tokenizer: Any, wanted: Sequence[int]) -> None:
     )
 
 
-def _begin_texts(tokenizer: Any, wanted: Sequence[int]) -> None:
+def _begin_texts(tokenizer: PreTrainedTokenizerBase, wanted: Sequence[int]) -> None:
     """Have the post-processor put tokens before a text; behind it those that it did."""
     from tokenizers import processors
 

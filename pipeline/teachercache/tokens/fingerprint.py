@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teachercache.errors import ModelError
 from teachercache.tokens.claims import CONFIG, DESCRIPTION
 from teachercache.tokens.description import decisive
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _NAMED = ("bos_token", "eos_token", "unk_token")
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256, 64 hex digits, over vocabulary, merges, normalisation, added and special tokens.
 
     Equal for a tokenizer and its saved and reloaded copy, whatever its name, padding, truncation or chat template (see
@@ -74,18 +77,18 @@ def _content(token: Any) -> str | None:
     return text
 
 
-def template_fingerprint(tokenizer: Any) -> str | None:
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """SHA-256 of the chat template, which decides how conversations become text; None when there is none."""
     template = getattr(tokenizer, "chat_template", None)
     return _sha256(template) if template else None
 
 
-def vocabulary_size(tokenizer: Any) -> int:
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Highest token id + 1, added tokens included. A model's output may be wider: padded rows have no token."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def require_fast(tokenizer: Any) -> Any:
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The tokenizer itself. Raises `ModelError` when it has no fast backend: only those report character offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(

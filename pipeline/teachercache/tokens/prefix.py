@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,10 +18,13 @@ from teachercache.bounded import ChatTemplate, Unrenderable
 from teachercache.config import RowPrefix
 from teachercache.errors import RecipeError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _EXCHANGE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
 
 
-def row_prefix(tokenizer: Any, choice: RowPrefix = "auto", *, chats: bool) -> tuple[int, ...]:
+def row_prefix(tokenizer: PreTrainedTokenizerBase, choice: RowPrefix = "auto", *, chats: bool) -> tuple[int, ...]:
     """The ids that a recipe's `sequence.prefix` means; `chats`: of conversations, which a chat template writes.
 
     Raises `RecipeError` for a token that the tokenizer does not have.
@@ -39,7 +42,7 @@ def row_prefix(tokenizer: Any, choice: RowPrefix = "auto", *, chats: bool) -> tu
     return (int(index),)
 
 
-def own_prefix(tokenizer: Any) -> tuple[int, ...]:
+def own_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Returns the tokens that the tokenizer itself puts before a text."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
@@ -47,7 +50,7 @@ def own_prefix(tokenizer: Any) -> tuple[int, ...]:
     return tuple(int(index) for index in whole[:length])
 
 
-def template_prefix(tokenizer: Any) -> tuple[int, ...]:
+def template_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The special tokens that the chat template begins a conversation with, and its turns not: BOS, or several (GLM's
     [gMASK]<sop>); () where there are none, or no template.
 
@@ -69,7 +72,7 @@ def template_prefix(tokenizer: Any) -> tuple[int, ...]:
     return tuple(takewhile(lambda index: not _is_of_turns(index, question, answered, special), run))
 
 
-def begins_conversations(tokenizer: Any, prefix: Sequence[int]) -> bool:
+def begins_conversations(tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int]) -> bool:
     """Tells whether the chat template's output begins with `prefix`; True where it refuses, or there is none: then
     nothing can be changed."""
     if not prefix or not getattr(tokenizer, "chat_template", None):
@@ -78,7 +81,7 @@ def begins_conversations(tokenizer: Any, prefix: Sequence[int]) -> bool:
     return not answered or begins_with(answered, prefix)
 
 
-def special_ids(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Returns the ids of all tokens that are no text."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     return {index for index, token in added.items() if token.special} | set(tokenizer.all_special_ids)
@@ -93,7 +96,7 @@ def _is_of_turns(index: int, question: Sequence[int], answered: Sequence[int], s
     return index in takewhile(special.__contains__, answered[len(question) :])
 
 
-def _rendered(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
+def _rendered(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
     """Conversations as the template writes them; empty where it refuses."""
     renderings = ChatTemplate(tokenizer).rendered_all([(conversation, False) for conversation in conversations])
     texts = ["" if isinstance(rendering, Unrenderable) else rendering.text for rendering in renderings]

@@ -13,13 +13,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.tokens.fingerprint import require_fast, vocabulary_size
 from teachercache.tokens.token_bytes import BYTE_OF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LETTER = "a"  # what a token comes after
 COMPLETIONS = (
@@ -29,7 +32,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's
 _CUT = "\ufffd"  # what decoders make of an incomplete character
 
 
-def begins_pretoken(tokenizer: Any, *, cut_as: Any = None) -> NDArray[np.bool_]:
+def begins_pretoken(tokenizer: PreTrainedTokenizerBase, *, cut_as: Any = None) -> NDArray[np.bool_]:
     """Marks the tokens that begin a new pre-token when they come after a letter, [V]; takes seconds for 100,000 tokens.
 
     Their text begins with white space, or the pre-tokenizer of `cut_as` (default: the tokenizer itself) cuts between the letter

@@ -10,12 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.tokens.token_bytes import TokenBytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WHITE = b" \t\n\r\x0b\x0c"
 _IS_WHITE = np.isin(np.arange(256), list(_WHITE))
@@ -46,7 +49,7 @@ class SpanFinder:
     token_bytes: TokenBytes
 
     @classmethod
-    def of(cls, tokenizer: Any) -> SpanFinder:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpanFinder:
         """Raises `ModelError` for a tokenizer without a fast backend."""
         return cls(tokenizer, TokenBytes.of(tokenizer))
 

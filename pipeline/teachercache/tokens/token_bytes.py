@@ -11,12 +11,15 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.tokens.fingerprint import require_fast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PARTS = ("normalizers", "pretokenizers", "decoders")
@@ -38,7 +41,7 @@ class TokenBytes:
     lengths_V: NDArray[np.int64]  # bytes of each value, -1 where undefined
 
     @classmethod
-    def of(cls, tokenizer: Any) -> TokenBytes:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
         """Read from the tokenizer's own description. Raises `ModelError` for a tokenizer without a fast backend."""
         description = json.loads(require_fast(tokenizer).backend_tokenizer.to_str())
         decode = _Decoder(description)
@@ -110,13 +113,13 @@ class _Decoder:
     def begins_word(self, token: str) -> bool:
         return self.family == "text" and bool(self.prefix) and not token.startswith(self.prefix)
 
-    def unknown(self, tokenizer: Any) -> int | None:
+    def unknown(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """The token that stands for whatever the vocabulary lacks; byte-level vocabularies lack nothing."""
         if self.family == "byte-level":
             return None
         token = self.model.get("unk_token")
-        index: int | None = self.model.get("unk_id") if token is None else tokenizer.convert_tokens_to_ids(token)
-        return index
+        index: Any = self.model.get("unk_id") if token is None else tokenizer.convert_tokens_to_ids(token)
+        return None if index is None else int(index)
 
 
 def _flat(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

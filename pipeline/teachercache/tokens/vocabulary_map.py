@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from teachercache.bounded.strangers_json import parse_json
 from teachercache.errors import CacheDamaged
 from teachercache.tokens.token_bytes import CHARACTER_OF, TokenBytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MOST_METADATA_VALUES = 99
 # Tokens that fill a vocabulary up to a round size, as model makers name them.
@@ -71,7 +74,9 @@ class VocabularyMap:
 _REMEDY = "delete it and run `teachercache align` again"
 
 
-def vocabulary_map(teacher_tokenizer: Any, student_tokenizer: Any) -> VocabularyMap:
+def vocabulary_map(
+    teacher_tokenizer: PreTrainedTokenizerBase, student_tokenizer: PreTrainedTokenizerBase
+) -> VocabularyMap:
     """The map between two fast tokenizers; seconds for vocabularies of 100,000 tokens.
 
     Special tokens map by their text, and EOS and BOS by role; how others do: `token_pieces`. Raises `ModelError` for
@@ -97,7 +102,7 @@ class Pieces:
     exact_V: NDArray[np.bool_]  # one token of the same bytes; of special tokens: of the same text or role
 
 
-def token_pieces(source_tokenizer: Any, target_tokenizer: Any) -> Pieces:
+def token_pieces(source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """Every token of the source in tokens of the target, as it continues a text.
 
     Equal bytes are found by a dictionary. Where there are none, the target's tokenizer itself encodes the token's bytes,
@@ -140,10 +145,10 @@ class _Known:
     contents: list[bytes | None]
 
     @classmethod
-    def of(cls, target: TokenBytes, tokenizer: Any) -> _Known:
+    def of(cls, target: TokenBytes, tokenizer: PreTrainedTokenizerBase) -> _Known:
         plain: dict[bytes, int] = {}
         keys = _keys(target)
-        texts = tokenizer.convert_ids_to_tokens(range(target.size))
+        texts = tokenizer.convert_ids_to_tokens(list(range(target.size)))
         # SentencePiece has two tokens for many a byte; <0x41> never occurs where there is an A, so that A is what is meant
         order = sorted(range(target.size), key=lambda index: str(texts[index]).startswith("<0x"))
         for index in order:
@@ -169,7 +174,9 @@ class _Known:
         return self.specials.get(content, self.plain.get(content, -1))
 
 
-def _encoded(keys: Sequence[bytes], target: TokenBytes, tokenizer: Any, known: _Known) -> list[list[int]]:
+def _encoded(
+    keys: Sequence[bytes], target: TokenBytes, tokenizer: PreTrainedTokenizerBase, known: _Known
+) -> list[list[int]]:
     """The tokens that the tokenizer gives to each of these bytes, as they continue a text; none if any is unknown."""
     backend = _continuing(tokenizer.backend_tokenizer)
     texts = [_valid_prefix(key) for key in keys]
@@ -219,7 +226,12 @@ def _valid_prefix(data: bytes) -> str:
         return data[: error.start].decode()
 
 
-def _is_identical(teacher: TokenBytes, student: TokenBytes, teacher_tokenizer: Any, student_tokenizer: Any) -> bool:
+def _is_identical(
+    teacher: TokenBytes,
+    student: TokenBytes,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_tokenizer: PreTrainedTokenizerBase,
+) -> bool:
     """Tells whether the student has all that the teacher has at the same ids, those aside that only fill a vocabulary
     up."""
     size = max(teacher.size, student.size)
@@ -229,7 +241,7 @@ def _is_identical(teacher: TokenBytes, student: TokenBytes, teacher_tokenizer: A
     return all(a == b or a is None for a, b in pairs) and any(a is not None for a, _ in pairs)
 
 
-def _comparable(tokens: TokenBytes, tokenizer: Any, size: int) -> list[tuple[str, bool] | None]:
+def _comparable(tokens: TokenBytes, tokenizer: PreTrainedTokenizerBase, size: int) -> list[tuple[str, bool] | None]:
     """Each id's token and whether it is special; None for an id without a token, or that fills up."""
     comparable: list[tuple[str, bool] | None] = [None] * size
     special = tokens.special_V.tolist()

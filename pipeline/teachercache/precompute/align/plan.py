@@ -9,7 +9,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -43,6 +43,9 @@ from teachercache.tokens.fingerprint import (
 )
 from teachercache.tokens.pretokens import begins_pretoken
 from teachercache.tokens.vocabulary_map import VocabularyMap, vocabulary_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VOCABULARY = "vocabulary.safetensors"
 FIRST_ROWS = 256  # of which one must say where its messages stand
@@ -179,7 +182,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
     return _prepared(plan, cache, tokenizer)
 
 
-def check_tokenizer(tokenizer: Any, student: str, *, teacher_fingerprint: str, chats: bool) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, student: str, *, teacher_fingerprint: str, chats: bool) -> None:
     """Raise `CacheError` for the teacher's own tokenizer, `ModelError` for one that cannot read conversations."""
     if tokenizer_fingerprint(tokenizer) == teacher_fingerprint:
         raise CacheError(
@@ -198,7 +201,7 @@ def _has_contents(cache: Cache) -> bool:
     return any(segment.contents for row in rows for segment in row.segments)
 
 
-def _prepared(plan: AlignPlan, cache: Cache, tokenizer: Any) -> AlignPlan:
+def _prepared(plan: AlignPlan, cache: Cache, tokenizer: PreTrainedTokenizerBase) -> AlignPlan:
     """With the files that all shards share; what an earlier job left is kept if it was the same."""
     identity = {"cache": cache.manifest.fingerprint, "tokenizer": plan.tokenizer, "format_version": FORMAT_VERSION}
     file = plan.work / "plan.json"

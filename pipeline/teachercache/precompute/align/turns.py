@@ -7,7 +7,7 @@ ends must be carried over to the token that the student is to write there.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from teachercache.bounded import Unrenderable
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.contents import contents_of
 from teachercache.tokens.vocabulary_map import VocabularyMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
@@ -31,7 +34,7 @@ def with_turn_ends(mapped: VocabularyMap, teacher: Any, student: Any) -> Vocabul
     return replace(mapped, first_Vt=first_Vt, exact_Vt=exact_Vt, emitted_Vs=emitted_Vs)
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that follows what an assistant said; None where none does."""
     renderer = ChatRenderer(tokenizer)
     try:

@@ -29,6 +29,8 @@ from teachercache.tokens.prefix import begins_with, row_prefix
 from teachercache.tokens.rows import TokenRow
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from teachercache.teacher import Teacher
 
 DOCUMENTS = 32  # of the corpus's sample, that windows are drawn from
@@ -54,7 +56,7 @@ def check_input(teacher: Teacher, plan: Plan, *, positions_per_batch: int) -> No
     write_whole(plan.input_file, json.dumps(compared(sequence.prefix, nats_N), sort_keys=True))
 
 
-def _forms(tokenizer: Any, chosen: RowPrefix, prefix: tuple[int, ...], *, chats: bool) -> Forms:
+def _forms(tokenizer: PreTrainedTokenizerBase, chosen: RowPrefix, prefix: tuple[int, ...], *, chats: bool) -> Forms:
     """Lists the forms to compare, each once, by the recipe's word for it: the chosen one first."""
     forms: Forms = {chosen: prefix}
     for name in get_args(RowPrefix):
@@ -67,7 +69,7 @@ def _forms(tokenizer: Any, chosen: RowPrefix, prefix: tuple[int, ...], *, chats:
     return forms
 
 
-def _sample(plan: Plan, tokenizer: Any, forms: Forms, *, longest: int) -> list[TokenRow]:
+def _sample(plan: Plan, tokenizer: PreTrainedTokenizerBase, forms: Forms, *, longest: int) -> list[TokenRow]:
     """Windows of the corpus by content hash, without anything in front."""
     length = min(WINDOW, longest - max(map(len, forms.values())))
     if length < 2:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teachercache.cache.files.column_groups import Group, ReadBy, groups_of, layout_of, target_digests
 from teachercache.cache.files.digests import fingerprint_of, hash_file
@@ -49,6 +49,9 @@ from teachercache.targets.stored import LOGITS
 from teachercache.tokens.fingerprint import template_fingerprint, tokenizer_fingerprint, vocabulary_size
 from teachercache.tokens.prefix import own_prefix, row_prefix
 from teachercache.tokens.pretokens import begins_pretoken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PLAN = "plan.json"
 PLAN_VERSION = 2  # of the format that an unfinished job writes; the plans of format 1 say none
@@ -238,7 +241,7 @@ def make_plan(recipe: Recipe) -> Plan:
     return _find_or_begin(recipe, identity, targets, tokenizer, config)
 
 
-def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {
         "fingerprint": tokenizer_fingerprint(tokenizer),
@@ -248,7 +251,7 @@ def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _begins(recipe: Recipe, tokenizer: Any) -> dict[str, list[int]]:
+def _begins(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Returns the tokens that rows begin with; nothing where neither tokenizer nor recipe puts anything before a text.
     Raises `RecipeError`."""
     sequence = recipe.sequence
@@ -291,7 +294,7 @@ def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> Target
 
 
 def _find_or_begin(
-    recipe: Recipe, identity: dict[str, Any], targets: StoredTargets, tokenizer: Any, config: Any
+    recipe: Recipe, identity: dict[str, Any], targets: StoredTargets, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> Plan:
     folder, corpus, settings = recipe.cache_folder, recipe.corpus, _smaller_units(recipe.precompute, targets)
     assert corpus is not None
@@ -430,7 +433,7 @@ def _portable_source(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
-def save_teacher_files(folder: Path, tokenizer: Any, config: Any, *, fingerprint: str) -> None:
+def save_teacher_files(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any, *, fingerprint: str) -> None:
     """Tokenizer and config.json of the teacher, without paths of this machine; checks that the tokenizer survives saving."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")

@@ -24,13 +24,13 @@ class LogAndSaveCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         state.compute_steps(args, state.max_steps)  # a resumed state brings the intervals of the run before
         if state.global_step == 0:
             _uncount_steps(optimizer)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         state.epoch = self._plan.epochs_before(state.global_step)  # to Trainer the whole run is one epoch
         if self._plan.ends_phase(state.global_step):
             control.should_log = True  # no window holds losses of two phases
@@ -44,7 +44,7 @@ class LogAndSaveCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: Mapping[str, float] | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         best = float("inf") if state.best_metric is None else state.best_metric
         if metrics and metrics.get("eval_loss", best) < best:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.util import register_after_fork
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -38,7 +37,7 @@ def sigterm_as_request() -> Iterator[Request]:
         yield request
         return
 
-    def ask(*_: Any) -> None:
+    def ask(*_: object) -> None:
         request.asked = True
 
     register_after_fork(request, heed_parent_alone)
@@ -55,7 +54,7 @@ class StopWhenAsked(TrainerCallback):
     def __init__(self, request: Request) -> None:
         self._request = request
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step < state.max_steps and self._agreed(args, state):
             control.should_save = control.should_log = control.should_training_stop = True
 

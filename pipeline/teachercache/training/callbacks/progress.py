@@ -29,11 +29,13 @@ class ProgressBar(TrainerCallback):
         )
         self._task: Any = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, note="")
         self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
@@ -42,7 +44,7 @@ class ProgressBar(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         note = _note(logs or {})
         if self._console.is_terminal and "loss" in (logs or {}):
@@ -54,7 +56,7 @@ class ProgressBar(TrainerCallback):
                     f"step {state.global_step}/{state.max_steps}  {note}", soft_wrap=True, highlight=False
                 )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -78,12 +80,14 @@ class LogFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(_line(record) for record in state.log_history), encoding="utf-8")
         temporary.replace(self._path)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(_line(state.log_history[-1]))
 

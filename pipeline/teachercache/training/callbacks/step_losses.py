@@ -51,7 +51,7 @@ class StepLosses(TrainerCallback):
         ).double()
         self._sums_3 = sums_3 if self._sums_3 is None else self._sums_3 + sums_3
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._sums_3 is None:
             return
         weighed, ce, positions = self.accelerator.reduce(self._sums_3, "sum").tolist()
@@ -67,11 +67,13 @@ class ScheduleFile(TrainerCallback):
     def __init__(self, path: Path, schedule: ObjectiveSchedule) -> None:
         self._path, self._schedule = path, schedule
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         kept = _lines_until(self._path, state.global_step) if self._path.is_file() else []
         write_whole(self._path, "".join(line + "\n" for line in kept))
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         step = state.global_step
         record = {"step": step + 1, **schedule_record(self._schedule, self._schedule.at(step), step=step)}
         with self._path.open("a", encoding="utf-8") as stream:

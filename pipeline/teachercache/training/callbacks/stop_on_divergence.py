@@ -29,7 +29,7 @@ class StopOnDivergence(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         # DeepSpeed drops a step whose gradients are not finite, in any precision, and training stands still.
         self._skipped = self._skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
@@ -44,7 +44,7 @@ class StopOnDivergence(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):

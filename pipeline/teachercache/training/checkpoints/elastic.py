@@ -77,14 +77,15 @@ class _Resumed(TrainerCallback):
         self._reseeded = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: object
     ) -> None:
         if self._sharded:
             _load_universal(self._trainer, False)
             _mend_optimizer(optimizer, self._checkpoint)
+            assert self._trainer.model is not None
             _check_weights(self._trainer.model, self._checkpoint)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if not self._reseeded:  # here: Trainer has loaded the states of other processes meanwhile
             set_seed(_seed(args.seed, step=self._checkpoint.step, rank=args.process_index))
             self._reseeded = True
@@ -110,7 +111,7 @@ def _mend_optimizer(optimizer: Any, checkpoint: Checkpoint) -> None:
         group.update({name: value for name, value in before.items() if name != "params"})
 
 
-def _check_weights(model: Any, checkpoint: Checkpoint) -> None:
+def _check_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """The weights that arrived are those that the checkpoint holds for the export, bit by bit; under ZeRO 3, in which no
     process has whole ones, this says nothing. All processes find the same."""
     whole = {

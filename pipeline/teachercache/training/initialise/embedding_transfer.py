@@ -19,6 +19,7 @@ from teachercache.tokens.vocabulary_map import token_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -33,7 +34,9 @@ def check_tokenizers(tokenizers: Mapping[str, Any]) -> None:
             )
 
 
-def transplant_embeddings(model: Any, *, old: Any, new: Any, name: str) -> dict[str, int]:
+def transplant_embeddings(
+    model: PreTrainedModel, *, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, name: str
+) -> dict[str, int]:
     """Give `model`, whose tokenizer is `old`, the vocabulary of `new`, in place; returns how its rows were made.
 
     Input and output embeddings, and the head's bias, take as many rows as `new` has ids. Tokens with bytes that are a
@@ -41,7 +44,8 @@ def transplant_embeddings(model: Any, *, old: Any, new: Any, name: str) -> dict[
     left takes the `mean` over all tokens of `old`. The model's config and generation config name `new`'s special tokens.
     Raises `ModelError` for a model with further weights for each token of its vocabulary.
     """
-    rows, size = model.get_input_embeddings().weight.shape[0], TokenBytes.of(new).size
+    embeddings: Any = model.get_input_embeddings()
+    rows, size = embeddings.weight.shape[0], TokenBytes.of(new).size
     _check_weights(model, rows=rows, name=name)
     pieces = token_pieces(new, old)
     ids = [[index for index in indices if index < rows] for indices in pieces.ids]
@@ -55,7 +59,7 @@ def transplant_embeddings(model: Any, *, old: Any, new: Any, name: str) -> dict[
     return {"copied": copied, "averaged": size - copied - empty, "mean": empty}
 
 
-def _weights(model: Any) -> dict[str, Any]:
+def _weights(model: PreTrainedModel) -> dict[str, Any]:
     """Returns the weights that have a row for each token: of tied embeddings one, else input and output, and the head's
     bias."""
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -67,7 +71,7 @@ def _weights(model: Any) -> dict[str, Any]:
     return weights
 
 
-def _check_weights(model: Any, *, rows: int, name: str) -> None:
+def _check_weights(model: PreTrainedModel, *, rows: int, name: str) -> None:
     known = {id(weight) for weight in _weights(model).values()}
     others = [
         key for key, weight in model.named_parameters() if weight.shape[:1] == (rows,) and id(weight) not in known
@@ -94,7 +98,7 @@ def _made(weight: Tensor, ids: list[list[int]], *, known: int) -> Tensor:
         return means.reshape(len(ids), *weight.shape[1:]).to(weight.dtype)
 
 
-def _name_special_tokens(model: Any, tokenizer: Any) -> None:
+def _name_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     text = model.config.get_text_config()
     for name in SPECIAL_IDS:
         for config in (model.config, text, getattr(model, "generation_config", None)):

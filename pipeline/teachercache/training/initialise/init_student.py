@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teachercache.errors import ModelError, UserError
 from teachercache.models.activations import path_of_blocks
@@ -21,6 +21,9 @@ from teachercache.models.probes import check_causal
 from teachercache.tokens.fingerprint import vocabulary_size
 from teachercache.training.initialise.embedding_transfer import check_tokenizers, transplant_embeddings
 from teachercache.training.initialise.layer_choice import chosen_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Lists of any config that are not one entry a layer, whatever their length.
 NOT_PER_LAYER = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -142,7 +145,7 @@ def _weights_of_kept(weights: dict[str, Any], path: str, kept: list[int]) -> dic
     return chosen
 
 
-def _save(student: Any, tokenizer: Any, output: Path) -> None:
+def _save(student: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -11,17 +11,20 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from teachercache.config import LoraConfig, StudentConfig
 from teachercache.errors import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def with_adapters(model: Any, config: LoraConfig, *, seed: int) -> Any:
+def with_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Any:
     """The model with trainable adapters in the layers that `config.target_modules` names, and everything else frozen.
     `seed` decides what the adapters begin with.
 
@@ -55,7 +58,7 @@ def with_adapters(model: Any, config: LoraConfig, *, seed: int) -> Any:
 Places = dict[int, dict[tuple[int, str], str]]  # of each weight: its layers, by what holds them, and their names
 
 
-def _places_of_weights(model: Any) -> Places:
+def _places_of_weights(model: PreTrainedModel) -> Places:
     places: Places = {}
     for name, module in model.named_modules(remove_duplicate=False):
         parent, _, own_name = name.rpartition(".")

@@ -18,7 +18,7 @@ import torch
 HALF = (torch.bfloat16, torch.float16)
 
 
-def is_partitioned(model: Any) -> bool:
+def is_partitioned(model: torch.nn.Module) -> bool:
     """Tells whether this process holds only a part of the model."""
     return any(hasattr(weight, "ds_id") for weight in model.parameters())
 
@@ -29,7 +29,7 @@ def rows_of(weight: Any) -> int:
 
 
 @contextmanager
-def runnable(model: Any) -> Iterator[None]:
+def runnable(model: torch.nn.Module) -> Iterator[None]:
     """While it is open, a student that DeepSpeed does not run yet can be called, by all processes at once: the weights of a
     block are gathered when it begins and given up when it ends. Costs a block's memory; nothing for a student that is whole."""
     if not is_partitioned(model):
@@ -68,7 +68,7 @@ def _units(module: Any) -> Iterator[tuple[Any, list[Any]]]:
                 yield block, weights
 
 
-def exact_buffers(model: Any) -> None:
+def exact_buffers(model: torch.nn.Module) -> None:
     """Bring buffers that `zero.Init` made in half precision back to what a whole student has, in place: float32,
     and computed in it. Rotary frequencies in bf16 would turn far positions by the wrong angle."""
     if is_partitioned(model):
@@ -89,7 +89,7 @@ def _exact_buffers(module: Any, owner: Any) -> None:
         _exact_buffers(child, owner)
 
 
-def like_partitioned(model: Any) -> None:
+def like_partitioned(model: torch.nn.Module) -> None:
     """Bring what was added since to the type of weights that are partitioned, in place: DeepSpeed casts only students that are
     whole."""
     types = {weight.dtype for weight in model.parameters() if hasattr(weight, "ds_id")}

@@ -47,7 +47,7 @@ from teachercache.training.supervision.fit import (
 )
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
     from teachercache.training.trainer.trainer import DistillationTrainer
 
@@ -219,7 +219,7 @@ class _Job:
                 raise
             raise RecipeError(f"train.deepspeed: {self.config.deepspeed}: {' '.join(str(error).split())}") from error
 
-    def _run_trainer(self, model: Any, args: TrainingArguments, identity: RunIdentity) -> Checkpoint | None:
+    def _run_trainer(self, model: PreTrainedModel, args: TrainingArguments, identity: RunIdentity) -> Checkpoint | None:
         from teachercache.training.callbacks.preemption import StopWhenAsked, sigterm_as_request
         from teachercache.training.callbacks.progress import LogFile, ProgressBar
         from teachercache.training.callbacks.step_losses import ScheduleFile
@@ -259,7 +259,7 @@ class _Job:
             on_gpu=self.process.on_gpu,
         )
 
-    def _trainer(self, model: Any, args: TrainingArguments, callbacks: list[Any]) -> DistillationTrainer:
+    def _trainer(self, model: PreTrainedModel, args: TrainingArguments, callbacks: list[Any]) -> DistillationTrainer:
         from teachercache.training.trainer.trainer import DistillationTrainer
 
         return DistillationTrainer(

@@ -12,6 +12,7 @@ bounded.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from teachercache.cache.files.bounds import MOST_BATCH_BYTES
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.digests import hash_file
 from teachercache.cache.files.entries import FileInfo, ShardInfo
@@ -38,8 +37,9 @@ from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.problem import Problem
 from teachercache.cache.reader import groups_of_cache
 from teachercache.cache.row_values import wrong_rows
-from teachercache.cache.shards.ipc_blocks import Blocks
-from teachercache.cache.shards.row_ids import check_row_ids
+from teachercache.cache.shards.one_column import batches_of_columns, hashes_of
+from teachercache.cache.shards.row_batch import numbers
+from teachercache.cache.shards.row_ids import check_same_rows
 from teachercache.cache.storage.object_store import AGAIN, ObjectStore
 from teachercache.cache.storage.source import read_listed_object, remote_manifest
 from teachercache.config import is_url
@@ -225,9 +225,9 @@ def _why_wrong_shard(path: Path, group: Group, shard: ShardInfo) -> str | None:
         with pa.memory_map(str(path)) as source:
             schema = pa.ipc.open_file(source).schema
             group.checked(schema)
-            rows, positions = _counts(source, schema, counted="positions" if group.has_rows else None)
+            rows, positions, row_ids = _counted(source, schema, has_rows=group.has_rows, hashed=shard.row_ids != "")
             if rows == shard.rows:
-                check_row_ids(source, shard.row_ids)
+                check_same_rows(row_ids, shard.row_ids)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         return f"it cannot be read as a shard: {str(error).splitlines()[0]}"
     except CacheDamaged as error:
@@ -238,20 +238,22 @@ def _why_wrong_shard(path: Path, group: Group, shard: ShardInfo) -> str | None:
     return None
 
 
-def _counts(source: pa.MemoryMappedFile, schema: pa.Schema, *, counted: str | None) -> tuple[int, int | None]:
-    """Rows and, of a file that counts them, positions, a batch at a time; raises `ValueError` for a batch that claims more
-    memory than any has."""
-    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(counted or "row_id")])
-    reader = pa.ipc.open_file(source, options=options)
-    source.seek(0)
-    blocks = Blocks(source.read_buffer())
-    rows = positions = 0
-    for number in range(reader.num_record_batches):
-        claimed = blocks.decompressed_bytes(number)
-        if claimed > MOST_BATCH_BYTES:
-            raise ValueError(f"record batch {number} claims {claimed} bytes, at most {MOST_BATCH_BYTES} are possible")
-        [column] = reader.get_batch(number).columns
-        column.validate(full=True)
-        rows += len(column)
-        positions += (pc.sum(column).as_py() or 0) if counted else 0
-    return rows, positions if counted else None
+def _counted(
+    source: pa.MemoryMappedFile, schema: pa.Schema, *, has_rows: bool, hashed: bool
+) -> tuple[int, int | None, str]:
+    """Rows, positions of a file that counts them, and the digest of its rows, all in one pass; raises `ValueError` for a
+    batch that claims more memory than any has."""
+    rows, positions, digest = 0, 0, hashlib.sha256()
+    names = ["row_id", "positions"] if has_rows else ["row_id"]
+    for row_ids, *counts in batches_of_columns(source, names, schema=schema):
+        rows += len(row_ids)
+        positions += sum(_summed(column) for column in counts)
+        if hashed:
+            digest.update(hashes_of(row_ids))
+    return rows, positions if has_rows else None, digest.hexdigest()
+
+
+def _summed(counts: pa.Array) -> int:
+    if counts.null_count:
+        raise ValueError("column positions has no value in some row")
+    return int(numbers(counts).sum())

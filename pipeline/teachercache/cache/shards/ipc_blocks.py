@@ -26,6 +26,7 @@ class Blocks:
 
     def __init__(self, data: Any) -> None:
         self._data = memoryview(data)
+        self._claimed: dict[int, int] = {}  # by number of the batch
         try:
             footer = _Table.root(self._footer())
             if len(footer.vector(2, BLOCK)):
@@ -48,6 +49,11 @@ class Blocks:
 
     def decompressed_bytes(self, number: int) -> int:
         """Returns the bytes that the buffers of a batch claim to take in memory."""
+        if number not in self._claimed:
+            self._claimed[number] = self._claim_of(number)
+        return self._claimed[number]
+
+    def _claim_of(self, number: int) -> int:
         block = self._blocks[number]
         start, head, body_bytes = int(block["offset"]), int(block["metadata_bytes"]), int(block["body_bytes"])
         body = start + head
@@ -67,11 +73,12 @@ class Blocks:
 
 def _claimed(body: memoryview, buffers: NDArray[Any], *, compressed: bool) -> int:
     starts, sizes = buffers["offset"], buffers["bytes"]
-    if len(buffers) and (starts.min() < 0 or sizes.min() < 0 or (starts > len(body) - sizes).any()):
+    if len(buffers) and (buffers.view("<i8").min() < 0 or (starts > len(body) - sizes).any()):
         raise ValueError("a buffer lies outside its record batch")
     if not compressed:
         return int(sizes.sum())
-    starts, sizes = starts[sizes > 0], sizes[sizes > 0]
+    held = sizes > 0
+    starts, sizes = starts[held], sizes[held]
     if len(sizes) and sizes.min() < 8:
         raise ValueError("a buffer does not say how long it is")
     claims = np.frombuffer(body, np.uint8)[starts[:, None] + np.arange(8)].view("<i8")[:, 0]

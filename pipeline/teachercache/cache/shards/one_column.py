@@ -1,8 +1,8 @@
-"""One column of a shard's file, without a look at any other: its batches, bounded, and hashes in it as bytes."""
+"""Single columns of a shard's file, without a look at any other: their batches, bounded, and hashes in one as bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,25 +17,41 @@ _HEX = b"0123456789abcdef"
 
 
 def batches_of_column(file: pa.MemoryMappedFile, name: str) -> Iterator[pa.Array]:
-    """The values of a column, a record batch at a time; only they are decompressed.
+    """The values of a column, a record batch at a time. Raises as `batches_of_columns`."""
+    return (column for [column] in batches_of_columns(file, [name]))
 
-    Raises `ValueError`, or what pyarrow raises, for a file without the column, a batch that claims too much, or damage.
+
+def batches_of_columns(
+    file: pa.MemoryMappedFile, names: Sequence[str], *, schema: pa.Schema | None = None, blocks: Blocks | None = None
+) -> Iterator[list[pa.Array]]:
+    """The values of some columns, in the order in which the file has them, a record batch at a time; only they are
+    decompressed. `schema` and `blocks` are those of the file, where they were read before.
+
+    Raises `ValueError`, or what pyarrow raises, for a file without the columns, a batch that claims too much, or damage.
     """
-    file.seek(0)
-    blocks = Blocks(file.read_buffer())
-    file.seek(0)
-    field = pa.ipc.open_file(file).schema.get_field_index(name)
-    if field < 0:
-        raise ValueError(f"it has no column {name}")
-    file.seek(0)
-    reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[field], use_threads=False))
+    if blocks is None:
+        file.seek(0)
+        blocks = Blocks(file.read_buffer())
+    reader = _reader(file, names, schema)
     for number in range(len(blocks)):
         claimed = blocks.decompressed_bytes(number)
         if claimed > MOST_BATCH_BYTES:
             raise ValueError(f"record batch {number} claims {claimed} bytes, at most {MOST_BATCH_BYTES} are possible")
-        [column] = reader.get_batch(number).columns
-        column.validate(full=True)
-        yield column
+        columns = reader.get_batch(number).columns
+        for column in columns:
+            column.validate(full=True)
+        yield columns
+
+
+def _reader(file: pa.MemoryMappedFile, names: Sequence[str], schema: pa.Schema | None) -> pa.RecordBatchFileReader:
+    if schema is None:
+        file.seek(0)
+        schema = pa.ipc.open_file(file).schema
+    fields = [schema.get_field_index(name) for name in names]
+    if min(fields) < 0:
+        raise ValueError(f"it has no column {names[fields.index(-1)]}")
+    file.seek(0)
+    return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
 
 
 def hashes_of(column: Any) -> bytes:

@@ -8,7 +8,6 @@ Source: "Arrow Columnar Format", on the buffers of primitive, boolean and variab
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -35,9 +34,42 @@ def offsets(array: Any) -> NDArray[Any]:
     return np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
 
 
-def _segment(*, contents: Sequence[Mapping[str, Any]] = (), **fields: Any) -> Segment:
-    """Shards of earlier caches have no contents."""
-    return Segment(**fields, contents=tuple(Content(**content) for content in contents))
+class _Texts:
+    """A text column; its values are made when they are asked for, None for one that is missing."""
+
+    def __init__(self, column: Any) -> None:
+        self._ends, self._data = offsets(column), memoryview(column.buffers()[2] or b"")
+        self._held = numbers(column.is_valid()) if column.null_count else None
+
+    def __getitem__(self, index: int) -> str | None:
+        if self._held is not None and not self._held[index]:
+            return None
+        return str(self._data[self._ends[index] : self._ends[index + 1]], "utf-8")
+
+
+class _Segments:
+    """The segments of a batch, by row."""
+
+    def __init__(self, lists: Any) -> None:
+        fields = lists.values
+        self._ends = offsets(lists).tolist()
+        self._source_ids, self._texts = _Texts(fields.field("source_id")), _Texts(fields.field("text"))
+        named = ("occurrence", "byte_start", "byte_end", "start")
+        self._numbers = [numbers(fields.field(name)).tolist() for name in named]
+        has_contents = fields.type.get_field_index("contents") >= 0  # shards of earlier caches have none
+        self._contents = fields.field("contents") if has_contents and len(fields.field("contents").values) else None
+
+    def row(self, index: int) -> tuple[Segment, ...]:
+        """Those of a row."""
+        return tuple(map(self._segment, range(self._ends[index], self._ends[index + 1])))
+
+    def _segment(self, place: int) -> Segment:
+        contents = () if self._contents is None else self._contents[place].as_py()
+        source_id, text = self._source_ids[place], self._texts[place]
+        assert source_id is not None
+        occurrence, byte_start, byte_end, start = (values[place] for values in self._numbers)
+        said = tuple(Content(**content) for content in contents)
+        return Segment(source_id, occurrence, byte_start, byte_end, start, text, said)
 
 
 class RowBatch:
@@ -58,17 +90,20 @@ class RowBatch:
         ids, mask, held_out = (self._batch.column(name) for name in ("input_ids", "target_mask", "held_out"))
         return offsets(ids), numbers(ids.values), numbers(mask.values), numbers(held_out)
 
+    @cached_property
+    def _segments(self) -> _Segments | None:
+        return _Segments(self._batch.column("segments")) if "segments" in self._batch.schema.names else None
+
     def row(self, index: int) -> TokenRow:
         """Its arrays are copies; without segments in the batch it has none."""
         ends, ids, mask, held_out = self._tokens
         tokens = slice(ends[index], ends[index + 1])
-        segments = self._batch.column("segments")[index].as_py() if "segments" in self._batch.schema.names else ()
         return TokenRow(
             row_id=str(self.payload("row_id", index), "utf-8"),
             held_out=bool(held_out[index]),
             input_ids_S=ids[tokens].copy(),
             target_mask_S=mask[tokens].copy(),
-            segments=tuple(_segment(**segment) for segment in segments),
+            segments=() if self._segments is None else self._segments.row(index),
         )
 
     def payload(self, name: str, index: int) -> memoryview:

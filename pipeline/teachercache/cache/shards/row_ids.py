@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from teachercache.cache.shards.one_column import batches_of_column, hashes_of
+from teachercache.cache.shards.ipc_blocks import Blocks
+from teachercache.cache.shards.one_column import batches_of_columns, hashes_of
 
 
 def row_ids_digest(ids: Iterable[str]) -> str:
@@ -15,12 +16,13 @@ def row_ids_digest(ids: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, ids))).hexdigest()
 
 
-def row_ids_of(file: pa.MemoryMappedFile) -> bytes:
-    """The ids of all rows of an Arrow file, in their order, 16 bytes each. Raises as `batches_of_column` and `hashes_of`."""
-    return b"".join(map(hashes_of, batches_of_column(file, "row_id")))
+def row_ids_of(file: pa.MemoryMappedFile, *, schema: pa.Schema | None = None, blocks: Blocks | None = None) -> bytes:
+    """The ids of all rows of an Arrow file, in their order, 16 bytes each. Raises as `batches_of_columns` and `hashes_of`."""
+    batches = batches_of_columns(file, ["row_id"], schema=schema, blocks=blocks)
+    return b"".join(hashes_of(column) for [column] in batches)
 
 
-def check_row_ids(file: pa.MemoryMappedFile, row_ids: str) -> None:
-    """Raise `ValueError` for a file with other rows than those of the digest `row_ids` ("": of a format that told none)."""
-    if row_ids and hashlib.sha256(row_ids_of(file)).hexdigest() != row_ids:
+def check_same_rows(found: str, row_ids: str) -> None:
+    """Raise `ValueError` where the digest of a file's rows is another one than `row_ids` ("": of a format that told none)."""
+    if row_ids and found != row_ids:
         raise ValueError("it holds other rows than row_ids in the index says, or in another order")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from teachercache.cache.shards.decompressed import Decompressed
 from teachercache.cache.shards.ipc_blocks import Blocks
 from teachercache.cache.shards.row_batch import RowBatch
 from teachercache.cache.shards.row_checks import check_rows, check_values
-from teachercache.cache.shards.row_ids import check_row_ids
+from teachercache.cache.shards.row_ids import check_same_rows, row_ids_of
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.columns import Column, Decoder, check_row_bytes
 from teachercache.tokens.rows import TokenRow
@@ -69,7 +70,9 @@ class ShardFile:
     def check_row_ids(self, row_ids: str) -> None:
         """Raise `CacheDamaged` where its rows are not those of this digest."""
         try:
-            check_row_ids(self._file, row_ids)
+            if row_ids:  # format 1 tells none
+                found = row_ids_of(self._file, schema=self.schema, blocks=self._blocks)
+                check_same_rows(hashlib.sha256(found).hexdigest(), row_ids)
         except DAMAGE as error:
             raise damaged(self.name, error) from None
 

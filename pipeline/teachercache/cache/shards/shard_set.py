@@ -41,8 +41,8 @@ class ShardSet(ABC):
     def __init__(self, infos: ShardTable, source: Source) -> None:
         self.infos, self.source = infos, source
         held_out = infos.counted("held_out_rows")
-        train = infos.counted("rows") - held_out
-        self._ends = {"train": np.cumsum(train), "held-out": np.cumsum(held_out)}
+        self._train_rows = infos.counted("rows") - held_out
+        self._ends = {"train": np.cumsum(self._train_rows), "held-out": np.cumsum(held_out)}
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._same_rows: set[int] = set()  # shards whose rows are those that the index says
         self.recent: Decompressed[RowBatch] = Decompressed(KEPT_BYTES)
@@ -62,8 +62,7 @@ class ShardSet(ABC):
         ends = self._ends[split]
         number = int(np.searchsorted(ends, index, side="right"))
         within = index - (int(ends[number - 1]) if number else 0)
-        info = self.infos[number]
-        offset = info.rows - info.held_out_rows if split == "held-out" else 0
+        offset = int(self._train_rows[number]) if split == "held-out" else 0
         return self.shard(number).read_row(offset + within, columns, self.recent, segments=segments)
 
     @abstractmethod

@@ -21,15 +21,13 @@ Array = NDArray[Any]
 
 def check_distinct(ids_Nk: Array, *, name: str) -> None:
     """Raise `CacheDamaged` where a position has a token twice."""
-    sorted_Nk = np.sort(ids_Nk, axis=-1)
-    if (sorted_Nk[:, 1:] == sorted_Nk[:, :-1]).any():
+    if _any_place(np.equal, np.sort(ids_Nk, axis=-1)):
         raise CacheDamaged(f"column {name}: a position has a token twice")
 
 
 def check_falling(logits_Nk: Array, *, name: str) -> None:
     """Raise `CacheDamaged` where logits, which are at most 0, rise from one place of a position to the next."""
-    bits_Nk = _magnitudes(logits_Nk)
-    if (bits_Nk[:, 1:] < bits_Nk[:, :-1]).any():
+    if _any_place(np.less, _magnitudes(logits_Nk)):
         raise CacheDamaged(f"column {name}: the logits of a position rise")
 
 
@@ -42,10 +40,22 @@ def check_ragged(sizes_N: Array, *, ids_E: Array | None, logits_E: Array | None)
         lowest = np.array(-np.inf, logits_E.dtype)
         check_falling(_padded(logits_E, held_Nk, np.broadcast_to(lowest, held_Nk.shape)), name="head_logits")
     if ids_E is not None and len(ids_E) == entries:
-        others_k = np.arange(held_Nk.shape[1], dtype=np.int64) - 2**40  # no token's, and each once
+        others_k = -1 - np.arange(held_Nk.shape[1], dtype=np.int32)  # no token's, and each once
         check_distinct(
-            _padded(ids_E.astype(np.int64), held_Nk, np.broadcast_to(others_k, held_Nk.shape)), name="head_ids"
+            _padded(ids_E.astype(np.int32), held_Nk, np.broadcast_to(others_k, held_Nk.shape)), name="head_ids"
         )
+
+
+def _any_place(compare: np.ufunc, values_Nk: Array) -> bool:
+    """Whether a value and the one before it in its position compare so. All of them are compared in one run, also the first
+    of a position with the last of the one before, which does not count: rows of k are too short to be quick."""
+    k = values_Nk.shape[1]
+    if k < 2:
+        return False
+    flat = values_Nk.ravel()
+    found = compare(flat[1:], flat[:-1])
+    found[k - 1 :: k] = False
+    return bool(found.any())
 
 
 def _padded(flat_E: Array, held_Nk: Array, others_Nk: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What a student minimises: losses against the targets of a cache. Pure torch; the teacher's weights are never here.
+"""Objectives of a student: losses against the targets of a cache. Pure torch; the teacher's weights are never here.
 
 contract.py        what every objective takes and gives
 distillation.py    the objective of a recipe: from a batch and its cached targets to sums over positions

@@ -1,4 +1,5 @@
-"""What an objective is to those who train by it: a function of a student's output and a batch, to sums over positions."""
+"""The contract of an objective with those who train by it: a function of a student's output and a batch, to sums over
+positions."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class DistillationObjective:
 
 @dataclass(frozen=True)
 class _Positions:
-    """What the loss is summed over."""
+    """Positions that the loss is summed over."""
 
     index_N: Tensor  # into [B · S], rising
     labels_N: Tensor
@@ -167,7 +167,7 @@ class _Positions:
         return cls(index_N, labels_N, targets, weight_N, len(index_N))
 
     def weighted(self, emphasis: TokenWeights, teacher: Teacher | None) -> _Positions:
-        """What weighs nothing is left out: its loss need not be computed."""
+        """Applies weights. Positions that weigh nothing are left out: their loss need not be computed."""
         weight_N = emphasis.weight_N if self.weight_N is None else self.weight_N * emphasis.weight_N
         kept_M = weight_N.nonzero()[:, 0]
         targets = {} if teacher is None else teacher.chosen(self.targets, kept_M)
@@ -184,5 +184,5 @@ class _Positions:
 
 
 def _computed(logits_dtype: torch.dtype) -> torch.dtype:
-    """What the loss is computed in."""
+    """Returns the type that the loss is computed in."""
     return torch.float64 if logits_dtype == torch.float64 else torch.float32

@@ -35,7 +35,7 @@ def warnings_of(caches: Sequence[Cache], alignments: Sequence[CacheAlignment] = 
 
 
 def _unsaid(described: dict[str, Any], cache: Cache, load: Callable[[], Any]) -> str:
-    """What a tokenizer puts before a text where the manifest says nothing of it; "" if nothing."""
+    """Returns what a tokenizer puts before a text where the manifest says nothing of it; "" if nothing."""
     if "prefix_ids" in described:
         return ""
     tokenizer = load()

@@ -1,4 +1,4 @@
-"""Which rows share a forward pass.
+"""Batches of the teacher: chooses the rows that share a forward pass.
 
 Rows of similar length go together, so that padding stays small. The batches of a unit are a function of its rows alone:
 the number of actors, and which of them runs a unit, change nothing.

@@ -1,4 +1,5 @@
-"""What the teacher makes before its layers are captured: layer files, from a sample of the corpus and from its weights.
+"""Layer files, which the teacher makes before its layers are captured: from a sample of the corpus and from its
+weights.
 
 Means, spreads and principal directions come from a sample, without the first token of each segment and without tokens
 that are far larger than the rest (massive activations, see targets/layers/hidden_states.py). How a block makes queries and keys
@@ -43,7 +44,7 @@ ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 
 
 def rows_of(activations: Activations, rows: Sequence[TokenRow], *, layout: str) -> list[RowActivations]:
-    """What was recorded of a batch, row by row, without padding; `layout` is that of its inputs."""
+    """Splits what was recorded of a batch into rows, without padding; `layout` is that of its inputs."""
     split = []
     shapes = {layer: shape_of(heads) for layer, heads in activations.attention.items()}
     sinks = {layer: heads.sinks_H for layer, heads in activations.attention.items() if heads.sinks_H is not None}
@@ -59,7 +60,7 @@ def rows_of(activations: Activations, rows: Sequence[TokenRow], *, layout: str) 
 
 
 def shape_of(heads: Heads) -> HeadShape:
-    """What a block's attention looks like."""
+    """Returns the shape of a block's attention."""
     count, width = heads.queries_BHSE.shape[1], heads.queries_BHSE.shape[-1]
     scaling, softcap = float(heads.scaling), None if heads.softcap is None else float(heads.softcap)
     return HeadShape(count, heads.keys_BKSE.shape[1], width, scaling, heads.window, softcap)
@@ -156,8 +157,8 @@ def _numpy(values: Tensor) -> NDArray[Any]:
 
 
 def hidden_arrays(tokens_ND: Tensor, layer: int, *, rotated: bool) -> dict[str, NDArray[Any]]:
-    """What a layer's hidden states are read by: mean and spread of each channel, and with `rotated` the principal directions,
-    of which the spreads are then."""
+    """Returns the arrays that a layer's hidden states are read by: mean and spread of each channel, and with `rotated`
+    the principal directions, of which the spreads are then."""
     tokens_ND = tokens_ND.double()
     mean_D = tokens_ND.mean(0)
     spread_D = tokens_ND.std(0, correction=0)
@@ -214,7 +215,8 @@ def _check_heads(attention: Any, layer: int, heads: Heads) -> None:
 def _entry(
     model: PreTrainedModel, layer: int, tried: Activations, *, values: bool
 ) -> tuple[BlockEntry, dict[str, Tensor]]:
-    """How a block makes queries and keys, and its arrays. Raises `ModelError` where they are not those that it made."""
+    """Describes how a block makes queries and keys, with its arrays. Raises `ModelError` where they are not those that
+    it made."""
     block, name = blocks_of(model)[layer - 1], type(model).__name__
     attention = next((getattr(block, child) for child in ATTENTIONS if hasattr(block, child)), None)
     parts = PARTS if values else PARTS[:2]
@@ -247,7 +249,8 @@ def _entry(
 
 
 def _rotary_tables(cos_BSR: Tensor, sin_BSR: Tensor) -> list[dict[str, Tensor]]:
-    """What a block was given, and the same for models that give it to both halves of a head alike (GPT-OSS)."""
+    """Returns the tables that a block was given, and the same for models that give them to both halves of a head alike
+    (GPT-OSS)."""
     return [{"cos": cos_BSR[0].repeat(1, times), "sin": sin_BSR[0].repeat(1, times)} for times in (1, 2)]
 
 
@@ -264,7 +267,7 @@ def _check_rotary(tried: Activations, brief: Activations, model: PreTrainedModel
 
 
 def _add_norm(module: Any, arrays: dict[str, Tensor], *, name: str = "norm") -> tuple[str, float]:
-    """What a norm does, found by trying it; its weights join `arrays`."""
+    """Names what a norm does, found by trying it, and adds its weights to `arrays`."""
     if module is None:
         return "none", 0.0
     epsilon = next((float(getattr(module, key)) for key in ("variance_epsilon", "eps") if hasattr(module, key)), 1e-6)
@@ -288,8 +291,8 @@ def _add_norm(module: Any, arrays: dict[str, Tensor], *, name: str = "norm") -> 
 
 
 def _error_rebuilt(tried: Activations, layer: int, entry: BlockEntry, arrays: Mapping[str, Tensor]) -> float:
-    """How far rebuilt queries, keys and values are from those that the kernel got, of the largest; infinite where nothing can
-    be rebuilt."""
+    """Returns the error of rebuilt queries, keys and values against those that the kernel got, as a part of the
+    largest; infinite where nothing can be rebuilt."""
     heads = tried.attention[layer]
     wanted = (heads.queries_BHSE, heads.keys_BKSE, heads.values_BKSE)
     if entry.norm not in ("rms", "layer", "none"):
@@ -304,7 +307,7 @@ def _error_rebuilt(tried: Activations, layer: int, entry: BlockEntry, arrays: Ma
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:
-    """Of the largest."""
+    """Returns the largest difference, as a part of the largest wanted value."""
     if found.shape != wanted.shape:
         return float("inf")
     return float((found - wanted.float()).abs().max() / wanted.float().abs().max().clamp_min(1e-9))

@@ -88,13 +88,13 @@ class OutputLayer:
         return type(self)(self.matrix_VD.to(device), bias_V, self.scale, self.softcap)
 
     def error(self, hidden_ND: Tensor, logits_NV: Tensor) -> float:
-        """How far logits lie from those of this layer, as a share of the largest."""
+        """Returns the distance of logits from those of this layer, as a share of the largest."""
         gap = (self.logits(hidden_ND) - logits_NV).abs().max()
         return float(gap / logits_NV.abs().max().clamp_min(1e-30))
 
     @torch.inference_mode()
     def follows_body(self, model: PreTrainedModel) -> bool:
-        """Whether what the model's body returns is what enters this layer, tried on a few tokens; up to rounding."""
+        """Tells whether the model's body returns what enters this layer, up to rounding; tried on a few tokens."""
         body, vocabulary = model.base_model, len(self.matrix_VD)
         if body is model:
             return False
@@ -136,7 +136,7 @@ def _probe(model: PreTrainedModel, vocabulary_size: int) -> Tensor:
 
 
 def _try(model: PreTrainedModel, vocabulary_size: int) -> tuple[Tensor, Tensor]:
-    """What enters the layer [N, D] and the model's own logits, float32 [N, V]."""
+    """Returns the input of the layer [N, D] and the model's own logits, float32 [N, V]."""
     with recorded_input(model) as inputs:
         logits = model(input_ids=_probe(model, vocabulary_size), use_cache=False).logits
     if len(inputs) != 1 or inputs[0].shape[:-1] != logits.shape[:-1]:  # code of its own, e.g. with its weight alone

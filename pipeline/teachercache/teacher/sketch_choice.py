@@ -106,7 +106,7 @@ def choose(
 
 
 class Trial:
-    """What a rank and a step cost and leave; each pair is measured once."""
+    """Costs and errors of ranks and steps; each pair is measured once."""
 
     def __init__(
         self,
@@ -138,7 +138,8 @@ class Trial:
         return self._known[rank, step]
 
     def bytes(self, rank: int, step: float) -> float:
-        """Of the sketch, a position: entropies of the first `rank` directions, their means' included."""
+        """Returns the bytes of the sketch for a position: entropies of the first `rank` directions, their means'
+        included."""
         return float(self._entropies(step)[:rank].sum()) / 8
 
     def _entropies_of(self, step: float) -> NDArray[np.float64]:
@@ -172,7 +173,7 @@ def _captured(kind: HeadSketch, layer: OutputLayer, hidden_ND: Tensor) -> dict[s
 
 
 def _as_read(kind: HeadSketch, captured: dict[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
-    """What a reader gets of a row, as tensors."""
+    """Decodes a captured row as a reader gets it, as tensors."""
     decoded = kind.decoded(kind.finish(captured))
     tensors = {name: torch.from_numpy(values).to(device) for name, values in decoded.items()}
     return {**tensors, "head_ids": tensors["head_ids"].long()}

@@ -149,21 +149,25 @@ class _Tokens:
     written_S: NDArray[np.bool_]  # special tokens that are in the text
 
     def found(self, data: bytes) -> TokenSpans | None:
-        joined = b"".join(self.pieces)
-        if joined == data:
+        concatenated = b"".join(self.pieces)
+        if concatenated == data:
             return _exact(self.lengths_S, self.mark_S, len(data))
-        return self._but_for_edges(joined, data) or self._by_sections(data) or self._but_for_white_space(joined, data)
+        return (
+            self._but_for_edges(concatenated, data)
+            or self._by_sections(data)
+            or self._but_for_white_space(concatenated, data)
+        )
 
-    def _but_for_edges(self, joined: bytes, data: bytes) -> TokenSpans | None:
+    def _but_for_edges(self, concatenated: bytes, data: bytes) -> TokenSpans | None:
         """Other white space at the ends (a dummy prefix; offsets that leave it out), or characters cut at a window's."""
-        core, token_core = data.strip(_WHITE), joined.strip(_WHITE)
+        core, token_core = data.strip(_WHITE), concatenated.strip(_WHITE)
         missing = len(core) - len(token_core)
         if not token_core or not 0 <= missing < 2 * _LONGEST_CHARACTER:
             return None
         for cut in range(min(missing, _LONGEST_CHARACTER - 1) + 1):
             end = len(core) - (missing - cut)
             if core[cut:end] == token_core and _continues(core[1 : cut + 1]) and _continues(core[end:]):
-                lead = (len(data) - len(data.lstrip(_WHITE))) - (len(joined) - len(joined.lstrip(_WHITE)))
+                lead = (len(data) - len(data.lstrip(_WHITE))) - (len(concatenated) - len(concatenated.lstrip(_WHITE)))
                 ends_S = np.clip(np.cumsum(self.lengths_S) + (cut + lead), 0, len(data))
                 ends_S[np.cumsum(self.lengths_S) == 0] = 0
                 spans = _finished(ends_S, np.ones(len(ends_S), dtype=np.bool_), self.mark_S, len(data), cut == 0)
@@ -193,12 +197,12 @@ class _Tokens:
             return None
         return _finished(ends_S, np.ones(len(ends_S), dtype=np.bool_), self.mark_S, len(data))
 
-    def _but_for_white_space(self, joined: bytes, data: bytes) -> TokenSpans | None:
+    def _but_for_white_space(self, concatenated: bytes, data: bytes) -> TokenSpans | None:
         """White space that the tokens do not have (WordPiece, normalisers that squeeze it) belongs to the one after it."""
-        token_text = joined.translate(None, _WHITE)
+        token_text = concatenated.translate(None, _WHITE)
         if not token_text or token_text != data.translate(None, _WHITE):
             return None
-        is_text_B = ~_IS_WHITE[np.frombuffer(joined, dtype=np.uint8)]
+        is_text_B = ~_IS_WHITE[np.frombuffer(concatenated, dtype=np.uint8)]
         before_B = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(is_text_B)])  # bytes of text up to each place
         places = np.flatnonzero(~_IS_WHITE[np.frombuffer(data, dtype=np.uint8)]) + 1
         last_S = np.cumsum(self.lengths_S)

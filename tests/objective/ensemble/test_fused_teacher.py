@@ -317,7 +317,7 @@ def test_shares_follow_losses_and_their_state_comes_back() -> None:
     z = [math.exp(-loss / 0.5) for loss in (1.0, 1.5, 3.0)]
     assert weights.factors == pytest.approx([each / sum(z) for each in z])
     again = TeacherWeights(3)
-    again.load(weights.state())
+    again.load_state_dict(weights.state_dict())
     assert again.factors == weights.factors
     weights.update([1000.0, 2000.0, 3000.0])  # no underflow to a sum of nothing
     assert weights.factors == (1, 0, 0)

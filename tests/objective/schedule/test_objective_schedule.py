@@ -33,7 +33,7 @@ def temperatures(schedule: ObjectiveSchedule, steps: int = STEPS) -> list[float]
 def test_a_number_stays_what_it_is() -> None:
     schedule = schedule_of(temperature=3, alpha=0.4)
     assert {(schedule.at(step).temperature, schedule.at(step).alpha) for step in range(STEPS)} == {(3.0, 0.4)}
-    assert not schedule.changes and not schedule.adapts and schedule.state() == {}
+    assert not schedule.changes and not schedule.adapts and schedule.state_dict() == {}
 
 
 @given(start=st.floats(1, 8), rate=st.floats(0, 1), floor=st.floats(0.5, 3), step=st.integers(0, STEPS))
@@ -174,10 +174,10 @@ def test_what_rules_remember_goes_through_json(objective: dict[str, Any], losses
         whole.update(step, distillation=distillation, ce=ce)
         if step < cut:
             before.update(step, distillation=distillation, ce=ce)
-    after.load(json.loads(json.dumps(before.state())))
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     for step, (distillation, ce) in enumerate(losses[cut:], start=cut):
         after.update(step, distillation=distillation, ce=ce)
-    assert after.at(STEPS) == whole.at(STEPS) and after.state() == whole.state()
+    assert after.at(STEPS) == whole.at(STEPS) and after.state_dict() == whole.state_dict()
 
 
 def test_phases_follow_each_other_with_what_they_change() -> None:
@@ -310,7 +310,7 @@ def test_rules_of_two_phases_remember_apart() -> None:
     one, other = schedule_of(*phases), schedule_of(*phases)
     for step, ce in [(0, 1.0), (1, 3.0), (60, 2.0), (61, 1.0)]:
         one.update(step, distillation=1.0, ce=ce)
-    other.load(json.loads(json.dumps(one.state())))
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     found = [one.at(step).temperature for step in (2, 62)]
     assert found == [other.at(step).temperature for step in (2, 62)] and len({3.0, *found}) == 3
 

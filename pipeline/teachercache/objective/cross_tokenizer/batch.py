@@ -1,4 +1,4 @@
-"""What a loss across tokenizers sees of a micro-batch: chunks of tokens that stand for the same bytes on both sides.
+"""Micro-batch of a loss across tokenizers: chunks of tokens that stand for the same bytes on both sides.
 
 Shapes: N positions of the student (tokens whose next token it learns), M chunks whose tokens both sides predict.
 """

@@ -130,7 +130,7 @@ def _joined(ids_Pk: Tensor, probability_Pk: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _repeated(sorted_Pk: Tensor) -> Tensor:
-    """Which of a sorted row's numbers are that before them."""
+    """Marks those of a sorted row's numbers that equal the one before them."""
     return torch.cat(
         [sorted_Pk.new_zeros(len(sorted_Pk), 1, dtype=torch.bool), sorted_Pk[:, 1:] == sorted_Pk[:, :-1]], 1
     )

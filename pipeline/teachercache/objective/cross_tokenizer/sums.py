@@ -40,12 +40,12 @@ class Batch:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the sums beside total and cross-entropy: terms, and what they measure."""
+        """Names of the sums beside total and cross-entropy: terms, and what they measure."""
         return names_of(self.pair_terms, self.chunk_terms)
 
 
 def names_of(pair_terms: Sequence[PairTerm], chunk_terms: Sequence[ChunkTerm]) -> tuple[str, ...]:
-    """Of terms, and of what they measure, as logs have them."""
+    """Returns the names of terms, and of what they measure, as logs have them."""
     measured = [name for term in pair_terms for name in (term.name, *term.measured)]
     return (*measured, *(term.name for term in chunk_terms))
 
@@ -106,7 +106,7 @@ Operands = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Of some positions, in order."""
+    """Results of some positions, in order."""
 
     ce_C: Tensor
     boundary_C: Tensor | None  # log-mass on tokens that begin a new pre-token
@@ -118,7 +118,7 @@ class _Block:
 
 
 def _block(logits_CV: Tensor, part: slice, batch: Batch, *, pair_terms: bool = True) -> _Block:
-    """What the terms need of the positions `part`, from their logits."""
+    """Computes from logits what the terms need of the positions `part`."""
     labels_C = batch.labels_N[part]
     ce_C, boundary_C = label_terms(logits_CV, labels_C, batch.begins_V)
     if not pair_terms or not batch.pair_terms:
@@ -226,7 +226,8 @@ class _Across(torch.autograd.Function):
 
 
 def _chunk_slopes(operands: Operands, batch: Batch, layer: _Layer) -> tuple[Tensor, Tensor | None] | None:
-    """How much the chunk terms change with each position's cross-entropy and boundary mass, [N]; None without such terms."""
+    """Returns the derivatives of the chunk terms by each position's cross-entropy and boundary mass, [N]; None without
+    such terms."""
     if not batch.chunk_terms:
         return None
     blocks = [layer.block(operands, part, batch, pair_terms=False) for part in layer.parts(operands)]

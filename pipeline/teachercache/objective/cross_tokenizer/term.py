@@ -49,7 +49,7 @@ class ChunkTerm(Protocol):
 
     @property
     def boundaries(self) -> bool:
-        """Whether it needs the mass on tokens that begin a new pre-token after a chunk."""
+        """Tells whether it needs the mass on tokens that begin a new pre-token after a chunk."""
 
     def values(self, log_prob_M: Tensor, boundary_M: Tensor | None, chunks: Chunks) -> Tensor:
         """The loss of each chunk, [M], from the student's log-likelihood of it and its log-mass on boundaries after it (0 where

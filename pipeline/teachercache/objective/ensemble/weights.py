@@ -40,12 +40,12 @@ class TeacherWeights:
         shares = [math.exp((least - loss) / self.tau) for loss in losses]
         self.factors = tuple(share / sum(shares) for share in shares)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""
         return {"factors": list(self.factors)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
         self.factors = tuple(float(factor) for factor in state["factors"])
 
 

@@ -21,7 +21,7 @@ STUDENT, PLACES, FIRST = "student", "teacher", "first"
 
 
 def are_aligned(layers: Mapping[str, Tensor]) -> bool:
-    """Whether a batch's layers are those of aligned tokens."""
+    """Tells whether a batch's layers are those of aligned tokens."""
     return STUDENT in layers
 
 

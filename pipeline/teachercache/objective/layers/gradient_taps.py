@@ -1,9 +1,10 @@
-"""Where a term between layers pulls the activations that it matches, against where the layers above pull them.
+"""Gradient taps: the gradient of a term at the activations that it matches, against the gradient that comes from the
+layers above.
 
 Each term gets tensors of its own with the numbers that were recorded, and the model goes on with others (see
 `activations.recorded`): one backward pass, that of training, leaves every gradient by itself. Nothing is computed twice, and
-no gradient is a small difference of large ones. What comes from above is that of the logits' loss and of terms matched there.
-"""
+no gradient is a small difference of large ones. What comes from above is that of the logits' loss and of terms matched
+there."""
 
 from __future__ import annotations
 

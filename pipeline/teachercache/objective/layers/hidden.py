@@ -67,7 +67,8 @@ class HiddenTerm(torch.nn.Module):
         return total / len(self.pairs)
 
     def _adapted(self, batch: LayerBatch) -> Iterator[Tensor]:
-        """Of each pair, float32 [N, Dt]. A shared adapter runs once, over all of them: see `zero_contribution`."""
+        """Yields the adapted states of each pair, float32 [N, Dt]. A shared adapter runs once, over all of them: see
+        `zero_contribution`."""
         states = (batch.hidden[student][batch.mask_BS] for student, _ in self.pairs)
         if len(self.adapters) == len(self.pairs):
             return (adapter(states_ND) for adapter, states_ND in zip(self.adapters, states, strict=True))

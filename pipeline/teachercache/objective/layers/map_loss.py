@@ -1,4 +1,4 @@
-"""How far one block's maps are from another's, with the gradient in the same pass.
+"""Losses between one block's maps and another's, with the gradient in the same pass.
 
     kl    Σ over keys of p log (p / q)          its gradient at the student's scores: q Σp - p
     mse   Σ over keys of (p - q)²               and 2 q (q - p - Σ q (q - p))
@@ -33,7 +33,7 @@ Distance = Literal["kl", "mse"]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What is compared, beside the student's queries and keys. `sees` gives of some queries and some keys (slices) which keys
+    """Operands beside the student's queries and keys. `sees` gives of some queries and some keys (slices) which keys
     count, bool [B, C, T]: none beyond the query, with a `window` none but the query and the `window - 1` before it."""
 
     distance: Distance

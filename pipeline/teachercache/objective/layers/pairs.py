@@ -1,4 +1,4 @@
-"""Which layer of the student learns from which layer of the teacher.
+"""Pairs of layers: which layer of the student learns from which layer of the teacher.
 
     uniform   each stored layer t with the student's layer nearest to t · Ls / Lt, of Lt and Ls blocks; of several that are
               nearest to one layer of the student, the one that is nearest
@@ -6,8 +6,8 @@
     last      counted from the end: the student's last block with the teacher's
     {3: 6}    said: the student's layer 3 with the teacher's 6
 
-Layers are numbered as in `teachercache.models.activations`: 0 is the embeddings, i what block i gives, or its attention.
-"""
+Layers are numbered as in `teachercache.models.activations`: 0 is the embeddings, i what block i gives, or its
+attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How states lie to one another, not where: nothing needs the teacher's width but channel correlations.
+"""Losses on how states lie to one another, not where: nothing needs the teacher's width but channel correlations.
 
     distances             of pairs of positions, in units of their mean                     (Park et al., "RKD", 2019)
     angles                at one position between two others                                (likewise)
@@ -84,7 +84,8 @@ def _segment_means(hidden_BSD: Tensor, batch: LayerBatch) -> Tensor:
 
 
 def _distances(states_MD: Tensor) -> Tensor:
-    """Of all pairs, over their mean. By differences of squares: the gradient of a distance of zero is not one."""
+    """Computes the distances of all pairs, over their mean. By differences of squares: the gradient of a distance of
+    zero is not one."""
     states_MD = states_MD - states_MD.mean(0)  # differences of large squares would cancel
     squares_M = states_MD.square().sum(-1)
     squared_MM = (squares_M[:, None] + squares_M - 2 * states_MD @ states_MD.T).clamp_min(0.0)
@@ -101,6 +102,6 @@ def _angles(states_MD: Tensor) -> Tensor:
 
 
 def _correlation(states_MD: Tensor) -> Tensor:
-    """Of channels, [D, D]."""
+    """Computes the correlations of channels, [D, D]."""
     centred_MD = normalize(states_MD - states_MD.mean(0), dim=0, eps=1e-6)
     return centred_MD.T @ centred_MD

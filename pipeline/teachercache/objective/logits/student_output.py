@@ -1,9 +1,9 @@
-"""What a student gives for each token of a batch: its logits, or what enters its output layer together with that layer.
+"""Output of a student for each token of a batch: its logits, or what enters its output layer together with that layer.
 
 The second spares memory: losses project a chunk of positions at a time, and no logits of a whole batch exist.
 
-Shapes: B rows, S tokens, R = B · S, N positions, C of them in a block, D width, L columns of the logits, A either of these.
-"""
+Shapes: B rows, S tokens, R = B · S, N positions, C of them in a block, D width, L columns of the logits, A either of
+these."""
 
 from __future__ import annotations
 

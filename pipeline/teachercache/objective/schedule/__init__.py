@@ -1,4 +1,4 @@
-"""What the objective is at each step of a run.
+"""Schedules: what the objective is at each step of a run.
 
 objective_schedule.py  alpha, temperature and the weights of terms, of a whole run
 schedules.py           pure functions of the step

@@ -1,4 +1,4 @@
-"""What the objective is at each step of a run: its alpha, its temperature and the weights of its terms.
+"""Schedule of a run's objective: its alpha, its temperature and the weights of its terms at each step.
 
 A schedule of `objective:` runs over all steps of a run, one of a phase over the phase's. A rule knows the losses up to the step
 before: a step's gradient is formed together with its loss, so that its weights are settled first. What rules remember is saved
@@ -24,15 +24,15 @@ from teachercache.objective.schedule.schedules import probes, value_at
 
 @dataclass(frozen=True)
 class ScheduleRange:
-    """What a run asks of its caches: whether for a teacher at all, and at which temperatures, of schedules some between their
-    extremes too."""
+    """Range of what a run asks of its caches: whether for a teacher at all, and at which temperatures, of schedules
+    some between their extremes too."""
 
     uses_teacher: bool
     temperatures: tuple[float, ...]
 
     @classmethod
     def of(cls, config: ObjectiveConfig, phases: Sequence[PhaseConfig] = ()) -> ScheduleRange:
-        """Of all phases together."""
+        """Collects the range of all phases together."""
         pairs = [
             (
                 config.alpha if phase.alpha is None else phase.alpha,
@@ -54,13 +54,13 @@ class _Number:
     rule: Rule | None = None
 
     def at(self, step: int) -> float:
-        """Where a rule decides: for the step after those that it was told of."""
+        """Returns the value at a step; where a rule decides, for the step after those that it was told of."""
         return value_at(self.value, self.first, self.steps, step=step) if self.rule is None else self.rule.value
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What holds in a phase, or in a run without any."""
+    """Values of a phase, or of a run without phases."""
 
     name: str | None
     alpha: _Number
@@ -127,26 +127,27 @@ class ObjectiveSchedule:
         return self._at(step).name
 
     def at(self, step: int) -> Weights:
-        """What holds in a step; the first is 0. Where rules decide: in the step after those that they were told of."""
+        """Returns the values of a step; the first is 0. Where rules decide: of the step after those that they were told
+        of."""
         part = self._at(step)
         alpha = part.alpha.at(step)
         terms = {name: weight.at(step) for name, weight in part.terms.items()}
         return Weights(alpha, part.temperature.at(step) if alpha > 0 else 1.0, terms)
 
     def learning_rate_factor(self, step: int) -> float:
-        """What multiplies the learning rate of a step."""
+        """Returns the factor of a step's learning rate."""
         return self._at(step).learning_rate_factor
 
     @property
     def changes(self) -> bool:
-        """Whether anything differs between steps."""
+        """Tells whether anything differs between steps."""
         part = self._parts[0]
         numbers = [part.alpha, part.temperature, *part.terms.values()]
         return len(self._parts) > 1 or any(not isinstance(number.value, float | int) for number in numbers)
 
     @property
     def adapts(self) -> bool:
-        """Whether it has to be told the losses of each step."""
+        """Tells whether it has to be told the losses of each step."""
         return bool(self._rules)
 
     def update(self, step: int, *, distillation: float, ce: float) -> None:
@@ -157,14 +158,14 @@ class ObjectiveSchedule:
             if number.rule is not None:
                 number.rule.update(distillation=distillation, ce=ce)
 
-    def state(self) -> dict[str, Any]:
-        """What rules remember, as JSON."""
-        return {name: rule.state() for name, rule in self._rules.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what rules remember, as JSON."""
+        return {name: rule.state_dict() for name, rule in self._rules.items()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
         for name, rule in self._rules.items():
-            rule.load(state[name])
+            rule.load_state_dict(state[name])
 
 
 def _check_used(whole: _Part, parts: Sequence[_Part]) -> None:

@@ -20,11 +20,11 @@ class Rule(Protocol):
     def update(self, *, distillation: float, ce: float) -> None:
         """Hear the losses of a step."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that it remembers, as JSON: floats come back bit by bit."""
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
 
 
 def rule_of(number: Any) -> Rule | None:
@@ -62,11 +62,11 @@ class RatioRule:
         elif mean < config.low * ce:
             self.value = min(config.most, config.up * self.value)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """See `Rule`."""
         return {"value": self.value, "recent": list(self._recent), "recorded": self._recorded}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Rule`."""
         self.value, self._recorded = state["value"], state["recorded"]
         self._recent = deque(state["recent"], maxlen=self._config.window)
@@ -93,11 +93,11 @@ class UncertaintyRule:
         """See `Rule`."""
         self._recent.append([distillation, ce])
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """See `Rule`."""
         return {"recent": list(self._recent)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Rule`."""
         self._recent = deque(state["recent"], maxlen=self._config.window)
 
@@ -122,10 +122,10 @@ class StudentLossRule:
         """See `Rule`."""
         self._recent.append((1 - math.exp(-max(ce, 0.0))) ** self._config.focus)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """See `Rule`."""
         return {"recent": list(self._recent)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Rule`."""
         self._recent = deque(state["recent"], maxlen=self._config.window)

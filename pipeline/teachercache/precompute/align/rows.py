@@ -121,7 +121,7 @@ class Aligner:
                 problems.append(piece)
                 piece = self._nothing(end - segment.start)
             pieces.append(piece)
-        return _joined(row, pieces, problems)
+        return _concatenated(row, pieces, problems)
 
     def _piece(
         self,
@@ -236,7 +236,7 @@ def _stops(
     return found_S
 
 
-def _joined(row: TokenRow, pieces: Sequence[Piece], problems: Sequence[str]) -> AlignedRow:
+def _concatenated(row: TokenRow, pieces: Sequence[Piece], problems: Sequence[str]) -> AlignedRow:
     starts = np.cumsum([0, *(len(piece.ids_S) for piece in pieces)])
     segments = tuple(
         replace(segment, start=int(start), text=None) for segment, start in zip(row.segments, starts, strict=False)

@@ -48,13 +48,13 @@ def connected(settings: PrecomputeConfig) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    with _joined(address) if address else local_cluster(cpus=_local_cpus(settings)):
+    with _cluster_at(address) if address else local_cluster(cpus=_local_cpus(settings)):
         _quiet_ray_data()
         yield
 
 
 @contextmanager
-def _joined(address: str) -> Iterator[None]:
+def _cluster_at(address: str) -> Iterator[None]:
     package = str(SOURCES / "teachercache")
     ray.init(address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False)
     try:

@@ -70,10 +70,10 @@ class Recorded(Protocol):
 
     @property
     def units(self) -> int:
-        """How many there are."""
+        """Number of units."""
 
     def record_file(self, unit: int) -> Path:
-        """Where a unit's record is, or will be."""
+        """Returns the place of a unit's record, whether or not it is there."""
 
     def record(self, unit: int) -> dict[str, Any] | None:
         """The record, if there is one that counts."""

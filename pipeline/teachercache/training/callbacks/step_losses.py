@@ -25,11 +25,11 @@ STATE = "objective_state.json"
 class Stateful(Protocol):
     """Something that a run remembers, beyond what Trainer saves."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """As JSON."""
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
 
 
 class StepLosses(TrainerCallback):
@@ -106,15 +106,15 @@ def schedule_record(schedule: ObjectiveSchedule, weights: Weights, *, step: int)
 
 def save_state(checkpoint: Path, adaptive: Mapping[str, Stateful]) -> None:
     """Into a checkpoint's folder; nothing where nothing remembers anything."""
-    found = {name: state for name, each in adaptive.items() if (state := each.state())}
-    if found:
-        write_whole(checkpoint / STATE, json.dumps(found, indent=1) + "\n")
+    states = {name: state for name, part in adaptive.items() if (state := part.state_dict())}
+    if states:
+        write_whole(checkpoint / STATE, json.dumps(states, indent=1) + "\n")
 
 
 def load_state(checkpoint: Path, adaptive: Mapping[str, Stateful]) -> None:
     """Inverse of `save_state`."""
     path = checkpoint / STATE
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name, each in adaptive.items():
-        if name in found:
-            each.load(found[name])
+    states = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, part in adaptive.items():
+        if name in states:
+            part.load_state_dict(states[name])

@@ -60,7 +60,7 @@ def student_shape(model: Any) -> StudentShape:
 
 
 def _try(model: Any, objectives: Sequence[LayerObjective], *, longest: int) -> None:
-    """Whether its layers can be recorded, on as many tokens as a row can have, before anything is trained."""
+    """Tries to record the student's layers, on as many tokens as a row can have, before anything is trained."""
     layers = {
         what: sorted({layer for each in objectives for layer in getattr(each, f"{what}_layers")})
         for what in ("hidden", "attention")

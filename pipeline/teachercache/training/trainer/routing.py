@@ -58,7 +58,7 @@ class Routing:
 
     @property
     def learns_from_teacher(self) -> bool:
-        """Whether it is distillation's pass."""
+        """Tells whether it is distillation's pass."""
         return self.routing_pass == "distillation"
 
     def weights(self, weights: Weights) -> Weights:
@@ -76,7 +76,7 @@ class Routing:
 
 
 def routing_of(model: Any, config: RoutingConfig | None, args: Any) -> Routing | None:
-    """Of a recipe that has one; its training loop is told of the passes."""
+    """Returns the routing of a recipe that has one, and tells its training loop of the passes."""
     if config is None:
         return None
     present_twice(args)

@@ -115,15 +115,15 @@ def make_layer_files(
     Raises `ModelError` for attention that cannot be rebuilt, or has other heads than the settings say, and for a sample that
     is too small.
     """
-    made: dict[str, LayerFile] = {}
+    files: dict[str, LayerFile] = {}
     if (hidden := targets.hidden) is not None:
         arrays: dict[str, NDArray[Any]] = {}
         for layer in hidden.layers:
             arrays |= hidden_arrays(sample.of("hidden", layer), layer, rotated=hidden.codec == "projected")
-        made["hidden"] = LayerFile(arrays)
+        files["hidden"] = LayerFile(arrays)
     if targets.attention is not None:
-        made["attention"] = _attention_file(model, targets.attention, sample, longest=longest)
-    return made
+        files["attention"] = _attention_file(model, targets.attention, sample, longest=longest)
+    return files
 
 
 def _attention_file(model: PreTrainedModel, attention: Any, sample: LayerSample, *, longest: int) -> LayerFile:
@@ -136,10 +136,10 @@ def _attention_file(model: PreTrainedModel, attention: Any, sample: LayerSample,
         _check_heads(attention, layer, tried.attention[layer])
         described[layer] = {"shape": shape_of(tried.attention[layer]).to_metadata()}
         if isinstance(attention, Relations):
-            entry, found = _entry(model, layer, tried, values=attention.values)
+            entry, block_arrays = _entry(model, layer, tried, values=attention.values)
             described[layer]["entry"] = asdict(entry)
         else:
-            found = _spreads(attention, sample, layer) if attention.arrays() else {}
+            block_arrays = _spreads(attention, sample, layer) if attention.arrays() else {}
         sinks_H = tried.attention[layer].sinks_H
         if sinks_H is not None and isinstance(attention, AttentionMaps):
             raise ModelError(
@@ -147,8 +147,8 @@ def _attention_file(model: PreTrainedModel, attention: Any, sample: LayerSample,
                 f"hold; {REMEDY}"
             )
         if sinks_H is not None:
-            found["sinks"] = sinks_H
-        arrays |= {f"attention.{layer}.{name}": _numpy(values) for name, values in found.items()}
+            block_arrays["sinks"] = sinks_H
+        arrays |= {f"attention.{layer}.{name}": _numpy(values) for name, values in block_arrays.items()}
     return LayerFile(arrays, described)
 
 
@@ -203,11 +203,11 @@ def _recorded(model: PreTrainedModel, layers: Sequence[int], *, length: int) -> 
 
 def _check_heads(attention: Any, layer: int, heads: Heads) -> None:
     shape = shape_of(heads)
-    found = (shape.heads, shape.key_heads, shape.head_width)
+    counts = (shape.heads, shape.key_heads, shape.head_width)
     wanted = (attention.teacher_heads, attention.key_heads, attention.head_width)
-    if found != wanted:
+    if counts != wanted:
         raise ModelError(
-            f"block {layer} has {found[0]} heads ({found[1]} of keys) {found[2]} wide, where the teacher's config.json says "
+            f"block {layer} has {counts[0]} heads ({counts[1]} of keys) {counts[2]} wide, where the teacher's config.json says "
             f"{wanted[0]} ({wanted[1]}) and {wanted[2]}; leave this block out of targets.attention.layers"
         )
 
@@ -303,11 +303,11 @@ def _error_rebuilt(tried: Activations, layer: int, entry: BlockEntry, arrays: Ma
         rebuilt = entry.apply(torch, held, tried.hidden[layer - 1], position_BS, shape_of(heads))
     except (RuntimeError, ValueError, IndexError):
         return float("inf")
-    return max(_difference(found, made) for found, made in zip(rebuilt, wanted, strict=True) if found is not None)
+    return max(_difference(part, recorded) for part, recorded in zip(rebuilt, wanted, strict=True) if part is not None)
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
+def _difference(rebuilt: Tensor, wanted: Tensor) -> float:
     """Returns the largest difference, as a part of the largest wanted value."""
-    if found.shape != wanted.shape:
+    if rebuilt.shape != wanted.shape:
         return float("inf")
-    return float((found - wanted.float()).abs().max() / wanted.float().abs().max().clamp_min(1e-9))
+    return float((rebuilt - wanted.float()).abs().max() / wanted.float().abs().max().clamp_min(1e-9))

@@ -29,12 +29,12 @@ class Chunks:
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor], like: Tensor) -> Chunks:
         """From the tensors of a batch, on the device of `like`."""
-        found = {
+        columns = {
             name.removeprefix(PREFIX): values.to(like.device)
             for name, values in arrays.items()
             if name.startswith(PREFIX)
         }
-        return cls(found["first"], found["last"], found["of"], found["log_prob"], found["boundary"])
+        return cls(columns["first"], columns["last"], columns["of"], columns["log_prob"], columns["boundary"])
 
     def __len__(self) -> int:
         return len(self.first_M)

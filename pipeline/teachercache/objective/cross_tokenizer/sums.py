@@ -138,11 +138,11 @@ def _joined(blocks: Sequence[_Block], batch: Batch) -> Sums:
     named: dict[str, Tensor] = {}
     total = (1 - batch.alpha) * ce_N.sum()
     for number, pair_term in enumerate(batch.pair_terms):
-        found = [block.pairs[number] for block in blocks]
-        value = sum((values.sum() for values, _ in found), ce_N.new_zeros(()))
+        results = [block.pairs[number] for block in blocks]
+        value = sum((values.sum() for values, _ in results), ce_N.new_zeros(()))
         named[pair_term.name], total = value.detach(), total + batch.alpha * pair_term.weight * value
         for name in pair_term.measured:
-            named[name] = sum((measured[name].sum() for _, measured in found), ce_N.new_zeros(()))
+            named[name] = sum((measured[name].sum() for _, measured in results), ce_N.new_zeros(()))
     boundaries = [block.boundary_C for block in blocks if block.boundary_C is not None]
     boundary_N = torch.cat(boundaries or [ce_N.new_zeros(0)]) if batch.begins_V is not None else None
     for chunk_term, value in zip(batch.chunk_terms, _of_chunks(ce_N, boundary_N, batch), strict=True):

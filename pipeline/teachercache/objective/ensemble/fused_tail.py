@@ -89,21 +89,21 @@ class _Expander:
             stop = min(start + rows, part.stop)
             blocks = []
             for number, (teacher_view, logits_nU) in enumerate(zip(tail.teacher_views, expanded, strict=True)):
-                own, skipped = teacher_view.own(start, stop), int(teacher_view.before[part.start])
-                logits_cU = None if logits_nU is None else logits_nU[own.start - skipped : own.stop - skipped]
+                own_rows, skipped = teacher_view.own(start, stop), int(teacher_view.before[part.start])
+                logits_cU = None if logits_nU is None else logits_nU[own_rows.start - skipped : own_rows.stop - skipped]
                 blocks.append(teacher_view.teacher_block(start, stop, logits_cU, tail.weight_NK[:, number]))
-            native = [each for each in blocks if len(each) and each.projection is None]
-            others = [each for each in blocks if len(each) and each.projection is not None]
+            native = [block for block in blocks if len(block) and block.projection is None]
+            others = [block for block in blocks if len(block) and block.projection is not None]
             fuse(native, others, logits_CV[start - part.start : stop - part.start])
 
     def _expanded(self, number: int, part: slice, like: Tensor) -> Tensor | None:
         """The logits of a teacher's tail where it speaks in a chunk, [n, U]; None for one that has none."""
         teacher_view = self._tail.teacher_views[number]
-        own, tail = teacher_view.own(part.start, part.stop), teacher_view.softened.tail
+        rows, tail = teacher_view.own(part.start, part.stop), teacher_view.softened.tail
         if tail is None or isinstance(tail, UniformTail):
             return None
-        logits_nU = self._buffer(f"tail {number}", like, own.stop - own.start, teacher_view.tokens(like.shape[1]))
-        write_logits(tail, own, logits_nU)
+        logits_nU = self._buffer(f"tail {number}", like, rows.stop - rows.start, teacher_view.tokens(like.shape[1]))
+        write_logits(tail, rows, logits_nU)
         return logits_nU
 
     def _mixture(self, native: Sequence[TeacherBlock], others: Sequence[TeacherBlock], out_CV: Tensor) -> None:
@@ -111,9 +111,9 @@ class _Expander:
         if others:
             base_CV = self._buffer("base", out_CV, *out_CV.shape)
             torch.div(out_CV, _weights(native, len(out_CV)), out=base_CV)
-            for each in others:
-                completed_cV = self._completed(each, base_CV)
-                _add_rows(out_CV, each.rows, completed_cV.mul_(each.weight_c1))
+            for block in others:
+                completed_cV = self._completed(block, base_CV)
+                _add_rows(out_CV, block.rows, completed_cV.mul_(block.weight_c1))
         out_CV.clamp_min_(torch.finfo(out_CV.dtype).tiny).log_()
 
     def _product(self, native: Sequence[TeacherBlock], others: Sequence[TeacherBlock], out_CV: Tensor) -> None:
@@ -121,9 +121,9 @@ class _Expander:
         if others:
             base_CV = self._buffer("base", out_CV, *out_CV.shape)
             torch.softmax(out_CV / _weights(native, len(out_CV)), -1, out=base_CV)
-            for each in others:
-                log_cV = self._completed(each, base_CV).log_().clamp_min_(FLOOR)
-                _add_rows(out_CV, each.rows, log_cV.mul_(each.weight_c1))
+            for block in others:
+                log_cV = self._completed(block, base_CV).log_().clamp_min_(FLOOR)
+                _add_rows(out_CV, block.rows, log_cV.mul_(block.weight_c1))
 
     def _sum(
         self,
@@ -134,13 +134,13 @@ class _Expander:
         """Sums over the teachers that speak the student's tokens."""
         out_CV.zero_()
         share_CV = self._buffer("share", out_CV, *out_CV.shape)
-        for each in native:
-            if each.rows is None:
-                add(each, out_CV, each.weight_c1, share_CV)
+        for block in native:
+            if block.rows is None:
+                add(block, out_CV, block.weight_c1, share_CV)
             else:
-                sum_cV = out_CV[each.rows]
-                add(each, sum_cV, each.weight_c1, share_CV[: len(sum_cV)])
-                out_CV[each.rows] = sum_cV
+                sum_cV = out_CV[block.rows]
+                add(block, sum_cV, block.weight_c1, share_CV[: len(sum_cV)])
+                out_CV[block.rows] = sum_cV
 
     def _completed(self, teacher_block: TeacherBlock, base_CV: Tensor) -> Tensor:
         """p̂ of a teacher in another vocabulary, [c, V]."""
@@ -167,8 +167,8 @@ class _Expander:
 def _weights(native: Sequence[TeacherBlock], positions: int) -> Tensor:
     """Adds up the weights of some teachers at each position, [C, 1]; more than 0."""
     weight_C1 = native[0].weight_c1.clone()
-    for each in native[1:]:
-        _add_rows(weight_C1, each.rows, each.weight_c1)
+    for block in native[1:]:
+        _add_rows(weight_C1, block.rows, block.weight_c1)
     return weight_C1.clamp_min_(torch.finfo(weight_C1.dtype).tiny)
 
 

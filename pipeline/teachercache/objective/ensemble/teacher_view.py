@@ -46,8 +46,8 @@ class TeacherView:
 
     def at(self, start: int, stop: int) -> TeacherView:
         """At positions `start` … `stop - 1` alone, counted from there."""
-        own, before = self.own(start, stop), self.before[start : stop + 1] - self.before[start]
-        return replace(self, softened=self.softened.at(own), at_n=self.at_n[own] - start, before=before)
+        places, before = self.own(start, stop), self.before[start : stop + 1] - self.before[start]
+        return replace(self, softened=self.softened.at(places), at_n=self.at_n[places] - start, before=before)
 
     def own(self, start: int, stop: int) -> slice:
         """Returns those of its n positions that lie in a block."""
@@ -55,8 +55,8 @@ class TeacherView:
 
     def rows(self, start: int, stop: int) -> Tensor | None:
         """At which positions of a block it speaks; None: at all."""
-        own = self.own(start, stop)
-        return None if own.stop - own.start == stop - start else self.at_n[own] - start
+        places = self.own(start, stop)
+        return None if places.stop - places.start == stop - start else self.at_n[places] - start
 
     def tokens(self, vocabulary_size: int) -> int:
         """U; `vocabulary_size` is the student's."""
@@ -64,14 +64,14 @@ class TeacherView:
 
     def teacher_block(self, start: int, stop: int, logits_cU: Tensor | None, weight_N: Tensor) -> TeacherBlock:
         """In the block `start` … `stop - 1`, with the logits of its tail there."""
-        own, rows, softened, dtype = self.own(start, stop), self.rows(start, stop), self.softened, weight_N.dtype
+        places, rows, softened, dtype = self.own(start, stop), self.rows(start, stop), self.softened, weight_N.dtype
         weight_C1 = weight_N[start:stop, None]
         return TeacherBlock(
             rows,
             logits_cU,
-            softened.head_ids_Nk[own],
-            softened.head_log_prob_Nk[own].to(dtype),
-            softened.tail_log_prob_N[own, None].to(dtype),
+            softened.head_ids_Nk[places],
+            softened.head_log_prob_Nk[places].to(dtype),
+            softened.tail_log_prob_N[places, None].to(dtype),
             isinstance(softened.tail, UniformTail),
             weight_C1 if rows is None else weight_C1[rows],
             self.projection,

@@ -34,16 +34,16 @@ class GradientTaps:
     def apart(self, name: str, term: Any, activations: Any) -> Any:
         """The activations, with tensors of the term's own for what it matches."""
         layers = sorted({student for student, _ in term.pairs})
-        own = self._own.setdefault(name, {})
+        gradients = self._own.setdefault(name, {})
         recorded = dict(getattr(activations, term.of))
         for layer in layers:
             self._watch(term.of, layer, activations)
             if term.of == "hidden":
-                recorded[layer] = _keep(recorded[layer].view_as(recorded[layer]), (term.of, layer, 0), own)
+                recorded[layer] = _keep(recorded[layer].view_as(recorded[layer]), (term.of, layer, 0), gradients)
             else:
                 parts = {vector: getattr(recorded[layer], vector) for vector in VECTORS}
                 kept = {
-                    vector: _keep(part.view_as(part), (term.of, layer, number), own)
+                    vector: _keep(part.view_as(part), (term.of, layer, number), gradients)
                     for number, (vector, part) in enumerate(parts.items())
                 }
                 recorded[layer] = replace(recorded[layer], **kept)
@@ -59,11 +59,15 @@ class GradientTaps:
         """By term: the dot product of its gradient and that from above, and the square of either, [3], float64; after the
         backward pass, and as if that had been of the sum over positions. A term that matches several layers counts them as one
         long vector."""
-        return {name: self._sums(own) for name, own in self._own.items()}
+        return {name: self._sums(gradients) for name, gradients in self._own.items()}
 
-    def _sums(self, own: dict[Place, Tensor]) -> Tensor:
+    def _sums(self, gradients: dict[Place, Tensor]) -> Tensor:
         scale = self._scale[0].float() if self._scale else torch.ones(())
-        parts = [products(mine / scale, self._above[at] / scale) for at, mine in own.items() if at in self._above]
+        parts = [
+            products(gradient / scale, self._above[at] / scale)
+            for at, gradient in gradients.items()
+            if at in self._above
+        ]
         return torch.stack(parts).sum(0) if parts else torch.zeros(3, dtype=torch.float64)
 
 

@@ -69,14 +69,14 @@ class _MapLoss(torch.autograd.Function):
         for part, reach in _parts(queries_BhSE, what):
             few_BKXE = queries_BKGSE[:, :, :, part].flatten(2, 3)
             reached_BKTE = keys_BKSE_float[:, :, reach]
-            found = _Chunk.of(few_BKXE @ reached_BKTE.transpose(-1, -2), what, (part, reach), weights_hH)
-            total += found.loss()
+            chunk = _Chunk.of(few_BKXE @ reached_BKTE.transpose(-1, -2), what, (part, reach), weights_hH)
+            total += chunk.loss()
             if to_queries is not None and to_keys is not None:
-                scores_BKXT = found.to_scores().unflatten(1, (keys_BKSE.shape[1], -1)).flatten(2, 3)
+                scores_BKXT = chunk.to_scores().unflatten(1, (keys_BKSE.shape[1], -1)).flatten(2, 3)
                 to_queries[:, :, :, part] = (scores_BKXT @ reached_BKTE).unflatten(2, (-1, part.stop - part.start))
                 to_keys[:, :, reach] += scores_BKXT.transpose(-1, -2) @ few_BKXE
             if to_weights is not None:
-                to_weights += found.to_weights()
+                to_weights += chunk.to_weights()
         ctx.save_for_backward(None if to_queries is None else to_queries.flatten(1, 2), to_keys, to_weights)
         ctx.types = (queries_BhSE.dtype, keys_BKSE.dtype, torch.float32)
         return total
@@ -85,8 +85,8 @@ class _MapLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         # Scaled before they are cast: in float16 most of them would be zero without the loss scale.
-        scaled = (None if each is None else each * grad_total for each in ctx.saved_tensors)
-        return (*(each if each is None else each.to(kind) for each, kind in zip(scaled, ctx.types, strict=True)), None)
+        scaled = (None if grad is None else grad * grad_total for grad in ctx.saved_tensors)
+        return (*(grad if grad is None else grad.to(kind) for grad, kind in zip(scaled, ctx.types, strict=True)), None)
 
 
 def _parts(queries_BhSE: Tensor, what: Comparison) -> Iterator[tuple[slice, slice]]:

@@ -53,10 +53,10 @@ class RelationTerm(torch.nn.Module):
             sees_BCT: Tensor = sees(torch, batch.segment_BS, window=None, queries=queries, keys=keys)
             return sees_BCT
 
-        ours, theirs = student_BrSE.shape[-1], teacher_BrSE.shape[-1]
-        shape = HeadShape(self._heads, self._heads, theirs, scaling=theirs**-0.5)
+        student_width, teacher_width = student_BrSE.shape[-1], teacher_BrSE.shape[-1]
+        shape = HeadShape(self._heads, self._heads, teacher_width, scaling=teacher_width**-0.5)
         taught = StoredHeads(teacher_BrSE, teacher_BrSE, None, shape, None)
-        what = Comparison("kl", taught, seen, batch.mask_BS, scaling=ours**-0.5)
+        what = Comparison("kl", taught, seen, batch.mask_BS, scaling=student_width**-0.5)
         return map_loss(student_BrSE, student_BrSE, None, what)
 
 

@@ -41,7 +41,7 @@ class ScheduleRange:
             for phase in phases
         ] or [(config.alpha, config.temperature)]
         asked = [temperature for alpha, temperature in pairs if max(values_of(alpha)) > 0]
-        return cls(bool(asked), tuple(dict.fromkeys(value for each in asked for value in probes(each))))
+        return cls(bool(asked), tuple(dict.fromkeys(value for number in asked for value in probes(number))))
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ class ObjectiveSchedule:
         if unknown is not None:
             known = f"the terms are: {', '.join(whole.terms)}" if whole.terms else "the objective has no terms"
             raise RecipeError(f"phases: {phase.name} weighs {unknown}, which is no term of the objective; {known}")
-        own = {name: _Number(weight, first, steps) for name, weight in phase.weights.items()}
+        phase_terms = {name: _Number(weight, first, steps) for name, weight in phase.weights.items()}
         alpha, temperature = whole.alpha, whole.temperature
         if phase.alpha is not None:
             alpha = _Number(phase.alpha, first, steps)
         if phase.temperature is not None:
             temperature = self._number(f"temperature from step {first} on", phase.temperature, first, steps)
-        return _Part(phase.name, alpha, temperature, {**whole.terms, **own}, phase.learning_rate_factor)
+        return _Part(phase.name, alpha, temperature, {**whole.terms, **phase_terms}, phase.learning_rate_factor)
 
     def _at(self, step: int) -> _Part:
         return self._parts[min(bisect_right(self._ends, step), len(self._ends) - 1)]
@@ -170,8 +170,8 @@ class ObjectiveSchedule:
 
 def _check_used(whole: _Part, parts: Sequence[_Part]) -> None:
     for name in ("alpha", "temperature"):
-        own = [getattr(part, name) for part in parts]
-        if getattr(whole, name).rule is not None and getattr(whole, name) not in own:
+        of_phases = [getattr(part, name) for part in parts]
+        if getattr(whole, name).rule is not None and getattr(whole, name) not in of_phases:
             raise RecipeError(
                 f"objective.{name} follows the losses, and every phase sets its own {name}: leave it out of one of them"
             )
@@ -180,8 +180,8 @@ def _check_used(whole: _Part, parts: Sequence[_Part]) -> None:
 def _check_terms(config: ObjectiveConfig, parts: Sequence[_Part]) -> None:
     """Raise `RecipeError` for what needs both terms that alpha weighs, in a run where there is one alone."""
     alphas = [values_of(part.alpha.value) for part in parts]
-    missing = "distillation" if all(max(each) == 0 for each in alphas) else None
-    missing = "the task" if all(min(each) == 1 for each in alphas) else missing
+    missing = "distillation" if all(max(values) == 0 for values in alphas) else None
+    missing = "the task" if all(min(values) == 1 for values in alphas) else missing
     if missing is None:
         return
     if config.routing is not None:

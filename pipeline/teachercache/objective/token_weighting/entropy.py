@@ -66,12 +66,12 @@ def entropy_projected(
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         hidden_ND, weight_LD = hidden_ND.to(dtype), weight_LD.to(dtype)
         bias_L = None if bias_L is None else bias_L.to(dtype)
-        found = []
+        entropies = []
         for start in range(0, len(hidden_ND), chunk):
             logits_CL = chunk_logits(hidden_ND[start : start + chunk], weight_LD, bias_L, softcap)
             all_C = torch.arange(len(logits_CL), device=logits_CL.device)
-            found.append(entropy_of_logits(logits_CL, positions_N=all_C, consecutive=True))
-    return torch.cat(found) if found else hidden_ND.new_zeros(0, dtype=torch.float32)
+            entropies.append(entropy_of_logits(logits_CL, positions_N=all_C, consecutive=True))
+    return torch.cat(entropies) if entropies else hidden_ND.new_zeros(0, dtype=torch.float32)
 
 
 def entropy_of_teacher(teacher: Softened, *, vocabulary_size: int) -> Tensor:

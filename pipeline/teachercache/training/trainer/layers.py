@@ -39,10 +39,10 @@ def layer_objectives(
     shape = student_shape(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = [LayerObjective(config.layers, cache.targets, shape) for cache in caches]
-    _try(model, made, longest=max(cache.manifest.sequence_length for cache in caches))
-    model.add_module(ADAPTERS, torch.nn.ModuleList(made))
-    return made
+        objectives = [LayerObjective(config.layers, cache.targets, shape) for cache in caches]
+    _try(model, objectives, longest=max(cache.manifest.sequence_length for cache in caches))
+    model.add_module(ADAPTERS, torch.nn.ModuleList(objectives))
+    return objectives
 
 
 def student_shape(model: Any) -> StudentShape:
@@ -62,7 +62,7 @@ def student_shape(model: Any) -> StudentShape:
 def _try(model: Any, objectives: Sequence[LayerObjective], *, longest: int) -> None:
     """Tries to record the student's layers, on as many tokens as a row can have, before anything is trained."""
     layers = {
-        what: sorted({layer for each in objectives for layer in getattr(each, f"{what}_layers")})
+        what: sorted({layer for objective in objectives for layer in getattr(objective, f"{what}_layers")})
         for what in ("hidden", "attention")
     }
     was_training = model.training
@@ -92,7 +92,7 @@ def check_trainer(trainer: Any, objectives: Sequence[LayerObjective]) -> None:
             "low-rank adapters and objective.layers together need DeepSpeed (TrainingArguments(deepspeed=…)): without it "
             "checkpoints would lack the adapters to the teacher's width"
         )
-    samples = any(name.startswith("sample-distances") for each in objectives for name in each.names)
+    samples = any(name.startswith("sample-distances") for objective in objectives for name in objective.names)
     one_a_row = any(
         cache.manifest.layout == "documents" for cache in trainer.caches
     )  # segment: packed rows have several
@@ -131,7 +131,11 @@ def logged(loss: LayerLoss) -> dict[str, Tensor]:
 
 def names_logged(objectives: Sequence[LayerObjective]) -> tuple[str, ...]:
     """All names that `logged` can give, the same in every process."""
-    names = [name for each in objectives for name in (*each.names, *(f"similarity_{i}" for i in each.similarities))]
+    names = [
+        name
+        for objective in objectives
+        for name in (*objective.names, *(f"similarity_{i}" for i in objective.similarities))
+    ]
     return tuple(dict.fromkeys(names))
 
 

@@ -16,11 +16,11 @@ def with_factors(scheduler: Any, factor: Callable[[int], float]) -> Any:
     steps late."""
     if not isinstance(scheduler, LambdaLR):
         return scheduler
-    scheduler.lr_lambdas = [_times(each, factor) for each in scheduler.lr_lambdas]
-    for group, rate, each in zip(
+    scheduler.lr_lambdas = [_times(schedule, factor) for schedule in scheduler.lr_lambdas]
+    for group, rate, schedule in zip(
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
-        group["lr"] = rate * each(scheduler.last_epoch)
+        group["lr"] = rate * schedule(scheduler.last_epoch)
     return scheduler
 
 

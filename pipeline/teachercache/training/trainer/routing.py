@@ -45,9 +45,10 @@ class Routing:
             for parameter in parameters:
                 parameter.register_hook(self._mask(routing_pass))
 
-    def _mask(self, own: RoutingPass) -> Any:
+    def _mask(self, own_pass: RoutingPass) -> Any:
         def mask(gradient: Tensor) -> Tensor:
-            return gradient if self.routing_pass in (own, None) else torch.zeros_like(gradient)  # 0 · inf would be nan
+            # Zeros, not 0 times the gradient: 0 · inf would be nan.
+            return gradient if self.routing_pass in (own_pass, None) else torch.zeros_like(gradient)
 
         return mask
 
@@ -105,7 +106,7 @@ def routed_parameters(model: Any, config: RoutingConfig) -> dict[RoutingPass, li
             other = chosen["task"][key]
             one = f"{name} and {other} are one weight, which" if other != name else name
             raise RecipeError(f"objective.routing: {one} is in both lists; keep it in one of them")
-    return {routing_pass: [names[name] for name in found.values()] for routing_pass, found in chosen.items()}
+    return {routing_pass: [names[name] for name in weights.values()] for routing_pass, weights in chosen.items()}
 
 
 def _names_of(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -117,11 +118,11 @@ def _names_of(model: Any) -> dict[str, torch.nn.Parameter]:
 def _matching(model: Any, item: int | str, names: dict[str, torch.nn.Parameter], *, where: str) -> list[str]:
     if isinstance(item, int):
         owned = {id(weights) for weights in _layer(model, item, where=where).parameters()}
-        found = [name for name, weights in names.items() if id(weights) in owned]
+        parameters = [name for name, weights in names.items() if id(weights) in owned]
     else:
-        found = [name for name in names if any(fnmatchcase(part, item) for part in _prefixes(name))]
-    if found:
-        return found
+        parameters = [name for name in names if any(fnmatchcase(part, item) for part in _prefixes(name))]
+    if parameters:
+        return parameters
     known = {part for name in names for part in _prefixes(name)}
     near = difflib.get_close_matches(str(item), sorted(known), n=1, cutoff=0.0)
     raise RecipeError(f"{where}: nothing that learns matches {item}; the nearest name is {near[0]}")

@@ -39,8 +39,8 @@ REMEDY = "install a newer version of teachercache"
 
 
 def why_unknown(section: str, targets: Mapping[str, Any]) -> str | None:
-    """Why this version cannot read a section of a manifest's `targets`, in a line; None where it can, or where its settings
-    are those of no version at all."""
+    """Returns the reason, in a line, why this version cannot read a section of a manifest's `targets`; None where it
+    can, or where its settings are those of no version at all."""
     settings = targets[section]
     if section not in (LOGITS, BOUNDARY, *SECTIONS):
         return f"this version cannot read the {section} that the cache stores; {REMEDY}"
@@ -98,7 +98,7 @@ class StoredTargets:
 
     @property
     def logits(self) -> TargetKind:
-        """How next-token distributions are read. Raises `CacheError` for a cache that stores none, or of a later kind."""
+        """Reader of next-token distributions. Raises `CacheError` for a cache that stores none, or of a later kind."""
         self.check_known(LOGITS)
         if self.of_logits is None:
             raise CacheError(
@@ -129,12 +129,13 @@ class StoredTargets:
 
     @property
     def needs_layer_file(self) -> bool:
-        """Whether some kind is read by a layer file: by arrays in it, or by how it says that attention forms scores."""
+        """Tells whether some kind is read by a layer file: by arrays in it, or by how it says that attention forms
+        scores."""
         return bool(self.layers)
 
     @property
     def needs_preparation(self) -> bool:
-        """Whether the teacher must write a basis or a layer file before anything is captured."""
+        """Tells whether the teacher must write a basis or a layer file before anything is captured."""
         return calibrates(self.of_logits) or self.needs_layer_file
 
     @property
@@ -149,7 +150,7 @@ class StoredTargets:
         return sum(kind.token_bytes for kind in self.layers)
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps, by section."""
+        """Returns the settings that the manifest keeps, by section."""
         return {section: kind.settings() for section, kind in self.sections.items()}
 
     def describe(self) -> str:
@@ -159,7 +160,7 @@ class StoredTargets:
 
     @property
     def sections(self) -> dict[str, TargetKind | BoundaryMass | LayerKind]:
-        """What is stored, by section of `targets`, in the order of columns."""
+        """Kinds that are stored, by section of `targets`, in the order of columns."""
         kinds = {
             LOGITS: self.of_logits,
             BOUNDARY: self.boundary,
@@ -188,13 +189,14 @@ class StoredTargets:
     def capture(
         self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
     ) -> dict[str, NDArray[Any]]:
-        """What is taken of N positions while their logits are at hand, which are overwritten; as `TargetKind.capture`."""
+        """Takes the targets of N positions while their logits are at hand, which are overwritten; as
+        `TargetKind.capture`."""
         # First: they are whole until then.
         mass = {} if self.boundary is None else self.boundary.log_masses(torch, logits_NV)
         return self.logits.capture(torch, logits_NV, labels_N, hidden_ND, seeds_N, beside=mass)
 
     def is_usable(self, captured: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """Which positions hold numbers that a student can learn from, bool [N]."""
+        """Marks the positions whose numbers a student can learn from, bool [N]."""
         usable_N = self.logits.is_usable(captured)
         return usable_N if self.boundary is None else usable_N & self.boundary.is_usable(captured)
 

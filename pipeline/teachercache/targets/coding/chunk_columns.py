@@ -24,7 +24,7 @@ COUNTS = ("teacher_counts", "student_counts")
 
 
 class ChunkColumns:
-    """How rows of an alignment are stored, beside the student's tokens."""
+    """Columns of an alignment's rows, beside the student's tokens."""
 
     columns = (
         Column("token_bytes", "<u4", (), pco.NAME, groups=(1,), of="token"),  # of the text, that each token stands for

@@ -71,12 +71,12 @@ class Column:
         return prod(self.shape)
 
     def entries(self, positions: int) -> int:
-        """How many entries a row of so many positions has."""
+        """Returns the number of entries of a row of so many positions."""
         return ceil(positions / self.every)
 
     def decoded_bytes(self, data: Any, positions: int) -> int:
-        """What the array of a row takes that has so many positions, as `data`, its bytes, claim; nothing is decoded. Raises
-        `CacheDamaged` where a ragged column claims more entries than its positions have."""
+        """Returns the bytes that the array of a row with so many positions takes, as `data`, its bytes, claim; nothing
+        is decoded. Raises `CacheDamaged` where a ragged column claims more entries than its positions have."""
         held, entries = memoryview(data).nbytes, self.entries(positions)
         if self.codec == PLAIN:
             return held
@@ -99,7 +99,8 @@ class Column:
         return tables, pages
 
     def decoder(self, tables: bytes = b"") -> Decoder:
-        """How the bytes of a row become a read-only array; raises `CacheDamaged` for bytes that do not fit."""
+        """Returns the function that turns the bytes of a row into a read-only array; it raises `CacheDamaged` for bytes
+        that do not fit."""
         return self._decode_plain if self.codec == PLAIN else self._pco_decoder(tables)
 
     def _decode_plain(self, data: Any, positions: int) -> NDArray[Any]:
@@ -128,7 +129,8 @@ class Column:
         return decode
 
     def _check_entries(self, entries: int, positions: int) -> None:
-        """Of a ragged column, before room is made for them; how much a row may take is `check_row_bytes`."""
+        """Checks a ragged column's entries before room is made for them; the bytes of a row are checked by
+        `check_row_bytes`."""
         if self.ragged and self.most is not None and entries > positions * self.most:
             raise CacheDamaged(
                 f"column {self.name}: {entries} entries for {positions} positions of at most {self.most}"
@@ -152,7 +154,7 @@ class Column:
         return values
 
     def to_metadata(self) -> dict[str, Any]:
-        """What the schema says about this column, its tables apart."""
+        """Returns the schema's entry for this column, its tables apart."""
         metadata: dict[str, Any] = {"codec": self.codec, "dtype": self.dtype, "shape": list(self.shape)}
         if self.every != 1:
             metadata["every"] = self.every
@@ -196,14 +198,15 @@ class Column:
 
 
 def _floats_up_to(values: NDArray[Any], largest: float) -> bool:
-    """Whether none is NaN or above `largest`, which is not negative. By their bits: numpy compares 16-bit floats one by one."""
+    """Tells whether no value is NaN or above `largest`, which is not negative. By their bits: numpy compares 16-bit
+    floats one by one."""
     signed, unsigned, limit, minus_infinity = _bits(values.dtype.itemsize, largest)
     return bool(values.view(signed).max() <= limit and values.view(unsigned).max() <= minus_infinity)
 
 
 def check_row_bytes(claims: Iterable[int], *, before: int = 0) -> int:
-    """What a row takes with columns that claim so many bytes each, and `before` by others; raises `CacheDamaged` for more than
-    any row has, before room is made for them: a page of no bytes can stand for any number of zeros."""
+    """Adds up the bytes of a row whose columns claim so many bytes each, and `before` by others. Raises `CacheDamaged`
+    for more than any row has, before room is made for them: a page of no bytes can stand for any number of zeros."""
     size = before + sum(claims)
     if size > MOST_ROW_BYTES:
         raise CacheDamaged(f"a row claims {size} bytes, at most {MOST_ROW_BYTES} are possible")

@@ -31,7 +31,7 @@ def check_sizes(stored: Mapping[str, Array], sizes: str, columns: Iterable[str])
 
 
 def places(sizes_N: Array, k: int) -> Array:
-    """Which of the k places hold a token, bool [N, k]. Raises `CacheDamaged` for sizes outside 1 … k."""
+    """Marks those of the k places that hold a token, bool [N, k]. Raises `CacheDamaged` for sizes outside 1 … k."""
     if len(sizes_N) * k > MOST_PLACES:
         raise CacheDamaged(
             f"{len(sizes_N)} positions of {k} places are more than a row can have; fetch the cache again"

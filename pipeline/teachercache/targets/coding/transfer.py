@@ -1,4 +1,4 @@
-"""What a teacher's device computed, to the host: in one copy, for which the host waits once.
+"""Transfer of results from a teacher's device to the host: in one copy, for which the host waits once.
 
 A GPU's results that are fetched one by one make it wait each time, and each passes through a buffer of the driver's.
 

@@ -45,8 +45,8 @@ ALL = slice(None)
 
 
 def sees(torch: Any, segment_BS: Any, *, window: int | None, queries: slice = ALL, keys: slice = ALL) -> Any:
-    """Which of some keys some queries see, bool [B, C, T]. `segment_BS` numbers the segments of each row; padding is -1, sees
-    nothing and is not seen."""
+    """Marks the keys that queries see, bool [B, C, T]. `segment_BS` numbers the segments of each row; padding is -1,
+    sees nothing and is not seen."""
     queries_BC1, keys_B1T = segment_BS[:, queries, None], segment_BS[:, None, keys]
     place_S = torch.arange(segment_BS.shape[1], device=segment_BS.device)
     distance_CT = place_S[queries, None] - place_S[keys]
@@ -68,14 +68,14 @@ class TaughtAttention(Protocol):
         """Keys that a query sees, itself included."""
 
     def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
-        """Of the keys of the queries `part`, float32 [B, H, C, T]: 0 where `sees_BCT` (bool) is not, and elsewhere a
-        distribution. The keys are as many as that has, from the row's token `first` on. With `sinks` what is left of a
-        distribution by logits that belong to no key, where the teacher has them."""
+        """Returns the attention of the queries `part`, float32 [B, H, C, T]: 0 where `sees_BCT` (bool) is not, and
+        elsewhere a distribution over keys. The keys are as many as that has, from the row's token `first` on. With
+        `sinks` it is what is left of a distribution by logits that belong to no key, where the teacher has them."""
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """How one block's attention forms scores from its queries and keys."""
+    """Shape of one block's attention: how it forms scores from its queries and keys."""
 
     heads: int
     key_heads: int
@@ -85,7 +85,7 @@ class HeadShape:
     softcap: float | None = None
 
     def to_metadata(self) -> dict[str, Any]:
-        """What the file of layers keeps of it."""
+        """Returns what the file of layers keeps of it."""
         return dict(vars(self))
 
     @classmethod
@@ -108,7 +108,8 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """How a block makes queries and keys from the hidden state that enters it: norm, projection, norm of heads, rotation.
+    """Entry of a block: how it makes queries and keys from the hidden state that enters it: norm, projection, norm of
+    heads, rotation.
 
     `norm` is `rms` (Zhang & Sennrich 2019), `layer` (Ba et al. 2016) or `none`.
     """

@@ -71,7 +71,7 @@ class AttentionMaps:
         return cls(layers=tuple(settings["layers"]), **{name: settings[name] for name in _SETTINGS})
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         return {"kind": self.kind, "layers": list(self.layers), **{name: getattr(self, name) for name in _SETTINGS}}
 
     def describe(self) -> str:
@@ -102,7 +102,7 @@ class AttentionMaps:
 
     @property
     def token_bytes(self) -> float:
-        """Of a token in a row of `longest` tokens, for which half of them are keys; or of those that are kept."""
+        """Bytes of a token in a row of `longest` tokens, for which half of them are keys; or of those that are kept."""
         keys = PAIR_BYTES * (self.longest + 1) / 2 if self.top is None else KEY_BYTES * self.top
         return len(self.layers) * self.heads * keys
 
@@ -185,8 +185,8 @@ class AttentionMaps:
                 raise CacheDamaged(f"column map_keys_{layer}: a key lies before the first token of its row")
 
     def decoded(self, stored: Mapping[str, Array]) -> dict[str, Array]:
-        """Of columns that are there: differences of codes, uint8 [P, h]; with `top` codes uint8 [S, m + 1, h] and distances
-        int32 [S, m, h]."""
+        """Returns the arrays of the columns that are there: differences of codes, uint8 [P, h]; with `top` codes uint8
+        [S, m + 1, h] and distances int32 [S, m, h]."""
         decoded = {}
         for layer in self.layers:
             codes, keys = f"map_{layer}", f"map_keys_{layer}"

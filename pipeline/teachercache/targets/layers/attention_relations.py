@@ -46,7 +46,7 @@ class StoredHeads:
 
     @property
     def heads(self) -> int:
-        """Of queries."""
+        """Number of heads of queries."""
         return self.shape.heads
 
     @property
@@ -55,8 +55,8 @@ class StoredHeads:
         return self.shape.window
 
     def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
-        """Of the keys of some queries, float32 [B, H, C, T], over those that `sees_BCT` lets them see; with `sinks` these have
-        the rest."""
+        """Returns the attention of some queries, float32 [B, H, C, T], over the keys that `sees_BCT` lets them see;
+        with `sinks` these have the rest."""
         log_BHCT = log_attention(
             self.queries_BHSE[:, :, part],
             self.keys_BKSE[:, :, first : first + sees_BCT.shape[-1]],
@@ -70,7 +70,7 @@ class StoredHeads:
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """What both kinds have in common: settings, and the layer file once there is one."""
+    """Common part of both kinds: settings, and the layer file once there is one."""
 
     kind = ""
     section = "attention"
@@ -136,7 +136,7 @@ class Relations(_Factors):
         return cls(layers=tuple(settings["layers"]), **{name: settings[name] for name in _SHARED})
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         return {"kind": self.kind, "layers": list(self.layers), **{name: getattr(self, name) for name in _SHARED}}
 
     def describe(self) -> str:
@@ -147,7 +147,7 @@ class Relations(_Factors):
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
-        """What enters the blocks."""
+        """Layers whose hidden states enter the blocks."""
         return tuple(layer - 1 for layer in self.layers)
 
     def arrays(self) -> dict[str, tuple[int | None, ...]]:
@@ -215,7 +215,7 @@ class QueriesKeys(_Factors):
         return cls(layers=tuple(settings["layers"]), **{name: settings[name] for name in names})
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         names = (*_SHARED, "step", "calibration_positions")
         return {"kind": self.kind, "layers": list(self.layers), **{name: getattr(self, name) for name in names}}
 

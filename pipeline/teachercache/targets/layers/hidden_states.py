@@ -59,7 +59,7 @@ class HiddenStates:
         return cls(layers=tuple(settings["layers"]), **{name: settings[name] for name in names})
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         names = ("width", "blocks", "codec", "step", "calibration_positions")
         return {"layers": list(self.layers), **{name: getattr(self, name) for name in names}}
 
@@ -70,7 +70,7 @@ class HiddenStates:
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
-        """What must be recorded."""
+        """Layers to record."""
         return self.layers
 
     @property

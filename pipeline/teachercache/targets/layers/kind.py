@@ -23,7 +23,7 @@ Arrays = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class RowActivations:
-    """What the teacher's layers held at the tokens of one row; torch's tensors."""
+    """Activations of the teacher's layers at the tokens of one row; torch's tensors."""
 
     hidden: Mapping[int, Any]  # [S, D]
     queries: Mapping[int, Any]  # [H, S, E]
@@ -58,7 +58,7 @@ class LayerKind(Protocol):
         """About what a token takes on disk; decides how many rows share a shard."""
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
 
     def describe(self) -> str:
         """One line for people."""

@@ -62,7 +62,8 @@ class LayerFile:
                 raise ValueError(f"{name} is of shape {found}, not {wanted}")
 
     def head_shapes(self, layers: Sequence[int], wanted: tuple[int, int, int]) -> dict[int, HeadShape]:
-        """How blocks form scores. Raises `ValueError` unless each has the heads, heads of keys and head's width `wanted`."""
+        """Returns the shapes of blocks' heads. Raises `ValueError` unless each has the heads, heads of keys and head's
+        width `wanted`."""
         described = {}
         for layer in layers:
             if layer not in self.attention:

@@ -39,14 +39,15 @@ class Maps:
         return int(self.codes_BSSh.shape[-1])
 
     def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
-        """Of the keys of some queries, float32 [B, h, C, T], over those that `sees_BCT` lets them see."""
+        """Returns the attention of some queries, float32 [B, h, C, T], over the keys that `sees_BCT` lets them see."""
         codes_BCTh = self.codes_BSSh[:, part, first : first + sees_BCT.shape[-1]]
         return _normalised(shares_of(codes_BCTh.permute(0, 3, 1, 2)).masked_fill(~sees_BCT[:, None], 0.0))
 
 
 @dataclass(frozen=True, eq=False)
 class LargestShares:
-    """Of each query m keys with their codes, and what all others have together, which is spread evenly over them."""
+    """The m largest keys of each query with their codes, and the rest that all others have together, spread evenly over
+    them."""
 
     codes_BSmh: Any  # uint8 [B, S, m + 1, h], 0 for no key; the last one is what all others have
     distance_BSmh: Any  # int32 [B, S, m, h]
@@ -59,7 +60,7 @@ class LargestShares:
         return int(self.codes_BSmh.shape[-1])
 
     def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
-        """Of the keys of some queries, float32 [B, h, C, T], over those that `sees_BCT` lets them see."""
+        """Returns the attention of some queries, float32 [B, h, C, T], over the keys that `sees_BCT` lets them see."""
         codes_BhCm = self.codes_BSmh[:, part].permute(0, 3, 1, 2)
         distance_BhCm = self.distance_BSmh[:, part].permute(0, 3, 1, 2)
         query_C1 = (self.position_BS.new_ones(self.position_BS.shape[1]).cumsum(0) - 1)[part, None]

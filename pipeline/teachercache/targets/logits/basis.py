@@ -181,7 +181,7 @@ _DIMENSIONS = {"analysis_Dr": 2, "basis_Vr": 2, "tail_weights_GF": 2}
 
 
 def _within(array: Array, largest: float) -> bool:
-    """Whether magnitudes are numbers up to `largest`. By their bits: numpy compares 16-bit floats one by one."""
+    """Tells whether magnitudes are numbers up to `largest`. By their bits: numpy compares 16-bit floats one by one."""
     width = array.dtype.itemsize
     limit = np.array(min(largest, float(np.finfo(array.dtype).max)), array.dtype).view(f"<u{width}")
     magnitudes = array.view(f"<u{width}") & np.array(2 ** (8 * width - 1) - 1, f"<u{width}")
@@ -189,5 +189,5 @@ def _within(array: Array, largest: float) -> bool:
 
 
 def _is_permutation(ranks_V: Array) -> bool:
-    """Whether every number below their count is there, once each."""
+    """Tells whether every number below their count is there, once each."""
     return int(ranks_V.max()) < len(ranks_V) and bool((np.bincount(ranks_V, minlength=len(ranks_V)) == 1).all())

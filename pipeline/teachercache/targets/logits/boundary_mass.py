@@ -43,7 +43,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class BoundaryMass:
-    """Which tokens begin a new pre-token: how many, what the set is called, and the set itself, once it is at hand."""
+    """The set of tokens that begin a new pre-token: their number, the set's digest, and the set itself, once it is at
+    hand."""
 
     tokens: int
     digest: str  # of the set, 16 hex digits
@@ -56,7 +57,7 @@ class BoundaryMass:
 
     @classmethod
     def of(cls, begins_V: NDArray[np.bool_]) -> BoundaryMass:
-        """Of a set of tokens, bool [V]."""
+        """Makes it from a set of tokens, bool [V]."""
         return cls(int(begins_V.sum()), _digest(begins_V), len(begins_V), begins_V)
 
     @classmethod
@@ -65,7 +66,7 @@ class BoundaryMass:
         return cls(settings["tokens"], settings["set"], vocabulary_size)
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         return {"tokens": self.tokens, "set": self.digest}
 
     def describe(self) -> str:
@@ -118,7 +119,7 @@ class BoundaryMass:
 
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:
-        """Which positions hold numbers that a student can learn from, [N]."""
+        """Marks the positions whose numbers a student can learn from, [N]."""
         return ~np.isnan(captured[BOUNDARY_MASS])
 
     @staticmethod

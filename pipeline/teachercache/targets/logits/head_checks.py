@@ -1,4 +1,4 @@
-"""What the head of a position can be: every token once, and logits that do not rise.
+"""Checks of a position's head: it has every token once, and logits that do not rise.
 
 A loss adds up a head's probabilities and takes its first token for the teacher's choice: a token that stands there twice
 counts twice, and heads that rise give another first choice. Both are checked in every row that is read, which

@@ -189,12 +189,12 @@ class Column:
             raise CacheDamaged(f"column {name} has {column.width} elements in groups of {sum(groups)}")
         return column
 
-    def read_as(self, found: Column) -> Column:
+    def read_as(self, stored: Column) -> Column:
         """This column of a kind, coded as a shard says that it is; raises `CacheDamaged` when the shard's is another one."""
-        same = replace(self, codec=found.codec, groups=found.groups, within=None, most=None)
-        if same != found:
+        same = replace(self, codec=stored.codec, groups=stored.groups, within=None, most=None)
+        if same != stored:
             raise CacheDamaged(f"column {self.name} is not of the type and shape that the manifest's settings ask for")
-        return replace(self, codec=found.codec, groups=found.groups)
+        return replace(self, codec=stored.codec, groups=stored.groups)
 
 
 def _floats_up_to(values: NDArray[Any], largest: float) -> bool:

@@ -170,7 +170,7 @@ class AttentionMaps:
             rest_hC1 = (shares_hCS.sum(-1) - (largest_hCm.gather(-1, order_hCm) * kept_hCm).sum(-1))[..., None]
             room = (0, self.top - code_hCm.shape[-1])
             code_hCm, distance_hCm = (
-                torch.nn.functional.pad(each, room) for each in (code_hCm, distance_hCm * kept_hCm)
+                torch.nn.functional.pad(values, room) for values in (code_hCm, distance_hCm * kept_hCm)
             )
             step_hCm = distance_hCm.diff(dim=-1, prepend=torch.zeros_like(distance_hCm[..., :1])).clamp_min(0)
             codes.append(torch.cat([code_hCm, _coded(torch, rest_hC1.clamp(0, 1))], dim=-1).permute(1, 2, 0))

@@ -110,8 +110,10 @@ class _Factors:
         key = (layer, str(like.device))
         if key not in self.copies:
             prefix = f"attention.{layer}."
-            found = {name: values for name, values in self.layer_file.arrays.items() if name.startswith(prefix)}
-            self.copies[key] = {name.removeprefix(prefix): like.new_tensor(values) for name, values in found.items()}
+            block_arrays = {name: values for name, values in self.layer_file.arrays.items() if name.startswith(prefix)}
+            self.copies[key] = {
+                name.removeprefix(prefix): like.new_tensor(values) for name, values in block_arrays.items()
+            }
         return self.copies[key]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -56,10 +56,10 @@ class LayerFile:
         for name, wanted in shapes.items():
             if name not in self.arrays:
                 raise ValueError(f"{name} is missing")
-            found = self.arrays[name].shape
-            fits = (size in (None, here) for size, here in zip(wanted, found, strict=False))
-            if len(found) != len(wanted) or not all(fits):
-                raise ValueError(f"{name} is of shape {found}, not {wanted}")
+            shape = self.arrays[name].shape
+            fits = (size in (None, here) for size, here in zip(wanted, shape, strict=False))
+            if len(shape) != len(wanted) or not all(fits):
+                raise ValueError(f"{name} is of shape {shape}, not {wanted}")
 
     def head_shapes(self, layers: Sequence[int], wanted: tuple[int, int, int]) -> dict[int, HeadShape]:
         """Returns the shapes of blocks' heads. Raises `ValueError` unless each has the heads, heads of keys and head's
@@ -69,9 +69,9 @@ class LayerFile:
             if layer not in self.attention:
                 raise ValueError(f"it does not describe the attention of block {layer}")
             shape = described[layer] = HeadShape.from_metadata(self.attention[layer]["shape"])
-            found = (shape.heads, shape.key_heads, shape.head_width)
-            if found != wanted:
-                raise ValueError(f"the attention of block {layer} has heads {found}, the manifest says {wanted}")
+            counts = (shape.heads, shape.key_heads, shape.head_width)
+            if counts != wanted:
+                raise ValueError(f"the attention of block {layer} has heads {counts}, the manifest says {wanted}")
         return described
 
 

@@ -83,7 +83,7 @@ class SketchBasis:
 
     def first(self, rank: int) -> SketchBasis:
         """The basis of the `rank` leading directions."""
-        analysis_Dr, basis_Vr = (np.ascontiguousarray(each[:, :rank]) for each in (self.analysis_Dr, self.basis_Vr))
+        analysis_Dr, basis_Vr = (np.ascontiguousarray(array[:, :rank]) for array in (self.analysis_Dr, self.basis_Vr))
         return replace(self, analysis_Dr=analysis_Dr, basis_Vr=basis_Vr, copies={})
 
     def tail(self, coefficients_Nr: Any, temperature: float) -> SketchTail:

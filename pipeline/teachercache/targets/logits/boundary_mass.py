@@ -89,12 +89,12 @@ class BoundaryMass:
             begins_V = load_named(path, key=METADATA_KEY)[0]["begins_V"]
             if begins_V.dtype != np.uint8 or begins_V.shape != (self.vocabulary_size,) or begins_V.max() > 1:
                 raise ValueError(f"it does not say of each of {self.vocabulary_size} tokens 0 or 1")
-            found = self.of(begins_V.astype(np.bool_))
-            if found.settings() != self.settings():
+            mass = self.of(begins_V.astype(np.bool_))
+            if mass.settings() != self.settings():
                 raise ValueError("it holds another set than the manifest says")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CacheDamaged(f"{path} is no set of tokens ({error}); fetch the cache again") from None
-        return found
+        return mass
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -74,3 +74,14 @@ def test_files_that_commands_run_exist(page: Path) -> None:
         r"(?:python|bash|pytest|deepspeed[^\n]*|torchrun[^\n]*) ((?:tests|jobs|infra)/[\w./]+)", text_of(page)
     ):
         assert (ROOT / path).exists(), path
+
+
+def test_names_in_the_glossary_exist() -> None:
+    """Classes, modules and keys of recipes: a renamed one is renamed there too."""
+    rows = [line.split("|") for line in text_of(ROOT / "docs/design/glossary.md").splitlines() if line.startswith("| ")]
+    names = {name for row in rows for name in re.findall(r"`([\w.]+)`", row[3])}
+    assert {"CacheAlignment", "stream.mix", "aligned_rows.py"} <= names
+    sources = list((ROOT / "pipeline" / "teachercache").rglob("*.py"))
+    words = {path.name for path in sources} | set(re.findall(r"\w+", "".join(map(text_of, sources))))
+    unknown = {name for name in names if name not in words and not words.issuperset(name.split("."))}
+    assert not unknown - {"manifest.json"}

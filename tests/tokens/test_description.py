@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from cache.golden_caches import GOLDEN, RECIPES
-from teachercache.tokens.description import _KNOWN, decisive
+from teachercache.tokens.description import KNOWN, decisive
 from teachercache.tokens.fingerprint import saved_fingerprint, tokenizer_fingerprint
 
 from tokenizer_families import REAL
@@ -224,7 +224,7 @@ def test_every_member_that_the_library_writes_is_known_with_its_default(name: st
     backend = Tokenizer(models.BPE())
     setattr(backend, name, step)
     written = json.loads(backend.to_str())[name]
-    assert set(written) - {"type"} == set(_KNOWN[name].get(written["type"], {}))
+    assert set(written) - {"type"} == set(KNOWN[name].get(written["type"], {}))
     assert decisive(json.loads(backend.to_str()))[name] == written
 
 

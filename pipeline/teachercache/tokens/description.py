@@ -23,7 +23,7 @@ _ADDED_TOKEN: _Members = {
     **dict.fromkeys(("id", "content", "normalized", "special"), _REQUIRED),
     **dict.fromkeys(("single_word", "lstrip", "rstrip"), False),
 }
-_KNOWN: Mapping[str, Mapping[str, _Members]] = {
+KNOWN: Mapping[str, Mapping[str, _Members]] = {
     "model": {
         "BPE": {
             "dropout": None,
@@ -86,7 +86,7 @@ def _step(name: str, step: Any) -> Any:
     """A model, normaliser, pre-tokeniser or post-processor, with all that it consists of; None for none."""
     if step is None:
         return None
-    members = _members(step, {"type": _REQUIRED, **_KNOWN[name].get(step.get("type"), {})})
+    members = _members(step, {"type": _REQUIRED, **KNOWN[name].get(step.get("type"), {})})
     parts = _PARTS.get(name)
     if step.get("type") == "Sequence" and parts in members:
         members[parts] = [_step(name, part) for part in members[parts]]

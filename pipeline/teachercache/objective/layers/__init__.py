@@ -11,5 +11,5 @@ relations.py  relations among queries, keys or values (MiniLMv2)
 map_loss.py   both by: one map against another, a chunk of queries at a time
 structure.py  distances, angles, correlations of channels
 aligned.py    terms at aligned tokens, for a student with another tokenizer
-gradient_taps.py  where a term pulls what it matches, and where the layers above do
+gradient_taps.py  gradients of a term at what it matches, beside those from the layers above
 """

@@ -63,12 +63,19 @@ def messages_of(sources: Path) -> Iterator[Message]:
     for path in sorted(sources.rglob("*.py")):
         stage = path.relative_to(sources).parts[0].removesuffix(".py")
         stage = {"files": "cache", "quickstart": "evaluation"}.get(stage, stage)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        settings = {id(node) for section in ast.walk(tree) if _is_section(section) for node in ast.walk(section)}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
-                error = "RecipeError" if node.func.id == "ValueError" and stage == "config" else node.func.id
-                text = _text(node.args[0])
+                of_recipes = node.func.id == "ValueError" and (stage == "config" or id(node) in settings)
+                error, text = "RecipeError" if of_recipes else node.func.id, _text(node.args[0])
                 if error in ERRORS and len(text.replace("…", "")) > 12:
-                    yield Message(error, stage, text)
+                    yield Message(error, "config" if of_recipes else stage, text)
+
+
+def _is_section(node: ast.AST) -> bool:
+    """Tells whether it is the class of a recipe's section, which may stand beside what it sets."""
+    return isinstance(node, ast.ClassDef) and node.name.endswith("Config")
 
 
 def _text(node: ast.expr) -> str:

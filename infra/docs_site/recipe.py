@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from teachercache.config import HeadSketchConfig, Recipe
 from teachercache.config.recipe import models_in
-from teachercache.config.targets import SKETCH_PRESETS
+from teachercache.targets.logits.head_sketch import SKETCH_PRESETS
 
 HEAD = """# Recipe keys
 

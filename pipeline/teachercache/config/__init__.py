@@ -7,7 +7,7 @@ Sections and who reads them:
     student, objective, teachers, stream, train, phases    `teachercache train`
 
     recipe.py      `Recipe`: all sections; YAML and overrides
-    section.py     what every section is: frozen and strict
+    location.py    where a cache is: a folder or a URL
     precompute.py  teacher, corpus, sequence, precompute
     targets.py     what is stored of a teacher
     training.py    student, stream, train
@@ -26,20 +26,17 @@ repeats what was captured.
 from __future__ import annotations
 
 from teachercache.config.emphasis import EmphasisConfig
+from teachercache.config.location import CacheLocation, is_url
 from teachercache.config.objective import AcrossTermConfig, LayerTermConfig, ObjectiveConfig
 from teachercache.config.phases import PhaseConfig
 from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, RowPrefix, SequenceConfig, TeacherConfig
 from teachercache.config.recipe import Recipe, load_recipe, parse_recipe
 from teachercache.config.routing import RoutingConfig
-from teachercache.config.section import CacheLocation, Section, is_url
 from teachercache.config.targets import (
     HIDDEN_STEPS,
-    TARGET_KINDS,
     AttentionConfig,
-    HeadSketchConfig,
     HiddenStatesConfig,
     LayerChoice,
-    LogitsConfig,
     TargetsConfig,
 )
 from teachercache.config.teachers import FurtherTeacherConfig, TeachersConfig
@@ -52,12 +49,14 @@ from teachercache.config.training import (
     StudentConfig,
     TrainConfig,
 )
+from teachercache.section import Section
+from teachercache.targets.logits.head_sketch import HeadSketchConfig
+from teachercache.targets.logits.kinds import LogitsConfig
 
 __all__ = [
     "HIDDEN_STEPS",
     "LOCAL_COPIES",
     "LOCAL_COPIES_BYTES",
-    "TARGET_KINDS",
     "AcrossTermConfig",
     "AttentionConfig",
     "CacheLocation",

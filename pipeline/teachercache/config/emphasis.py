@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from teachercache.config.section import Section
+from teachercache.section import Section
 
 
 class EmphasisConfig(Section):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from teachercache.config.emphasis import EmphasisConfig
 from teachercache.config.routing import RoutingConfig
 from teachercache.config.schedules import MOST_TEMPERATURE, Alpha, Scheduled, Temperature, values_of, within
-from teachercache.config.section import Section
+from teachercache.section import OrAddedName, Section
+from teachercache.targets.logits.tails.policies import TAIL_POLICIES
+
+AUTO = "auto"  # the first policy that the targets allow
+if TYPE_CHECKING:
+    TailName = str
+else:
+    TailName = Annotated[Literal[(AUTO, *TAIL_POLICIES)], OrAddedName(TAIL_POLICIES)]
 
 
 def weighs(weight: Scheduled) -> Scheduled:
@@ -128,7 +135,7 @@ class ObjectiveConfig(Section):
     mixing: float = Field(
         0.5, gt=0, lt=1, description="the teacher's share in the mixture of jensen-shannon; 0.5 is the symmetric one"
     )
-    tail: Literal["auto", "ghost", "uniform", "renormalise", "sketch"] = Field(
+    tail: TailName = Field(
         "auto",
         description="tokens outside the head: one bucket with their exact mass (ghost), alike (uniform), dropped "
         "(renormalise) or each with its own share (sketch); auto: sketch, ghost "
@@ -168,8 +175,8 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _finite_divergence(self) -> ObjectiveConfig:
-        if self.divergence == "reverse-kl" and self.tail == "renormalise":
+        if self.divergence == "reverse-kl" and self.tail != AUTO and not TAIL_POLICIES[self.tail].keeps_mass:
             raise ValueError(
-                "reverse-kl is infinite against a tail of mass zero, which renormalise makes; use tail: ghost or uniform"
+                f"reverse-kl is infinite against a tail of mass zero, which {self.tail} makes; use tail: ghost or uniform"
             )
         return self

@@ -17,8 +17,8 @@ from teachercache.config.schedules import (
     UncertaintyBalance,
     within,
 )
-from teachercache.config.section import Section
 from teachercache.errors import RecipeError
+from teachercache.section import Section
 
 TOLERANCE = 1e-3  # of sums of shares, which may be rounded thirds
 

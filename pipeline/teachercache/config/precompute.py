@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from teachercache.config.section import Section
+from teachercache.section import Section
 
 RowPrefix = Literal["auto", "bos", "eos", "none"]
 

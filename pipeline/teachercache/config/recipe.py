@@ -9,16 +9,18 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
+from teachercache.config.location import CacheLocation
 from teachercache.config.objective import ObjectiveConfig
 from teachercache.config.phases import PhaseConfig
 from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, SequenceConfig, TeacherConfig
-from teachercache.config.schedules import TAGS
-from teachercache.config.section import CacheLocation, Section
-from teachercache.config.targets import TARGET_KINDS, TargetsConfig
+from teachercache.config.schedules import NUMBER
+from teachercache.config.targets import TargetsConfig
 from teachercache.config.teachers import TeachersConfig
 from teachercache.config.training import StreamConfig, StudentConfig, TrainConfig
 from teachercache.errors import RecipeError
+from teachercache.section import OrAdded, Section
 
 
 class Recipe(Section):
@@ -156,33 +158,45 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Any) -> str:
-    # Which of several sections a key may hold is a step of its own in pydantic's path, and no key of the recipe.
-    first, *path = item["loc"] or ("",)
-    location = ".".join(str(part) for part in (first, *path) if part == first or part not in (*TARGET_KINDS, *TAGS))
+    keys, sections = _walked(item["loc"])
+    location = ".".join(keys)
     if item["type"] == "extra_forbidden":
-        *parents, key = item["loc"]
-        valid = _keys_at([str(part) for part in parents])
+        key, valid = item["loc"][-1], list(sections[0].model_fields) if sections else []
         near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key `{location}`; {hint}"
     if item["type"] == "missing":
         return f"`{location}` is missing"
     if item["type"] == "union_tag_invalid":
-        tags = item["ctx"]["expected_tags"].partition(", ")[2]  # the first is the number
+        first, _, tags = item["ctx"]["expected_tags"].partition(", ")
+        if first != f"'{NUMBER}'":
+            return f"`{location}`: its `kind` must be one of {first}, {tags} (got {item['input']!r})"
         key = "`schedule` or `balance`" if "'ratio'" in tags else "`schedule`"
         return f"`{location}`: must be a number, or a section whose {key} is one of {tags} (got {item['input']!r})"
     message = item["msg"].removeprefix("Value error, ")
     return f"`{location}`: {message[0].lower()}{message[1:]} (got {item['input']!r})" if location else message
 
 
-def _keys_at(parents: Sequence[str]) -> list[str]:
+def _walked(path: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The keys of a path of pydantic's, and the sections in which it looked for the last one.
+
+    Which of several sections stands at a key is a step of its own in such a path, and no key of the recipe.
+    """
+    keys: list[str] = []
+    within: list[type[BaseModel]] = []
     sections: list[type[BaseModel]] = [Recipe]
-    for part in (part for part in parents if not part.isdigit()):  # an item of a list
-        # Where several sections may stand at a key, the path of an error names which as well: targets.logits.top-k.
-        named = [section for section in sections if _is_called(section, part)]
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        sections = named or [model for field in fields for model in models_in(field.annotation)]
-    return list(sections[0].model_fields) if sections else []
+    for step in map(str, path):
+        fields = [section.model_fields[step] for section in sections if step in section.model_fields]
+        named = [section for section in sections if _is_called(section, step)]
+        if fields:
+            within, sections = sections, [model for field in fields for model in sections_of(field)]
+        elif named:
+            sections = named
+        elif not step.isdigit():  # an item of a list
+            within = sections
+        if fields or not (named or step == NUMBER):
+            keys.append(step)
+    return keys, within
 
 
 def _is_called(section: type[BaseModel], name: str) -> bool:
@@ -191,8 +205,15 @@ def _is_called(section: type[BaseModel], name: str) -> bool:
     return any(name in (field.default, *get_args(field.annotation)) for field in chosen_by)
 
 
+def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """What may stand at a key of a section, those from outside the package included."""
+    return list(dict.fromkeys(model for each in (field.annotation, *field.metadata) for model in models_in(each)))
+
+
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Through unions, lists and `Annotated`."""
+    """Sections of a type, through unions, lists and `Annotated`."""
+    if isinstance(annotation, OrAdded):
+        return list(annotation.added().values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     inner = (getattr(annotation, "__origin__", None), *get_args(annotation))

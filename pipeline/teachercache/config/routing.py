@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from teachercache.config.section import Section
+from teachercache.section import Section
 
 
 class RoutingConfig(Section):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from teachercache.config.section import Section
+from teachercache.section import Section
 
 
 class LinearSchedule(Section):
@@ -183,15 +183,6 @@ Alpha = Annotated[
     | Annotated[UncertaintyBalance, Tag("uncertainty")],
     _chosen,
 ]
-TAGS = (
-    NUMBER,
-    "linear",
-    "cosine",
-    "phases",
-    "student-loss",
-    "ratio",
-    "uncertainty",
-)  # steps of pydantic's paths, no keys
 
 
 def values_of(number: Any) -> tuple[float, ...]:

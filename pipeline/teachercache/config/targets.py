@@ -2,139 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from teachercache.config.section import Section
-
-
-class GridConfig(Section):
-    """Base of kinds that hold the tail log-partition on a temperature grid."""
-
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0, 2.0, 4.0, 8.0), description="where the mass outside the head is stored; students train at these"
-    )
-    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored logits and masses")
-
-    @model_validator(mode="after")
-    def _ordered_grid(self) -> GridConfig:
-        if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
-            raise ValueError("temperatures must rise, each once, and hold at least one: [1, 2, 4, 8]")
-        if 1.0 not in self.temperatures:
-            raise ValueError("temperatures must hold 1: the log-probability of the actual token is taken there")
-        return self
-
-
-class TopKConfig(GridConfig):
-    """Top-k logits with the exact tail log-partition on a temperature grid."""
-
-    kind: Literal["top-k"] = Field("top-k", description="the k largest logits")
-    k: int = Field(64, ge=1, description="largest logits kept exactly")
-
-
-class TopPConfig(GridConfig):
-    """As many of the largest logits as hold a share p of the mass, and the exact tail log-partition outside them."""
-
-    kind: Literal["top-p"] = Field("top-p", description="as many of the largest logits as hold a share p")
-    p: float = Field(0.95, gt=0, le=1, description="mass of a head at T = 1")
-    k: int = Field(64, ge=1, description="most tokens of a head, whatever its mass")
-
-
-class RandomSamplingConfig(Section):
-    """Tokens drawn from the teacher with replacement, and how often each came up."""
-
-    kind: Literal["random-sampling"] = Field("random-sampling", description="tokens drawn from the teacher")
-    draws: int = Field(
-        50, ge=1, le=2**16 - 1, description="draws at each position; about 12 to 16 different tokens of 50"
-    )
-    draw_temperature: float = Field(1.0, gt=0, description="where the sample is unbiased: train at this temperature")
-
-
-class FullConfig(Section):
-    """Every log-probability, for vocabularies of at most 4096 tokens or classes."""
-
-    kind: Literal["full"] = Field("full", description="every log-probability")
-    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored log-probabilities")
-
-
-class HiddenConfig(Section):
-    """The final hidden state, quantised, and the teacher's output matrix once a cache."""
-
-    kind: Literal["hidden"] = Field("hidden", description="the final hidden state")
-    width: int | None = Field(None, ge=1, description="inputs of the teacher's output layer; default: its hidden_size")
-    step: float = Field(
-        1 / 32, gt=0, le=1000, description="quantisation step in units of a channel's spread; smaller = larger"
-    )
-    calibration_positions: int = Field(
-        4096, ge=64, description="positions that give means and spreads, drawn from the whole corpus by content hash"
-    )
-
-
-SKETCH_PRESETS: dict[str, dict[str, Any]] = {
-    # 59 and 109 bytes a position of SmolLM2-135M (tests/bench/codec_fidelity.py)
-    "compact": {"k": 10, "rank": 320, "step": 0.16},
-    "fine": {"k": 20, "rank": 384, "step": 0.1},
-}
-
-
-class HeadSketchConfig(Section):
-    """The largest logits exactly, the tail's mass at every temperature, and a low-rank sketch of the tail's shape."""
-
-    kind: Literal["head+sketch"] = Field(
-        "head+sketch", description="an exact head and a sketch of the tail: the default"
-    )
-    preset: Literal["compact", "fine"] = Field("compact", description="sets k, rank and step where they are not given")
-    k: int = Field(0, ge=1, validate_default=False, description="largest logits kept exactly")
-    rank: int | None = Field(
-        0, ge=1, validate_default=False, description="directions of the sketch; a narrower model takes its width"
-    )
-    step: float | None = Field(
-        0.0, gt=0, le=1000, validate_default=False, description="quantisation step in logits; smaller = larger"
-    )
-    target_kl: float | None = Field(
-        None,
-        gt=0,
-        description="instead of the preset's rank and step: the pair of fewest bytes whose KL(teacher ‖ stored), in nats, is "
-        "at most this at T = 1 and 2; a rank or step that is given beside it stays",
-    )
-    calibration_positions: int = Field(
-        16384, ge=64, description="positions that the sketch is fitted to, drawn from the whole corpus by content hash"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        preset = SKETCH_PRESETS.get(values.get("preset", "compact"), {})
-        if values.get("target_kl") is not None:
-            preset = {**preset, "rank": None, "step": None}
-        return {**preset, **values}
-
-    @model_validator(mode="after")
-    def _rank_and_step(self) -> HeadSketchConfig:
-        if self.target_kl is None and (self.rank is None or self.step is None):
-            raise ValueError("rank and step need values, or a target_kl by which calibration chooses them")
-        return self
-
-
-def _kind_of(values: Any) -> str:
-    kind = values.get("kind", "head+sketch") if isinstance(values, dict) else getattr(values, "kind", "head+sketch")
-    return str(kind)
-
-
-# Another kind of logit target joins here and in `teachercache.targets.KINDS`.
-LogitsConfig = Annotated[
-    Annotated[HeadSketchConfig, Tag("head+sketch")]
-    | Annotated[TopKConfig, Tag("top-k")]
-    | Annotated[TopPConfig, Tag("top-p")]
-    | Annotated[RandomSamplingConfig, Tag("random-sampling")]
-    | Annotated[FullConfig, Tag("full")]
-    | Annotated[HiddenConfig, Tag("hidden")],
-    Discriminator(_kind_of),
-]
-TARGET_KINDS = ("head+sketch", "top-k", "top-p", "random-sampling", "full", "hidden")
+from teachercache.section import Section
+from teachercache.targets.logits.kinds import DEFAULT, LogitsConfig
 
 
 class LayerChoice(Section):
@@ -215,7 +88,7 @@ class TargetsConfig(Section):
     """What is stored of the teacher."""
 
     logits: LogitsConfig = Field(
-        default_factory=lambda: HeadSketchConfig.model_validate({}),
+        default_factory=lambda: DEFAULT.config.model_validate({}),
         description="next-token distributions: one of the kinds below",
     )
     hidden: HiddenStatesConfig | None = Field(None, description="hidden states of chosen layers; default: none")

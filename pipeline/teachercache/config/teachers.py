@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from teachercache.config.section import CacheLocation, Section
+from teachercache.config.location import CacheLocation
+from teachercache.section import Section
 
 OFF = 1e-6  # of 1, for sums of decimal fractions
 Weight = Annotated[float, Field(ge=0, le=1)]

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import ByteSize, Field, model_validator
 
-from teachercache.config.section import CacheLocation, Section
+from teachercache.config.location import CacheLocation
+from teachercache.section import Section
 
 LOCAL_COPIES = Path("~/.cache/teachercache/shards")
 LOCAL_COPIES_BYTES = 50 * 10**9

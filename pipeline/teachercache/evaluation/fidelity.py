@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from teachercache.evaluation.layer_fidelity import LayerComparison
 from teachercache.models.activations import path_of_blocks
 from teachercache.models.loading import find_model, load_causal_lm, model_inputs, weights_identity
 from teachercache.stream.order.permutation import order_key, permuted
-from teachercache.targets import Softened, TailPolicy, TargetKind
+from teachercache.targets import TAIL_POLICIES, Softened, TargetKind
 from teachercache.targets.logits.softened import UniformTail
 from teachercache.teacher.output_layer import OutputLayer, layer_after_body, recorded_input
 from teachercache.tokens.rows import TokenRow
@@ -55,7 +55,7 @@ def run_fidelity(
     teacher: str | None = None,
     rows: int = 32,
     temperatures: Sequence[float] = TEMPERATURES,
-    tail: TailPolicy | None = None,
+    tail: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     other_weights: bool = False,
@@ -151,18 +151,18 @@ def parse_options(temperatures: str, tail: str | None) -> dict[str, Any]:
             raise ValueError
     except ValueError:
         raise UserError(f"--temperatures {temperatures!r} is no list of numbers; write e.g. 1,2,4") from None
-    allowed = [policy for policy in get_args(TailPolicy) if policy != "ghost"]
+    allowed = [name for name, policy in TAIL_POLICIES.items() if policy.tells_tokens_apart]
     if tail is not None and tail not in allowed:
         raise UserError(f"--tail {tail!r} gives no token outside the head a probability; use {', '.join(allowed)}")
     return {"temperatures": values, "tail": tail}
 
 
-def dense_policy(kind: TargetKind) -> TailPolicy:
+def dense_policy(kind: TargetKind) -> str:
     """The first of a kind's tail policies that gives every token a probability."""
-    return next(policy for policy in kind.tail_policies if policy != "ghost")
+    return next(name for name in kind.tail_policies if TAIL_POLICIES[name].tells_tokens_apart)
 
 
-def read(kind: TargetKind, stored: Mapping[str, Any], temperature: float, tail: TailPolicy, like: Tensor) -> Softened:
+def read(kind: TargetKind, stored: Mapping[str, Any], temperature: float, tail: str, like: Tensor) -> Softened:
     """One row's columns as a distribution over all tokens, float32 on the device of `like`."""
     arrays = {
         name: torch.from_numpy(np.ascontiguousarray(values)).to(like.device)

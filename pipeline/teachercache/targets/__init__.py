@@ -24,7 +24,9 @@ from teachercache.targets.logits.head_sketch import HeadSketch
 from teachercache.targets.logits.kind import CalibratedKind, TargetKind, calibrates
 from teachercache.targets.logits.kinds import KINDS, target_kind
 from teachercache.targets.logits.random_sampling import RandomSampling
-from teachercache.targets.logits.softened import Softened, TailPolicy
+from teachercache.targets.logits.softened import Softened
+from teachercache.targets.logits.tails.policies import TAIL_POLICIES
+from teachercache.targets.logits.tails.policy import TailContext, TailPolicy
 from teachercache.targets.logits.temperature import grid_index
 from teachercache.targets.logits.top_k import TopK
 from teachercache.targets.logits.top_p import TopP
@@ -32,6 +34,7 @@ from teachercache.targets.stored import StoredTargets
 
 __all__ = [
     "KINDS",
+    "TAIL_POLICIES",
     "BoundaryMass",
     "CalibratedKind",
     "Column",
@@ -44,6 +47,7 @@ __all__ = [
     "SketchBasis",
     "Softened",
     "StoredTargets",
+    "TailContext",
     "TailPolicy",
     "TargetKind",
     "TopK",

@@ -40,10 +40,7 @@ BLOCK = 256
 @torch.inference_mode()
 def calibrate(kind: CalibratedKind, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> CalibratedKind:
     """The kind with its basis, from h at the positions of each sampled row, [N, D]. Raises `ModelError`."""
-    if isinstance(kind, FinalHidden):
-        return keep_output_layer(kind, layer, rows_hidden_ND)
-    assert isinstance(kind, HeadSketch)
-    return fit_sketch(kind, layer, rows_hidden_ND)
+    return CALIBRATIONS[type(kind)](kind, layer, rows_hidden_ND)
 
 
 def keep_output_layer(kind: FinalHidden, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> FinalHidden:
@@ -259,3 +256,10 @@ def _fit_bias(
 
 def _half(values: Tensor) -> np.ndarray:
     return values.cpu().numpy().astype(np.float16)
+
+
+# How a kind that calibrates is given its basis: a line here for each; code outside the package adds its own.
+CALIBRATIONS: dict[type, Callable[[Any, OutputLayer, Sequence[Tensor]], CalibratedKind]] = {
+    FinalHidden: keep_output_layer,
+    HeadSketch: fit_sketch,
+}

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from teachercache.errors import CacheError
-from teachercache.targets import TailPolicy, TargetKind
+from teachercache.targets import TAIL_POLICIES, TargetKind
+from teachercache.targets.logits.tails.policy import is_dense
 
 EVERY = 100  # positions
-DENSE: tuple[TailPolicy, ...] = ("sketch", "uniform")  # policies that give every token its own share
 TEMPERATURES = (1.0, 2.0, 4.0)
 
 
@@ -28,7 +28,7 @@ class Drift:
 
     def __init__(self, kind: TargetKind) -> None:
         self.kind = kind
-        self._tail = next((policy for policy in kind.tail_policies if policy in DENSE), None)
+        self._tail = next((name for name in kind.tail_policies if is_dense(TAIL_POLICIES[name])), None)
         self._temperatures = [T for T in TEMPERATURES if self._tail and _holds(kind, T)]
         self._logits: list[tuple[int, Tensor]] = []
         self.reset()

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from teachercache.cache.files.bounds import (
     MOST_LENGTH,
@@ -25,11 +25,12 @@ from teachercache.cache.files.bounds import (
 )
 from teachercache.cache.files.entries import MOST_COUNT
 from teachercache.cache.manifest.model import Manifest
-from teachercache.config import TARGET_KINDS, LogitsConfig, SequenceConfig
+from teachercache.config import SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
 from teachercache.targets import target_kind
 from teachercache.targets.layers.attention_maps import check_length
 from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
+from teachercache.targets.logits.kinds import kind_settings
 from teachercache.targets.stored import SECTIONS, why_unknown
 
 
@@ -158,9 +159,6 @@ class _Described(_Claim):
     created_by: str
 
 
-_LOGITS: TypeAdapter[Any] = TypeAdapter(LogitsConfig)
-
-
 def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
     """Raise `ValueError`, in one line, for a manifest whose settings or counts cannot be those of a cache."""
     names = list(_Described.model_fields)
@@ -232,13 +230,14 @@ def _check_settings(settings: Mapping[str, Any], vocabulary_size: int) -> None:
     kind = settings.get("kind")
     if not isinstance(kind, str):
         raise ValueError("targets.logits.kind is no text")
-    if kind not in TARGET_KINDS:
+    claim = kind_settings(kind)
+    if claim is None:
         return
-    chosen = ("rank", "step") if settings.get("target_kl") is not None else ()  # by calibration
+    chosen = claim.left_open(settings)  # by calibration
     stated = {name: value for name, value in settings.items() if value is not None or name not in chosen}
     if None in stated.values():
         raise ValueError("a setting of targets.logits has no value")
-    validated(lambda text: _LOGITS.validate_json(text, strict=True), json.dumps(stated))
+    validated(lambda text: claim.model_validate_json(text, strict=True), json.dumps(stated))
     try:
         target_kind(settings, vocabulary_size=vocabulary_size)
     except (RecipeError, CacheDamaged) as error:

@@ -24,7 +24,7 @@ from teachercache.objective.cross_tokenizer.term import ChunkTerm, PairTerm
 from teachercache.objective.logits.operands import Weights, labelled_positions
 from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
-from teachercache.targets import StoredTargets, TailPolicy
+from teachercache.targets import StoredTargets
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
 from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
 from teachercache.targets.logits.kind import ACTUAL
@@ -59,7 +59,7 @@ class CrossTokenizerObjective:
             if schedule_range.uses_teacher
             else ([], [])
         )
-        self._tail: TailPolicy = self._kind.tail_policies[0] if config.tail == "auto" else config.tail
+        self._tail: str = self._kind.tail_policies[0] if config.tail == "auto" else config.tail
         for temperature in schedule_range.temperatures if self._pair_terms else ():
             self._kind.check_temperature(temperature)
         if schedule_range.uses_teacher and config.divergence != "forward-kl":

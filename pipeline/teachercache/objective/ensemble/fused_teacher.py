@@ -18,7 +18,7 @@ from teachercache.objective.ensemble.fused_tail import FusedTail
 from teachercache.objective.ensemble.teacher_view import TeacherView
 from teachercache.objective.ensemble.weights import TeacherWeights, by_confidence, shared_out, with_a_base
 from teachercache.objective.logits.teacher import in_type
-from teachercache.targets import Softened, TailPolicy, TargetKind
+from teachercache.targets import TAIL_POLICIES, Softened, TargetKind
 from teachercache.targets.logits.kind import ACTUAL
 
 
@@ -204,26 +204,27 @@ def actual_columns(kind: TargetKind, name: str) -> tuple[str, ...]:
     return found
 
 
-def tail_to_fuse(member: EnsembleMember, objective: ObjectiveConfig, config: TeachersConfig) -> TailPolicy:
+def tail_to_fuse(member: EnsembleMember, objective: ObjectiveConfig, config: TeachersConfig) -> str:
     """Returns the tail policy of a teacher that is fused with others: every token needs a share of its own."""
     policies, tail = member.kind.tail_policies, objective.tail
-    if tail == "ghost":
+    if tail != "auto" and not TAIL_POLICIES[tail].tells_tokens_apart:
         raise RecipeError(
-            "objective.tail: ghost keeps all tokens outside the head as one, which heads of several teachers share in no "
+            f"objective.tail: {tail} keeps all tokens outside the head as one, which heads of several teachers share in no "
             "common way; use auto, sketch or uniform to fuse them"
         )
-    order: tuple[TailPolicy, ...] = ("sketch", "uniform", "renormalise")
-    chosen = next((each for each in order if each in policies and tail in ("auto", each)), None)
+    apart = [name for name in policies if TAIL_POLICIES[name].tells_tokens_apart]
+    chosen = next((name for name in apart if tail in ("auto", name)), None)
     if chosen is None:
         member.kind.objective_columns("sketch" if tail == "auto" else tail)  # says which policies there are
         raise CacheError(f"{member.name} has no tail policy to fuse by; it has {', '.join(policies)}")
-    if chosen == "renormalise" and config.fusion == "geometric":
+    keeps_mass = TAIL_POLICIES[chosen].keeps_mass
+    if not keeps_mass and config.fusion == "geometric":
         raise CacheError(
             f"{member.name} gives no mass to tokens outside its head ({member.kind.kind}, objective.tail {tail}), which a "
             "geometric mean would take over for all teachers; use teachers.fusion: arithmetic"
             + (", or objective.tail: auto" if "uniform" in policies else "")
         )
-    if chosen == "renormalise" and objective.divergence == "reverse-kl":
+    if not keeps_mass and objective.divergence == "reverse-kl":
         raise CacheError(
             f"reverse-kl is infinite against {member.name} ({member.kind.kind}), which gives tokens outside its head no mass; "
             "use divergence: forward-kl"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError
-from teachercache.targets import Softened, TailPolicy, TargetKind
+from teachercache.targets import TAIL_POLICIES, Softened, TargetKind
 
 
 class Teacher(Protocol):
@@ -56,8 +56,8 @@ class CachedTeacher:
 
     def __init__(self, config: ObjectiveConfig, *, kind: TargetKind) -> None:
         self.kind = kind
-        self.tail: TailPolicy = kind.tail_policies[0] if config.tail == "auto" else config.tail
-        if config.divergence == "reverse-kl" and self.tail == "renormalise":
+        self.tail: str = kind.tail_policies[0] if config.tail == "auto" else config.tail
+        if config.divergence == "reverse-kl" and not TAIL_POLICIES[self.tail].keeps_mass:
             raise CacheError(
                 f"reverse-kl is infinite against targets of kind {kind.kind}, which give all other tokens no mass; "
                 "use divergence: forward-kl"

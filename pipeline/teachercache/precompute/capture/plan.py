@@ -282,15 +282,7 @@ def _check_row_bytes(targets: StoredTargets, *, length: int) -> None:
 
 
 def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> TargetKind:
-    settings = recipe.targets.logits.model_dump()
-    width = getattr(config.get_text_config(), "hidden_size", None)
-    if settings.get("rank") is not None and width is not None:  # a sketch as wide as the model leaves nothing out
-        settings["rank"] = min(settings["rank"], width)
-    if "width" in settings and settings["width"] is None:
-        if width is None:
-            raise RecipeError("the teacher's config.json has no hidden_size; set targets.logits.width")
-        settings["width"] = width
-    return target_kind(settings, vocabulary_size=vocabulary_size)
+    return target_kind(recipe.targets.logits.for_teacher(config), vocabulary_size=vocabulary_size)
 
 
 def _find_or_begin(

@@ -11,7 +11,8 @@ head_sketch.py      an exact head, the tail's mass at every temperature, and a s
 basis.py            what turns a sketch's coefficients back into logits: one file a cache
 tail.py             the tail's log-partition at any temperature from a few numbers
 temperature.py      softened distributions from a head and the tail's log-partition
-softened.py         `Softened`: a distribution at one temperature, however it is stored; tail policies
+softened.py         `Softened`: a distribution at one temperature, however it is stored
+tails/              tail policies: what a student is told of the tokens outside a head
 head_checks.py      what a head can be: every token once, logits that do not rise
 boundary_mass.py    how probable the teacher holds it that the next token begins a new pre-token
 """

@@ -21,21 +21,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from teachercache.errors import CacheDamaged, CacheError
+from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.targets.coding.columns import LOG_SHARE, Column
 from teachercache.targets.coding.pco import NAME as PCO
 from teachercache.targets.coding.transfer import to_host
 from teachercache.targets.logits.basis import SketchBasis
-from teachercache.targets.logits.kind import NOTHING
-from teachercache.targets.logits.softened import Softened, TailPolicy
+from teachercache.targets.logits.kind import NOTHING, KindSettings, hidden_size
+from teachercache.targets.logits.softened import Softened
 from teachercache.targets.logits.temperature import check_positive
 
 Array = NDArray[Any]
+
+
+class HiddenConfig(KindSettings):
+    """The final hidden state, quantised, and the teacher's output matrix once a cache."""
+
+    kind: Literal["hidden"] = Field("hidden", description="the final hidden state")
+    width: int | None = Field(None, ge=1, description="inputs of the teacher's output layer; default: its hidden_size")
+    step: float = Field(
+        1 / 32, gt=0, le=1000, description="quantisation step in units of a channel's spread; smaller = larger"
+    )
+    calibration_positions: int = Field(
+        4096, ge=64, description="positions that give means and spreads, drawn from the whole corpus by content hash"
+    )
+
+    def for_teacher(self, config: Any) -> dict[str, Any]:
+        """As `KindSettings.for_teacher`: the width, unless it is given."""
+        settings = super().for_teacher(config)
+        if self.width is None:
+            settings["width"] = hidden_size(config)
+        if settings["width"] is None:
+            raise RecipeError("the teacher's config.json has no hidden_size; set targets.logits.width")
+        return settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +67,8 @@ class FinalHidden:
 
     kind = "hidden"
     needs_calibration = True
-    tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("sketch",)
+    config = HiddenConfig
+    tail_policies: ClassVar[tuple[str, ...]] = ("sketch",)
 
     width: int
     step: float
@@ -121,7 +145,7 @@ class FinalHidden:
         codes_ND = np.rint(captured["coefficients"].astype(np.float64) / self.step).astype(np.int32)
         return {"hidden_codes": codes_ND, "actual_log_prob": captured["actual_log_prob"]}
 
-    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+    def objective_columns(self, tail: str) -> tuple[str, ...]:
         """Columns that `softened` reads; raises `CacheError` for any tail policy but `sketch`."""
         if tail not in self.tail_policies:
             raise CacheError(
@@ -143,7 +167,7 @@ class FinalHidden:
         return arrays
 
     def softened(
-        self, arrays: Mapping[str, Any], temperature: float, *, tail: TailPolicy = "sketch", xp: Any = np
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "sketch", xp: Any = np
     ) -> Softened:
         """The distribution at any T > 0, from what `decoded` gives (numpy's or torch's): an empty head, all mass outside."""
         self.objective_columns(tail)

@@ -10,22 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.coding.columns import LOG_SHARE, Column
 from teachercache.targets.coding.float16 import float32_of
 from teachercache.targets.coding.transfer import to_host
-from teachercache.targets.logits.kind import NOTHING
-from teachercache.targets.logits.softened import Softened, TailPolicy, UniformTail
+from teachercache.targets.logits.kind import NOTHING, KindSettings
+from teachercache.targets.logits.softened import Softened
+from teachercache.targets.logits.tails.policies import TAIL_POLICIES
+from teachercache.targets.logits.tails.policy import TailContext
 from teachercache.targets.logits.temperature import check_positive
 
 LARGEST = 4096  # tokens: 8 KiB a position
 
 Array = NDArray[Any]
+
+
+class FullConfig(KindSettings):
+    """Every log-probability, for vocabularies of at most 4096 tokens or classes."""
+
+    kind: Literal["full"] = Field("full", description="every log-probability")
+    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored log-probabilities")
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class Full:
 
     kind = "full"
     needs_calibration = False
-    tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("ghost", "uniform")
+    config = FullConfig
+    tail_policies: ClassVar[tuple[str, ...]] = ("ghost", "uniform")
 
     dtype: str
     vocabulary_size: int
@@ -96,7 +107,7 @@ class Full:
         """One row's captured arrays to its columns: the same here."""
         return dict(captured)
 
-    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+    def objective_columns(self, tail: str) -> tuple[str, ...]:
         """Columns that `softened` reads; raises `CacheError` for a tail policy without meaning here."""
         if tail not in self.tail_policies:
             raise CacheError(
@@ -111,9 +122,7 @@ class Full:
         """Columns as arrays ready for a batch, float32."""
         return {name: float32_of(values) for name, values in stored.items()}
 
-    def softened(
-        self, arrays: Mapping[str, Any], temperature: float, *, tail: TailPolicy = "ghost", xp: Any = np
-    ) -> Softened:
+    def softened(self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "ghost", xp: Any = np) -> Softened:
         """The distribution at any T > 0, from what `decoded` gives (numpy's or torch's): a head of all V tokens."""
         self.objective_columns(tail)
         scaled_NV = arrays["log_probs"] / temperature
@@ -121,4 +130,4 @@ class Full:
         place = {} if xp is np else {"device": scaled_NV.device}
         ids_NV = xp.broadcast_to(xp.arange(self.vocabulary_size, **place), scaled_NV.shape)
         softened = Softened(ids_NV, scaled_NV, nothing_N).renormalised()  # p^(1/T), scaled to mass one
-        return softened.with_tail(UniformTail(self.vocabulary_size, scaled_NV)) if tail == "uniform" else softened
+        return TAIL_POLICIES[tail].apply(softened, TailContext(self.vocabulary_size, temperature))

@@ -30,10 +30,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.targets.coding.columns import Column
@@ -42,9 +43,11 @@ from teachercache.targets.coding.pco import NAME as PCO
 from teachercache.targets.coding.transfer import to_host
 from teachercache.targets.logits.basis import SketchBasis
 from teachercache.targets.logits.head_checks import check_distinct
-from teachercache.targets.logits.kind import NOTHING
-from teachercache.targets.logits.softened import Softened, TailPolicy, UniformTail
+from teachercache.targets.logits.kind import NOTHING, KindSettings, hidden_size
+from teachercache.targets.logits.softened import Softened, Tail
 from teachercache.targets.logits.tail import NODES, decode_nodes, node_sums, quantise_nodes, tail_at
+from teachercache.targets.logits.tails.policies import TAIL_POLICIES
+from teachercache.targets.logits.tails.policy import HEAD, MASS, SKETCH, TailContext, with_added
 
 HEAD_STEP = 1 / 32  # of a logit
 LEAST_HEAD_LOGIT = -2000.0  # relative to the largest; what 16 bits of steps hold
@@ -57,13 +60,74 @@ CENTROID_SHIFT = 0.025  # how far below |code| the mean of what was rounded to i
 Array = NDArray[Any]
 
 
+SKETCH_PRESETS: dict[str, dict[str, Any]] = {
+    # 59 and 109 bytes a position of SmolLM2-135M (tests/bench/codec_fidelity.py)
+    "compact": {"k": 10, "rank": 320, "step": 0.16},
+    "fine": {"k": 20, "rank": 384, "step": 0.1},
+}
+
+
+class HeadSketchConfig(KindSettings):
+    """The largest logits exactly, the tail's mass at every temperature, and a low-rank sketch of the tail's shape."""
+
+    kind: Literal["head+sketch"] = Field(
+        "head+sketch", description="an exact head and a sketch of the tail: the default"
+    )
+    preset: Literal["compact", "fine"] = Field("compact", description="sets k, rank and step where they are not given")
+    k: int = Field(0, ge=1, validate_default=False, description="largest logits kept exactly")
+    rank: int | None = Field(
+        0, ge=1, validate_default=False, description="directions of the sketch; a narrower model takes its width"
+    )
+    step: float | None = Field(
+        0.0, gt=0, le=1000, validate_default=False, description="quantisation step in logits; smaller = larger"
+    )
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="instead of the preset's rank and step: the pair of fewest bytes whose KL(teacher ‖ stored), in nats, is "
+        "at most this at T = 1 and 2; a rank or step that is given beside it stays",
+    )
+    calibration_positions: int = Field(
+        16384, ge=64, description="positions that the sketch is fitted to, drawn from the whole corpus by content hash"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = SKETCH_PRESETS.get(values.get("preset", "compact"), {})
+        if values.get("target_kl") is not None:
+            preset = {**preset, "rank": None, "step": None}
+        return {**preset, **values}
+
+    @model_validator(mode="after")
+    def _rank_and_step(self) -> HeadSketchConfig:
+        if self.target_kl is None and (self.rank is None or self.step is None):
+            raise ValueError("rank and step need values, or a target_kl by which calibration chooses them")
+        return self
+
+    def for_teacher(self, config: Any) -> dict[str, Any]:
+        """As `KindSettings.for_teacher`: a sketch as wide as the model leaves nothing out."""
+        settings, width = super().for_teacher(config), hidden_size(config)
+        if settings["rank"] is not None and width is not None:
+            settings["rank"] = min(settings["rank"], width)
+        return settings
+
+    @classmethod
+    def left_open(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """As `KindSettings.left_open`: a target chooses both."""
+        return ("rank", "step") if settings.get("target_kl") is not None else ()
+
+
 @dataclass(frozen=True, eq=False)
 class HeadSketch:
     """Settings of the kind, and the basis once there is one."""
 
     kind = "head+sketch"
     needs_calibration = True
-    tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("sketch", "ghost", "uniform", "renormalise")
+    config = HeadSketchConfig
+    own_tails: ClassVar[tuple[str, ...]] = ("sketch", "ghost", "uniform", "renormalise")
 
     k: int
     rank: int
@@ -203,15 +267,20 @@ class HeadSketch:
 
     # ------------------------------------------------------------------ reading
 
+    @property
+    def tail_policies(self) -> tuple[str, ...]:
+        """Names of what `softened` accepts."""
+        return with_added(self.own_tails, TAIL_POLICIES.added, known=frozenset((HEAD, MASS, SKETCH)))
+
     @staticmethod
     def check_temperature(temperature: float) -> None:
         """Raise `CacheError` for T < 1."""
         tail_at(np.zeros((0, len(NODES))), temperature, tail_tokens=1)
 
-    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+    def objective_columns(self, tail: str) -> tuple[str, ...]:
         """Columns that a loss with this tail policy reads."""
         head = ("head_ranks", "head_gaps", "tail_nodes")
-        return (*head, "sketch_codes", "sketch_means") if tail == "sketch" else head
+        return (*head, "sketch_codes", "sketch_means") if SKETCH in TAIL_POLICIES[tail].needs else head
 
     def check_stored(self, stored: Mapping[str, Array]) -> None:
         """Raise `CacheDamaged` for a head that names a token twice; what is stored of its logits cannot rise."""
@@ -239,7 +308,7 @@ class HeadSketch:
         return arrays
 
     def softened(
-        self, arrays: Mapping[str, Any], temperature: float, *, tail: TailPolicy = "sketch", xp: Any = np
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "sketch", xp: Any = np
     ) -> Softened:
         """The distribution at any T >= 1, from what `decoded` gives (numpy's or torch's, any device).
 
@@ -250,13 +319,11 @@ class HeadSketch:
         scaled_Nk = arrays["head_logits"] / temperature
         log_z_N = xp.logaddexp(xp.log(xp.exp(scaled_Nk).sum(-1)), tail_N)
         softened = Softened(arrays["head_ids"], scaled_Nk - log_z_N[:, None], tail_N - log_z_N)
-        if tail == "renormalise":
-            return softened.renormalised()
-        if tail == "uniform":
-            return softened.with_tail(UniformTail(self.vocabulary_size, scaled_Nk))
-        if tail == "sketch":
-            return softened.with_tail(self._basis().tail(arrays["coefficients"], temperature))
-        return softened
+
+        def sketch() -> Tail:
+            return self._basis().tail(arrays["coefficients"], temperature)
+
+        return TAIL_POLICIES[tail].apply(softened, TailContext(self.vocabulary_size, temperature, sketch))
 
     def _basis(self) -> SketchBasis:
         if self.basis is None:

@@ -12,9 +12,12 @@ from typing import Any, Protocol, TypeGuard
 
 from numpy.typing import NDArray
 
+from teachercache.section import Section
 from teachercache.targets.coding.columns import Column
 from teachercache.targets.logits.basis import SketchBasis
-from teachercache.targets.logits.softened import Softened, TailPolicy
+from teachercache.targets.logits.softened import Softened
+from teachercache.targets.logits.tails.policies import TAIL_POLICIES
+from teachercache.targets.logits.tails.policy import SKETCH
 
 Arrays = Mapping[str, Any]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -23,20 +26,45 @@ ACTUAL = (
 )
 
 
+class KindSettings(Section):
+    """Base of a kind's settings as a recipe's `targets.logits` holds them. A subclass has a key `kind`, a `Literal` of the
+    kind's name."""
+
+    def for_teacher(self, config: Any) -> dict[str, Any]:
+        """What `TargetKind.from_settings` takes, once the teacher's config (transformers') is known. Raises `RecipeError`
+        where that does not say what the kind needs."""
+        return self.model_dump()
+
+    @classmethod
+    def left_open(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Settings that may have no value in a manifest, because calibration chose them."""
+        return ()
+
+
+def hidden_size(config: Any) -> int | None:
+    """How wide the teacher's hidden states are, where its config (transformers') says so."""
+    size: int | None = getattr(config.get_text_config(), "hidden_size", None)
+    return size
+
+
 class TargetKind(Protocol):
-    """Settings of a kind and what follows from them; immutable."""
+    """Settings of a kind and what follows from them; immutable, picklable."""
 
     @property
     def kind(self) -> str:
         """Its name in recipes and manifests."""
 
     @property
+    def config(self) -> type[KindSettings]:
+        """The class of its settings in a recipe."""
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether it is a `CalibratedKind`: a basis must be made from a sample of the corpus before anything is captured."""
 
     @property
-    def tail_policies(self) -> tuple[TailPolicy, ...]:
-        """What `softened` accepts; the first is the default."""
+    def tail_policies(self) -> tuple[str, ...]:
+        """Names of what `softened` accepts; the first is the default."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -81,7 +109,7 @@ class TargetKind(Protocol):
     def finish(self, captured: Arrays) -> dict[str, NDArray[Any]]:
         """One row's captured arrays, in order of positions, to its columns."""
 
-    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+    def objective_columns(self, tail: str) -> tuple[str, ...]:
         """Columns that `softened` needs; raises `CacheError` for a tail policy that the kind does not have."""
 
     def check_stored(self, stored: Arrays) -> None:
@@ -91,7 +119,7 @@ class TargetKind(Protocol):
     def decoded(self, stored: Arrays) -> dict[str, NDArray[Any]]:
         """One row's columns, those that are there, as arrays [N, …] ready for a batch: ids int32, other numbers float32."""
 
-    def softened(self, arrays: Arrays, temperature: float, *, tail: TailPolicy = ..., xp: Any = ...) -> Softened:
+    def softened(self, arrays: Arrays, temperature: float, *, tail: str = ..., xp: Any = ...) -> Softened:
         """The distribution at a temperature, from what `decoded` gives (numpy's or torch's)."""
 
 
@@ -115,9 +143,10 @@ def calibrates(kind: TargetKind | None) -> TypeGuard[CalibratedKind]:
     return kind is not None and kind.needs_calibration
 
 
-def first_choice_tail(kind: TargetKind) -> TailPolicy:
+def first_choice_tail(kind: TargetKind) -> str:
     """The tail policy to read first choices by: they are in the head, where there is one, so the tail's shape is not needed."""
-    return "ghost" if "ghost" in kind.tail_policies else kind.tail_policies[0]
+    policies = kind.tail_policies
+    return next((name for name in policies if SKETCH not in TAIL_POLICIES[name].needs), policies[0])
 
 
 def first_choices(kind: TargetKind, arrays: Arrays, *, xp: Any) -> Any:

@@ -28,10 +28,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.coding.columns import LOG_SHARE, Column
@@ -39,11 +40,21 @@ from teachercache.targets.coding.counter_rng import uniforms
 from teachercache.targets.coding.pco import NAME as PCO
 from teachercache.targets.coding.ragged import check_sizes, places, spread
 from teachercache.targets.coding.transfer import to_host
-from teachercache.targets.logits.kind import NOTHING
-from teachercache.targets.logits.softened import Softened, TailPolicy
+from teachercache.targets.logits.kind import NOTHING, KindSettings
+from teachercache.targets.logits.softened import Softened
 from teachercache.targets.logits.temperature import check_positive
 
 Array = NDArray[Any]
+
+
+class RandomSamplingConfig(KindSettings):
+    """Tokens drawn from the teacher with replacement, and how often each came up."""
+
+    kind: Literal["random-sampling"] = Field("random-sampling", description="tokens drawn from the teacher")
+    draws: int = Field(
+        50, ge=1, le=2**16 - 1, description="draws at each position; about 12 to 16 different tokens of 50"
+    )
+    draw_temperature: float = Field(1.0, gt=0, description="where the sample is unbiased: train at this temperature")
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,8 @@ class RandomSampling:
 
     kind = "random-sampling"
     needs_calibration = False
-    tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("renormalise",)
+    config = RandomSamplingConfig
+    tail_policies: ClassVar[tuple[str, ...]] = ("renormalise",)
 
     draws: int
     draw_temperature: float
@@ -133,7 +145,7 @@ class RandomSampling:
             "actual_log_prob": captured["actual_log_prob"],
         }
 
-    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+    def objective_columns(self, tail: str) -> tuple[str, ...]:
         """Columns that `softened` reads; raises `CacheError` for any tail policy but `renormalise`."""
         if tail not in self.tail_policies:
             raise CacheError(
@@ -173,7 +185,7 @@ class RandomSampling:
         return arrays
 
     def softened(
-        self, arrays: Mapping[str, Any], temperature: float, *, tail: TailPolicy = "renormalise", xp: Any = np
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "renormalise", xp: Any = np
     ) -> Softened:
         """The estimate at any T > 0, from what `decoded` gives (numpy's or torch's): unbiased at `draw_temperature` alone."""
         self.objective_columns(tail)

@@ -1,12 +1,7 @@
 """`Softened`: a teacher's next-token distribution at one temperature, however a cache stores it.
 
 Every target kind is read through it: `kind.softened(columns, T)`. A head of single tokens carries its own
-log-probabilities; all other tokens share the tail's mass, and the *tail policy* says how:
-
-    ghost         the tail is one outcome: a student is asked for its mass, not for its shape
-    uniform       every token outside the head gets the same share
-    renormalise   the tail is dropped and the head scaled to mass one (the field's usual top-k loss)
-    sketch        a low-rank sketch of the logits outside the head gives every token its own share
+log-probabilities; all other tokens share the tail's mass, and the *tail policy* (tails/) says how.
 
 Shapes: N positions, k tokens of the head, V tokens of the vocabulary, r sketch directions, C positions of a block.
 Arrays are numpy's or torch's; log-probabilities in nats.
@@ -17,11 +12,9 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-
-TailPolicy = Literal["ghost", "uniform", "renormalise", "sketch"]
 
 
 class Tail(Protocol):

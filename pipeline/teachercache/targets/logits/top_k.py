@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from teachercache.errors import CacheError, RecipeError
 from teachercache.targets.coding.columns import LOG_SHARE, Column
@@ -24,9 +25,35 @@ from teachercache.targets.coding.float16 import float32_of
 from teachercache.targets.coding.grouped_topk import largest
 from teachercache.targets.coding.transfer import to_host
 from teachercache.targets.logits.head_checks import check_distinct, check_falling
-from teachercache.targets.logits.kind import NOTHING
-from teachercache.targets.logits.softened import Softened, TailPolicy, UniformTail
+from teachercache.targets.logits.kind import NOTHING, KindSettings
+from teachercache.targets.logits.softened import Softened
+from teachercache.targets.logits.tails.policies import TAIL_POLICIES
+from teachercache.targets.logits.tails.policy import HEAD, MASS, TailContext, with_added
 from teachercache.targets.logits.temperature import grid_index, softened
+
+
+class GridConfig(KindSettings):
+    """Base of kinds that hold the tail log-partition on a temperature grid."""
+
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 2.0, 4.0, 8.0), description="where the mass outside the head is stored; students train at these"
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored logits and masses")
+
+    @model_validator(mode="after")
+    def _ordered_grid(self) -> GridConfig:
+        if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
+            raise ValueError("temperatures must rise, each once, and hold at least one: [1, 2, 4, 8]")
+        if 1.0 not in self.temperatures:
+            raise ValueError("temperatures must hold 1: the log-probability of the actual token is taken there")
+        return self
+
+
+class TopKConfig(GridConfig):
+    """Top-k logits with the exact tail log-partition on a temperature grid."""
+
+    kind: Literal["top-k"] = Field("top-k", description="the k largest logits")
+    k: int = Field(64, ge=1, description="largest logits kept exactly")
 
 
 @dataclass(frozen=True)
@@ -35,7 +62,8 @@ class TopK:
 
     kind = "top-k"
     needs_calibration = False
-    tail_policies: ClassVar[tuple[TailPolicy, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
+    config: ClassVar[type[GridConfig]] = TopKConfig
+    own_tails: ClassVar[tuple[str, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
 
     k: int
     temperatures: tuple[float, ...]
@@ -68,6 +96,11 @@ class TopK:
             Column("tail_log_partition", real, (len(self.temperatures),), within=tail),
             Column("actual_log_prob", real, within=LOG_SHARE),
         )
+
+    @property
+    def tail_policies(self) -> tuple[str, ...]:
+        """Names of what `softened` accepts."""
+        return with_added(self.own_tails, TAIL_POLICIES.added, known=frozenset((HEAD, MASS)))
 
     def check_temperature(self, temperature: float) -> None:
         """Raise `CacheError` when the cache does not hold this temperature."""
@@ -114,7 +147,7 @@ class TopK:
         """One row's captured arrays to its columns: the same here."""
         return dict(captured)
 
-    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+    def objective_columns(self, tail: str) -> tuple[str, ...]:
         """Columns that `softened` reads; raises `CacheError` for a tail policy that they do not allow."""
         if tail not in self.tail_policies:
             raise CacheError(
@@ -137,9 +170,7 @@ class TopK:
             for name, values in stored.items()
         }
 
-    def softened(
-        self, arrays: Mapping[str, Any], temperature: float, *, tail: TailPolicy = "ghost", xp: Any = np
-    ) -> Softened:
+    def softened(self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "ghost", xp: Any = np) -> Softened:
         """The distribution at a temperature of the grid, from what `decoded` gives (numpy's or torch's).
 
         Raises `CacheError`, naming the grid, for any other temperature.
@@ -149,9 +180,7 @@ class TopK:
             arrays["head_logits"], arrays["tail_log_partition"], self.temperatures, temperature, xp
         )
         distribution = Softened(arrays["head_ids"], head_Nk, tail_N)
-        if tail == "renormalise":
-            return distribution.renormalised()
-        return distribution.with_tail(UniformTail(self.vocabulary_size, head_Nk)) if tail == "uniform" else distribution
+        return TAIL_POLICIES[tail].apply(distribution, TailContext(self.vocabulary_size, temperature))
 
 
 def top_k_fields(settings: Mapping[str, Any], vocabulary_size: int) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from teachercache.targets.coding.columns import Column
 from teachercache.targets.coding.grouped_topk import largest
@@ -30,8 +31,15 @@ from teachercache.targets.coding.ragged import check_sizes, places, spread, spre
 from teachercache.targets.coding.transfer import to_host
 from teachercache.targets.logits.head_checks import check_ragged
 from teachercache.targets.logits.kind import NOTHING
-from teachercache.targets.logits.softened import TailPolicy
-from teachercache.targets.logits.top_k import TopK, tail_log_partition, top_k_fields
+from teachercache.targets.logits.top_k import GridConfig, TopK, tail_log_partition, top_k_fields
+
+
+class TopPConfig(GridConfig):
+    """As many of the largest logits as hold a share p of the mass, and the exact tail log-partition outside them."""
+
+    kind: Literal["top-p"] = Field("top-p", description="as many of the largest logits as hold a share p")
+    p: float = Field(0.95, gt=0, le=1, description="mass of a head at T = 1")
+    k: int = Field(64, ge=1, description="most tokens of a head, whatever its mass")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class TopP(TopK):
     """Settings of the kind; `k` bounds a head, and is what a batch is padded to."""
 
     kind = "top-p"
+    config: ClassVar[type[GridConfig]] = TopPConfig
 
     p: float
 
@@ -105,7 +114,7 @@ class TopP(TopK):
         flat = {name: captured[name][held_Nk] for name in ("head_ids", "head_logits")}
         return {**captured, **flat}
 
-    def objective_columns(self, tail: TailPolicy) -> tuple[str, ...]:
+    def objective_columns(self, tail: str) -> tuple[str, ...]:
         """Columns that `softened` reads; raises `CacheError` for a tail policy that they do not allow."""
         return "head_sizes", *super().objective_columns(tail)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.config import PhaseConfig, Recipe, parse_recipe
-from teachercache.config.section import folder_name
+from teachercache.config.location import folder_name
 from teachercache.errors import RecipeError
 from teachercache.files import locked, write_whole
 from teachercache.stream.order.shuffle_windows import ORDER

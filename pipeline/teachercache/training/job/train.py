@@ -15,8 +15,8 @@ from rich.console import Console
 
 from teachercache.cache import Cache
 from teachercache.config import Recipe, StudentConfig, TrainConfig
+from teachercache.config.location import folder_name
 from teachercache.config.phases import steps_of
-from teachercache.config.section import folder_name
 from teachercache.console import PlainTextConsole
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.models.memory import first_line, is_out_of_memory

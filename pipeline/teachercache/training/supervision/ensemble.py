@@ -15,7 +15,7 @@ import torch
 from teachercache.cache import Cache
 from teachercache.cache.reader import Split
 from teachercache.config import ObjectiveConfig, Recipe, TeachersConfig
-from teachercache.config.section import folder_name
+from teachercache.config.location import folder_name
 from teachercache.errors import RecipeError
 from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
 from teachercache.objective.ensemble import EnsembleMember, FusedTeacher, TeacherWeights

@@ -1,4 +1,4 @@
-"""Base of every section of a recipe."""
+"""Where a cache is: a folder or a URL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -19,12 +19,6 @@ def is_url(location: str | Path) -> bool:
 def folder_name(location: str | Path) -> str:
     """The last part of a cache's location: what recipes call it."""
     return Path(str(location)).name
-
-
-class Section(BaseModel):
-    """Base of every recipe section: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _folder_or_url(location: Any) -> Any:

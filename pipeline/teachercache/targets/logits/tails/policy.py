@@ -1,0 +1,56 @@
+"""The contract of a tail policy, and what a kind of targets tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from teachercache.targets.logits.softened import Softened, Tail
+
+# What a kind may know of a distribution, and a policy may need.
+HEAD = "head"  # the log-probabilities of some tokens
+MASS = "mass"  # the mass of all other tokens together
+SKETCH = "sketch"  # a shape of the tail that the cache stores
+
+
+@dataclass(frozen=True, eq=False)
+class TailContext:
+    """What a policy may ask about beside the distribution itself."""
+
+    vocabulary_size: int
+    temperature: float
+    sketch: Callable[[], Tail] | None = None  # the stored shape of the tail at this temperature
+
+
+class TailPolicy(Protocol):
+    """How the mass outside the head is spread over its tokens; immutable, picklable."""
+
+    @property
+    def name(self) -> str:
+        """What `objective.tail` calls it."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a kind must know for it, of `HEAD`, `MASS` and `SKETCH`."""
+
+    @property
+    def tells_tokens_apart(self) -> bool:
+        """Whether it says what each token outside the head gets, be it nothing."""
+
+    @property
+    def keeps_mass(self) -> bool:
+        """Whether what the head leaves over stays in the tail."""
+
+    def apply(self, softened: Softened, context: TailContext) -> Softened:
+        """The distribution with its tail spread; it comes with the mass outside the head and no shape (`tail` is None)."""
+
+
+def is_dense(policy: TailPolicy) -> bool:
+    """Whether every token gets a share of the mass that there is."""
+    return policy.tells_tokens_apart and policy.keeps_mass
+
+
+def with_added(own: Sequence[str], added: Sequence[TailPolicy], *, known: frozenset[str]) -> tuple[str, ...]:
+    """Names of a kind's own policies, then those from outside for which it knows enough."""
+    return (*own, *(policy.name for policy in added if policy.needs <= known))

@@ -2,8 +2,9 @@
 
     python tests/cache/golden_caches.py tests/cache/golden/v2
 
-makes those of the version that this tree writes. Folders of earlier versions stay as they are: no code that wrote them is
-left. `expected.json` beside the caches holds what `reading` gave, `teacher/` and `corpus.jsonl` what they were made from.
+makes those of the version that this tree writes; with `--chat` only that of conversations, beside what is there. Folders of
+earlier versions stay as they are: no code that wrote them is left. `expected.json` beside the caches holds what `reading`
+gave, `teacher/`, `corpus.jsonl` and `chats.jsonl` what they were made from.
 """
 
 from __future__ import annotations
@@ -41,7 +42,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sequence": {"layout": "packed"},
     },
 }
-ALIGNED = "layers"  # the cache with an alignment
+ALIGNED = "layers"  # a cache with an alignment
+CHAT = "chat"  # conversations, aligned as well; format 1 has none
+CHAT_TEMPLATES = {
+    "teacher": "{{ eos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] | trim + eos_token }}"
+    "{% endfor %}",
+    "student": "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '</s>' }}"
+    "{% else %}{{ '[' + m['role'] + '] ' + m['content'] + ' ' }}{% endif %}{% endfor %}",
+}
+CHATS = [
+    [{"role": "user", "content": f" the cat {number} "}, {"role": "assistant", "content": "sat on a mat, café \U0001f642"},
+     {"role": "user", "content": "and then"}, {"role": "assistant", "content": "seven quick foxes ran"}]
+    for number in range(6)
+]  # fmt: skip
 
 
 def recipe(name: str, cache: Path, *, inputs: Path, **logits: Any) -> Recipe:
@@ -71,6 +84,31 @@ def make(folder: Path) -> None:
         aligned(folder / ALIGNED, other_student(Path(student) / "student"))
     build_cache(recipe("top-k", folder / "half-done", inputs=folder), units=1)
     expected = {name: reading(Cache.open(folder / name)) for name in RECIPES}
+    _write_expected(folder, expected)
+    make_chat(folder)
+
+
+def make_chat(folder: Path) -> None:
+    """The cache of conversations, aligned with a student that has another template."""
+    from builders import aligned, build_cache, other_student, other_tokenizer, tiny_recipe, tiny_teacher
+
+    shutil.rmtree(folder / CHAT, ignore_errors=True)
+    corpus = folder / "chats.jsonl"
+    corpus.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in CHATS))
+    read = {"source": str(corpus), "text_field": "text", "messages_field": "messages", "held_out": 0.25}
+    with tempfile.TemporaryDirectory() as name:
+        beside = Path(name)
+        teacher = tiny_teacher(beside / "teacher", chat_template=CHAT_TEMPLATES["teacher"], hidden=16)
+        student = other_tokenizer(chat_template=CHAT_TEMPLATES["student"])
+        sections = {"cache": str(folder / CHAT), "sequence": {"length": 96}, "corpus": read}
+        logits = {"logits": {"kind": "top-k", "k": 4}}
+        build_cache(tiny_recipe(beside, teacher=teacher, texts=[], targets=logits, **sections))
+        aligned(folder / CHAT, other_student(beside / "student", tokenizer=student))
+    expected = json.loads((folder / EXPECTED).read_text())
+    _write_expected(folder, {**expected, CHAT: reading(Cache.open(folder / CHAT))})
+
+
+def _write_expected(folder: Path, expected: dict[str, Any]) -> None:
     (folder / EXPECTED).write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n")
 
 
@@ -126,4 +164,4 @@ def _alignment(cache: Cache, alignment: CacheAlignment) -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    make(Path(sys.argv[1]))
+    (make_chat if "--chat" in sys.argv else make)(Path(sys.argv[1]))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cache import independent_reader
-from cache.golden_caches import GOLDEN, RECIPES
+from cache.golden_caches import CHAT, GOLDEN, RECIPES
 from cache.independent_reader import IndependentCache, ascii_only, canonical, corpus_digest, quoted, weights_sha256
 from teachercache.cache import SPLITS, Cache, StoredRow
 from teachercache.tokens.fingerprint import template_fingerprint
@@ -25,7 +25,7 @@ def own_rows(cache: Cache) -> dict[str, StoredRow]:
     return {stored.row.row_id: stored for stored in rows}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, CHAT])
 def test_both_readers_read_the_same(name: str) -> None:
     independent, own = IndependentCache(V2 / name), own_rows(Cache.open(V2 / name))
     independent.checked()

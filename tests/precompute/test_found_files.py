@@ -177,6 +177,17 @@ def test_a_resumed_alignment_refuses_records_of_another_shape(
         aligning(folder).pending()
 
 
+def test_an_alignment_that_an_earlier_version_left_half_done_is_begun_anew(half_aligned: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(half_aligned, tmp_path / "copy"))
+    [work] = (folder / "cache" / "alignments").glob("*/.work")
+
+    def earlier(data: dict[str, Any]) -> None:
+        del data["files"], data["identity"]["records"]
+
+    edit_json(work / "plan.json", earlier)
+    assert 0 in aligning(folder).pending()
+
+
 @pytest.mark.parametrize("name", ["vocabulary.safetensors", "tokenizer/tokenizer.json", "boundary-*"])
 def test_a_resumed_alignment_checks_what_all_shards_share(half_aligned: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(half_aligned, tmp_path / "copy"))

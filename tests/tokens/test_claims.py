@@ -16,7 +16,7 @@ from teachercache.cache import Cache
 from teachercache.errors import CacheDamaged, ModelError
 from teachercache.models.loading import load_tokenizer
 from teachercache.stream.tokenizers import teacher_tokenizer
-from teachercache.tokens.claims import MOST_VALUES
+from teachercache.tokens.claims import MOST_CONFIG_VALUES, MOST_VALUES, check_tokenizer_files
 from teachercache.tokens.fingerprint import saved_fingerprint, tokenizer_fingerprint
 from teachercache.tokens.rules import check_rules
 
@@ -85,6 +85,16 @@ def test_a_cache_without_a_description_of_its_tokenizer_is_refused(cache: Path) 
     sign(cache, lambda data: data.update(files=[f for f in data["files"] if "tokenizer.json" not in f["file"]]))
     with pytest.raises(CacheDamaged, match=r"there is no tokenizer\.json"):
         teacher_tokenizer(Cache.open(cache))
+
+
+def test_values_of_a_file_are_counted_before_it_is_read(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "teacher", tmp_path / "teacher"))
+    count = MOST_CONFIG_VALUES + 1
+    (folder / "added_tokens.json").write_text(json.dumps(dict.fromkeys(map(str, range(count)), 2**31)))
+    with pytest.raises(
+        ValueError, match=rf"^added_tokens\.json lists {count + 1} values, at most {MOST_CONFIG_VALUES} are"
+    ):
+        check_tokenizer_files(folder, vocabulary_size=300)  # else: that it names an id which is none
 
 
 def test_large_tokenizer_files_are_refused(cache: Path) -> None:

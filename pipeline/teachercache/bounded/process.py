@@ -72,8 +72,10 @@ class BoundedProcess:
         command = [sys.executable, "-X", "utf8", "-P", "-c", _CHILD, json.dumps(sys.path), self._task]
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=kept
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=kept
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)  # this end alone
         self._finalizer = weakref.finalize(self, _end_own, self._process, os.getpid())
         return self._process
 
@@ -82,14 +84,24 @@ def _exchanged(process: subprocess.Popen[bytes], data: bytes, *, seconds: float,
     assert process.stdin is not None and process.stdout is not None
     until = time.monotonic() + WAITS * seconds
     try:
-        process.stdin.write(HEAD.pack(len(data)) + data)
-        process.stdin.flush()
+        _write(process.stdin, HEAD.pack(len(data)) + data, until)
         (size,) = HEAD.unpack(_read(process.stdout, HEAD.size, until))
         if size > most:
             raise Exhausted("text")
         return _read(process.stdout, size, until)
     except (BrokenPipeError, EOFError):
-        raise Exhausted(_why_ended(process)) from None
+        raise Exhausted(_why_ended(process, until)) from None
+
+
+def _write(stream: IO[bytes], data: bytes, until: float) -> None:
+    """Writes to a pipe that may be full: a child that reads nothing, stopped or endlessly busy, holds nobody up for longer."""
+    left, poll = memoryview(data), select.poll()
+    poll.register(stream, select.POLLOUT)
+    while left:
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            raise Exhausted("time")
+        with contextlib.suppress(BlockingIOError):
+            left = left[os.write(stream.fileno(), left) :]
 
 
 def _read(stream: IO[bytes], size: int, until: float) -> bytes:
@@ -107,8 +119,11 @@ def _read(stream: IO[bytes], size: int, until: float) -> bytes:
     return b"".join(pieces)
 
 
-def _why_ended(process: subprocess.Popen[bytes]) -> str:
-    status = process.wait()
+def _why_ended(process: subprocess.Popen[bytes], until: float) -> str:
+    try:
+        status = process.wait(max(1.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return "time"
     if status < 0 and signal.Signals(-status) in _WHY:
         return _WHY[signal.Signals(-status)]
     how = signal.Signals(-status).name if status < 0 else f"status {status}"

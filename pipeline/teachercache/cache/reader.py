@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -172,13 +173,17 @@ class Cache(ShardSet):
 
     def folders_of(self, columns: Sequence[str] | None) -> list[str]:
         """The groups whose files hold these columns (None: all that this version knows) and those of every row."""
-        groups = groups_of_cache(self.manifest, self.manifest.stored_targets())
-        names = {group.folder: {column.name for column in group.columns} for group in groups}
         return [
             folder
-            for folder, held in names.items()
+            for folder, held in self._columns_of_folders.items()
             if folder == ROWS_GROUP or columns is None or not held.isdisjoint(columns)
         ]
+
+    @cached_property
+    def _columns_of_folders(self) -> dict[str, frozenset[str]]:
+        # Of kinds without their files, which are not fetched for it; prefetching asks at every turn of an epoch.
+        groups = groups_of_cache(self.manifest, self.manifest.stored_targets())
+        return {group.folder: frozenset(column.name for column in group.columns) for group in groups}
 
     @property
     def columns(self) -> tuple[str, ...]:

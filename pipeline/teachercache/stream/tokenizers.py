@@ -9,20 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from teachercache.bounded.tokenizers import try_tokenizer
 from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.errors import CacheDamaged, ModelError
-from teachercache.models.loading import is_panic, load_tokenizer
+from teachercache.models.loading import load_tokenizer
 from teachercache.tokens.claims import DESCRIPTION, check_tokenizer_files
 from teachercache.tokens.fingerprint import read_fingerprint, saved_fingerprint, tokenizer_fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-TRIED = "A text, 1 of 2:\n\té"
 
 
 def teacher_tokenizer(cache: Cache) -> Any:
@@ -33,19 +28,6 @@ def teacher_tokenizer(cache: Cache) -> Any:
 def student_tokenizer(alignment: CacheAlignment) -> Any:
     """The student's, of an alignment; raises as `teacher_tokenizer` does."""
     return _loaded(alignment.tokenizer_folder(), alignment.manifest.tokenizer, name=f"{alignment.manifest.folder}: the")
-
-
-def _try(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` for a tokenizer that gives up on plain text; what Rust raises then is no `Exception`."""
-    try:
-        tokenizer(TRIED, add_special_tokens=True)
-        tokenizer.decode([0])
-    except Exception as error:
-        raise ValueError(f"they read no text ({error})") from None
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        raise ValueError(f"they read no text ({error})") from None
 
 
 def _loaded(folder: AbstractContextManager[Path], described: Mapping[str, Any], *, name: str) -> Any:
@@ -60,7 +42,6 @@ def _loaded(folder: AbstractContextManager[Path], described: Mapping[str, Any], 
                 if fingerprint != read_fingerprint(path):
                     raise ValueError("their configuration makes another tokenizer than their description")
                 fingerprint = saved_fingerprint(path)
-        _try(tokenizer)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CacheDamaged(f"{name} tokenizer files cannot be trusted: {reason}; fetch the cache again") from None

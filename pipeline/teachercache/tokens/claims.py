@@ -26,6 +26,7 @@ def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
     are none. Their size is bounded by whoever put them there."""
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(f"there is no {DESCRIPTION}")
+    _check_counts(folder)  # before any of them takes memory
     description = _json(folder / DESCRIPTION)
     _check(DESCRIPTION, _described_ids(description), vocabulary_size)
     check_rules(description, vocabulary_size=vocabulary_size)
@@ -34,11 +35,14 @@ def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
             content = _json(folder / name)
             ids = content.values() if key is None else map(_number, content.get(key, {}))
             _check(name, iter(ids), vocabulary_size)
+    if (folder / CONFIG).is_file():
+        _check_paths(_json(folder / CONFIG))
+
+
+def _check_counts(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):  # transformers copies what stands in them several times
         if path.name not in _LISTS and (count := values_of(path.read_bytes())) > MOST_CONFIG_VALUES:
             raise ValueError(f"{path.name} lists {count} values, at most {MOST_CONFIG_VALUES} are possible")
-    if (folder / CONFIG).is_file():
-        _check_paths(_json(folder / CONFIG))
 
 
 def _check_paths(config: dict[str, Any]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from cache.forgery import Data, sign
 from cache.golden_caches import ALIGNED, GOLDEN
 from teachercache.cache import SPLITS, Cache, verify
+from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.row_keys import row_keys
+from teachercache.cache.shards.shard import Shard
 from teachercache.errors import CacheDamaged
 
 OTHER = "it holds other rows than row_ids in the index says"
@@ -55,10 +59,34 @@ def test_files_of_other_groups_hold_the_same_rows(copied: Path) -> None:
     assert all(problem.file.startswith("targets/hidden/") for problem in problems)
 
 
+class Watched(Cache):
+    """Notes which shards are opened, and which of them are held against their digest."""
+
+    opened_files: list[str]
+    checked_files: list[str]
+
+    def opened(self, info: ShardInfo, mapped: Callable[[FileInfo], pa.MemoryMappedFile]) -> Shard:
+        shard = super().opened(info, mapped)
+        check = shard.check_row_ids
+
+        def noted() -> None:
+            self.checked_files.append(info.file)
+            check()
+
+        shard.check_row_ids = noted  # type: ignore[method-assign]
+        self.opened_files.append(info.file)
+        return shard
+
+
 def test_each_shard_is_held_against_it_once() -> None:
-    cache = Cache.open(GOLDEN / "v2" / ALIGNED)
-    for split in SPLITS:
-        for index in range(cache.rows_of(split)):
-            cache.read_row(split, index)
-    assert cache._same_rows == set(range(len(cache.infos)))
+    cache = Watched.open(GOLDEN / "v2" / ALIGNED)
+    assert isinstance(cache, Watched)
+    cache.opened_files, cache.checked_files = [], []
+    for _ in range(2):
+        for split in SPLITS:
+            for index in range(cache.rows_of(split)):
+                cache.read_row(split, index)
+        cache._shards.clear()  # as where a cache has more shards than stay open
+    names = sorted(info.file for info in cache.infos)
+    assert sorted(cache.checked_files) == names and sorted(cache.opened_files) == sorted(2 * names)
     assert sum(map(len, row_keys(cache).values())) == cache.manifest.rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,15 @@ from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer, portable_name, save_tokenizer
 from teachercache.precompute.align.turns import with_turn_ends
-from teachercache.precompute.engine.records import File, Shard, check_unchanged, described, pending_units, read_shaped
+from teachercache.precompute.engine.records import (
+    File,
+    Shard,
+    check_unchanged,
+    described,
+    pending_units,
+    read_json,
+    read_shaped,
+)
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.boundary_mass import BoundaryMass
 from teachercache.tokens.carried_prefix import readers_prefix, with_prefix
@@ -48,6 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VOCABULARY = "vocabulary.safetensors"
+RECORDS = 2  # version of what plan.json and records hold; those of 1 did not say it
 FIRST_ROWS = 256  # of which one must say where its messages stand
 
 
@@ -203,11 +213,12 @@ def _has_contents(cache: Cache) -> bool:
 
 def _prepared(plan: AlignPlan, cache: Cache, tokenizer: PreTrainedTokenizerBase) -> AlignPlan:
     """With the files that all shards share; what an earlier job left is kept if it was the same."""
-    identity = {"cache": cache.manifest.fingerprint, "tokenizer": plan.tokenizer, "format_version": FORMAT_VERSION}
+    versions = {"format_version": FORMAT_VERSION, "records": RECORDS}
+    identity = {"cache": cache.manifest.fingerprint, "tokenizer": plan.tokenizer, **versions}
     file = plan.work / "plan.json"
     remedy = f"delete {plan.folder} and run this command again"
-    known = read_shaped(file, PLANNED, remedy=remedy)
-    if known is None or known["identity"] != identity:
+    known = None if _is_another_job(file, identity) else read_shaped(file, PLANNED, remedy=remedy)
+    if known is None:
         shutil.rmtree(plan.folder, ignore_errors=True)
         plan.work.mkdir(parents=True)
         save_tokenizer(plan.folder / TOKENIZER, tokenizer, fingerprint=plan.tokenizer["fingerprint"])
@@ -223,6 +234,14 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: PreTrainedTokenizerBase)
         write_whole(file, json.dumps(known, sort_keys=True))
     check_unchanged(plan.cache, known["files"], remedy=remedy)
     return AlignPlan(plan.cache, plan.tokenizer, known["vocabulary"], plan.units, plan.settings)
+
+
+def _is_another_job(file: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a plan.json says that it is of another job, or of an earlier version, which had it in another shape: no teacher
+    was run for it, so that it is begun anew."""
+    known = read_json(file)
+    found = known.get("identity") if isinstance(known, dict) else None
+    return isinstance(found, dict) and found != identity
 
 
 def _describe(plan: AlignPlan, mapped: VocabularyMap, begins: BoundaryMass) -> dict[str, Any]:

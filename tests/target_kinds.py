@@ -14,6 +14,7 @@ from teachercache.cache.verify import verify
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective
 from teachercache.objective.logits.student_output import StudentOutput
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.targets import TargetKind
 
@@ -68,8 +69,8 @@ def walk_through_a_cache(folder: Path, settings: dict[str, Any], **objective: An
     assert targets and all(1 <= len(target["top"]) <= 3 for target in targets)
     loss = DistillationObjective(ObjectiveConfig(alpha=1.0, **objective), kind=cache.kind)
     rows = [cache.read_row("train", index, columns=loss.columns) for index in range(3)]
-    batch = Collator.of(cache, columns=loss.columns)(rows)
-    assert Collator.of(cache, columns=loss.columns)([])["targets"].keys() == batch["targets"].keys()
+    batch = Collator.of(OwnRows(cache, loss.columns))(rows)
+    assert Collator.of(OwnRows(cache, loss.columns))([])["targets"].keys() == batch["targets"].keys()
     B, S = batch["shift_labels"].shape
     logits = torch.zeros(B, S, cache.kind.vocabulary_size, requires_grad=True)
     terms = loss(StudentOutput.of_logits(logits), batch["shift_labels"], batch["targets"])

@@ -13,6 +13,7 @@ from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig
 from teachercache.models.loading import load_causal_lm
+from teachercache.training.supervision.choice import supervision_of
 from teachercache.training.trainer.trainer import DistillationTrainer
 from training.runs import CLOCKED
 
@@ -91,9 +92,11 @@ def test_every_figure_of_a_run_is_the_cpus(made: Path, tmp_path: Path, settings:
 def test_a_student_with_another_tokenizer_too(made: Path, tmp_path: Path) -> None:
     student = other_student(tmp_path / "student", layers=2, dropout=0.0)
     aligned(made, student)
-    alignments = CacheAlignment.all_of(Cache.open(made))
+    cache = Cache.open(made)
+    objective = ObjectiveConfig.model_validate({"alpha": 0.7, "temperature": 2.0, **ACROSS})
+    supervision = supervision_of([cache], objective, alignments=CacheAlignment.all_of(cache))
     gpu, cpu = (
-        records(made, student, tmp_path / str(on_cpu), ACROSS, on_cpu=on_cpu, alignments=alignments)
+        records(made, student, tmp_path / str(on_cpu), ACROSS, on_cpu=on_cpu, supervision=supervision)
         for on_cpu in (False, True)
     )
     compare(gpu, cpu)

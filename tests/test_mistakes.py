@@ -16,6 +16,7 @@ from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
 from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.objective.logits.student_output import StudentOutput
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.order.mixture import Mixture
@@ -53,7 +54,7 @@ def teacher(folder):
 
 def batch_of(cache: Cache, rows: range, columns: tuple[str, ...]) -> dict:
     stored = [cache.read_row("train", index, columns=columns) for index in rows]
-    return Collator.of(cache, columns=columns)(stored)
+    return Collator.of(OwnRows(cache, columns))(stored)
 
 
 def objective_of(cache: Cache, **settings) -> tuple[DistillationObjective, tuple[str, ...]]:

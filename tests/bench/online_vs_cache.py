@@ -34,6 +34,7 @@ from teachercache.models.loading import load_causal_lm
 from teachercache.objective import NO_TARGET
 from teachercache.objective.logits.operands import Weights, no_teacher
 from teachercache.quickstart import write_recipe
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
@@ -83,7 +84,7 @@ class SideBySide(Bench):
         """Seconds of one step."""
         began = time.perf_counter()
         columns = self.cache.kind.objective_columns(self.policy) if arm == "cache" else ()
-        batch = Collator.of(self.cache, columns=columns)(
+        batch = Collator.of(OwnRows(self.cache, columns))(
             [self.cache.read_row("train", row, columns=columns) for row in rows]
         )
         targets, labels_BS = batch.pop("targets"), batch.pop("shift_labels")

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from provenance import add_output_options, provenance, publish
 
+from teachercache.stream.cache_rows import OwnRows
+
 
 def multiply(cache: Path, folder: Path, shards: int) -> None:
     """A cache in `folder` whose manifest has so many entries; files are links to those of `cache`."""
@@ -59,7 +61,7 @@ def measure(folder: Path) -> dict[str, float]:
     plan = BatchPlan(train_order(cache, seed=0), 8, 8, 1)
     columns = cache.kind.objective_columns(cache.kind.tail_policies[0])
     rows = [cache.read_row("train", int(index), columns=columns) for index in plan.step_rows(0)]
-    Collator.of(cache, columns=columns)(rows)
+    Collator.of(OwnRows(cache, columns))(rows)
     batch = time.perf_counter() - start
     return {"open_seconds": opened, "open_megabytes": added / 1024, "first_batch_seconds": batch}
 

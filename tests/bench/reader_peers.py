@@ -39,6 +39,7 @@ import torch
 from provenance import add_output_options, provenance, publish
 from synthetic_cache import HEAD, TEMPERATURES, rows, sketch_cache, top_k_arrays, top_k_cache
 
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.targets.coding.float16 import float32_of
 
 LENGTH, BATCH, ROWS_PER_FILE = 256, 8, 1024
@@ -117,7 +118,7 @@ def ours(folder: Path) -> Epochs:
 
     cache = Cache.open(folder)
     columns = cache.kind.objective_columns(cache.kind.tail_policies[0])
-    dataset, collate = CacheDataset([cache], "train", columns=[columns]), Collator.of(cache, columns=columns)
+    dataset, collate = CacheDataset([OwnRows(cache, columns)], "train"), Collator.of(OwnRows(cache, columns))
     plan = BatchPlan(train_order(cache, seed=0), BATCH, BATCH, 1)
     epoch = 0
     while True:

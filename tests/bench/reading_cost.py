@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from teachercache.stream.cache_rows import OwnRows
+
 HERE = Path(__file__).resolve().parents[2]
 LENGTH, BATCH, OPENED, SMALL_ROWS, LATER = 256, 8, 20, 64, 9
 
@@ -83,7 +85,7 @@ def _stream(cache: Any) -> None:
     rows = cache.rows_of("train")
     plan = BatchPlan(train_order(cache, seed=0), BATCH, BATCH, 1)
     columns = cache.kind.objective_columns(cache.kind.tail_policies[0])
-    collate = Collator.of(cache, columns=columns)
+    collate = Collator.of(OwnRows(cache, columns))
     for step in range(rows // BATCH):
         collate([cache.read_row("train", int(index), columns=columns) for index in plan.step_rows(step)])
 

@@ -35,11 +35,12 @@ from teachercache.models.loading import load_causal_lm
 from teachercache.objective import NO_TARGET
 from teachercache.objective.logits.operands import Weights
 from teachercache.quickstart import write_recipe
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.stream.order.batch_plan import BatchPlan, spread
 from teachercache.stream.sources import train_order
 from teachercache.targets import Softened, TailPolicy
-from teachercache.training.trainer.held_out import HeldOutMeasure
+from teachercache.training.supervision.held_out import HeldOutMeasure
 from teachercache.training.trainer.held_out_pass import add_batch
 
 SEEDS = (0, 1, 2)
@@ -131,7 +132,7 @@ class Bench:
         """(arm, its teacher at T, its batch) for every arm."""
         for arm, cache in self.caches.items():
             stored = [cache.read_row("train", where[arm][row_id], columns=self.columns[arm]) for row_id in row_ids]
-            batch = Collator.of(cache, columns=self.columns[arm])(stored)
+            batch = Collator.of(OwnRows(cache, self.columns[arm]))(stored)
             targets = batch.pop("targets")
             if arm == "sketch":
                 yield "live", live(self._logits(row_ids, batch), temperature), batch
@@ -164,7 +165,7 @@ class Bench:
     def _held_out(self, student: Any) -> dict[str, float]:
         cache = self.caches["sketch"]
         measure = HeldOutMeasure(cache.kind, tail="auto", device=torch.device("cpu"))
-        collate = Collator.of(cache, columns=measure.columns)
+        collate = Collator.of(OwnRows(cache, measure.columns))
         batches = spread(cache.rows_of("held-out"), micro_batch=8, rank=0, world_size=1)
         student.eval()
         for batch in batches:

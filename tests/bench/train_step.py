@@ -22,6 +22,7 @@ from teachercache.config import ObjectiveConfig
 from teachercache.models.loading import load_causal_lm
 from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.objective.logits.student_output import StudentOutput
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
@@ -44,14 +45,14 @@ def contestants(cache: Cache, student: str) -> dict[str, Callable[[list[int]], N
         optimizer.zero_grad()
 
     def plain(rows: list[int]) -> None:
-        batch = Collator.of(cache, columns=())([cache.read_row("train", row, columns=()) for row in rows])
+        batch = Collator.of(OwnRows(cache, ()))([cache.read_row("train", row, columns=()) for row in rows])
         labels = batch["input_ids"].clone()
         step(model(input_ids=batch["input_ids"], labels=labels, use_cache=False).loss)
 
     def cached(config: ObjectiveConfig) -> Callable[[list[int]], None]:
         objective = DistillationObjective(config, kind=cache.kind)
         columns = objective.columns
-        collate = Collator.of(cache, columns=columns)
+        collate = Collator.of(OwnRows(cache, columns))
 
         def run(rows: list[int]) -> None:
             batch = collate([cache.read_row("train", row, columns=columns) for row in rows])

@@ -11,6 +11,7 @@ import torch
 from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.stream.aligned_rows import JoinedRow, aligned_tokens
+from teachercache.stream.aligned_tensors import AlignedRows
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.collate import Collator
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
@@ -61,7 +62,7 @@ def naive_chunks(row: JoinedRow) -> list[tuple[list[int], list[int]]]:
 def test_chunks_of_a_batch_are_those_that_both_sides_predict(joined: tuple[Cache, CacheAlignment]) -> None:
     cache, alignment = joined
     rows = rows_of(joined, 8, COLUMNS)
-    batch = Collator.of(cache, columns=COLUMNS, alignment=alignment)(rows)
+    batch = Collator.of(AlignedRows(cache, alignment, COLUMNS))(rows)
     targets = batch["targets"]
     number = before = 0
     for row in rows:
@@ -99,8 +100,8 @@ def test_chunks_of_a_batch_are_those_that_both_sides_predict(joined: tuple[Cache
 def test_packing_changes_nothing_but_the_shape(joined: tuple[Cache, CacheAlignment]) -> None:
     cache, alignment = joined
     rows = rows_of(joined, 8, COLUMNS)
-    plain = Collator.of(cache, columns=COLUMNS, alignment=alignment)(rows)["targets"]
-    packed_batch = Collator.of(cache, columns=COLUMNS, alignment=alignment, pack=True)(rows)
+    plain = Collator.of(AlignedRows(cache, alignment, COLUMNS))(rows)["targets"]
+    packed_batch = Collator.of(AlignedRows(cache, alignment, COLUMNS), pack=True)(rows)
     packed = packed_batch["targets"]
     order = lambda found: sorted(zip(found["chunk_log_prob"].tolist(), found["head_ids"][:, 0].tolist(), strict=True))  # noqa: E731
     assert order(packed) == order(plain)
@@ -113,7 +114,7 @@ def test_layers_are_those_at_aligned_tokens(joined: tuple[Cache, CacheAlignment]
     cache, alignment = joined
     columns = ("head_ids", "head_logits", "hidden_1", "hidden_2")
     rows = rows_of(joined, 4, columns)
-    layers = Collator.of(cache, columns=columns, alignment=alignment)(rows)["layers"]
+    layers = Collator.of(AlignedRows(cache, alignment, columns))(rows)["layers"]
     for number, row in enumerate(rows):
         pairs = [(theirs[-1], ours[-1]) for theirs, ours in naive_chunks(row) if theirs and ours]
         student_A, teacher_A = aligned_tokens(row)
@@ -134,10 +135,10 @@ def test_layers_are_those_at_aligned_tokens(joined: tuple[Cache, CacheAlignment]
 @pytest.mark.parametrize("columns", [COLUMNS, ("head_ids", "head_logits", "hidden_2"), (BOUNDARY_MASS,)])
 def test_no_rows_still_make_a_batch(joined: tuple[Cache, CacheAlignment], columns: tuple[str, ...]) -> None:
     cache, alignment = joined
-    batch = Collator.of(cache, columns=columns, alignment=alignment)([])
+    batch = Collator.of(AlignedRows(cache, alignment, columns))([])
     assert batch["input_ids"].shape[0] == 1 and not (batch["shift_labels"] != -100).any()
     assert all(len(values) == 0 for values in batch["targets"].values())
-    full = Collator.of(cache, columns=columns, alignment=alignment)(rows_of(joined, 2, columns))
+    full = Collator.of(AlignedRows(cache, alignment, columns))(rows_of(joined, 2, columns))
     assert batch["targets"].keys() == full["targets"].keys()
     assert {name: values.dtype for name, values in batch["targets"].items()} == {
         name: values.dtype for name, values in full["targets"].items()

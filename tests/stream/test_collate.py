@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teachercache.cache import Cache, StoredRow
+from teachercache.stream.cache_rows import OwnRows, OwnTensors
 from teachercache.stream.collate import IGNORED, Collator, collate
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.packing import first_fit
@@ -35,7 +36,7 @@ def _row(ids: list[int], mask: list[int], starts: tuple[int, ...] = (0,)) -> Sto
 
 def test_packed_rows_keep_their_labels_targets_and_positions() -> None:
     rows = [_row([5, 6], [1, 0]), _row([11, 12, 13, 14], [1, 1, 1, 0]), _row([21, 22, 23], [1, 1, 0])]
-    batch = collate(rows, layout="documents", pad_id=3, targets=StoredTargets(KIND), columns=COLUMNS, pack_length=6)
+    batch = collate(rows, layout="documents", pad_id=3, tensors=OwnTensors(StoredTargets(KIND), COLUMNS), pack_length=6)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 5, 6], [21, 22, 23, 3, 3, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]]
     labels = [[12, 13, 14, IGNORED, 6, IGNORED], [22, 23, IGNORED, IGNORED, IGNORED, IGNORED]]
@@ -55,7 +56,7 @@ def test_every_row_is_in_one_bin_and_no_bin_is_too_long(lengths: list[int], long
 
 def test_labels_and_targets_belong_to_the_token_before() -> None:
     rows = [_row([5, 6, 7, 8], [1, 0, 1, 0]), _row([9, 10], [1, 0])]
-    batch = collate(rows, layout="documents", pad_id=3, targets=StoredTargets(KIND), columns=COLUMNS)
+    batch = collate(rows, layout="documents", pad_id=3, tensors=OwnTensors(StoredTargets(KIND), COLUMNS))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 10, 3, 3]]
     assert batch["shift_labels"].tolist() == [[6, IGNORED, 8, IGNORED], [10, IGNORED, IGNORED, IGNORED]]
     assert batch["targets"]["head_ids"].tolist() == [[5, 6], [7, 8], [9, 10]]
@@ -67,8 +68,7 @@ def test_no_label_crosses_the_boundary_of_packed_segments() -> None:
         [_row([5, 6, 7, 8, 9], [1, 1, 0, 1, 0], (0, 3))],
         layout="packed",
         pad_id=3,
-        targets=StoredTargets(KIND),
-        columns=COLUMNS,
+        tensors=OwnTensors(StoredTargets(KIND), COLUMNS),
     )
     assert batch["shift_labels"].tolist() == [[6, 7, IGNORED, 9, IGNORED]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
@@ -76,7 +76,7 @@ def test_no_label_crosses_the_boundary_of_packed_segments() -> None:
 
 def test_types_are_what_a_loss_can_use() -> None:
     targets = collate(
-        [_row([5, 6], [1, 0])], layout="documents", pad_id=3, targets=StoredTargets(KIND), columns=COLUMNS
+        [_row([5, 6], [1, 0])], layout="documents", pad_id=3, tensors=OwnTensors(StoredTargets(KIND), COLUMNS)
     )["targets"]
     assert targets["head_ids"].dtype == torch.int64
     assert targets["head_logits"].dtype == torch.float32
@@ -84,7 +84,7 @@ def test_types_are_what_a_loss_can_use() -> None:
 
 @pytest.mark.parametrize("layout", ["documents", "packed"])
 def test_an_empty_share_is_a_row_of_padding(layout: str) -> None:
-    batch = collate([], layout=layout, pad_id=3, targets=StoredTargets(KIND), columns=COLUMNS)
+    batch = collate([], layout=layout, pad_id=3, tensors=OwnTensors(StoredTargets(KIND), COLUMNS))
     assert (batch["input_ids"] == 3).all() and batch["input_ids"].shape[0] == 1
     assert (batch["shift_labels"] == IGNORED).all()
     assert {name: tuple(values.shape) for name, values in batch["targets"].items()} == {
@@ -97,8 +97,8 @@ def test_an_empty_share_is_a_row_of_padding(layout: str) -> None:
 def test_rows_of_a_real_cache_stay_aligned(tmp_path: Path, layout: str) -> None:
     cache = Cache.open(tiny_cache(tmp_path, sequence={"layout": layout}))
     columns = ("head_ids", "actual_log_prob")
-    dataset = pickle.loads(pickle.dumps(CacheDataset([cache], "train", columns=[columns])))
-    batch = Collator.of(cache, columns=columns)(dataset.__getitems__(range(len(dataset))).rows)
+    dataset = pickle.loads(pickle.dumps(CacheDataset([OwnRows(cache, columns)], "train")))
+    batch = Collator.of(OwnRows(cache, columns))(dataset.__getitems__(range(len(dataset))).rows)
     labels_N = batch["shift_labels"][batch["shift_labels"] != IGNORED]
     assert len(labels_N) == len(batch["targets"]["head_ids"]) == cache.positions_of("train")
     # Where the label is the teacher's first choice its log-probability is that of a first choice: above log(1/V).

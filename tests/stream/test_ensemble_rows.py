@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from teachercache.cache import Cache
 from teachercache.cache.row_keys import row_keys
 from teachercache.errors import CacheDamaged
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
-from teachercache.stream.ensemble_rows import MISSING, EnsembleRow, TeacherCache, TeacherTargets, join, looked_up
+from teachercache.stream.ensemble_rows import MISSING, EnsembleRow, EnsembleRows, TeacherCache, join, looked_up
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.kind import ACTUAL
 
@@ -133,15 +134,11 @@ def test_a_batch_holds_what_further_teachers_have_of_its_rows(
     ]
     columns = [tuple(column.name for column in each.cache.kind.columns) for each in other_teachers]
     own = first.kind.objective_columns("ghost")
-    dataset = CacheDataset([first], "train", columns=[own], other_teachers=other_teachers, other_columns=columns)
+    others = EnsembleRows(OwnRows(first, own), 0, tuple(other_teachers), tuple(columns))
     rows = list(range(0, first.rows_of("train"), 2))
-    taught: Any = dataset.__getitems__(rows).rows
-    targets = tuple(
-        TeacherTargets(each.cache.targets, names) for each, names in zip(other_teachers, columns, strict=True)
-    )
-    collator = Collator.of(first, columns=own, pack=pack, other_teachers=targets)
-    batch = collator(taught)["targets"]
-    plain = Collator.of(first, columns=own, pack=pack)(taught)["targets"]
+    taught: Any = CacheDataset([others], "train").__getitems__(rows).rows
+    batch = Collator.of(others, pack=pack)(taught)["targets"]
+    plain = Collator.of(OwnRows(first, own), pack=pack)(taught)["targets"]
     assert all((batch[name] == plain[name]).all() for name in plain)
     # Positions of the batch by row, from where each row's own targets went.
     start_of = _starts(taught, batch["head_logits"].numpy())
@@ -161,7 +158,7 @@ def test_a_batch_holds_what_further_teachers_have_of_its_rows(
     assert batch["teacher1/at"].tolist() == sorted(said) and len(said) == has_N.sum()
     assert 0 < len(foreign_at) < len(has_N) and batch["teacher2/at"].tolist() == sorted(foreign_at)
     _check_foreign(taught, start_of, batch, foreign)
-    nothing = collator([])["targets"]
+    nothing = Collator.of(others, pack=pack)([])["targets"]
     assert nothing.keys() == batch.keys() and not len(nothing["teacher1/at"])
     assert all(nothing[name].dtype == batch[name].dtype for name in batch)
 

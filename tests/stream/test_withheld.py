@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from teachercache.cache import Cache
 from teachercache.cache.row_sources import rows_beyond
 from teachercache.errors import CacheError
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import Mixed, train_order
@@ -48,7 +49,7 @@ def trained_sources(caches: list[Cache], trained: Trained, *, epochs: int = 1) -
     """The documents of the rows that a run reads in its steps, in order."""
     order = train_order(caches[0], [Mixed(each) for each in caches[1:]], seed=3, trained=trained)
     plan = BatchPlan(order=order, global_batch=6, micro_batch=3, world_size=2)
-    dataset = CacheDataset(caches, "train", columns=[()] * len(caches), trained=trained)
+    dataset = CacheDataset([OwnRows(cache, ()) for cache in caches], "train", trained=trained)
     assert len(dataset) == order.rows
     by_id = {
         cache.read_row("train", n, columns=()).row.row_id: sources(cache, "train", n)

@@ -13,6 +13,7 @@ from teacher.rows import make_row
 from teachercache.cache import StoredRow
 from teachercache.errors import CacheDamaged, ModelError
 from teachercache.models.activations import recorded
+from teachercache.stream.cache_rows import OwnTensors
 from teachercache.stream.collate import collate
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import sees
@@ -36,7 +37,7 @@ def rebuilt(targets: StoredTargets, item: Any, layer: int) -> torch.Tensor:
     """[h, S, S] as training reads it."""
     columns = [column.name for column in targets.attention.columns]
     stored = StoredRow(item.row, item.columns)
-    batch = collate([stored], layout="packed", pad_id=0, targets=targets, columns=columns)["layers"]
+    batch = collate([stored], layout="packed", pad_id=0, tensors=OwnTensors(targets, columns))["layers"]
     position_BS = torch.from_numpy(item.row.position_ids_S())[None]
     found = targets.attention.stored_heads(torch, layer, batch, position_BS)
     seen = sees(torch, batch["segment"], window=found.window)
@@ -135,7 +136,7 @@ def test_a_narrower_sight_leaves_a_distribution(top: int | None) -> None:
     [item] = teacher.capture(ROWS[:1], positions_per_batch=64)
     columns = [column.name for column in teacher.targets.attention.columns]
     stored = StoredRow(item.row, item.columns)
-    batch = collate([stored], layout="documents", pad_id=0, targets=teacher.targets, columns=columns)["layers"]
+    batch = collate([stored], layout="documents", pad_id=0, tensors=OwnTensors(teacher.targets, columns))["layers"]
     position_BS = torch.arange(ROWS[0].length)[None]
     found = teacher.targets.attention.stored_heads(torch, 2, batch, position_BS)
     near = sees(torch, batch["segment"], window=4)

@@ -21,6 +21,7 @@ from torch.nn.functional import cosine_similarity
 from teachercache.cache import StoredRow
 from teachercache.models.activations import recorded
 from teachercache.models.loading import model_inputs
+from teachercache.stream.cache_rows import OwnTensors
 from teachercache.stream.collate import collate
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import sees
@@ -83,7 +84,7 @@ def attention_divergence(targets: StoredTargets, layer: int, stored: StoredRow, 
     """KL(teacher ‖ rebuilt) of each query of a row in nats, mean over heads, [S]; between what the teacher held, and what
     training makes of the columns that are stored of it."""
     columns = targets.attention.columns_of(layer)
-    batch = collate([stored], layout="documents", pad_id=0, targets=targets, columns=columns)["layers"]
+    batch = collate([stored], layout="documents", pad_id=0, tensors=OwnTensors(targets, columns))["layers"]
     stored_heads = targets.attention.stored_heads(
         torch, layer, batch, torch.from_numpy(stored.row.position_ids_S())[None]
     )

@@ -2,13 +2,14 @@
 
     order/              which rows each step sees: permutation, shuffle windows, mixtures, phases
     sources.py          the caches of a run, in order
+    cache_rows.py       rows of one cache as a student learns from them: read, and as tensors
     dataset.py          rows by index, decoded by the processes that load data
     loading_process.py  what these processes do with signals
     collate.py          rows to tensors
     packing.py          short rows in one sequence, isolated from each other
     alignment.py        through which alignment a model with its own tokenizer reads a cache
     aligned_rows.py     rows in a student's tokens, joined to what the teacher said of the same text
-    aligned_tensors.py  ... as tensors
+    aligned_tensors.py  ... read, and as tensors
     ensemble_rows.py    rows joined to other teachers' caches
     tokenizers.py       tokenizers that lie in caches, from bytes that were checked
     beginnings.py       caches of earlier versions whose rows do not begin as their tokenizer has it

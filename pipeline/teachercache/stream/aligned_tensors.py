@@ -1,4 +1,5 @@
-"""Joined rows to the tensors that losses across tokenizers, and terms between layers at aligned tokens, are formed from.
+"""Rows in a student's own tokens: read, and made into the tensors that losses across tokenizers, and terms between layers at
+aligned tokens, are formed from.
 
 Shapes: B sequences, A aligned tokens of one, filled up; M chunks of the batch.
 """
@@ -6,30 +7,74 @@ Shapes: B sequences, A aligned tokens of one, filled up; M chunks of the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from teachercache.cache import Cache
+from teachercache.cache.alignment import CacheAlignment
+from teachercache.cache.reader import Split
 from teachercache.stream.aligned_rows import JoinedRow, aligned_tokens, chunk_arrays
+from teachercache.stream.cache_rows import RowTensors, has_segments
 from teachercache.targets import StoredTargets
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
 from teachercache.targets.logits.kind import ACTUAL
+from teachercache.tokens.rows import TokenRow
 
 Array = NDArray[Any]
 
 
-def joined_tensors(
-    rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str], *, packed_with: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """`targets` and, with columns of layers, `layers`; `packed_with` says which rows, in order, share a sequence."""
-    of_logits = {column.name for column in targets.logits.columns} | {BOUNDARY_MASS}
-    batch: dict[str, Any] = {"targets": _targets(rows, targets, columns)}
-    of_layers = [name for name in columns if name not in of_logits]
-    if of_layers:
-        batch["layers"] = _layers(rows, targets, of_layers, packed_with)
-    return batch
+@dataclass(frozen=True, eq=False)
+class AlignedRows:
+    """Rows in the tokens of a student with another tokenizer, joined to the cache's by an alignment; a `CacheRows`."""
+
+    cache: Cache
+    alignment: CacheAlignment
+    columns: tuple[str, ...]
+
+    @property
+    def length(self) -> int:
+        """See `CacheRows`."""
+        return self.alignment.manifest.sequence_length
+
+    @property
+    def pad_id(self) -> int:
+        """See `CacheRows`."""
+        return self.alignment.manifest.pad_id
+
+    @property
+    def tensors(self) -> RowTensors:
+        """See `CacheRows`."""
+        return AlignedTensors(self.cache.targets, self.columns)
+
+    def read(self, split: Split, index: int) -> JoinedRow:
+        """See `CacheRows`."""
+        segments = has_segments(self.cache)
+        stored = self.cache.read_row(split, index, columns=self.columns, segments=segments)
+        found = self.alignment.joined(split, index, stored, segments=segments)
+        return JoinedRow(found.row, stored, found.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedTensors:
+    """Makes `targets` where each chunk begins, [M, …], with the arrays of `cross_tokenizer.batch.Chunks`; with columns of
+    layers `layers`, of aligned tokens alone, A of them: `student` and `teacher` say which of either side's they are."""
+
+    stored: StoredTargets
+    columns: Sequence[str]
+
+    def __call__(
+        self, rows: Sequence[JoinedRow], tokens: Sequence[TokenRow], packed_with: Sequence[Sequence[int]]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        of_logits = {column.name for column in self.stored.logits.columns} | {BOUNDARY_MASS}
+        batch = {"targets": _targets(rows, self.stored, self.columns)}
+        of_layers = [name for name in self.columns if name not in of_logits]
+        if of_layers:
+            batch["layers"] = _layers(rows, self.stored, of_layers, packed_with)
+        return batch
 
 
 def _targets(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str]) -> dict[str, torch.Tensor]:

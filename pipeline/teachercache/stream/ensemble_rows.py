@@ -25,6 +25,7 @@ from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.row_keys import Keys, row_keys
 from teachercache.cache.shards.shard_set import SPLITS, Split
 from teachercache.stream.aligned_rows import JoinedRow, chunk_arrays
+from teachercache.stream.cache_rows import OwnRows, RowTensors
 from teachercache.targets import StoredTargets
 from teachercache.targets.logits.kind import ACTUAL
 from teachercache.tokens.rows import TokenRow
@@ -105,6 +106,62 @@ class TeacherCache:
                 chosen = rows[(rows >= low) & (rows < within[-1])]
                 needed.update(dict.fromkeys(np.unique(np.searchsorted(within, chosen, side="right")).tolist()))
         return list(needed)
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleRows:
+    """Rows of the cache `source` of a run with what other teachers have of each; a `CacheRows`. `other_columns` are those that
+    are read of each of `other_teachers`."""
+
+    own: OwnRows
+    source: int
+    other_teachers: tuple[TeacherCache, ...]
+    other_columns: tuple[tuple[str, ...], ...]
+
+    @property
+    def cache(self) -> Cache:
+        """See `CacheRows`."""
+        return self.own.cache
+
+    @property
+    def length(self) -> int:
+        """See `CacheRows`."""
+        return self.own.length
+
+    @property
+    def pad_id(self) -> int:
+        """See `CacheRows`."""
+        return self.own.pad_id
+
+    @property
+    def tensors(self) -> RowTensors:
+        """See `CacheRows`."""
+        paired = zip(self.other_teachers, self.other_columns, strict=True)
+        others = tuple(TeacherTargets(teacher.cache.targets, columns) for teacher, columns in paired)
+        return EnsembleTensors(self.own.tensors, others)
+
+    def read(self, split: Split, index: int) -> EnsembleRow:
+        """See `CacheRows`."""
+        stored = self.own.read(split, index)
+        others = (
+            teacher.read(self.source, split, index, row_id=stored.row.row_id, columns=columns)
+            for teacher, columns in zip(self.other_teachers, self.other_columns, strict=True)
+        )
+        return EnsembleRow(stored.row, stored.targets, tuple(others))
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleTensors:
+    """What the first teacher's rows give, and in `targets` besides what `ensemble_targets` makes of the others."""
+
+    own: RowTensors
+    other_teachers: tuple[TeacherTargets, ...]
+
+    def __call__(
+        self, rows: Sequence[EnsembleRow], tokens: Sequence[TokenRow], packed_with: Sequence[Sequence[int]]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        batch = self.own(rows, tokens, packed_with)
+        return {**batch, "targets": batch["targets"] | ensemble_targets(rows, self.other_teachers)}
 
 
 def join(caches: Sequence[Cache], cache: Cache) -> tuple[dict[Split, NDArray[np.int64]], ...]:

@@ -15,6 +15,7 @@ from teachercache.errors import CacheDamaged, CacheError
 from teachercache.evaluation.measure import measure
 from teachercache.evaluation.recipe import run_evaluation
 from teachercache.training.job.train import run_training
+from teachercache.training.supervision.own_tokens import OwnTokens
 from teachercache.training.supervision.reading import Reading
 from training.runs import log_of, modules_of
 
@@ -65,7 +66,7 @@ def test_a_loading_process_imports_no_trainer(uploaded: str, tmp_path: Path) -> 
     """It is spawned: seconds, and hundreds of megabytes, for each of them."""
     cache = Cache.open(uploaded, local=tmp_path / "copies", local_bytes=10**9)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=1)
-    reading = Reading((cache,), (), None, ObjectiveConfig(), arguments)
+    reading = Reading(OwnTokens([cache], ObjectiveConfig()), arguments)
     [imported] = reading.loader(reading.dataset("train", [()]), [[0]], modules_of)
     assert {"torch", "teachercache.stream.dataset"} <= imported
     assert not imported & {"transformers", "deepspeed", "accelerate", "teachercache.training"}

@@ -25,6 +25,8 @@ from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.objective import DistillationObjective
 from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
 from teachercache.objective.logits.student_output import StudentOutput
+from teachercache.stream.aligned_tensors import AlignedRows
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.tokenizers import teacher_tokenizer
@@ -213,11 +215,11 @@ def test_equal_vocabularies_make_projected_kl_the_kl(tmp_path: Path) -> None:
         config, targets=opened.targets, first_U=vocabulary.first_Vt, emitted_V=vocabulary.emitted_Vs, begins_V=None
     )
     indices = list(range(6))
-    plain = Collator.of(opened, columns=one.columns)(
-        CacheDataset([opened], "train", columns=[one.columns]).__getitems__(indices).rows
+    plain = Collator.of(OwnRows(opened, one.columns))(
+        CacheDataset([OwnRows(opened, one.columns)], "train").__getitems__(indices).rows
     )
-    across = Collator.of(opened, columns=two.columns, alignment=alignment)(
-        CacheDataset([opened], "train", columns=[two.columns], alignments=[alignment]).__getitems__(indices).rows
+    across = Collator.of(AlignedRows(opened, alignment, two.columns))(
+        CacheDataset([AlignedRows(opened, alignment, two.columns)], "train").__getitems__(indices).rows
     )
     torch.testing.assert_close(plain["input_ids"], across["input_ids"])
     model = load_causal_lm(str(student))
@@ -266,10 +268,8 @@ def test_shares_are_of_chunks(shared: tuple[Path, Path], tmp_path: Path) -> None
     objective = CrossTokenizerObjective(
         config, targets=cache.targets, first_U=vocabulary.first_Vt, emitted_V=vocabulary.emitted_Vs, begins_V=None
     )
-    rows = CacheDataset([cache], "train", columns=[objective.columns], alignments=[alignment]).__getitems__(
-        list(range(count))
-    )
-    batch = Collator.of(cache, columns=objective.columns, alignment=alignment)(rows.rows)
+    rows = CacheDataset([AlignedRows(cache, alignment, objective.columns)], "train").__getitems__(list(range(count)))
+    batch = Collator.of(AlignedRows(cache, alignment, objective.columns))(rows.rows)
     logits = load_causal_lm(str(shared[1]))(batch["input_ids"]).logits  # padding is on the right
     terms = objective(StudentOutput.of_logits(logits.detach()), batch["shift_labels"], batch["targets"])
     chunks = len(batch["targets"]["chunk_first"])

@@ -12,12 +12,14 @@ import torch
 from rich.console import Console
 
 from teachercache.cache import Cache
+from teachercache.config import ObjectiveConfig
 from teachercache.errors import RecipeError
 from teachercache.models.loading import load_causal_lm
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import Mixed, train_order
 from teachercache.stream.withheld import trained_rows
 from teachercache.training.job.train import run_training
+from teachercache.training.supervision.own_tokens import OwnTokens
 from teachercache.training.trainer.trainer import _trained
 
 from builders import sentences, tiny_cache
@@ -62,4 +64,4 @@ def test_a_plan_of_all_rows_is_refused(make_recipe: Any, others: list[Path]) -> 
     little, much = map(Cache.open, others)
     plan = BatchPlan(train_order(little, [Mixed(much)], seed=0), 4, 4, 1)
     with pytest.raises(RecipeError, match=r"left out: .* the plan was made of all rows: make it with train_order"):
-        _trained([little, much], None, plan)
+        _trained(OwnTokens([little, much], ObjectiveConfig()), plan)

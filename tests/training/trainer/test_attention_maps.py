@@ -14,6 +14,7 @@ from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError
 from teachercache.models.loading import load_causal_lm
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.training.job.train import run_training
 from teachercache.training.trainer.layers import layer_objectives, watched
@@ -70,7 +71,7 @@ def sums(cache: Cache, pupil: Path, rows: list[int], *, pack: bool = False) -> t
     model = load_causal_lm(str(pupil))
     [objective] = layer_objectives(model, ObjectiveConfig.model_validate({"layers": TERMS}), [cache], seed=0)
     stored = [cache.read_row("train", index, columns=objective.columns) for index in rows]
-    batch = Collator.of(cache, columns=objective.columns, pack=pack)(stored)
+    batch = Collator.of(OwnRows(cache, objective.columns), pack=pack)(stored)
     labels, layers, _ = batch.pop("shift_labels"), batch.pop("layers"), batch.pop("targets")
     with torch.no_grad(), watched(model, objective) as activations:
         model(**batch, use_cache=False)

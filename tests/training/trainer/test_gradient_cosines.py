@@ -23,6 +23,7 @@ from teachercache.objective.layers.gradient_taps import VECTORS
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.projected import projected_sums
 from teachercache.objective.logits.student_output import StudentOutput
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.training.job.train import run_training
 from teachercache.training.trainer.gradient_cosines import GradientCosines
@@ -108,7 +109,7 @@ def test_terms_between_layers_are_compared_with_what_comes_from_above(
     config = ObjectiveConfig.model_validate({"layers": TERMS})
     [objective] = layer_objectives(model, config, [cache], seed=0)
     rows = [cache.read_row("train", index, columns=objective.columns) for index in range(4)]
-    batch = Collator.of(cache, columns=objective.columns)(rows)
+    batch = Collator.of(OwnRows(cache, objective.columns))(rows)
     labels, layers, _ = batch.pop("shift_labels"), batch.pop("layers"), batch.pop("targets")
 
     weights = {term.match: float(term.weight) for term in config.layers}

@@ -14,6 +14,7 @@ from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.models.loading import load_causal_lm
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.training.job.train import run_training
 from teachercache.training.trainer.layers import layer_objectives, watched
@@ -174,7 +175,7 @@ def test_a_row_that_is_packed_or_padded_has_the_terms_that_it_has_alone(layered:
     rows = [cache.read_row("train", index, columns=objective.columns) for index in range(5)]
 
     def sums(chosen: list[Any], *, pack: bool = False) -> torch.Tensor:
-        batch = Collator.of(cache, columns=objective.columns, pack=pack)(chosen)
+        batch = Collator.of(OwnRows(cache, objective.columns), pack=pack)(chosen)
         labels, layers, _ = batch.pop("shift_labels"), batch.pop("layers"), batch.pop("targets")
         with torch.no_grad(), watched(model, objective) as activations:
             model(**batch, use_cache=False)
@@ -231,7 +232,7 @@ def test_reentrant_checkpointing_is_refused(layered: Path, pupil: Path) -> None:
     config = ObjectiveConfig.model_validate({"layers": [{"match": "attention-kl"}]})
     [objective] = layer_objectives(model, config, [cache], seed=0)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    batch = Collator.of(cache, columns=objective.columns)([cache.read_row("train", 0, columns=objective.columns)])
+    batch = Collator.of(OwnRows(cache, objective.columns))([cache.read_row("train", 0, columns=objective.columns)])
     with watched(model, objective) as activations, pytest.raises(ModelError, match="must not be reentrant"):
         model(input_ids=batch["input_ids"], use_cache=False)
         objective.loss(activations, batch["layers"], batch["shift_labels"], weights=dict.fromkeys(objective.names, 1.0))

@@ -19,6 +19,7 @@ from teachercache.models.loading import load_causal_lm
 from teachercache.objective import DistillationObjective, LossTerms
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.student_output import StudentOutput
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import train_order
@@ -121,7 +122,7 @@ def gradients(cache: Path, student: Path) -> dict[str, dict[str, torch.Tensor]]:
     plan = BatchPlan(order=train_order(opened, [], seed=0), global_batch=ROWS, micro_batch=ROWS, world_size=1)
     columns = (*objective.columns, *of_layers.columns)
     rows = [opened.read_row("train", int(index), columns=columns) for index in plan.step_rows(0)]
-    batch = Collator.of(opened, columns=columns)(rows)
+    batch = Collator.of(OwnRows(opened, columns))(rows)
     labels, targets, layers = (batch.pop(name) for name in ("shift_labels", "targets", "layers"))
     found = {}
     for routing_pass in ROUTING_PASSES:

@@ -15,6 +15,7 @@ from teachercache.errors import RecipeError
 from teachercache.models.loading import load_causal_lm
 from teachercache.objective import DistillationObjective
 from teachercache.objective.logits.student_output import StudentOutput
+from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.training.job.train import run_training
 from training.processes import TORCHRUN, compare_with_one
@@ -41,7 +42,7 @@ def test_the_loss_is_that_of_weighted_positions(cache: Path, plain_student: Path
     emphasised = DistillationObjective(config, kind=opened.kind)
     plain = DistillationObjective(ObjectiveConfig.model_validate(settings), kind=opened.kind)
     rows = [opened.read_row("train", index, columns=plain.columns) for index in range(3)]
-    collate = Collator.of(opened, columns=plain.columns, pack=pack)
+    collate = Collator.of(OwnRows(opened, plain.columns), pack=pack)
     batch = collate(rows)
     labels, targets, places = batch.pop("shift_labels"), batch.pop("targets"), batch.get("position_ids")
     found = {}
@@ -53,7 +54,7 @@ def test_the_loss_is_that_of_weighted_positions(cache: Path, plain_student: Path
         found["projected"] = emphasised(within_layer, labels, targets, position_ids_BS=places)
         total, effective = 0.0, 0.0
         for row in rows:  # alone, position by position
-            one = Collator.of(opened, columns=plain.columns)([row])
+            one = Collator.of(OwnRows(opened, plain.columns))([row])
             of_row, given = one["shift_labels"], one["targets"]
             z_NV = model(input_ids=one["input_ids"], use_cache=False).logits[of_row != -100].double()
             exact = {name: each.double() if each.is_floating_point() else each for name, each in given.items()}

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from teachercache.config import ObjectiveConfig
-from teachercache.training.callbacks.meter import LOGGED_AS, Window
+from teachercache.training.callbacks.meter import Window
 
 
-def training_record(
-    window: Window, config: ObjectiveConfig, schedule: Mapping[str, Any], *, across: bool
-) -> dict[str, Any]:
-    """Losses by term, means over positions; `schedule` is what held in the window's last step. `across`: the student has
-    another tokenizer."""
-    divergence = {} if across or schedule["alpha"] == 0 else {LOGGED_AS[config.divergence]: window.divergence}
+def training_record(window: Window, schedule: Mapping[str, Any], *, divergence_name: str | None) -> dict[str, Any]:
+    """Losses by term, means over positions; `schedule` is what held in the window's last step. Without a name
+    there is no divergence beside the terms."""
+    divergence = {} if divergence_name is None or schedule["alpha"] == 0 else {divergence_name: window.divergence}
     return {
         "loss": window.total,
         "ce": window.ce,

@@ -39,7 +39,6 @@ from teachercache.training.job.launch import Process, lost_another_process, trai
 from teachercache.training.job.run_folder import RunFolder, RunIdentity
 from teachercache.training.job.summary import closing_line, speed_and_losses
 from teachercache.training.supervision.fit import (
-    alignments_of,
     check_cache,
     check_tokenizers,
     initial_weights,
@@ -93,18 +92,11 @@ def _opened(recipe: Recipe) -> list[Cache]:
     return [Cache.open(each, local=stream.local, local_bytes=stream.local_bytes) for each in locations]
 
 
-def _opened_teachers(recipe: Recipe) -> list[Cache]:
-    stream, teachers = recipe.stream, recipe.teachers
-    other_teachers = teachers.caches if teachers is not None else ()
-    return [Cache.open(each.cache, local=stream.local, local_bytes=stream.local_bytes) for each in other_teachers]
-
-
 class _Job:
     """One call of `run_training` in one process."""
 
     def __init__(self, recipe: Recipe, cache: Cache, mix: Sequence[Mixed], process: Process, console: Console) -> None:
-        from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
-        from teachercache.training.supervision.ensemble import teachers_of
+        from teachercache.training.supervision.choice import supervision_for
 
         assert recipe.student is not None and recipe.train is not None
         self.recipe, self.cache, self.process, self.console = recipe, cache, process, console
@@ -114,8 +106,8 @@ class _Job:
         self.zero_stage: int = settings["zero_optimization"]["stage"]
         self.folder = RunFolder(self.config.output)
         self.mix = mix
-        self.alignments = alignments_of(self.student, self._caches)
-        self.trained = trained_rows(self._caches, _opened_teachers(recipe))
+        self.supervision = supervision_for(recipe, self._caches)
+        self.trained = trained_rows(self._caches, self.supervision.other_caches)
         base = BatchPlan(
             order=train_order(cache, mix, seed=self.config.seed, window=recipe.stream.window, trained=self.trained),
             global_batch=self.config.global_batch,
@@ -126,12 +118,7 @@ class _Job:
         names = [folder_name(each) for each in (recipe.cache, *(each.cache for each in recipe.stream.mix))]
         phases = recipe.phases
         self.plan: Plan = PhasedPlan.of(base, phases, names=names, steps=self.steps) if phases else base
-        self.schedule = ObjectiveSchedule(
-            recipe.objective, steps=self.steps, phases=phases, across=bool(self.alignments)
-        )
-        self.teachers = teachers_of(
-            recipe, self._caches, has_alignments=bool(self.alignments), schedule_range=self.schedule.schedule_range
-        )
+        self.schedule = self.supervision.schedule(steps=self.steps, phases=phases)
         if "scheduler" in settings and any(phase.learning_rate_factor != 1 for phase in phases):
             raise RecipeError(
                 f"train.deepspeed: {self.config.deepspeed} has a scheduler of its own, which phases cannot change; take it "
@@ -144,8 +131,7 @@ class _Job:
             self.recipe,
             cache_fingerprint=self.cache.manifest.fingerprint,
             mixed_fingerprints=tuple(mixed.cache.manifest.fingerprint for mixed in self.mix),
-            alignments=tuple(alignment.manifest.fingerprint for alignment in self.alignments),
-            teachers=self.teachers.identity() if self.teachers else None,
+            **self.supervision.identity(),
             student_weights=initial_weights(self.student),
             deepspeed=own_deepspeed_settings(self.config),
             held_out=self.trained.share,
@@ -166,7 +152,7 @@ class _Job:
 
         from teachercache.models.loading import load_causal_lm
 
-        check_tokenizers(self._caches, self.alignments)
+        check_tokenizers(self._caches, self.supervision.alignments)
         args = self._arguments()  # first: under ZeRO 3 they decide how a model is loaded
         student = self.student
         model = load_causal_lm(student.model, revision=student.revision, dtype="float32", attention=student.attention)
@@ -174,10 +160,9 @@ class _Job:
             from teachercache.training.initialise.lora import with_adapters
 
             model = with_adapters(model, self.student.lora, seed=self.config.seed)
-        other_teachers = [each.cache for each in self.teachers.other_teachers] if self.teachers else []
         needed, room = (
             windows_bytes(self._caches, window=self.recipe.stream.window, layers=bool(self.recipe.objective.layers))
-            + windows_bytes(other_teachers, window=self.recipe.stream.window, layers=False),
+            + windows_bytes(self.supervision.other_caches, window=self.recipe.stream.window, layers=False),
             self.recipe.stream.local_bytes,
         )
         if needed > room:
@@ -193,9 +178,9 @@ class _Job:
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         for line in (
-            *warnings_of([*self._caches, *other_teachers], self.alignments),
+            *warnings_of([*self._caches, *self.supervision.other_caches], self.supervision.alignments),
             *self.trained.lines,
-            *self._teacher_lines,
+            *self.supervision.lines(),
         ):
             self._say(line)
         try:
@@ -271,8 +256,7 @@ class _Job:
             plan=self.plan,
             trained=self.trained,
             schedule=self.schedule,
-            alignments=self.alignments,
-            teachers=self.teachers,
+            supervision=self.supervision,
             keep_checkpoints=self.config.keep_checkpoints,
             pack=self.config.pack,
             callbacks=callbacks,
@@ -294,13 +278,12 @@ class _Job:
             "zero_stage": self.zero_stage,
             "seconds": round(time.perf_counter() - began, 3),
             "resumed_from": resume.step if resume else None,
+            **self.supervision.report(state["log_history"]),
         }
-        if self.teachers is not None:
-            summary["teachers"] = self.teachers.report(state["log_history"])
         if self.process.main:
             chosen = self._undamaged(best_step or self.steps)
-            with tokenizer_to_export(self.student, self.cache, self.alignments) as tokenizer:
-                ends = Ends.of(self._caches, self.alignments, tokenizer_folder=tokenizer)
+            with tokenizer_to_export(self.student, self.cache, self.supervision.alignments) as tokenizer:
+                ends = Ends.of(self._caches, self.supervision.alignments, tokenizer_folder=tokenizer)
                 export_student(chosen, config=self.student, tokenizer=tokenizer, ends=ends, student=self.folder.student)
             self.folder.finish(summary)
             self._say(closing_line(summary))
@@ -321,10 +304,6 @@ class _Job:
     @property
     def _caches(self) -> list[Cache]:
         return [self.cache, *(mixed.cache for mixed in self.mix)]
-
-    @property
-    def _teacher_lines(self) -> list[str]:
-        return self.teachers.lines() if self.teachers else []
 
     @property
     def _evaluates(self) -> bool:

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 
 from teachercache.cache import Cache
-from teachercache.cache.reader import Split
-from teachercache.config import ObjectiveConfig, Recipe, TeachersConfig
+from teachercache.config import ObjectiveConfig, TeachersConfig
 from teachercache.config.location import folder_name
-from teachercache.errors import RecipeError
 from teachercache.objective.cross_tokenizer.projected_kl import VocabularyProjection
 from teachercache.objective.ensemble import EnsembleMember, FusedTeacher, TeacherWeights
-from teachercache.objective.schedule.objective_schedule import ScheduleRange
-from teachercache.stream.ensemble_rows import TeacherCache, TeacherTargets
+from teachercache.stream.ensemble_rows import TeacherCache
 from teachercache.training.supervision.ensemble_fit import (
     check_distinct,
     check_held_out,
@@ -75,17 +72,9 @@ class Teachers:
         ]
         return FusedTeacher(members, self.config, objective=objective, prior=self.priors[number], shared=self.shared)
 
-    def read(self, split: Split, objective: ObjectiveConfig) -> dict[str, Any]:
-        """What a `CacheDataset` reads of further caches; evaluation only needs them where weights follow it."""
-        if split == "held-out" and not self.shared.adapts:
-            return {}
-        return {"other_teachers": self.other_teachers, "other_columns": self.fused(0, objective).other_columns}
-
-    def collated(self, split: Split, objective: ObjectiveConfig) -> tuple[TeacherTargets, ...]:
-        """How a `Collator` makes arrays of it."""
-        read = self.read(split, objective)
-        paired = zip(self.other_teachers, read.get("other_columns", ()), strict=bool(read))
-        return tuple(TeacherTargets(each.cache.targets, names) for each, names in paired)
+    def other_columns(self, objective: ObjectiveConfig) -> tuple[tuple[str, ...], ...]:
+        """What an objective reads of each further cache."""
+        return self.fused(0, objective).other_columns
 
     @property
     def remote(self) -> int:
@@ -97,7 +86,7 @@ class Teachers:
         object stores in all."""
         if not self.remote:
             return
-        for each, columns in zip(self.other_teachers, self.fused(0, objective).other_columns, strict=True):
+        for each, columns in zip(self.other_teachers, self.other_columns(objective), strict=True):
             if each.cache.is_remote:
                 beside = [each.shards_beside(n, numbers, self.own[n]) for n, numbers in enumerate(shards)]
                 found = list(dict.fromkeys(number for numbers in beside for number in numbers))
@@ -145,27 +134,6 @@ class Teachers:
                 missing += " (another tokenizer cuts documents that are longer than a row elsewhere)"
             said.append(f"teacher {each['cache']}: has {each['rows']:,} of the rows to train on{missing}")
         return said
-
-
-def teachers_of(
-    recipe: Recipe, own: Sequence[Cache], *, has_alignments: bool, schedule_range: ScheduleRange
-) -> Teachers | None:
-    """The teachers that a recipe asks for beside its caches'; None where it asks for none. Raises as `Teachers.of`."""
-    if recipe.teachers is None:
-        return None
-    if has_alignments:
-        raise RecipeError(
-            "teachers: the student has another tokenizer than `cache`; give as `cache` one of the student's tokenizer and "
-            "align the others with it, or leave teachers out"
-        )
-    if not schedule_range.uses_teacher:
-        raise RecipeError("teachers: objective.alpha is 0, so nothing is learned from them; leave teachers out")
-    stream = recipe.stream
-    caches = [
-        Cache.open(each.cache, local=stream.local, local_bytes=stream.local_bytes) for each in recipe.teachers.caches
-    ]
-    names = [folder_name(each) for each in (recipe.cache, *(each.cache for each in stream.mix))]
-    return Teachers.of(recipe.teachers, own, caches, names=names)
 
 
 def _projection(cache: Cache, other: TeacherCache) -> VocabularyProjection | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teachercache.cache import Cache, Manifest
 from teachercache.cache.alignment import CacheAlignment
@@ -28,6 +28,9 @@ from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
 from teachercache.tokens.carried_prefix import with_prefix
 from teachercache.tokens.fingerprint import tokenizer_fingerprint, vocabulary_size
 from teachercache.training.initialise.partitioned import rows_of, runnable
+
+if TYPE_CHECKING:
+    from teachercache.training.supervision.contract import Supervision
 
 REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
 
@@ -60,16 +63,16 @@ class Fit:
     checked at the first batch, by all processes at once.
     """
 
-    caches: Sequence[Cache]
-    alignments: Sequence[CacheAlignment]
+    supervision: Supervision
     pack: bool
     _ran: bool = False
 
     def check(self, model: Any) -> None:
         """Raise `ModelError` for a vocabulary or positions that are too few, nothing that is aligned, and, where the model can
         run, for what `check_wrapped` refuses; also where each process holds a part of it (ZeRO 3)."""
-        for number, cache in enumerate(self.caches):
-            check_shapes(model, cache.manifest, alignment=self.alignments[number] if self.alignments else None)
+        self.supervision.check_student(_name_of(model))
+        for number in range(len(self.supervision.caches)):
+            check_shapes(model, self.supervision.tokens_of(number))
         if not (takes_one_row(model) and model.device.type == "cpu"):
             with runnable(model):
                 self.check_wrapped(model, model)
@@ -79,24 +82,19 @@ class Fit:
         once; `model` is `student` as training wraps it."""
         if self._ran:
             return
-        name, manifests = _name_of(student), [cache.manifest for cache in self.caches]
-        read = self.alignments[0].manifest if self.alignments else manifests[0]
-        check_causal(model, name=f"student {name}", vocabulary_size=read.vocabulary_size)
+        name, manifests = _name_of(student), [cache.manifest for cache in self.supervision.caches]
+        vocabulary_size = self.supervision.tokens_of(0).vocabulary_size
+        check_causal(model, name=f"student {name}", vocabulary_size=vocabulary_size)
         packed = [manifest for manifest in manifests if manifest.layout == "packed"]
-        check_packing(model, name, [*packed, *manifests][0], vocabulary_size=read.vocabulary_size, pack=self.pack)
+        check_packing(model, name, [*packed, *manifests][0], vocabulary_size=vocabulary_size, pack=self.pack)
         self._ran = True
 
 
-def check_shapes(model: Any, manifest: Manifest, *, alignment: CacheAlignment | None = None) -> None:
-    """Raise `ModelError` when the student cannot learn from a cache, as far as its shapes tell."""
-    name, read = _name_of(model), manifest if alignment is None else alignment.manifest
-    if alignment is not None and not alignment.infos.train_positions:
-        raise ModelError(
-            f"student {name} has nothing to learn from the cache: no row to train on could be aligned with its "
-            "tokenizer (`teachercache inspect` says why)"
-        )
-    check_vocabulary(model, name, read)
-    check_length(model, name, read)
+def check_shapes(model: Any, tokens: Manifest | AlignmentManifest) -> None:
+    """Raise `ModelError` when the student cannot read the tokens of a cache, or of its alignment, as far as its shapes tell."""
+    name = _name_of(model)
+    check_vocabulary(model, name, tokens)
+    check_length(model, name, tokens)
 
 
 def _name_of(model: Any) -> str:
@@ -197,16 +195,6 @@ def tokenizer_to_export(student: StudentConfig, cache: Cache, alignments: Sequen
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), exported, fingerprint=tokenizer_fingerprint(exported))
         yield Path(folder)
-
-
-def check_joined(cache: Cache, columns: Sequence[str]) -> None:
-    """Raise `CacheError` for targets that cannot be read at aligned tokens."""
-    by_pair = [column.name for column in cache.targets.columns if column.name in columns and column.of == "pair"]
-    if by_pair:
-        raise CacheError(
-            f"{cache.name} keeps attention as maps over the teacher's tokens, which a student with other tokens cannot match; "
-            "precompute it with targets.attention.kind: relations, or match hidden states"
-        )
 
 
 def _tokenizer_of(student: StudentConfig) -> Any | None:

@@ -6,19 +6,19 @@ Shapes: B rows, S tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from teachercache.objective import LossTerms, Objective
-from teachercache.objective.layers.objective import LayerObjective
+from teachercache.objective import LossTerms
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.training.trainer.gradient_cosines import GradientCosines
 from teachercache.training.trainer.layers import check_formed_outside, logged, watched
+from teachercache.training.trainer.objectives import Objectives
 from teachercache.training.trainer.output_layer import output_with_loss, takes_loss
 from teachercache.training.trainer.routing import Routing
 
@@ -27,12 +27,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class BatchLoss:
-    """Of a student. `objectives` and `layer_objectives` (none, or as many) are those of each cache; `replicated` says that one
-    process drives several GPUs."""
+    """Forms the loss of a student; `replicated` says that one process drives several GPUs."""
 
     student: Any
-    objectives: Sequence[Objective]
-    layer_objectives: Sequence[LayerObjective]
+    objectives: Objectives
     routing: Routing | None
     cosines: GradientCosines | None
     replicated: bool = False
@@ -45,7 +43,7 @@ class BatchLoss:
         source, layers = inputs.pop("source"), inputs.pop("layers", None)
         labels_BS, targets = inputs.pop("shift_labels"), inputs.pop("targets")
         is_task = self.routing is not None and not self.routing.learns_from_teacher
-        matched = self.layer_objectives[source] if self.layer_objectives and not is_task else None
+        matched = self.objectives.of_layers[source] if self.objectives.of_layers and not is_task else None
         taps = None if self.cosines is None or is_task else self.cosines.taps_at(step, labels_BS)
         in_layer_of = self.student if self.forms_in_layer(model) else None
         formed: list[LossTerms] = []
@@ -54,13 +52,15 @@ class BatchLoss:
 
         def of_output(output: StudentOutput, weights: Weights) -> LossTerms:
             position_ids_BS = inputs.get("position_ids")
-            return self.objectives[source](output, labels_BS, targets, weights=weights, position_ids_BS=position_ids_BS)
+            return self.objectives.of_logits[source](
+                output, labels_BS, targets, weights=weights, position_ids_BS=position_ids_BS
+            )
 
         def form(output: StudentOutput) -> Tensor:
             if self.cosines is not None and taps is not None:
                 self.cosines.add(of_output, output, weights)
             terms = self._of_pass(partial(of_output, output), weights)
-            for each in self.layer_objectives:  # in one order in all processes, whatever caches they are at
+            for each in self.objectives.of_layers:  # in one order in all processes, whatever caches they are at
                 if each is matched:
                     found = each.loss(activations, layers, labels_BS, weights=weights.terms, taps=taps)
                     terms = replace(terms, total=terms.total + found.total, named={**terms.named, **logged(found)})

@@ -32,20 +32,19 @@ from teachercache.objective.layers.gradient_taps import GradientTaps, products
 from teachercache.objective.layers.objective import LayerObjective
 from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.student_output import StudentOutput
-from teachercache.training.callbacks.meter import LOGGED_AS
 
 ABOVE = "above"
+TERMS = "across"  # what the log calls a divergence that is made of several terms
 
 
 def cosines_of(
-    config: ObjectiveConfig, accelerator: Any, *, layers: Sequence[LayerObjective], across: bool
+    config: ObjectiveConfig, accelerator: Any, *, layers: Sequence[LayerObjective], divergence_name: str | None
 ) -> GradientCosines | None:
     """Of a recipe that asks for them."""
     if config.gradient_cosines is None:
         return None
-    first = "across" if across else LOGGED_AS[config.divergence]
     terms = layers[0].names if layers else ()
-    return GradientCosines(accelerator, every=config.gradient_cosines, first=first, terms=terms)
+    return GradientCosines(accelerator, every=config.gradient_cosines, first=divergence_name or TERMS, terms=terms)
 
 
 class GradientCosines:

@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader
 
 from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.stream.dataset import Rows
+from teachercache.training.supervision.held_out import Measure
 from teachercache.training.supervision.reading import Reading
-from teachercache.training.trainer.held_out import AcrossMeasure, HeldOutMeasure, Measure
-from teachercache.training.trainer.held_out_ensemble import TaughtMeasure
 from teachercache.training.trainer.output_layer import output_with_loss
 
 
@@ -31,7 +30,8 @@ class HeldOutPass:
 
         `in_layer_of` as in `output_with_loss`; `prepare` brings a batch to the model's device.
         """
-        measures = [self._measure(number) for number in range(len(self._reading.caches))]
+        supervision, device = self._reading.supervision, self._reading.args.device
+        measures = [supervision.measure(number, device) for number in range(len(supervision.caches))]
         if self._loader is None:
             self._loader = self._reading.held_out([measure.columns for measure in measures])
         for batch in self._loader:
@@ -42,23 +42,12 @@ class HeldOutPass:
         """End the loader's workers now: one that is left to garbage collection takes 5 s to end."""
         self._loader = None
 
-    def _measure(self, number: int) -> Measure:
-        """Of the rows of one cache."""
-        reading, device = self._reading, self._reading.args.device
-        cache, tail = reading.caches[number], reading.objective.tail
-        if reading.alignments:
-            return AcrossMeasure(cache, reading.alignments[number], tail=tail, device=device)
-        if reading.teachers is not None and reading.teachers.shared.adapts:
-            fused = reading.teachers.fused(number, reading.objective)
-            return TaughtMeasure(cache.kind, tail=tail, device=device, teacher=fused)
-        return HeldOutMeasure(cache.kind, tail=tail, device=device)
-
     def _reduced(self, measures: Sequence[Measure], accelerator: Any, *, prefix: str) -> dict[str, float]:
         sums = [accelerator.reduce(measure.sums, "sum") for measure in measures]
         metrics = measures[0].metrics(sum(sums[1:], sums[0]), prefix=prefix)
         if len(sums) > 1:
             for number, of_cache in enumerate(sums):
-                if self._reading.caches[number].rows_of("held-out"):
+                if self._reading.supervision.caches[number].rows_of("held-out"):
                     metrics |= measures[0].metrics(of_cache, prefix=f"{prefix}_cache{number}")
         return metrics
 

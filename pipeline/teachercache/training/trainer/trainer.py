@@ -26,15 +26,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from teachercache.cache import Cache
-from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import JobFailed, RecipeError
 from teachercache.models.loading import takes_one_row
 from teachercache.models.rotary import original_context, rotate_by_own_length
-from teachercache.objective import NO_TARGET, DistillationObjective
-from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
+from teachercache.objective import NO_TARGET
 from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
-from teachercache.objective.token_weighting.weights import EFFECTIVE
 from teachercache.stream.dataset import Rows
 from teachercache.stream.order.batch_plan import BatchPlan, Plan, PlanSampler
 from teachercache.stream.sources import Mixed, check_mix, train_order
@@ -54,15 +51,16 @@ from teachercache.training.checkpoints.completion import (
 from teachercache.training.checkpoints.elastic import any_number_of_processes
 from teachercache.training.checkpoints.resuming import damage_of, intact_checkpoint, written_files
 from teachercache.training.initialise.partitioned import exact_buffers, like_partitioned
-from teachercache.training.supervision.ensemble import Teachers
-from teachercache.training.supervision.fit import Fit, check_joined
+from teachercache.training.supervision.choice import supervision_of
+from teachercache.training.supervision.contract import Supervision
+from teachercache.training.supervision.fit import Fit
 from teachercache.training.supervision.reading import Reading
 from teachercache.training.trainer.batch_loss import BatchLoss
 from teachercache.training.trainer.gradient_cosines import cosines_of
-from teachercache.training.trainer.held_out import across_objective
 from teachercache.training.trainer.held_out_pass import HeldOutPass
-from teachercache.training.trainer.layers import check_trainer, layer_objectives, names_logged
+from teachercache.training.trainer.layers import check_trainer
 from teachercache.training.trainer.learning_rate import with_factors
+from teachercache.training.trainer.objectives import Objectives
 from teachercache.training.trainer.routing import ROUTING_PASS, ROUTING_PASSES, routing_of
 
 logger = logging.getLogger(__name__)
@@ -81,9 +79,9 @@ class DistillationTrainer(Trainer):
     `mix` adds further caches of the same tokenizer, whatever their kinds of targets; a micro-batch is of one cache.
     `schedule` says what the objective is at each step, by default what `objective` says; what `adaptive` holds is saved with
     checkpoints.
-    `alignments`, one a cache, are alignments with the tokenizer of a student that has another one than the teacher.
-    `teachers` are further ones of the same rows (`training.supervision.ensemble`), learned from together with those
-    of the caches. Works under DeepSpeed ZeRO 0-3, DDP and in one process.
+    `supervision` says what is learned from the caches, by default the distributions of their teachers in the student's own
+    tokens; `training.supervision.choice.supervision_of` gives it for alignments or for several teachers.
+    Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
     Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `ModelError` for a student that
     cannot learn from them (`fit.Fit`), `JobFailed` when training diverges.
@@ -100,8 +98,7 @@ class DistillationTrainer(Trainer):
         plan: Plan | None = None,
         trained: Trained | None = None,
         schedule: ObjectiveSchedule | None = None,
-        alignments: Sequence[CacheAlignment] = (),
-        teachers: Teachers | None = None,
+        supervision: Supervision | None = None,
         keep_checkpoints: int = 2,
         pack: bool = False,
         callbacks: list[TrainerCallback] | None = None,
@@ -110,78 +107,55 @@ class DistillationTrainer(Trainer):
         exact_buffers(model)
         self.caches = (cache, *(mixed.cache for mixed in mix))
         self.objective_config = objective
-        self.alignments = tuple(alignments)
-        self.fit = Fit(self.caches, self.alignments, pack=pack)
+        self.supervision = supervision or supervision_of(self.caches, objective)
+        self.fit = Fit(self.supervision, pack=pack)
         self.fit.check(model)
-        self.teachers = teachers
-        self.trained = trained or _trained(self.caches, teachers, plan)
+        trained = trained or _trained(self.supervision, plan)
         rotate_by_own_length(model)
         self.reading = Reading(
-            self.caches, self.alignments, teachers, objective, args, self.trained, one_row=takes_one_row(model),
-            context=original_context(model),
-        )  # fmt: skip
-        self.plan = plan or _plan_of(args, cache, mix, self.trained)
+            self.supervision, args, trained, one_row=takes_one_row(model), context=original_context(model)
+        )
+        self.plan = plan or _plan_of(args, cache, mix, trained)
         self.keep_checkpoints = keep_checkpoints
         _run_as_one_pass(args, self.plan)
         self.routing = routing_of(model, objective.routing, args)
-        self.schedule = schedule or ObjectiveSchedule(objective, steps=args.max_steps, across=bool(self.alignments))
+        self.schedule = schedule or self.supervision.schedule(steps=args.max_steps)
         self.weights = self.schedule.at(0)  # of the step that is under way
-        self.adaptive: dict[str, Stateful] = {"course": self.schedule}
-        if teachers is not None:
-            self.adaptive["teachers"] = teachers.shared
-        self.step_losses = StepLosses(self.schedule)
-        self.objectives = [self._objective(number) for number in range(len(self.caches))]
-        self.layer_objectives = layer_objectives(model, objective, self.caches, seed=args.seed)
-        columns = [objective.columns for objective in self.objectives]
-        if self.layer_objectives:
-            columns = [(*names, *each.columns) for names, each in zip(columns, self.layer_objectives, strict=True)]
-        if self.alignments:
-            for each, names in zip(self.caches, columns, strict=True):
-                check_joined(each, names)
-        self._columns = columns  # that are read of each cache
+        self.adaptive: dict[str, Stateful] = {"course": self.schedule, **self.supervision.adaptive}
+        self.objectives = Objectives.of(model, self.supervision, self.schedule.schedule_range, seed=args.seed)
         like_partitioned(model)
-        held_out = sum(each.rows_of("held-out") for each in self.caches)
-        use_cache = vars(model.config).get("use_cache")
+        self._start(model, args, callbacks or [], pack=pack)
+
+    def _start(self, model: Any, args: TrainingArguments, callbacks: list[TrainerCallback], *, pack: bool) -> None:
+        """Have Trainer make itself, and then what needs its accelerator."""
+        use_cache, columns = vars(model.config).get("use_cache"), self.objectives.columns
+        self.step_losses = StepLosses(self.schedule)
+        has_held_out = any(cache.rows_of("held-out") for cache in self.caches)
         super().__init__(
             model=model,
             args=args,
             data_collator=self.reading.collator("train", columns, pack=pack),  # type: ignore[arg-type]  # of `Rows`, not a list
             train_dataset=self.reading.dataset("train", columns),
-            eval_dataset=self.reading.dataset("held-out", columns) if held_out else None,
-            callbacks=[self.step_losses, LogAndSaveCallback(self.plan), StopOnDivergence(), *(callbacks or [])],
+            eval_dataset=self.reading.dataset("held-out", columns) if has_held_out else None,
+            callbacks=[self.step_losses, LogAndSaveCallback(self.plan), StopOnDivergence(), *callbacks],
         )
         _restore_use_cache(model.config, use_cache)
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, so Trainer must not do it again
         self.step_losses.accelerator = self.accelerator
-        check_trainer(self, self.layer_objectives)
-        of_logits = [name for each in self.objectives for name in each.names]
-        emphasis = (EFFECTIVE,) if objective.emphasis is not None else ()
-        names = (*dict.fromkeys(of_logits), *names_logged(self.layer_objectives), *emphasis)
-        self.meter = LossMeter(self.accelerator, names)
+        check_trainer(self, self.objectives.of_layers)
+        self.meter = LossMeter(self.accelerator, self.objectives.names)
         self.cosines = cosines_of(
-            objective, self.accelerator, layers=self.layer_objectives, across=bool(self.alignments)
-        )
+            self.objective_config, self.accelerator, layers=self.objectives.of_layers,
+            divergence_name=self.supervision.divergence_name,
+        )  # fmt: skip
         self.batch_loss = BatchLoss(
-            self.model, self.objectives, self.layer_objectives, self.routing, self.cosines,
-            replicated=args.n_gpu > 1, warns=self.is_world_process_zero(),
+            self.model, self.objectives, self.routing, self.cosines, replicated=args.n_gpu > 1,
+            warns=self.is_world_process_zero(),
         )  # fmt: skip
         self.held_out_pass = HeldOutPass(self.reading)
         self._fetching: list[list[int]] = []  # shards of each cache
         self._checked: Path | None = None  # the checkpoint whose bytes were found to be as they were written
-
-    def _objective(self, number: int) -> DistillationObjective | CrossTokenizerObjective:
-        """Of one cache."""
-        if self.alignments:
-            return across_objective(
-                self.objective_config,
-                self.caches[number],
-                self.alignments[number],
-                schedule_range=self.schedule.schedule_range,
-            )
-        config, kind = self.objective_config, self.caches[number].kind
-        teacher = None if self.teachers is None else self.teachers.fused(number, config)
-        return DistillationObjective(config, kind=kind, schedule_range=self.schedule.schedule_range, teacher=teacher)
 
     def get_train_dataloader(self) -> DataLoader[Rows]:
         """This process's micro-batches from the current step on; accelerate must not shard them again."""
@@ -200,7 +174,7 @@ class DistillationTrainer(Trainer):
         shards = self.plan.shards_at(step)
         if shards != self._fetching:
             self._fetching = shards
-            self.reading.prefetch(shards, self._columns)
+            self.supervision.prefetch(shards, self.objectives.columns)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -261,14 +235,14 @@ class DistillationTrainer(Trainer):
             return  # Trainer's closing summary counts a resumed run's earlier steps as if they had run now
         if "loss" in logs:
             held = schedule_record(self.schedule, self.weights, step=self.state.global_step - 1)
-            record = training_record(self.meter.take(), self.objective_config, held, across=bool(self.alignments))
+            record = training_record(self.meter.take(), held, divergence_name=self.supervision.divergence_name)
             logs = {**logs, **record, **({} if self.cosines is None else self.cosines.take())}
         super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out metrics over all processes, logged and handed to callbacks; see `held_out.HeldOutMeasure`."""
+        """Held-out metrics over all processes, logged and handed to callbacks; see `supervision.held_out`."""
         if eval_dataset is not None:
             raise ValueError("evaluation is on the cache's held-out split; open another cache for other rows")
         began = time.perf_counter()
@@ -280,8 +254,7 @@ class DistillationTrainer(Trainer):
             prepare=self._prepare_inputs, accelerator=self.accelerator, prefix=metric_key_prefix,
         )  # fmt: skip
         model.train(was_training)
-        if self.teachers is not None:
-            self.teachers.update_weights(metrics, prefix=metric_key_prefix)
+        self.supervision.hear(metrics, prefix=metric_key_prefix)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -345,8 +318,8 @@ class DistillationTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
 
-def _trained(caches: Sequence[Cache], teachers: Teachers | None, plan: Plan | None) -> Trained:
-    found = trained_rows(caches, [each.cache for each in teachers.other_teachers] if teachers else [])
+def _trained(supervision: Supervision, plan: Plan | None) -> Trained:
+    found = trained_rows(supervision.caches, supervision.other_caches)
     if plan is not None and found.lines:
         raise RecipeError(
             f"{found.lines[0]}; the plan was made of all rows: make it with train_order(…, trained=trained_rows(…)), and give "

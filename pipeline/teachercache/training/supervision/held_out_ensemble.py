@@ -12,7 +12,7 @@ from teachercache.objective.ensemble import FusedTeacher
 from teachercache.objective.logits.operands import Weights, labelled_positions
 from teachercache.objective.logits.student_output import StudentOutput, output_sums
 from teachercache.targets import TargetKind
-from teachercache.training.trainer.held_out import HeldOutMeasure, Measure
+from teachercache.training.supervision.held_out import HeldOutMeasure, Measure
 
 MEASURED = Weights(0.5, 1.0)  # neither weight may be zero
 OWN = 5  # sums of `HeldOutMeasure`

@@ -1,13 +1,11 @@
-"""Evaluation on the held-out split of a cache.
+"""Evaluation of a student with another tokenizer, on the held-out rows that are aligned with its tokens.
 
-All metrics are over positions, and at temperature 1 whatever the training temperature is, so that runs compare. The student
-is measured as it would be sampled: over all columns of its logits, also those that no token has.
+Shapes: B rows, S tokens, N positions, M chunks, U teacher's tokens.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -15,72 +13,15 @@ from torch import Tensor
 from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig
-from teachercache.objective import NO_TARGET, DistillationObjective, LossTerms
+from teachercache.objective import NO_TARGET, LossTerms
 from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
 from teachercache.objective.logits.student_output import StudentOutput
 from teachercache.objective.schedule.objective_schedule import ScheduleRange
-from teachercache.targets import TargetKind
 from teachercache.targets.logits.kind import first_choices
-
-# Both terms are measured: neither weight may be zero.
-_BOTH = 0.5
+from teachercache.training.supervision.held_out import BOTH_TERMS, Measure
 
 
-class Measure(ABC):
-    """Sums over the positions of some batches; add batches of every process, then `metrics` of the reduced sums."""
-
-    columns: tuple[str, ...]
-    sums: Tensor
-
-    @staticmethod
-    @abstractmethod
-    def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
-        """From the sums of all batches."""
-
-    @abstractmethod
-    def add(self, output: StudentOutput, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
-        """Add a batch by the student's output for it."""
-
-
-class HeldOutMeasure(Measure):
-    """Of a student with the teacher's tokenizer."""
-
-    def __init__(self, kind: TargetKind, *, tail: str, device: torch.device) -> None:
-        config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail})
-        self._kind = kind
-        self._objective = DistillationObjective(config, kind=kind)
-        self.columns = self._objective.columns
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
-
-    def add(self, output: StudentOutput, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
-        """See `Measure`."""
-        for part, logits_BSL, labels in output.blocks(labels_BS):
-            self._add(logits_BSL, labels, {name: values[part] for name, values in targets.items()})
-
-    def _add(self, logits_BSL: Tensor, labels_BS: Tensor, targets: dict[str, Tensor]) -> None:
-        terms = self._objective(StudentOutput.of_logits(logits_BSL), labels_BS, targets)
-        is_position_BS = labels_BS != NO_TARGET
-        choice_N = logits_BSL.argmax(-1)[is_position_BS]
-        correct = (choice_N == labels_BS[is_position_BS]).sum()
-        agreeing = (choice_N == first_choices(self._kind, targets, xp=torch).to(choice_N)).sum()
-        positions = torch.tensor(terms.positions, device=self.sums.device)
-        self.sums += torch.stack([item.double() for item in (terms.ce, terms.divergence, correct, agreeing, positions)])
-
-    @staticmethod
-    def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
-        """`loss` (CE, nats per position), `perplexity`, `kl` (to the teacher), `accuracy`, `top1_agreement`."""
-        ce, kl, correct, agreeing, positions = sums.tolist()
-        values = {
-            "loss": ce / positions,
-            "perplexity": math.exp(min(ce / positions, 700.0)),
-            "kl": kl / positions,
-            "accuracy": correct / positions,
-            "top1_agreement": agreeing / positions,
-        }
-        return {f"{prefix}_{name}": value for name, value in values.items()}
-
-
-class AcrossMeasure(Measure):
+class AlignedMeasure(Measure):
     """Of a student with another tokenizer, whose rows are joined to the cache's.
 
     Agreement and KL are measured where chunks begin: there both have read the same bytes.
@@ -88,9 +29,11 @@ class AcrossMeasure(Measure):
 
     def __init__(self, cache: Cache, alignment: CacheAlignment, *, tail: str, device: torch.device) -> None:
         across = [{"match": "projected-kl"}]
-        config = ObjectiveConfig.model_validate({"alpha": _BOTH, "temperature": 1.0, "tail": tail, "across": across})
+        config = ObjectiveConfig.model_validate(
+            {"alpha": BOTH_TERMS, "temperature": 1.0, "tail": tail, "across": across}
+        )
         self._kind, vocabulary = cache.kind, alignment.vocabulary
-        self._objective = across_objective(config, cache, alignment)
+        self._objective = aligned_objective(config, cache, alignment)
         self._first_U = torch.from_numpy(vocabulary.first_Vt).long().to(device)
         self.columns = self._objective.columns
         self.sums = torch.zeros(8, dtype=torch.float64, device=device)
@@ -135,7 +78,7 @@ class AcrossMeasure(Measure):
         return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
-def across_objective(
+def aligned_objective(
     config: ObjectiveConfig, cache: Cache, alignment: CacheAlignment, *, schedule_range: ScheduleRange | None = None
 ) -> CrossTokenizerObjective:
     """The objective of a recipe for a cache and its alignment with the student's tokenizer, over what a run asks for."""

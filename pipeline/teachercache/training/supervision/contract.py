@@ -1,0 +1,111 @@
+"""`Supervision`: what a run learns from in the rows of its caches. It is chosen once (choice.py); nothing after that asks
+which one it is.
+
+Each file beside this one that is named after what it learns from holds one: own_tokens.py, other_tokens.py,
+several_teachers.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from teachercache.cache import Cache, Manifest
+from teachercache.cache.alignment import CacheAlignment
+from teachercache.cache.manifest.alignment_manifest import AlignmentManifest
+from teachercache.cache.reader import Split
+from teachercache.config import ObjectiveConfig, PhaseConfig
+from teachercache.objective import Objective
+from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
+from teachercache.stream.cache_rows import CacheRows
+from teachercache.training.callbacks.step_losses import Stateful
+from teachercache.training.supervision.held_out import Measure
+
+Columns = Sequence[tuple[str, ...]]  # of each cache
+
+
+class Supervision(ABC):
+    """What a student learns from in `caches`, those of a run in order, by the objective of `config`.
+
+    `alignments`, one a cache, have the rows in the student's own
+    tokens; there are none where those are the teacher's. `adaptive` is what it remembers beyond one step, by its name in a
+    checkpoint. `remote` is the number of caches that lie in object stores.
+    """
+
+    alignments: tuple[CacheAlignment, ...] = ()
+    other_caches: tuple[Cache, ...] = ()  # of further teachers: read beside the run's own
+    adaptive: Mapping[str, Stateful] = {}
+
+    def __init__(self, caches: Sequence[Cache], config: ObjectiveConfig) -> None:
+        self.caches, self.config = tuple(caches), config
+
+    # ------------------------------------------------------------------ before the first step
+
+    @abstractmethod
+    def tokens_of(self, number: int) -> Manifest | AlignmentManifest:
+        """Describes the tokens that the student reads of a cache."""
+
+    @abstractmethod
+    def check_student(self, name: str) -> None:
+        """Raise `ModelError` where a student of this name would have nothing to learn from."""
+
+    @abstractmethod
+    def check_columns(self, columns: Columns) -> None:
+        """Raise `CacheError` for columns of the caches that cannot be learned from in this way."""
+
+    @abstractmethod
+    def schedule(self, *, steps: int, phases: Sequence[PhaseConfig] = ()) -> ObjectiveSchedule:
+        """The settings of every step."""
+
+    # ------------------------------------------------------------------ rows
+
+    @abstractmethod
+    def rows(self, number: int, split: Split, columns: tuple[str, ...]) -> CacheRows:
+        """The rows of a cache, with these of its columns."""
+
+    @property
+    def remote(self) -> int:
+        """See the class."""
+        return sum(cache.is_remote for cache in (*self.caches, *self.other_caches))
+
+    def prefetch(self, shards: Sequence[Sequence[int]], columns: Columns) -> None:
+        """Have fetched what holds these columns of these shards of each cache, and what lies beside them, where caches are in
+        an object store."""
+        for cache, numbers, names in zip(self.caches, shards, columns, strict=True):
+            cache.prefetch(numbers, columns=names, caches=self.remote)
+
+    # ------------------------------------------------------------------ losses and measures
+
+    @abstractmethod
+    def objective(self, number: int, schedule_range: ScheduleRange) -> Objective:
+        """The loss in the rows of a cache, over what a run asks for."""
+
+    @property
+    def divergence_name(self) -> str | None:
+        """What logs call the objective's divergence; None where it is made of terms with names of their own."""
+        return None
+
+    @abstractmethod
+    def measure(self, number: int, device: torch.device) -> Measure:
+        """What evaluation measures in the held-out rows of a cache."""
+
+    @abstractmethod
+    def hear(self, metrics: Mapping[str, float], *, prefix: str) -> None:
+        """Take in what an evaluation has found; its names begin with `prefix`."""
+
+    # ------------------------------------------------------------------ what a run folder says
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides what is learned, as arguments of `RunIdentity`."""
+        return {}
+
+    def lines(self) -> Sequence[str]:
+        """The same for people, before training."""
+        return ()
+
+    def report(self, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the summary of a finished run holds of it."""
+        return {}

@@ -30,8 +30,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from teachercache.stream.cache_rows import OwnRows
-
 HERE = Path(__file__).resolve().parents[2]
 REPEATED = {"verify": 9, "first": 5, "later": 9}
 # What glibc's allocator gives back to the system, and takes as pages of their own.
@@ -97,7 +95,12 @@ def _stream(cache: Any) -> None:
     rows = cache.rows_of("train")
     plan = BatchPlan(train_order(cache, seed=0), BATCH, BATCH, 1)
     columns = cache.kind.objective_columns(cache.kind.tail_policies[0])
-    collate = Collator.of(OwnRows(cache, columns))
+    try:
+        from teachercache.stream.cache_rows import OwnRows
+    except ImportError:
+        collate = Collator.of(cache, columns=columns)  # type: ignore[arg-type,call-arg]
+    else:
+        collate = Collator.of(OwnRows(cache, columns))
     for step in range(rows // BATCH):
         collate([cache.read_row("train", int(index), columns=columns) for index in plan.step_rows(step)])
 

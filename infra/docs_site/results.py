@@ -75,17 +75,40 @@ def _codec(result: Result) -> str:
     return table([*head, "ECE at T = 1"], rows)
 
 
+def _codec_others(result: Result) -> str:
+    """The kinds that are no sketch."""
+    kinds = {name: kind for name, kind in result["kinds"].items() if not name.startswith("head+sketch")}
+    return _codec({**result, "kinds": kinds})
+
+
 def _codec_closer(result: Result) -> str:
+    """The table, and what one kind's closer look found."""
     late = result["kinds"]["head+sketch, compact"]
     angles = late["late_student"].values()
     documents = late["documents"]["1"]
     parts = [
+        ["gradient angle of `compact` over the first half of the positions, T = 1 / 2 / 4, degrees",
+         three(late["halfway"].values())],
         ["gradient angle of `compact` for a late student, T = 1 / 2 / 4, degrees",
          three((each["gradient_angle_degrees"] for each in angles), 1)],
         ["the same in rows of 256 tokens at T = 1, least and most", f"{documents['least']:.1f}, {documents['most']:.1f}"],
         ["positions/s that one core decodes", f"{late['decode']:,}"],
     ]  # fmt: skip
     return f"{_codec(result)}\n\n{table(['what', 'figure'], parts)}"
+
+
+def _codec_sample(result: Result) -> str:
+    """Kinds that calibrate, with the sample's size."""
+    rows = []
+    for name, kind in result["kinds"].items():
+        figures = kind["temperatures"].values()
+        rows.append([
+            name, f"{result['calibration']:,}", f"{kind['bytes']:.0f}", three(figure["kl"] for figure in figures),
+            three(figure["gradient_angle_degrees"] for figure in figures), three(kind["halfway"].values()),
+        ])  # fmt: skip
+    head = ["targets", "calibration positions", "bytes per position", "KL at T = 1 / 2 / 4, nats"]
+    angle = "gradient angle at T = 1 / 2 / 4, degrees"
+    return table([*head, angle, f"over the first {result['positions'] // 2:,} positions alone"], rows)
 
 
 def _quality(result: Result) -> str:
@@ -378,13 +401,19 @@ BENCH = "python tests/bench"
 LAYERS = "-s 'targets.hidden={layers: [12, 21, 29, 30]}' -s 'targets.attention={layers: [30]}'"
 QUALITY = "--packages numpy datasets huggingface_hub --steps 2500 --arms logits lighter fading layers heavier"
 GEMMA = "gemma3-270m.gguf --text README.md --characters 5000"
-CLOSER = '--only "head+sketch, compact" "hidden state, steps of 1/32"'
+SKETCHES = '--only "head+sketch, compact" "head+sketch, fine"'
+HIDDEN = '--only "head+sketch, compact" "hidden state, steps of 1/32"'
+SMALL = '--calibration 4096 --only "head+sketch, compact" --briefly'
+LARGE = '--teacher gemma3-270m.gguf --only "head+sketch, compact" --briefly'
 RUNS = {
     run.file: run
     for run in (
-        Run("codec_fidelity", f"{BENCH}/codec_fidelity.py", "2026-11-22", _codec),
+        Run("codec_fidelity_sketches", f"{BENCH}/codec_fidelity.py {SKETCHES}", "2026-11-29", _codec_closer),
+        Run("codec_fidelity", f"{BENCH}/codec_fidelity.py", "2026-11-22", _codec_others),
+        Run("codec_fidelity_closer", f"{BENCH}/codec_fidelity.py {HIDDEN}", "2026-11-22", _codec_others),
+        Run("codec_fidelity_small", f"{BENCH}/codec_fidelity.py {SMALL}", "2026-11-29", _codec_sample),
+        Run("codec_fidelity_gemma", f"{BENCH}/codec_fidelity.py {LARGE}", "2026-11-29", _codec_sample),
         Run("row_beginnings", f"{BENCH}/row_beginnings.py {GEMMA}", "2026-11-29", _beginnings),
-        Run("codec_fidelity_closer", f"{BENCH}/codec_fidelity.py {CLOSER}", "2026-11-22", _codec_closer),
         Run("student_quality", f"{BENCH}/student_quality.py runs/quality --epochs 1", "2026-11-22", _quality),
         Run("kd_against_ce", f"{BENCH}/kd_against_ce.py runs/kd", "2026-11-22", _against_ce),
         Run("objective_parts", f"{BENCH}/objective_parts.py runs/parts", "2026-11-22", _parts),

@@ -61,7 +61,7 @@ Array = NDArray[Any]
 
 
 SKETCH_PRESETS: dict[str, dict[str, Any]] = {
-    # 59 and 109 bytes a position of SmolLM2-135M (tests/bench/codec_fidelity.py)
+    # 59 and 108 bytes a position of SmolLM2-135M (tests/bench/codec_fidelity.py)
     "compact": {"k": 10, "rank": 320, "step": 0.16},
     "fine": {"k": 20, "rank": 384, "step": 0.1},
 }

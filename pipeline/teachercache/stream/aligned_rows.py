@@ -76,17 +76,17 @@ def chunk_arrays(
     for stored in rows:
         arrays = targets.logits.decoded({name: stored.teacher.targets[name] for name in of_logits}) if of_logits else {}
         boundary_P = _boundary(stored, targets, columns)
-        at_begin, found = _row_chunks(stored, arrays, boundary_P)
+        at_begin, row_chunks = _row_chunks(stored, arrays, boundary_P)
         for name in ("first", "last"):
-            found[name] = np.where(found[name] < 0, -1, found[name] + before)
-        found["of"] = np.where(found["of"] < 0, -1, found["of"] + count)
-        before, count = before + stored.row.positions, count + len(found["first"])
+            row_chunks[name] = np.where(row_chunks[name] < 0, -1, row_chunks[name] + before)
+        row_chunks["of"] = np.where(row_chunks["of"] < 0, -1, row_chunks["of"] + count)
+        before, count = before + stored.row.positions, count + len(row_chunks["first"])
         decoded.append(at_begin)
-        chunks.append(found)
-    joined = {name: np.concatenate([each[name] for each in chunks]) for name in chunks[0]}
+        chunks.append(row_chunks)
+    joined = {name: np.concatenate([values[name] for values in chunks]) for name in chunks[0]}
     joined["last"] = np.where(joined["last"] < 0, before, joined["last"])
     joined["of"] = np.where(joined["of"] < 0, count, joined["of"])
-    return {name: np.concatenate([each[name] for each in decoded]) for name in decoded[0]}, joined
+    return {name: np.concatenate([arrays[name] for arrays in decoded]) for name in decoded[0]}, joined
 
 
 def _boundary(stored: JoinedRow, targets: StoredTargets, columns: Sequence[str]) -> Array | None:
@@ -113,7 +113,7 @@ def _row_chunks(
     boundary_M = np.zeros(len(chosen), dtype=np.float32)
     if boundary_P is not None:
         boundary_M[goes_on] = boundary_P[teacher.positions_S[last_T[goes_on]]]
-    found = {
+    chunks = {
         "first": first_M,
         "last": np.where(goes_on, student.positions_S[last_S], -1),
         "of": of_N,
@@ -121,7 +121,7 @@ def _row_chunks(
         "boundary": boundary_M,
         "label_bytes": stored.alignment["token_bytes"][1:][stored.row.target_mask_S[:-1]].astype(np.int64),
     }
-    return {name: values[begins_M] for name, values in arrays.items()}, found
+    return {name: values[begins_M] for name, values in arrays.items()}, chunks
 
 
 def _ranges(first_M: Array, count_M: Array) -> Array:

@@ -54,8 +54,8 @@ class AlignedRows:
         """See `CacheRows`."""
         segments = has_segments(self.cache)
         stored = self.cache.read_row(split, index, columns=self.columns, segments=segments)
-        found = self.alignment.joined(split, index, stored, segments=segments)
-        return JoinedRow(found.row, stored, found.targets)
+        aligned = self.alignment.joined(split, index, stored, segments=segments)
+        return JoinedRow(aligned.row, stored, aligned.targets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +97,17 @@ def _targets(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequenc
 def _layers(
     rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str], packed_with: Sequence[Sequence[int]]
 ) -> dict[str, torch.Tensor]:
-    """Of aligned tokens: `student`, the token's index in its sequence; `teacher`, its place in the teacher's segment; `first`,
-    1 where it is the first token of either's segment; `segment`, -1 where there is none; and what layers decode to,
-    [B, A, …]."""
+    """Returns the arrays of aligned tokens: `student`, the token's index in its sequence; `teacher`, its place in the
+    teacher's segment; `first`, 1 where it is the first token of either's segment; `segment`, -1 where there is none;
+    and what layers decode to, [B, A, …]."""
     sequences = [_sequence([rows[index] for index in chosen], targets, columns) for chosen in packed_with]
     sequences = sequences or [_nothing(targets, columns)]
-    longest = max(1, *(len(each["segment"]) for each in sequences))
+    longest = max(1, *(len(sequence["segment"]) for sequence in sequences))
     batch = {}
     for name, values in sequences[0].items():
         filled = np.full((len(sequences), longest, *values.shape[1:]), -1 if name == "segment" else 0, values.dtype)
-        for place, each in zip(filled, sequences, strict=True):
-            place[: len(each[name])] = each[name]
+        for place, sequence in zip(filled, sequences, strict=True):
+            place[: len(sequence[name])] = sequence[name]
         batch[name] = torch.from_numpy(filled)
     return batch
 

@@ -17,19 +17,19 @@ def warnings_of(caches: Sequence[Cache], alignments: Sequence[CacheAlignment] = 
     text: only the beginnings of documents have it there."""
     lines = []
     for cache in caches:
-        found = _unsaid(cache.manifest.tokenizer, cache, partial(teacher_tokenizer, cache))
-        if found:
+        tokens = _unsaid(cache.manifest.tokenizer, cache, partial(teacher_tokenizer, cache))
+        if tokens:
             lines.append(
-                f"warning: {cache.name} was made by an earlier version: its tokenizer puts {found} before a text, and only the "
-                "first rows of documents begin with it, so that what the teacher says in the others may be far from what it "
+                f"warning: {cache.name} was made by an earlier version: its tokenizer puts {tokens} before a text, and only "
+                "the first rows of documents begin with it, so that what the teacher says in the others may be far from what it "
                 "can; precompute it again"
             )
     for cache, alignment in zip(caches, alignments, strict=False):
-        found = _unsaid(alignment.manifest.tokenizer, cache, partial(student_tokenizer, alignment))
-        if found:
+        tokens = _unsaid(alignment.manifest.tokenizer, cache, partial(student_tokenizer, alignment))
+        if tokens:
             lines.append(
                 f"warning: the alignment of {cache.name} with {alignment.manifest.tokenizer['name']} was made by an earlier "
-                f"version: {found} stands only where documents begin; delete {alignment.manifest.folder} and align again"
+                f"version: {tokens} stands only where documents begin; delete {alignment.manifest.folder} and align again"
             )
     return lines
 

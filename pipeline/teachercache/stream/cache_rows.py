@@ -45,7 +45,7 @@ class CacheRows(Protocol):
 
     @property
     def cache(self) -> Cache:
-        """Where they are stored."""
+        """Cache that stores them."""
 
     @property
     def length(self) -> int:
@@ -91,7 +91,8 @@ class OwnRows:
 
 
 def has_segments(cache: Cache) -> bool:
-    """Whether rows are read with their segments, and the text in them: nobody asks for these where a row has one alone."""
+    """Tells whether rows are read with their segments, and the text in them: nobody asks for these where a row has one
+    alone."""
     return cache.manifest.layout == "packed"
 
 

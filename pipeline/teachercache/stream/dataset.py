@@ -36,8 +36,8 @@ class CacheDataset(Dataset[Rows]):
         self._kept = kept  # of each cache, those that there are; None: all
         self._ends = np.cumsum(
             [
-                each.cache.rows_of(split) if numbers is None else len(numbers)
-                for each, numbers in zip(rows, kept, strict=True)
+                cache_rows.cache.rows_of(split) if numbers is None else len(numbers)
+                for cache_rows, numbers in zip(rows, kept, strict=True)
             ]
         )
 

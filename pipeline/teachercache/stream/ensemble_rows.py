@@ -43,7 +43,7 @@ class EnsembleRow(StoredRow):
 
 @dataclass(frozen=True, eq=False)
 class TeacherTargets:
-    """How one further teacher's columns become arrays of a batch; picklable."""
+    """Turns one further teacher's columns into arrays of a batch; picklable."""
 
     targets: StoredTargets
     columns: tuple[str, ...]
@@ -66,12 +66,12 @@ class TeacherCache:
         return cls(cache, alignment, join(caches, cache))
 
     def found(self, split: Split, *, source: int | None = None) -> int:
-        """How many rows of a split it has, of one cache or of all."""
+        """Counts the rows of a split that it has, of one cache or of all."""
         rows = self.rows if source is None else self.rows[source : source + 1]
-        return sum(int((each[split] >= 0).sum()) for each in rows)
+        return sum(int((row_numbers[split] >= 0).sum()) for row_numbers in rows)
 
     def place(self, source: int, split: Split, index: int) -> tuple[Split, int] | None:
-        """Where it has a row; None where it lacks it."""
+        """Returns the place of a row in it; None where it lacks the row."""
         number = int(self.rows[source][split][index])
         train = self.cache.rows_of("train")
         if number == MISSING:
@@ -88,15 +88,15 @@ class TeacherCache:
             return None
         if self.alignment is None:
             return stored
-        found = self.alignment.joined(*place, stored, segments=False)
-        return JoinedRow(found.row, stored, found.targets)
+        aligned = self.alignment.joined(*place, stored, segments=False)
+        return JoinedRow(aligned.row, stored, aligned.targets)
 
     def shards_beside(self, source: int, numbers: Sequence[int], of: Cache) -> list[int]:
         """The shards that hold the train rows of some shards of a cache, in the order in which these are given."""
         ends = np.cumsum(of.infos.counted("rows") - of.infos.counted("held_out_rows"))
-        own = self.cache.infos
-        splits = [np.cumsum(own.counted("rows") - own.counted("held_out_rows"))]
-        splits.append(splits[0][-1] + np.cumsum(own.counted("held_out_rows")))
+        infos = self.cache.infos
+        splits = [np.cumsum(infos.counted("rows") - infos.counted("held_out_rows"))]
+        splits.append(splits[0][-1] + np.cumsum(infos.counted("held_out_rows")))
         needed: dict[int, None] = {}
         for number in numbers:
             start = int(ends[number - 1]) if number else 0
@@ -152,7 +152,8 @@ class EnsembleRows:
 
 @dataclass(frozen=True, eq=False)
 class EnsembleTensors:
-    """What the first teacher's rows give, and in `targets` besides what `ensemble_targets` makes of the others."""
+    """Makes the tensors of the first teacher's rows, and in `targets` besides what `ensemble_targets` makes of the
+    others."""
 
     own: RowTensors
     other_teachers: tuple[TeacherTargets, ...]
@@ -165,13 +166,13 @@ class EnsembleTensors:
 
 
 def join(caches: Sequence[Cache], cache: Cache) -> tuple[dict[Split, NDArray[np.int64]], ...]:
-    """Which row of `cache` each row of each of `caches` is, by split: see `TeacherCache.rows`."""
+    """Finds each row of each of `caches` in `cache`, by split: see `TeacherCache.rows`."""
     keys = row_keys(cache)
     keys_R = np.concatenate([keys[split] for split in SPLITS])
     order_R = np.argsort(keys_R)
     sorted_R = keys_R[order_R]
     return tuple(
-        {split: looked_up(wanted, sorted_R, order_R) for split, wanted in row_keys(each).items()} for each in caches
+        {split: looked_up(wanted, sorted_R, order_R) for split, wanted in row_keys(source).items()} for source in caches
     )
 
 
@@ -187,20 +188,21 @@ def looked_up(wanted: Keys, sorted_R: Keys, order_R: NDArray[np.int64]) -> NDArr
 
 
 def ensemble_targets(rows: Sequence[Any], other_teachers: Sequence[TeacherTargets]) -> dict[str, torch.Tensor]:
-    """What a batch holds of further teachers, under `teacher1/…`, `teacher2/…`, for the `EnsembleRow`s of a micro-batch:
+    """Returns a batch's arrays of further teachers, under `teacher1/…`, `teacher2/…`, for the `EnsembleRow`s of a
+    micro-batch:
 
     `at` int64 [n] the positions at which the teacher speaks, rising: all that both sides predict, or where chunks begin
     of a teacher with other tokens; `has` bool [N] whether its cache has the row; what its kind of logits decodes, [n, …];
-    and with a column of the actual token `nats` float32 [n], -log p of it, a mean over a chunk's tokens in the student's.
-    """
+    and with a column of the actual token `nats` float32 [n], -log p of it, a mean over a chunk's tokens in the
+    student's."""
     batch = {}
-    for number, each in enumerate(other_teachers):
-        said = [_said(stored.row, stored.other_teachers[number], each) for stored in rows]
+    for number, other in enumerate(other_teachers):
+        row_arrays = [_said(stored.row, stored.other_teachers[number], other) for stored in rows]
         before = np.cumsum([0, *(stored.row.positions for stored in rows)])
         has = [np.full(stored.row.positions, stored.other_teachers[number] is not None) for stored in rows]
-        arrays: dict[str, list[Array]] = {name: [values] for name, values in _nothing(each).items()}
-        for found, start in zip(said, before, strict=False):
-            for name, values in found.items():
+        arrays: dict[str, list[Array]] = {name: [values] for name, values in _nothing(other).items()}
+        for one_row, start in zip(row_arrays, before, strict=False):
+            for name, values in one_row.items():
                 arrays[name].append(values + start if name == "at" else values)
         joined = {name: np.concatenate(values) for name, values in arrays.items()}
         joined["has"] = np.concatenate([np.empty(0, np.bool_), *has])
@@ -210,23 +212,24 @@ def ensemble_targets(rows: Sequence[Any], other_teachers: Sequence[TeacherTarget
     return batch
 
 
-def _said(row: TokenRow, found: StoredRow | JoinedRow | None, of: TeacherTargets) -> dict[str, Array]:
-    """Of one row, `at` counted among its positions; nothing where the text has other tokens in the two caches."""
-    if found is None or not np.array_equal(found.row.input_ids_S, row.input_ids_S):
+def _said(row: TokenRow, stored: StoredRow | JoinedRow | None, of: TeacherTargets) -> dict[str, Array]:
+    """Returns the arrays of one row, `at` counted among its positions; nothing where the text has other tokens in the
+    two caches."""
+    if stored is None or not np.array_equal(stored.row.input_ids_S, row.input_ids_S):
         return {}
-    if isinstance(found, JoinedRow):
-        arrays, chunks = chunk_arrays([found], of.targets, of.columns)
+    if isinstance(stored, JoinedRow):
+        arrays, chunks = chunk_arrays([stored], of.targets, of.columns)
         within_n = chunks["first"]
         if ACTUAL in arrays:
             counts_n = np.bincount(chunks["of"][chunks["of"] < len(within_n)], minlength=len(within_n))
             arrays["nats"] = (-chunks["log_prob"] / np.maximum(counts_n, 1)).astype(np.float32)
     else:
-        arrays = of.targets.logits.decoded({name: found.targets[name] for name in of.columns})
-        within_n = np.arange(found.row.positions)
+        arrays = of.targets.logits.decoded({name: stored.targets[name] for name in of.columns})
+        within_n = np.arange(stored.row.positions)
         if ACTUAL in arrays:
             arrays["nats"] = -arrays[ACTUAL]
     arrays.pop(ACTUAL, None)
-    tokens_n = np.flatnonzero(found.row.target_mask_S)[within_n]
+    tokens_n = np.flatnonzero(stored.row.target_mask_S)[within_n]
     both_n = row.target_mask_S[tokens_n]
     at_n = (np.cumsum(row.target_mask_S) - 1)[tokens_n[both_n]]
     return {"at": at_n.astype(np.int64), **{name: values[both_n] for name, values in arrays.items()}}

@@ -1,4 +1,4 @@
-"""What a process that loads data does with signals. It imports little: a spawned process imports all that it is handed."""
+"""Signals in a process that loads data. It imports little: a spawned process imports all that it is handed."""
 
 from __future__ import annotations
 

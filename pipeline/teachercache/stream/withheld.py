@@ -19,15 +19,15 @@ from teachercache.errors import CacheError
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """Which train rows of each of a run's own caches are trained on: their numbers, rising; None for all of them. `share` is
-    the largest of what any cache holds out, if rows are left out by it."""
+    """The train rows of each of a run's own caches that are trained on: their numbers, rising; None for all of them.
+    `share` is the largest of what any cache holds out, if rows are left out by it."""
 
     rows: tuple[NDArray[np.int64] | None, ...]
     share: float | None = None
     lines: tuple[str, ...] = ()  # what is left out, for people
 
     def of_shards(self, number: int, cache: Cache) -> NDArray[np.int64]:
-        """How many of them each shard of a cache has."""
+        """Counts those that each shard of a cache has."""
         counts = cache.infos.counted("rows") - cache.infos.counted("held_out_rows")
         rows = self.rows[number] if number < len(self.rows) else None
         if rows is None:
@@ -36,7 +36,7 @@ class Trained:
 
 
 def trained_rows(caches: Sequence[Cache], other_teachers: Sequence[Cache] = ()) -> Trained:
-    """Of a run's own caches, those that it learns from together with `other_teachers`' caches.
+    """Selects the rows of a run's own caches that it learns from together with `other_teachers`' caches.
 
     Raises `CacheError` where nothing is left of a cache.
     """

@@ -68,9 +68,9 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
     """
     recipe.require("student", "train")
     cache, *others = _opened(recipe)  # before libraries are imported that take seconds
-    mix = [Mixed(other, each.share) for other, each in zip(others, recipe.stream.mix, strict=True)]
-    for each in (cache, *others):
-        check_cache(each)
+    mix = [Mixed(other, entry.share) for other, entry in zip(others, recipe.stream.mix, strict=True)]
+    for source in (cache, *others):
+        check_cache(source)
     check_mix(cache, mix)
     try:
         with training_process() as process:
@@ -88,8 +88,8 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
 
 def _opened(recipe: Recipe) -> list[Cache]:
     stream = recipe.stream
-    locations = (recipe.cache, *(each.cache for each in stream.mix))
-    return [Cache.open(each, local=stream.local, local_bytes=stream.local_bytes) for each in locations]
+    locations = (recipe.cache, *(entry.cache for entry in stream.mix))
+    return [Cache.open(location, local=stream.local, local_bytes=stream.local_bytes) for location in locations]
 
 
 class _Job:
@@ -115,7 +115,8 @@ class _Job:
             world_size=process.world_size,
         )
         self.steps = self.config.max_steps or steps_of(recipe.phases) or base.steps(self.config.epochs)
-        names = [folder_name(each) for each in (recipe.cache, *(each.cache for each in recipe.stream.mix))]
+        locations = (recipe.cache, *(entry.cache for entry in recipe.stream.mix))
+        names = [folder_name(location) for location in locations]
         phases = recipe.phases
         self.plan: Plan = PhasedPlan.of(base, phases, names=names, steps=self.steps) if phases else base
         self.schedule = self.supervision.schedule(steps=self.steps, phases=phases)
@@ -292,8 +293,8 @@ class _Job:
     def _undamaged(self, step: int) -> Path:
         """The folder of a checkpoint that is to be exported, once its bytes are checked."""
         folder = self._checkpoint(step)
-        found = whole_checkpoint(folder)
-        damage = f"it is gone, or its {MARKER}" if found is None else exported_damage(found)
+        checkpoint = whole_checkpoint(folder)
+        damage = f"it is gone, or its {MARKER}" if checkpoint is None else exported_damage(checkpoint)
         if damage is not None:
             raise JobFailed(
                 f"{folder}, of which the student was to be exported, is damaged ({damage}); restore it from a backup, or "

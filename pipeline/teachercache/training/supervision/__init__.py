@@ -1,4 +1,4 @@
-"""What a run learns from, and whether the student fits it.
+"""Supervision: what a run learns from, and whether the student fits it.
 
 choice.py             which supervision a run has: chosen once
 contract.py           ... what every one of them answers

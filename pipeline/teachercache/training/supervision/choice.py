@@ -1,4 +1,4 @@
-"""Which supervision a run has: chosen here, for a recipe and for caches that are given from Python alike."""
+"""Choice of a run's supervision: made here, for a recipe and for caches that are given from Python alike."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_OF_BOTH = (
 
 
 def supervision_for(recipe: Recipe, caches: Sequence[Cache]) -> Supervision:
-    """What the recipe's student learns from in its caches.
+    """Chooses what the recipe's student learns from in its caches.
 
     Raises `CacheError` where a cache has no alignment with the student's tokenizer, and what `Teachers.of` raises.
     """
@@ -41,8 +41,8 @@ def _teachers(recipe: Recipe, config: TeachersConfig, caches: Sequence[Cache]) -
     if not ScheduleRange.of(recipe.objective, recipe.phases).uses_teacher:
         raise RecipeError("teachers: objective.alpha is 0, so nothing is learned from them; leave teachers out")
     stream = recipe.stream
-    others = [Cache.open(each.cache, local=stream.local, local_bytes=stream.local_bytes) for each in config.caches]
-    names = [folder_name(each) for each in (recipe.cache, *(each.cache for each in stream.mix))]
+    others = [Cache.open(entry.cache, local=stream.local, local_bytes=stream.local_bytes) for entry in config.caches]
+    names = [folder_name(location) for location in (recipe.cache, *(entry.cache for entry in stream.mix))]
     return Teachers.of(config, caches, others, names=names)
 
 
@@ -53,8 +53,8 @@ def supervision_of(
     alignments: Sequence[CacheAlignment] = (),
     teachers: Teachers | None = None,
 ) -> Supervision:
-    """What a student learns from in the caches of a run: through `alignments`, one a cache, where it has another tokenizer than
-    the teacher; from `teachers` of the same rows besides, where these are given.
+    """Chooses what a student learns from in the caches of a run: through `alignments`, one a cache, where it has
+    another tokenizer than the teacher; from `teachers` of the same rows besides, where these are given.
 
     Raises `RecipeError` for both.
     """

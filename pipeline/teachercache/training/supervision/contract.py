@@ -28,7 +28,7 @@ Columns = Sequence[tuple[str, ...]]  # of each cache
 
 
 class Supervision(ABC):
-    """What a student learns from in `caches`, those of a run in order, by the objective of `config`.
+    """Supervision by `caches`, those of a run in order, and by the objective of `config`.
 
     `alignments`, one a cache, have the rows in the student's own
     tokens; there are none where those are the teacher's. `adaptive` is what it remembers beyond one step, by its name in a
@@ -85,12 +85,12 @@ class Supervision(ABC):
 
     @property
     def divergence_name(self) -> str | None:
-        """What logs call the objective's divergence; None where it is made of terms with names of their own."""
+        """Name of the objective's divergence in logs; None where it is made of terms with names of their own."""
         return None
 
     @abstractmethod
     def measure(self, number: int, device: torch.device) -> Measure:
-        """What evaluation measures in the held-out rows of a cache."""
+        """Returns what measures a student on the held-out rows of a cache."""
 
     @abstractmethod
     def hear(self, metrics: Mapping[str, float], *, prefix: str) -> None:
@@ -99,7 +99,7 @@ class Supervision(ABC):
     # ------------------------------------------------------------------ what a run folder says
 
     def identity(self) -> dict[str, Any]:
-        """What of it decides what is learned, as arguments of `RunIdentity`."""
+        """Returns the part of it that decides what is learned, as arguments of `RunIdentity`."""
         return {}
 
     def lines(self) -> Sequence[str]:
@@ -107,5 +107,5 @@ class Supervision(ABC):
         return ()
 
     def report(self, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What the summary of a finished run holds of it."""
+        """Returns its part of a finished run's summary."""
         return {}

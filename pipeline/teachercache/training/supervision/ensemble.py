@@ -68,30 +68,31 @@ class Teachers:
         cache = self.own[number]
         members = [EnsembleMember(cache.kind, cache.name)]
         members += [
-            EnsembleMember(each.cache.kind, each.cache.name, _projection(cache, each)) for each in self.other_teachers
+            EnsembleMember(other.cache.kind, other.cache.name, _projection(cache, other))
+            for other in self.other_teachers
         ]
         return FusedTeacher(members, self.config, objective=objective, prior=self.priors[number], shared=self.shared)
 
     def other_columns(self, objective: ObjectiveConfig) -> tuple[tuple[str, ...], ...]:
-        """What an objective reads of each further cache."""
+        """Lists the columns that an objective reads of each further cache."""
         return self.fused(0, objective).other_columns
 
     @property
     def remote(self) -> int:
-        """How many further caches are in object stores."""
-        return sum(each.cache.is_remote for each in self.other_teachers)
+        """Number of further caches in object stores."""
+        return sum(other.cache.is_remote for other in self.other_teachers)
 
     def prefetch(self, shards: Sequence[Sequence[int]], *, caches: int, objective: ObjectiveConfig) -> None:
         """Have fetched what an objective reads that goes with some shards of each of the run's own caches, of `caches` in
         object stores in all."""
         if not self.remote:
             return
-        for each, columns in zip(self.other_teachers, self.other_columns(objective), strict=True):
-            if each.cache.is_remote:
-                beside = [each.shards_beside(n, numbers, self.own[n]) for n, numbers in enumerate(shards)]
-                found = list(dict.fromkeys(number for numbers in beside for number in numbers))
-                infos = each.alignment.infos if each.alignment else None
-                each.cache.prefetch(found, columns=columns, caches=caches, with_infos=infos)
+        for other, columns in zip(self.other_teachers, self.other_columns(objective), strict=True):
+            if other.cache.is_remote:
+                beside = [other.shards_beside(n, numbers, self.own[n]) for n, numbers in enumerate(shards)]
+                wanted = list(dict.fromkeys(number for numbers in beside for number in numbers))
+                infos = other.alignment.infos if other.alignment else None
+                other.cache.prefetch(wanted, columns=columns, caches=caches, with_infos=infos)
 
     def update_weights(self, metrics: Mapping[str, float], *, prefix: str) -> None:
         """Hear the student's distance from each teacher on held-out rows, where weights follow it."""
@@ -101,11 +102,11 @@ class Teachers:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What of it decides what is learned, as JSON: caches by their content, wherever they lie."""
+        """Returns the part of it that decides what is learned, as JSON: caches by their content, wherever they lie."""
         return {
             **self.config.model_dump(mode="json", include={"fusion", "weights", "tau", "missing"}),
-            "caches": [each.cache.manifest.fingerprint for each in self.other_teachers],
-            "alignments": [each.alignment and each.alignment.manifest.fingerprint for each in self.other_teachers],
+            "caches": [other.cache.manifest.fingerprint for other in self.other_teachers],
+            "alignments": [other.alignment and other.alignment.manifest.fingerprint for other in self.other_teachers],
             "shares": [list(prior) for prior in self.priors],
         }
 
@@ -114,26 +115,30 @@ class Teachers:
     def report(self, log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """`cache`, `rows` to train on that it has, how many are `missing`, and its `weight`: the mean over the positions of the
         last logging window. The run's own cache first."""
-        last: Mapping[str, Any] = next((each for each in reversed(log_history) if "weight_teacher_0" in each), {})
+        last: Mapping[str, Any] = next((record for record in reversed(log_history) if "weight_teacher_0" in record), {})
         total = sum(cache.rows_of("train") for cache in self.own)
-        found = [(self.own[0].name, total), *((each.cache.name, each.found("train")) for each in self.other_teachers)]
+        counts = [
+            (self.own[0].name, total),
+            *((other.cache.name, other.found("train")) for other in self.other_teachers),
+        ]
         return [
             {"cache": name, "rows": rows, "missing": total - rows, "weight": last.get(f"weight_teacher_{number}")}
-            for number, (name, rows) in enumerate(found)
+            for number, (name, rows) in enumerate(counts)
         ]
 
     def lines(self) -> list[str]:
         """The same for people, of the further ones."""
         policy = {"others": "learned from the others", "skip": "learned from their labels alone", "refuse": ""}
-        said = []
-        for each, other in zip(self.report([])[1:], self.other_teachers, strict=True):
-            missing = f"; {each['missing']:,} are missing and {policy[self.config.missing]}" if each["missing"] else ""
+        lines = []
+        for reported, other in zip(self.report([])[1:], self.other_teachers, strict=True):
+            count = reported["missing"]
+            missing = f"; {count:,} are missing and {policy[self.config.missing]}" if count else ""
             if missing and "packed" in (self.own[0].manifest.layout, other.cache.manifest.layout):
                 missing += " (packed rows join only where they were packed alike)"
             elif missing and other.alignment is not None:
                 missing += " (another tokenizer cuts documents that are longer than a row elsewhere)"
-            said.append(f"teacher {each['cache']}: has {each['rows']:,} of the rows to train on{missing}")
-        return said
+            lines.append(f"teacher {reported['cache']}: has {reported['rows']:,} of the rows to train on{missing}")
+        return lines
 
 
 def _projection(cache: Cache, other: TeacherCache) -> VocabularyProjection | None:

@@ -1,4 +1,5 @@
-"""Whether caches can teach together: everything that is refused before the first step, each in a line with its remedy."""
+"""Checks that caches can teach together: everything that is refused before the first step, each in a line with its
+remedy."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ def priors_of(config: TeachersConfig, names: Sequence[str]) -> tuple[tuple[float
     return tuple(config.domains.get(name, config.shares()) for name in names)
 
 
-def check_distinct(own: Sequence[Cache], caches: Sequence[Cache]) -> None:
+def check_distinct(own_caches: Sequence[Cache], caches: Sequence[Cache]) -> None:
     """Raise `CacheError` where a cache is there twice."""
-    met = {cache.manifest.fingerprint: cache.name for cache in own}
+    met = {cache.manifest.fingerprint: cache.name for cache in own_caches}
     for cache in caches:
         same = met.get(cache.manifest.fingerprint)
         if same is not None:
@@ -42,33 +43,34 @@ def check_distinct(own: Sequence[Cache], caches: Sequence[Cache]) -> None:
         met[cache.manifest.fingerprint] = cache.name
 
 
-def joined(own: Sequence[Cache], cache: Cache) -> TeacherCache:
+def joined(own_caches: Sequence[Cache], cache: Cache) -> TeacherCache:
     """A further teacher's cache, its rows found; of one with another tokenizer, through its alignment.
 
     Raises `CacheError` where there is none, or the same text has other tokens.
     """
     alignment = None
-    if cache.manifest.tokenizer_fingerprint != own[0].manifest.tokenizer_fingerprint:
-        name = own[0].manifest.teacher["model"] if own[0].is_remote else str(own[0].folder / TEACHER)
-        alignment = alignment_for(cache, teacher_tokenizer(own[0]), student=name)
-    found = TeacherCache.joined_to(own, cache, alignment=alignment)
-    _check_tokens(own, found)
-    return found
+    if cache.manifest.tokenizer_fingerprint != own_caches[0].manifest.tokenizer_fingerprint:
+        first = own_caches[0]
+        name = first.manifest.teacher["model"] if first.is_remote else str(first.folder / TEACHER)
+        alignment = alignment_for(cache, teacher_tokenizer(own_caches[0]), student=name)
+    other = TeacherCache.joined_to(own_caches, cache, alignment=alignment)
+    _check_tokens(own_caches, other)
+    return other
 
 
-def _check_tokens(own: Sequence[Cache], other: TeacherCache) -> None:
+def _check_tokens(own_caches: Sequence[Cache], other: TeacherCache) -> None:
     """Raise `CacheError` where the same text has other tokens in the first rows that are looked at."""
     tried = same = 0
-    for source, cache in enumerate(own):
+    for source, cache in enumerate(own_caches):
         for split in SPLITS:
             for index in np.flatnonzero(other.rows[source][split] >= 0)[:TRIED_ROWS].tolist():
                 row = cache.read_row(split, index, columns=(), segments=False).row
-                found = other.read(source, split, index, row_id=row.row_id, columns=())
+                other_row = other.read(source, split, index, row_id=row.row_id, columns=())
                 tried += 1
-                same += found is not None and np.array_equal(found.row.input_ids_S, row.input_ids_S)
+                same += other_row is not None and np.array_equal(other_row.row.input_ids_S, row.input_ids_S)
     if tried and not same:
         raise CacheError(
-            f"teachers: {other.cache.name} has other tokens for the text of {own[0].name}, in all of {tried} rows; "
+            f"teachers: {other.cache.name} has other tokens for the text of {own_caches[0].name}, in all of {tried} rows; "
             "precompute both with one chat template and the same sequence settings"
         )
 
@@ -83,29 +85,32 @@ def _nothing_in_common(cache: Cache, other: Cache) -> str:
     return f"teachers: {other.name} has none of the rows to train on of {cache.name}; {remedy}"
 
 
-def check_missing(own: Sequence[Cache], other_teachers: Sequence[TeacherCache], *, policy: str) -> None:
+def check_missing(own_caches: Sequence[Cache], other_teachers: Sequence[TeacherCache], *, policy: str) -> None:
     """Raise `CacheError` for a cache without a row to train on, or, where the recipe refuses that, lacking one."""
-    for each in other_teachers:
-        if not each.found("train"):
-            raise CacheError(_nothing_in_common(own[0], each.cache))
+    for other in other_teachers:
+        if not other.found("train"):
+            raise CacheError(_nothing_in_common(own_caches[0], other.cache))
         lacking = [
-            (cache, cache.rows_of("train") - each.found("train", source=source)) for source, cache in enumerate(own)
+            (cache, cache.rows_of("train") - other.found("train", source=source))
+            for source, cache in enumerate(own_caches)
         ]
         cache, count = max(lacking, key=lambda pair: pair[1])
         if policy == "refuse" and count:
             raise CacheError(
-                f"teachers: {each.cache.name} lacks {count} of the {cache.rows_of('train')} rows to train on of "
+                f"teachers: {other.cache.name} lacks {count} of the {cache.rows_of('train')} rows to train on of "
                 f"{cache.name}; precompute it from all of its text, or set teachers.missing to others or skip"
             )
 
 
-def check_held_out(own: Sequence[Cache], other_teachers: Sequence[TeacherCache], *, weights: str) -> None:
+def check_held_out(own_caches: Sequence[Cache], other_teachers: Sequence[TeacherCache], *, weights: str) -> None:
     """Raise `CacheError` where there is no row to validate on."""
-    if not len(held_out_of_all(own, other_teachers)):
-        lacking = [each.name for each in own[:1] if not each.rows_of("held-out")]
-        lacking = lacking or [each.cache.name for each in other_teachers if not len(held_out_of_all(own, [each]))]
+    if not len(held_out_of_all(own_caches, other_teachers)):
+        lacking = [cache.name for cache in own_caches[:1] if not cache.rows_of("held-out")]
+        lacking = lacking or [
+            other.cache.name for other in other_teachers if not len(held_out_of_all(own_caches, [other]))
+        ]
         whose = f"in {lacking[0]}" if lacking else "that are in all of them at once"
         raise CacheError(
-            f"teachers.weights: {weights} needs held-out rows of {own[0].name} that all caches have, and there are none "
+            f"teachers.weights: {weights} needs held-out rows of {own_caches[0].name} that all caches have, and there are none "
             f"{whose}; precompute the caches from one corpus with a larger corpus.held_out, or use weights: fixed or confidence"
         )

@@ -1,4 +1,5 @@
-"""Whether a student fits a cache: everything that is refused before the first step, each in a line with its remedy."""
+"""Checks that a student fits a cache: everything that is refused before the first step, each in a line with its
+remedy."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def check_tokenizers(caches: Sequence[Cache], alignments: Sequence[CacheAlignmen
 
 @dataclass(eq=False)
 class Fit:
-    """Whether a student can learn from all caches of a run; the command and `DistillationTrainer` from Python alike.
+    """Checks that a student can learn from all caches of a run; for the command and for `DistillationTrainer` from
+    Python alike.
 
     A student whose flash kernel waits for a GPU cannot run before training wraps it: what only a forward pass shows is then
     checked at the first batch, by all processes at once.
@@ -102,7 +104,8 @@ def _name_of(model: Any) -> str:
 
 
 def initial_weights(student: StudentConfig) -> dict[str, str | None]:
-    """What pins the weights that training begins with; loads none of them. Raises `ModelError` for no such model.
+    """Returns what pins the weights that training begins with; loads none of them. Raises `ModelError` for no such
+    model.
 
     The same in every process, so that all of them refuse another run's folder, and none waits for the others.
     """
@@ -134,10 +137,10 @@ def check_length(model: Any, name: str, manifest: Manifest | AlignmentManifest) 
     """The student must have positions for the longest row."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and longest < manifest.sequence_length:
-        own = " in its own tokens" if isinstance(manifest, AlignmentManifest) else ""
-        shorter = "a shorter sequence.length" if own else f"sequence.length={longest}"
+        of_whom = " in its own tokens" if isinstance(manifest, AlignmentManifest) else ""
+        shorter = "a shorter sequence.length" if of_whom else f"sequence.length={longest}"
         raise ModelError(
-            f"student {name} takes at most {longest} tokens, rows of the cache have up to {manifest.sequence_length}{own}; "
+            f"student {name} takes at most {longest} tokens, rows of the cache have up to {manifest.sequence_length}{of_whom}; "
             f"use a student with more positions, or precompute with {shorter}"
         )
 
@@ -165,9 +168,9 @@ def alignments_of(student: StudentConfig, caches: Sequence[Cache]) -> list[Cache
     tokenizer = _tokenizer_of(student)
     if tokenizer is None:
         return []
-    found = [alignment_for(cache, tokenizer, student=student.model) for cache in caches]
+    alignments = [alignment_for(cache, tokenizer, student=student.model) for cache in caches]
     # Caches of one run have one tokenizer: where one can be read as it is, all can, also those with an alignment.
-    return [] if None in found else [alignment for alignment in found if alignment is not None]
+    return [] if None in alignments else [alignment for alignment in alignments if alignment is not None]
 
 
 @contextmanager
@@ -179,17 +182,17 @@ def tokenizer_to_export(student: StudentConfig, cache: Cache, alignments: Sequen
     learned through an alignment keeps its own, whose template its rows were rendered with. All begin as its rows did, where
     the recipe chose that (`sequence.prefix`).
     """
-    own = None if alignments else _tokenizer_of(student)
-    wider = own is not None and vocabulary_size(own) > cache.manifest.vocabulary_size
+    tokenizer = None if alignments else _tokenizer_of(student)
+    wider = tokenizer is not None and vocabulary_size(tokenizer) > cache.manifest.vocabulary_size
     if alignments or (cache.manifest.row_prefix == "auto" and not wider):
         with alignments[0].tokenizer_folder() if alignments else cache.teacher_folder() as files:
             yield files
         return
     exported = teacher = teacher_tokenizer(cache)
-    if own is not None and wider:
-        exported = own
-        exported.eos_token = teacher.eos_token or own.eos_token
-        exported.chat_template = teacher.chat_template or own.chat_template
+    if tokenizer is not None and wider:
+        exported = tokenizer
+        exported.eos_token = teacher.eos_token or tokenizer.eos_token
+        exported.chat_template = teacher.chat_template or tokenizer.chat_template
     chats = bool(cache.manifest.corpus.get("messages_field"))
     exported = with_prefix(exported, cache.manifest.row_prefix, chats=chats)
     with tempfile.TemporaryDirectory() as folder:

@@ -39,7 +39,7 @@ class Measure(ABC):
 
 
 class HeldOutMeasure(Measure):
-    """Of a student with the teacher's tokenizer."""
+    """Measures a student with the teacher's tokenizer."""
 
     def __init__(self, kind: TargetKind, *, tail: str, device: torch.device) -> None:
         config = ObjectiveConfig.model_validate({"alpha": BOTH_TERMS, "temperature": 1.0, "tail": tail})

@@ -22,7 +22,7 @@ from teachercache.training.supervision.held_out import BOTH_TERMS, Measure
 
 
 class AlignedMeasure(Measure):
-    """Of a student with another tokenizer, whose rows are joined to the cache's.
+    """Measures a student with another tokenizer, whose rows are aligned with the cache's.
 
     Agreement and KL are measured where chunks begin: there both have read the same bytes.
     """
@@ -49,7 +49,7 @@ class AlignedMeasure(Measure):
         teachers = {name: values for name, values in targets.items() if not name.startswith("chunk_")}
         # Where the teacher's choice has no token of the student's there is nothing to agree with.
         choice_M = self._first_U[first_choices(self._kind, teachers, xp=torch).long().to(self._first_U.device)]
-        found = (
+        sums = (
             terms.ce,
             (choice_N == labels_N).sum(),
             torch.tensor(terms.positions),
@@ -59,7 +59,7 @@ class AlignedMeasure(Measure):
             torch.tensor(len(first_M)),
             (choice_M >= 0).sum(),
         )
-        self.sums += torch.stack([item.double().to(self.sums.device) for item in found])
+        self.sums += torch.stack([item.double().to(self.sums.device) for item in sums])
 
     @staticmethod
     def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How far the student is from each of several teachers on held-out rows, where their weights follow that.
+"""Distances of the student from each of several teachers on held-out rows, where their weights follow that.
 
 Shapes: B rows, S tokens, N positions.
 """
@@ -41,15 +41,15 @@ class TaughtMeasure(Measure):
             for teacher in every
         ]  # fmt: skip
         further = torch.stack([*(kl.double() for _, kl, _ in sums), all_N.sum().double()]).to(self.sums.device)
-        own = len(self._own.sums)
-        self.sums = torch.cat([self._own.sums, self.sums[own:] + further])
+        own_size = len(self._own.sums)
+        self.sums = torch.cat([self._own.sums, self.sums[own_size:] + further])
 
     @staticmethod
     def metrics(sums: Tensor, *, prefix: str) -> dict[str, float]:
         """`kl_teacher_0`, … beside what `HeldOutMeasure` gives."""
-        own, further = sums[:OWN], sums[OWN:].tolist()
+        own_sums, further = sums[:OWN], sums[OWN:].tolist()
         kls = {f"{prefix}_kl_teacher_{number}": kl / max(further[-1], 1) for number, kl in enumerate(further[:-1])}
-        return HeldOutMeasure.metrics(own, prefix=prefix) | kls
+        return HeldOutMeasure.metrics(own_sums, prefix=prefix) | kls
 
 
 def _of_first(targets: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,10 +32,10 @@ class SeveralTeachers(OwnTokens):
 
     def rows(self, number: int, split: Split, columns: tuple[str, ...]) -> CacheRows:
         """See `Supervision`; evaluation reads the others only where weights follow it."""
-        own = OwnRows(self.caches[number], columns)
+        own_rows = OwnRows(self.caches[number], columns)
         if split == "held-out" and not self.teachers.shared.adapts:
-            return own
-        return EnsembleRows(own, number, self.teachers.other_teachers, self.teachers.other_columns(self.config))
+            return own_rows
+        return EnsembleRows(own_rows, number, self.teachers.other_teachers, self.teachers.other_columns(self.config))
 
     def prefetch(self, shards: Sequence[Sequence[int]], columns: Columns) -> None:
         """See `Supervision`."""

@@ -60,12 +60,12 @@ class BatchLoss:
             if self.cosines is not None and taps is not None:
                 self.cosines.add(of_output, output, weights)
             terms = self._of_pass(partial(of_output, output), weights)
-            for each in self.objectives.of_layers:  # in one order in all processes, whatever caches they are at
-                if each is matched:
-                    found = each.loss(activations, layers, labels_BS, weights=weights.terms, taps=taps)
-                    terms = replace(terms, total=terms.total + found.total, named={**terms.named, **logged(found)})
+            for objective in self.objectives.of_layers:  # in one order in all processes, whatever caches they are at
+                if objective is matched:
+                    of_layers = objective.loss(activations, layers, labels_BS, weights=weights.terms, taps=taps)
+                    terms = replace(terms, total=terms.total + of_layers.total, named={**terms.named, **logged(of_layers)})
                 else:
-                    terms = replace(terms, total=terms.total + each.zero_contribution(terms.total))
+                    terms = replace(terms, total=terms.total + objective.zero_contribution(terms.total))
             if taps is not None:
                 taps.scaled_by(terms.total)
             formed.append(terms)
@@ -82,7 +82,8 @@ class BatchLoss:
         return self.routing.of_pass(terms_of(self.routing.weights(weights)), weights)
 
     def forms_in_layer(self, model: Any) -> bool:
-        """Whether the loss can be formed where logits would be. Found out at the first batch, by all processes at once."""
+        """Tells whether the loss can be formed where logits would be. Found out at the first batch, by all processes at
+        once."""
         if self.in_layer is None:
             # Replicas of `nn.DataParallel` would share one patched layer.
             self.in_layer = not self.replicated and takes_loss(self.student, model)

@@ -1,4 +1,4 @@
-"""Whether the terms of the loss agree: cosines between their gradients with respect to activations that they share.
+"""Cosines between the gradients of the loss's terms, with respect to activations that they share: do the terms agree?
 
     cosine_kl_ce        divergence (as the log calls it; `across` for the terms across tokenizers) and cross-entropy, at what
                         enters the output layer (at the logits, for students whose loss is formed outside of it): two more
@@ -40,7 +40,7 @@ TERMS = "across"  # what the log calls a divergence that is made of several term
 def cosines_of(
     config: ObjectiveConfig, accelerator: Any, *, layers: Sequence[LayerObjective], divergence_name: str | None
 ) -> GradientCosines | None:
-    """Of a recipe that asks for them."""
+    """Returns the cosines of a recipe that asks for them."""
     if config.gradient_cosines is None:
         return None
     terms = layers[0].names if layers else ()
@@ -59,7 +59,7 @@ class GradientCosines:
         self._open: tuple[GradientTaps, Tensor] | None = None
 
     def taps_at(self, step: int, shift_labels_BS: Tensor) -> GradientTaps | None:
-        """What takes a micro-batch's gradients in a step, counted from 0; None where it is not measured."""
+        """Returns the taps for a micro-batch's gradients in a step, counted from 0; None where it is not measured."""
         self._settle()
         if (step + 1) % self._every:
             return None

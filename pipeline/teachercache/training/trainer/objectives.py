@@ -23,7 +23,8 @@ class Objectives:
 
     @classmethod
     def of(cls, model: Any, supervision: Supervision, schedule_range: ScheduleRange, *, seed: int) -> Objectives:
-        """What a run asks for. Adapters between layers become a part of the model; `seed` decides what they begin with.
+        """Makes the objectives of a run. Adapters between layers become a part of the model; `seed` decides what they
+        begin with.
 
         Raises `CacheError` where caches do not hold what is asked for, `ModelError` for a student whose layers cannot be
         recorded.
@@ -45,7 +46,7 @@ class Objectives:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is logged beside divergence and cross-entropy, the same in every process."""
+        """Names that are logged beside divergence and cross-entropy, the same in every process."""
         of_logits = [name for objective in self.of_logits for name in objective.names]
         emphasis = (EFFECTIVE,) if any(objective.config.emphasis is not None for objective in self.of_logits) else ()
         return (*dict.fromkeys(of_logits), *names_logged(self.of_layers), *emphasis)

@@ -33,7 +33,7 @@ def output_with_loss(model: Any, inputs: dict[str, Any], loss: LossOfOutput, *, 
 
 
 def takes_loss(model: Any, forward: Any = None) -> bool:
-    """Whether what `loss_for_logits` puts in the place of logits comes out of the model as it is.
+    """Tells whether what `loss_for_logits` puts in the place of logits comes out of the model as it is.
 
     Tried on two tokens, by `forward` (the model as training wraps it): some models scale their logits, or write to them.
     Nothing is drawn at random, and every process finds the same.

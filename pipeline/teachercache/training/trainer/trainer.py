@@ -290,8 +290,8 @@ class DistillationTrainer(Trainer):
         """Train; `resume_from_checkpoint=True` goes on from the newest undamaged checkpoint, if there is one. Any number of
         processes may go on from a checkpoint of any other, see elastic.py. Raises `JobFailed` for a damaged one."""
         if resume_from_checkpoint is True:
-            found = self.newest_checkpoint()
-            resume_from_checkpoint = str(found.folder) if found else None
+            newest = self.newest_checkpoint()
+            resume_from_checkpoint = str(newest.folder) if newest else None
         if resume_from_checkpoint:
             self._check(Path(resume_from_checkpoint))
             load_state(Path(resume_from_checkpoint), self.adaptive)
@@ -303,13 +303,13 @@ class DistillationTrainer(Trainer):
 
     def newest_checkpoint(self, *, say: Callable[[str], None] = logger.warning) -> Checkpoint | None:
         """The newest undamaged checkpoint of the run; see `resuming.intact_checkpoint`. All processes must ask."""
-        found = intact_checkpoint(self._run, say=say)
-        self._checked = found.folder if found else None
-        return found
+        checkpoint = intact_checkpoint(self._run, say=say)
+        self._checked = checkpoint.folder if checkpoint else None
+        return checkpoint
 
     def _check(self, folder: Path) -> None:
-        found = whole_checkpoint(folder)
-        damage = damage_of(found) if found is not None and folder != self._checked else None
+        checkpoint = whole_checkpoint(folder)
+        damage = damage_of(checkpoint) if checkpoint is not None and folder != self._checked else None
         if damage is not None:
             raise JobFailed(f"{folder} is damaged ({damage}); go on from another checkpoint")
 
@@ -319,15 +319,15 @@ class DistillationTrainer(Trainer):
 
 
 def _trained(supervision: Supervision, plan: Plan | None) -> Trained:
-    found = trained_rows(supervision.caches, supervision.other_caches)
-    if plan is not None and found.lines:
+    trained = trained_rows(supervision.caches, supervision.other_caches)
+    if plan is not None and trained.lines:
         raise RecipeError(
-            f"{found.lines[0]}; the plan was made of all rows: make it with train_order(…, trained=trained_rows(…)), and give "
-            "`trained` too"
+            f"{trained.lines[0]}; the plan was made of all rows: make it with train_order(…, trained=trained_rows(…)), and "
+            "give `trained` too"
         )
-    for line in found.lines:
+    for line in trained.lines:
         logger.warning("%s", line)
-    return found
+    return trained
 
 
 def _plan_of(args: TrainingArguments, cache: Cache, mix: Sequence[Mixed], trained: Trained) -> BatchPlan:

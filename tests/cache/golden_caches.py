@@ -152,7 +152,7 @@ def _alignment(cache: Cache, alignment: CacheAlignment) -> dict[str, Any]:
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(cache.rows_of(split)):
-            joined = alignment.joined(split, index, cache.read_row(split, index))
+            joined = alignment.aligned_row(split, index, cache.read_row(split, index))
             digest.update(_of_row(joined))
     return {
         "student": alignment.manifest.tokenizer["fingerprint"],

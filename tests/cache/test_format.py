@@ -281,7 +281,7 @@ def test_an_alignment_outlives_what_is_added_to_a_cache(teacher: Path, tmp_path:
     shutil.copytree(whole / "alignments", two / "alignments")
     assert problems(two) == []
     [alignment] = CacheAlignment.all_of(cache := Cache.open(two))
-    assert alignment.joined("train", 0, cache.read_row("train", 0)).row.length > 0
+    assert alignment.aligned_row("train", 0, cache.read_row("train", 0)).row.length > 0
     shutil.copytree(whole / "alignments", one / "alignments")  # other shards
     with pytest.raises(CacheDamaged, match="its rows are not those of the cache"):
         CacheAlignment.all_of(Cache.open(one))

@@ -1,4 +1,4 @@
-"""Rows joined to a student's tokens, against a loop over chunks that is obviously right."""
+"""Rows aligned with a student's tokens, against a loop over chunks that is obviously right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
-from teachercache.stream.aligned_rows import JoinedRow, aligned_tokens
+from teachercache.stream.aligned_rows import AlignedPair, aligned_tokens
 from teachercache.stream.aligned_tensors import AlignedRows
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.collate import Collator
@@ -23,7 +23,7 @@ COLUMNS = ("head_ids", "head_logits", "tail_log_partition", "actual_log_prob", B
 
 
 @pytest.fixture(scope="module", params=["documents", "packed"])
-def joined(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, CacheAlignment]:
+def aligned_cache(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, CacheAlignment]:
     folder = tmp_path_factory.mktemp(request.param)
     targets = {"logits": {"kind": "top-k", "k": 16, "dtype": "float32"}, **LAYERS}
     texts = [*sentences(30), "naïve café 日本語 🙂👩‍👧", "ﷺ x"]
@@ -38,17 +38,17 @@ def joined(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cach
     return cache, alignment
 
 
-def rows_of(joined: tuple[Cache, CacheAlignment], count: int, columns: tuple[str, ...]) -> list[JoinedRow]:
-    cache, alignment = joined
+def rows_of(aligned_cache: tuple[Cache, CacheAlignment], count: int, columns: tuple[str, ...]) -> list[AlignedPair]:
+    cache, alignment = aligned_cache
     rows = []
     for index in range(count):
         stored = cache.read_row("train", index, columns=columns)
-        found = alignment.joined("train", index, stored)
-        rows.append(JoinedRow(found.row, stored, found.targets))
+        found = alignment.aligned_row("train", index, stored)
+        rows.append(AlignedPair(found.row, stored, found.targets))
     return rows
 
 
-def naive_chunks(row: JoinedRow) -> list[tuple[list[int], list[int]]]:
+def naive_chunks(row: AlignedPair) -> list[tuple[list[int], list[int]]]:
     """(teacher's tokens, student's tokens) of each aligned chunk, by index."""
     chunks, t, s = [], 0, 0
     columns = (row.alignment[name].tolist() for name in ("teacher_counts", "student_counts", "aligned"))
@@ -59,9 +59,9 @@ def naive_chunks(row: JoinedRow) -> list[tuple[list[int], list[int]]]:
     return chunks
 
 
-def test_chunks_of_a_batch_are_those_that_both_sides_predict(joined: tuple[Cache, CacheAlignment]) -> None:
-    cache, alignment = joined
-    rows = rows_of(joined, 8, COLUMNS)
+def test_chunks_of_a_batch_are_those_that_both_sides_predict(aligned_cache: tuple[Cache, CacheAlignment]) -> None:
+    cache, alignment = aligned_cache
+    rows = rows_of(aligned_cache, 8, COLUMNS)
     batch = Collator.of(AlignedRows(cache, alignment, COLUMNS))(rows)
     targets = batch["targets"]
     number = before = 0
@@ -97,9 +97,9 @@ def test_chunks_of_a_batch_are_those_that_both_sides_predict(joined: tuple[Cache
     assert (batch["shift_labels"] != -100).sum() == before
 
 
-def test_packing_changes_nothing_but_the_shape(joined: tuple[Cache, CacheAlignment]) -> None:
-    cache, alignment = joined
-    rows = rows_of(joined, 8, COLUMNS)
+def test_packing_changes_nothing_but_the_shape(aligned_cache: tuple[Cache, CacheAlignment]) -> None:
+    cache, alignment = aligned_cache
+    rows = rows_of(aligned_cache, 8, COLUMNS)
     plain = Collator.of(AlignedRows(cache, alignment, COLUMNS))(rows)["targets"]
     packed_batch = Collator.of(AlignedRows(cache, alignment, COLUMNS), pack=True)(rows)
     packed = packed_batch["targets"]
@@ -110,10 +110,10 @@ def test_packing_changes_nothing_but_the_shape(joined: tuple[Cache, CacheAlignme
     assert len(labels_N) == len(packed["chunk_of"]) and "position_ids" in packed_batch
 
 
-def test_layers_are_those_at_aligned_tokens(joined: tuple[Cache, CacheAlignment]) -> None:
-    cache, alignment = joined
+def test_layers_are_those_at_aligned_tokens(aligned_cache: tuple[Cache, CacheAlignment]) -> None:
+    cache, alignment = aligned_cache
     columns = ("head_ids", "head_logits", "hidden_1", "hidden_2")
-    rows = rows_of(joined, 4, columns)
+    rows = rows_of(aligned_cache, 4, columns)
     layers = Collator.of(AlignedRows(cache, alignment, columns))(rows)["layers"]
     for number, row in enumerate(rows):
         pairs = [(theirs[-1], ours[-1]) for theirs, ours in naive_chunks(row) if theirs and ours]
@@ -133,12 +133,12 @@ def test_layers_are_those_at_aligned_tokens(joined: tuple[Cache, CacheAlignment]
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, ("head_ids", "head_logits", "hidden_2"), (BOUNDARY_MASS,)])
-def test_no_rows_still_make_a_batch(joined: tuple[Cache, CacheAlignment], columns: tuple[str, ...]) -> None:
-    cache, alignment = joined
+def test_no_rows_still_make_a_batch(aligned_cache: tuple[Cache, CacheAlignment], columns: tuple[str, ...]) -> None:
+    cache, alignment = aligned_cache
     batch = Collator.of(AlignedRows(cache, alignment, columns))([])
     assert batch["input_ids"].shape[0] == 1 and not (batch["shift_labels"] != -100).any()
     assert all(len(values) == 0 for values in batch["targets"].values())
-    full = Collator.of(AlignedRows(cache, alignment, columns))(rows_of(joined, 2, columns))
+    full = Collator.of(AlignedRows(cache, alignment, columns))(rows_of(aligned_cache, 2, columns))
     assert batch["targets"].keys() == full["targets"].keys()
     assert {name: values.dtype for name, values in batch["targets"].items()} == {
         name: values.dtype for name, values in full["targets"].items()

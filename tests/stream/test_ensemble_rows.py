@@ -17,7 +17,7 @@ from teachercache.errors import CacheDamaged
 from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.stream.dataset import CacheDataset
-from teachercache.stream.ensemble_rows import MISSING, EnsembleRow, EnsembleRows, TeacherCache, join, looked_up
+from teachercache.stream.ensemble_rows import MISSING, EnsembleRow, EnsembleRows, TeacherCache, looked_up, matched_rows
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.kind import ACTUAL
 
@@ -80,7 +80,7 @@ def test_every_row_is_found_whatever_its_split(caches: tuple[Cache, Cache]) -> N
     first, second = caches
     ids, of_second = _ids(first), _ids(second)
     places = {row_id: (split, index) for split in SPLITS for index, row_id in enumerate(of_second[split])}
-    other_teachers = TeacherCache.joined_to([first], second)
+    other_teachers = TeacherCache.matched_to([first], second)
     crossed = 0
     for split in SPLITS:
         for index, row_id in enumerate(ids[split]):
@@ -106,7 +106,7 @@ def test_looking_up_is_a_dictionary(wanted: list[int], there: list[int]) -> None
 
 def test_a_row_of_the_same_key_and_another_id_is_missing(caches: tuple[Cache, Cache]) -> None:
     first, second = caches
-    rows = join([first], second)[0]
+    rows = matched_rows([first], second)[0]
     index = int(np.flatnonzero(rows["train"] >= 0)[0])
     wrong = {
         **rows,
@@ -129,8 +129,8 @@ def test_a_batch_holds_what_further_teachers_have_of_its_rows(
     alignment = alignment_for(foreign, teacher_tokenizer(first), student="reader")
     assert alignment is not None
     other_teachers = [
-        TeacherCache.joined_to([first], second),
-        TeacherCache.joined_to([first], foreign, alignment=alignment),
+        TeacherCache.matched_to([first], second),
+        TeacherCache.matched_to([first], foreign, alignment=alignment),
     ]
     columns = [tuple(column.name for column in each.cache.kind.columns) for each in other_teachers]
     own = first.kind.objective_columns("ghost")
@@ -183,16 +183,16 @@ def _check_foreign(rows: list[EnsembleRow], starts: list[int], batch: Any, forei
     checked = 0
     at = batch["teacher2/at"].tolist()
     for row, start in zip(rows, starts, strict=True):
-        joined: Any = row.other_teachers[1]
-        if joined is None:
+        pair: Any = row.other_teachers[1]
+        if pair is None:
             continue
-        decoded = foreign.kind.decoded(joined.teacher.targets)["log_probs"]
-        student_ends = np.cumsum(joined.alignment["student_counts"])
-        teacher_ends = np.cumsum(joined.alignment["teacher_counts"])
-        before = np.cumsum(joined.teacher.row.target_mask_S)
+        decoded = foreign.kind.decoded(pair.teacher.targets)["log_probs"]
+        student_ends = np.cumsum(pair.alignment["student_counts"])
+        teacher_ends = np.cumsum(pair.alignment["teacher_counts"])
+        before = np.cumsum(pair.teacher.row.target_mask_S)
         for place, (end_s, end_t) in enumerate(zip(student_ends[:-1], teacher_ends[:-1], strict=True)):
             position = start + int(row.row.target_mask_S[: end_s - 1].sum())
-            if position in at and joined.alignment["aligned"][place + 1] and row.row.target_mask_S[end_s - 1]:
+            if position in at and pair.alignment["aligned"][place + 1] and row.row.target_mask_S[end_s - 1]:
                 ours = batch["teacher2/log_probs"][at.index(position)].numpy()
                 np.testing.assert_array_equal(ours, decoded[before[end_t - 1] - 1])
                 checked += 1
@@ -201,7 +201,7 @@ def _check_foreign(rows: list[EnsembleRow], starts: list[int], batch: Any, forei
 
 def test_what_goes_with_a_shard(caches: tuple[Cache, Cache]) -> None:
     first, second = caches
-    other_teachers = TeacherCache.joined_to([first], second)
+    other_teachers = TeacherCache.matched_to([first], second)
     of_second = {row_id: number for number in range(len(second.infos)) for row_id in _ids_of_shard(second, number)}
     found = 0
     for number, info in enumerate(first.infos):

@@ -5,7 +5,7 @@
     storage/        where files are: a folder, or an object store read through local copies
     shards/         rows on disk: writing a shard, reading its rows
     reader.py       `Cache`: rows by (split, index), digests checked before the first row is handed out
-    alignment.py    a cache's rows in the tokens of another student, joined to the cache
+    alignment.py    a cache's rows in the tokens of another student, aligned with its own
     row_keys.py     rows by what names them, for joining caches
     row_sources.py  which rows hold a document that another cache holds out
     token_texts.py  readable tokens from tokenizer.json alone

@@ -1,4 +1,4 @@
-"""`CacheAlignment`: a cache's rows in the tokens of one student, aligned with the teacher's; joined to the cache by id."""
+"""`CacheAlignment`: a cache's rows in the tokens of one student, aligned with the teacher's; matched with the cache's by id."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class CacheAlignment(ShardSet):
             longest=self.manifest.sequence_length,
         )
 
-    def joined(self, split: Split, index: int, of: StoredRow, *, segments: bool = True) -> StoredRow:
+    def aligned_row(self, split: Split, index: int, of: StoredRow, *, segments: bool = True) -> StoredRow:
         """The row in the student's tokens that belongs to the row `of` of the cache, which stands at the same place.
 
         Raises `CacheDamaged` where it belongs to another row, or its chunks do not hold the teacher's tokens.

@@ -89,7 +89,11 @@ def describe_row(cache: Cache, row_id: str, *, top: int = 5, student: str | None
     alignments = CacheAlignment.all_of(cache)
     described["alignments"] = [alignment.manifest.tokenizer["name"] for alignment in alignments]
     alignment = _chosen(alignments, student)
-    return described if alignment is None else described | _describe_joined(alignment, alignment.joined(*place, stored))
+    return (
+        described
+        if alignment is None
+        else described | _describe_aligned(alignment, alignment.aligned_row(*place, stored))
+    )
 
 
 def _chosen(alignments: list[CacheAlignment], student: str | None) -> CacheAlignment | None:
@@ -108,17 +112,17 @@ def _chosen(alignments: list[CacheAlignment], student: str | None) -> CacheAlign
     return places[0]
 
 
-def _describe_joined(alignment: CacheAlignment, joined: StoredRow) -> dict[str, Any]:
+def _describe_aligned(alignment: CacheAlignment, aligned: StoredRow) -> dict[str, Any]:
     """The student's tokens, and the chunks: `teacher` and `student` are how many of either side's tokens each holds."""
     texts = alignment.token_texts()
     names = ("teacher_counts", "student_counts", "aligned")
-    counts = zip(*(joined.targets[name].tolist() for name in names), strict=True)
+    counts = zip(*(aligned.targets[name].tolist() for name in names), strict=True)
     return {
         "student": alignment.manifest.tokenizer["name"],
         "student_tokens": [
             {"id": token, "text": texts.get(token, f"<{token}>"), "learned": bool(learned)}
             for token, learned in zip(
-                joined.row.input_ids_S.tolist(), np.append(False, joined.row.target_mask_S[:-1]).tolist(), strict=True
+                aligned.row.input_ids_S.tolist(), np.append(False, aligned.row.target_mask_S[:-1]).tolist(), strict=True
             )
         ],
         "chunks": [

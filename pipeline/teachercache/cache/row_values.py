@@ -51,4 +51,4 @@ def _check_row(cache: Cache, alignments: list[CacheAlignment], split: Split, ind
         raise CacheDamaged(f"an earlier row has the same row_id, {row.row.row_id}")
     seen.add(key)
     for alignment in alignments:
-        alignment.joined(split, index, row)
+        alignment.aligned_row(split, index, row)

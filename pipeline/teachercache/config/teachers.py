@@ -15,7 +15,7 @@ Weight = Annotated[float, Field(ge=0, le=1)]
 
 
 class FurtherTeacherConfig(Section):
-    """Another teacher of the rows of `cache`: rows are joined by source_id and byte span."""
+    """Another teacher of the rows of `cache`: rows are matched by source_id and byte span."""
 
     cache: CacheLocation = Field(description="a folder, or a URL")
     weight: Weight | None = Field(None, description="default: an equal part of what other weights leave of 1")

@@ -30,7 +30,7 @@ from teachercache.cache.alignment import CacheAlignment
 from teachercache.errors import CacheError, JobFailed, ModelError
 from teachercache.models.loading import input_layout, model_inputs, target_places
 from teachercache.models.probes import check_causal
-from teachercache.stream.aligned_rows import JoinedRow, chunk_arrays
+from teachercache.stream.aligned_rows import AlignedPair, chunk_arrays
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.kind import first_choice_tail, first_choices
 from teachercache.teacher.output_layer import HALF, OutputLayer, layer_after_body
@@ -69,12 +69,12 @@ class Sums:
         }
 
 
-Row = StoredRow | JoinedRow
+Row = StoredRow | AlignedPair
 
 
 def held_out_rows(cache: Cache, *, limit: int | None, alignment: CacheAlignment | None = None) -> list[Row]:
-    """The held-out rows, or `limit` of them evenly spread; with an alignment, joined to a student's tokens. Raises `CacheError`
-    where there are none."""
+    """The held-out rows, or `limit` of them evenly spread; with an alignment, in a student's tokens. Raises
+    `CacheError` where there are none."""
     count = cache.rows_of("held-out")
     if count == 0:
         raise CacheError(
@@ -89,8 +89,8 @@ def held_out_rows(cache: Cache, *, limit: int | None, alignment: CacheAlignment 
         if alignment is None:
             rows.append(stored)
         else:
-            joined = alignment.joined("held-out", index, stored)
-            rows.append(JoinedRow(joined.row, stored, joined.targets))
+            aligned = alignment.aligned_row("held-out", index, stored)
+            rows.append(AlignedPair(aligned.row, stored, aligned.targets))
     return rows
 
 
@@ -129,7 +129,7 @@ def label_bytes(rows: Sequence[Row], cache: Cache) -> int | None:
     finder = SpanFinder.of(teacher_tokenizer(cache)) if plain else None
     total = 0
     for stored in rows:
-        if isinstance(stored, JoinedRow):
+        if isinstance(stored, AlignedPair):
             bytes_S = stored.alignment["token_bytes"]
         else:
             assert finder is not None

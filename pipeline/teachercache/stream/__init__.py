@@ -8,9 +8,9 @@
     collate.py          rows to tensors
     packing.py          short rows in one sequence, isolated from each other
     alignment.py        through which alignment a model with its own tokenizer reads a cache
-    aligned_rows.py     rows in a student's tokens, joined to what the teacher said of the same text
+    aligned_rows.py     rows in a student's tokens, aligned with the teacher's rows of the same text
     aligned_tensors.py  ... read, and as tensors
-    ensemble_rows.py    rows joined to other teachers' caches
+    ensemble_rows.py    rows matched with those of other teachers' caches
     tokenizers.py       tokenizers that lie in caches, from bytes that were checked
     beginnings.py       caches of earlier versions whose rows do not begin as their tokenizer has it
     withheld.py         documents that one cache holds out train in none

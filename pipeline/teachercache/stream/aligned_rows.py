@@ -1,4 +1,4 @@
-"""Rows in a student's tokens joined to what the teacher said of the same text: what a loss across tokenizers compares.
+"""Rows in a student's tokens, aligned with the teacher's rows of the same text: what a loss across tokenizers compares.
 
 A chunk of the alignment counts where both sides predict all of its tokens. Before it both have read the same bytes, so that
 their next tokens can be compared; its likelihood is that of its tokens, one after the other.
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class JoinedRow:
+class AlignedPair:
     """`row` in the student's tokens, the cache's row, and the columns of their alignment."""
 
     row: TokenRow
@@ -66,7 +66,7 @@ class Side:
 
 
 def chunk_arrays(
-    rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str]
+    rows: Sequence[AlignedPair], targets: StoredTargets, columns: Sequence[str]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """(what the kind of logits decodes, where each chunk begins [M, …]; the arrays of `cross_tokenizer.batch.Chunks`), for the
     rows of a micro-batch, whose positions follow each other."""
@@ -83,20 +83,20 @@ def chunk_arrays(
         before, count = before + stored.row.positions, count + len(row_chunks["first"])
         decoded.append(at_begin)
         chunks.append(row_chunks)
-    joined = {name: np.concatenate([values[name] for values in chunks]) for name in chunks[0]}
-    joined["last"] = np.where(joined["last"] < 0, before, joined["last"])
-    joined["of"] = np.where(joined["of"] < 0, count, joined["of"])
-    return {name: np.concatenate([arrays[name] for arrays in decoded]) for name in decoded[0]}, joined
+    concatenated = {name: np.concatenate([values[name] for values in chunks]) for name in chunks[0]}
+    concatenated["last"] = np.where(concatenated["last"] < 0, before, concatenated["last"])
+    concatenated["of"] = np.where(concatenated["of"] < 0, count, concatenated["of"])
+    return {name: np.concatenate([arrays[name] for arrays in decoded]) for name in decoded[0]}, concatenated
 
 
-def _boundary(stored: JoinedRow, targets: StoredTargets, columns: Sequence[str]) -> Array | None:
+def _boundary(stored: AlignedPair, targets: StoredTargets, columns: Sequence[str]) -> Array | None:
     if BOUNDARY_MASS not in columns:
         return None
     return targets.decoded({BOUNDARY_MASS: stored.teacher.targets[BOUNDARY_MASS]})[BOUNDARY_MASS]
 
 
 def _row_chunks(
-    stored: JoinedRow, arrays: Mapping[str, Array], boundary_P: Array | None
+    stored: AlignedPair, arrays: Mapping[str, Array], boundary_P: Array | None
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     teacher = Side.of(stored.teacher.row, stored.alignment["teacher_counts"])
     student = Side.of(stored.row, stored.alignment["student_counts"])
@@ -130,7 +130,7 @@ def _ranges(first_M: Array, count_M: Array) -> Array:
     return starts + np.arange(int(count_M.sum()))
 
 
-def aligned_tokens(stored: JoinedRow) -> tuple[Array, Array]:
+def aligned_tokens(stored: AlignedPair) -> tuple[Array, Array]:
     """(student's, teacher's) token that each aligned chunk ends with, [A] each: there both have read the same bytes."""
     teacher = Side.of(stored.teacher.row, stored.alignment["teacher_counts"])
     student = Side.of(stored.row, stored.alignment["student_counts"])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.reader import Split
-from teachercache.stream.aligned_rows import JoinedRow, aligned_tokens, chunk_arrays
+from teachercache.stream.aligned_rows import AlignedPair, aligned_tokens, chunk_arrays
 from teachercache.stream.cache_rows import RowTensors, has_segments
 from teachercache.targets import StoredTargets
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class AlignedRows:
-    """Rows in the tokens of a student with another tokenizer, joined to the cache's by an alignment; a `CacheRows`."""
+    """Rows in the tokens of a student with another tokenizer, aligned with the cache's; a `CacheRows`."""
 
     cache: Cache
     alignment: CacheAlignment
@@ -50,12 +50,12 @@ class AlignedRows:
         """See `CacheRows`."""
         return AlignedTensors(self.cache.targets, self.columns)
 
-    def read(self, split: Split, index: int) -> JoinedRow:
+    def read(self, split: Split, index: int) -> AlignedPair:
         """See `CacheRows`."""
         segments = has_segments(self.cache)
         stored = self.cache.read_row(split, index, columns=self.columns, segments=segments)
-        aligned = self.alignment.joined(split, index, stored, segments=segments)
-        return JoinedRow(aligned.row, stored, aligned.targets)
+        aligned = self.alignment.aligned_row(split, index, stored, segments=segments)
+        return AlignedPair(aligned.row, stored, aligned.targets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class AlignedTensors:
     columns: Sequence[str]
 
     def __call__(
-        self, rows: Sequence[JoinedRow], tokens: Sequence[TokenRow], packed_with: Sequence[Sequence[int]]
+        self, rows: Sequence[AlignedPair], tokens: Sequence[TokenRow], packed_with: Sequence[Sequence[int]]
     ) -> dict[str, dict[str, torch.Tensor]]:
         of_logits = {column.name for column in self.stored.logits.columns} | {BOUNDARY_MASS}
         batch = {"targets": _targets(rows, self.stored, self.columns)}
@@ -77,7 +77,7 @@ class AlignedTensors:
         return batch
 
 
-def _targets(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str]) -> dict[str, torch.Tensor]:
+def _targets(rows: Sequence[AlignedPair], targets: StoredTargets, columns: Sequence[str]) -> dict[str, torch.Tensor]:
     if rows:
         decoded, chunks = chunk_arrays(rows, targets, columns)
     else:
@@ -95,7 +95,7 @@ def _targets(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequenc
 
 
 def _layers(
-    rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str], packed_with: Sequence[Sequence[int]]
+    rows: Sequence[AlignedPair], targets: StoredTargets, columns: Sequence[str], packed_with: Sequence[Sequence[int]]
 ) -> dict[str, torch.Tensor]:
     """Returns the arrays of aligned tokens: `student`, the token's index in its sequence; `teacher`, its place in the
     teacher's segment; `first`, 1 where it is the first token of either's segment; `segment`, -1 where there is none;
@@ -112,7 +112,7 @@ def _layers(
     return batch
 
 
-def _sequence(rows: Sequence[JoinedRow], targets: StoredTargets, columns: Sequence[str]) -> dict[str, Array]:
+def _sequence(rows: Sequence[AlignedPair], targets: StoredTargets, columns: Sequence[str]) -> dict[str, Array]:
     parts: list[dict[str, Array]] = []
     tokens = segments = 0
     for stored in rows:

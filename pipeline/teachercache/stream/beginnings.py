@@ -21,8 +21,8 @@ def warnings_of(caches: Sequence[Cache], alignments: Sequence[CacheAlignment] = 
         if tokens:
             lines.append(
                 f"warning: {cache.name} was made by an earlier version: its tokenizer puts {tokens} before a text, and only "
-                "the first rows of documents begin with it, so that what the teacher says in the others may be far from what it "
-                "can; precompute it again"
+                "the first rows of documents begin with it, so that what the teacher says in the others may be far from what "
+                "it can; precompute it again"
             )
     for cache, alignment in zip(caches, alignments, strict=False):
         tokens = _unsaid(alignment.manifest.tokenizer, cache, partial(student_tokenizer, alignment))

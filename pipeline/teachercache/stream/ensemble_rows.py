@@ -1,10 +1,10 @@
-"""Rows of a cache joined to what further teachers said of the same text, by source_id and byte span.
+"""Rows of a cache matched with what further teachers said of the same text, by source_id and byte span.
 
-A row's id is the hash of the spans that it is made of, so that rows join by id. What another teacher's tokenizer cut
+A row's id is the hash of the spans that it is made of, so that rows are matched by id. What another teacher's tokenizer cut
 otherwise, or packed otherwise, has another id: it is missing there, and counted. Train rows may be held out in the other
 cache, and the other way round: they are looked for in both splits.
 
-The join is one array of 8 bytes a row for each further cache, made once in a process (`cache.row_keys`). Of caches in object
+The match is one array of 8 bytes a row for each further cache, made once in a process (`cache.row_keys`). Of caches in object
 stores it needs every shard: `stream.local_bytes` that hold all of them have them fetched once.
 
 Shapes: N positions of a micro-batch, n of them at which a teacher speaks; S tokens of a row, P its positions.
@@ -24,7 +24,7 @@ from teachercache.cache import Cache, StoredRow
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.row_keys import Keys, row_keys
 from teachercache.cache.shards.shard_set import SPLITS, Split
-from teachercache.stream.aligned_rows import JoinedRow, chunk_arrays
+from teachercache.stream.aligned_rows import AlignedPair, chunk_arrays
 from teachercache.stream.cache_rows import OwnRows, RowTensors
 from teachercache.targets import StoredTargets
 from teachercache.targets.logits.kind import ACTUAL
@@ -38,7 +38,7 @@ MISSING = -1
 class EnsembleRow(StoredRow):
     """A row of a cache, and what each further teacher has of it; None where its cache lacks the row."""
 
-    other_teachers: tuple[StoredRow | JoinedRow | None, ...] = ()
+    other_teachers: tuple[StoredRow | AlignedPair | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,18 +52,18 @@ class TeacherTargets:
 @dataclass(frozen=True, eq=False)
 class TeacherCache:
     """One further teacher's cache. `rows[source][split]` is each row's number in it, its train rows before its held-out
-    ones, or `MISSING`; `alignment` is its alignment with the tokens of the caches that it is joined to."""
+    ones, or `MISSING`; `alignment` is its alignment with the tokens of the caches that it is concatenated to."""
 
     cache: Cache
     alignment: CacheAlignment | None
     rows: tuple[Mapping[Split, NDArray[np.int64]], ...]
 
     @classmethod
-    def joined_to(
+    def matched_to(
         cls, caches: Sequence[Cache], cache: Cache, *, alignment: CacheAlignment | None = None
     ) -> TeacherCache:
         """Look up every row of some caches."""
-        return cls(cache, alignment, join(caches, cache))
+        return cls(cache, alignment, matched_rows(caches, cache))
 
     def found(self, split: Split, *, source: int | None = None) -> int:
         """Counts the rows of a split that it has, of one cache or of all."""
@@ -80,7 +80,7 @@ class TeacherCache:
 
     def read(
         self, source: int, split: Split, index: int, *, row_id: str, columns: Sequence[str]
-    ) -> StoredRow | JoinedRow | None:
+    ) -> StoredRow | AlignedPair | None:
         """The row with these columns; None where it lacks it, or has another one of the same key."""
         place = self.place(source, split, index)
         stored = None if place is None else self.cache.read_row(*place, columns=columns, segments=False)
@@ -88,8 +88,8 @@ class TeacherCache:
             return None
         if self.alignment is None:
             return stored
-        aligned = self.alignment.joined(*place, stored, segments=False)
-        return JoinedRow(aligned.row, stored, aligned.targets)
+        aligned = self.alignment.aligned_row(*place, stored, segments=False)
+        return AlignedPair(aligned.row, stored, aligned.targets)
 
     def shards_beside(self, source: int, numbers: Sequence[int], of: Cache) -> list[int]:
         """The shards that hold the train rows of some shards of a cache, in the order in which these are given."""
@@ -165,7 +165,7 @@ class EnsembleTensors:
         return {**batch, "targets": batch["targets"] | ensemble_targets(rows, self.other_teachers)}
 
 
-def join(caches: Sequence[Cache], cache: Cache) -> tuple[dict[Split, NDArray[np.int64]], ...]:
+def matched_rows(caches: Sequence[Cache], cache: Cache) -> tuple[dict[Split, NDArray[np.int64]], ...]:
     """Finds each row of each of `caches` in `cache`, by split: see `TeacherCache.rows`."""
     keys = row_keys(cache)
     keys_R = np.concatenate([keys[split] for split in SPLITS])
@@ -204,20 +204,20 @@ def ensemble_targets(rows: Sequence[Any], other_teachers: Sequence[TeacherTarget
         for one_row, start in zip(row_arrays, before, strict=False):
             for name, values in one_row.items():
                 arrays[name].append(values + start if name == "at" else values)
-        joined = {name: np.concatenate(values) for name, values in arrays.items()}
-        joined["has"] = np.concatenate([np.empty(0, np.bool_), *has])
-        for name, values in joined.items():
+        concatenated = {name: np.concatenate(values) for name, values in arrays.items()}
+        concatenated["has"] = np.concatenate([np.empty(0, np.bool_), *has])
+        for name, values in concatenated.items():
             wide = values.astype(np.int64) if values.dtype == np.int32 else values
             batch[f"teacher{number + 1}/{name}"] = torch.from_numpy(np.ascontiguousarray(wide))
     return batch
 
 
-def _said(row: TokenRow, stored: StoredRow | JoinedRow | None, of: TeacherTargets) -> dict[str, Array]:
+def _said(row: TokenRow, stored: StoredRow | AlignedPair | None, of: TeacherTargets) -> dict[str, Array]:
     """Returns the arrays of one row, `at` counted among its positions; nothing where the text has other tokens in the
     two caches."""
     if stored is None or not np.array_equal(stored.row.input_ids_S, row.input_ids_S):
         return {}
-    if isinstance(stored, JoinedRow):
+    if isinstance(stored, AlignedPair):
         arrays, chunks = chunk_arrays([stored], of.targets, of.columns)
         within_n = chunks["first"]
         if ACTUAL in arrays:

@@ -210,7 +210,7 @@ def _marks(pairs: NDArray[np.int64], mark_S: NDArray[np.bool_]) -> tuple[NDArray
 
 
 def _assembled(cells: _Cells) -> Alignment:
-    """Cells as chunks: empty ones left out, unaligned neighbours joined, counts within 16 bits."""
+    """Cells as chunks: empty ones left out, unaligned neighbours merged, counts within 16 bits."""
     counts_C2 = np.concatenate([np.diff(cells.teacher_C2), np.diff(cells.student_C2)], axis=1)
     bytes_C = np.where(counts_C2.max(axis=1) > LARGEST_COUNT, -1, cells.bytes_C)
     kept = counts_C2.any(axis=1)

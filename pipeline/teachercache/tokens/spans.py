@@ -1,7 +1,7 @@
 """Token spans: finds the end of each token in a text's UTF-8 bytes.
 
-First by the bytes that the tokens stand for: one join, one comparison, which also prove the result. Where these are not
-the text (a normaliser changed it, the vocabulary does not define them), by the character offsets that a fast tokenizer
+First by the bytes that the tokens stand for: one concatenation, one comparison, which also prove the result. Where these
+are not the text (a normaliser changed it, the vocabulary does not define them), by the character offsets that a fast tokenizer
 reports.
 """
 

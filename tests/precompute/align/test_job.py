@@ -59,7 +59,7 @@ def rows_of(cache: Path, student: Path) -> list[tuple[Any, Any]]:
     for split in SPLITS:
         for index in range(found.rows_of(split)):
             stored = found.read_row(split, index)
-            pairs.append((stored, alignment.joined(split, index, stored)))
+            pairs.append((stored, alignment.aligned_row(split, index, stored)))
     return pairs
 
 
@@ -174,7 +174,7 @@ def test_an_alignment_is_covered_by_digests(made: tuple[Path, Path], tmp_path: P
     part.write_bytes(part.read_bytes()[:-1] + b"\x00")
     copied, alignment = opened(damaged, student)
     with pytest.raises(CacheDamaged, match="part-00000"):
-        alignment.joined("train", 0, copied.read_row("train", 0))
+        alignment.aligned_row("train", 0, copied.read_row("train", 0))
     assert found.rows_of("train")
 
 
@@ -400,7 +400,7 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes(tmp_path: Path)
     alignment = alignment_for(found, tokenizer, student="student")
     assert alignment is not None and alignment.vocabulary.first_Vt[teacher.eos_token_id] == end
     stored = found.read_row("train", 0)
-    joined = alignment.joined("train", 0, stored)
+    joined = alignment.aligned_row("train", 0, stored)
     assert end in joined.row.input_ids_S[1:][joined.row.target_mask_S[:-1]]
 
 

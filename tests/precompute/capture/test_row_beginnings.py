@@ -139,7 +139,7 @@ def test_a_students_rows_begin_as_its_own_tokenizer_has_it(
     for split in SPLITS:
         for index in range(found.rows_of(split)):
             stored = found.read_row(split, index)
-            row = alignment.joined(split, index, stored)
+            row = alignment.aligned_row(split, index, stored)
             counts = [row.targets[name] for name in ("teacher_counts", "student_counts", "aligned")]
             aligned_S = np.repeat(counts[2] > 0, counts[1])
             aligned_T = np.repeat(counts[2] > 0, counts[0])
@@ -179,7 +179,7 @@ def test_a_students_rows_begin_as_the_recipe_says(tmp_path: Path, teacher: Path,
     assert again is not None and again.manifest.fingerprint == alignment.manifest.fingerprint
     for number in range(found.rows_of("train")):
         stored = found.read_row("train", number)
-        ids = alignment.joined("train", number, stored).row.input_ids_S.tolist()
+        ids = alignment.aligned_row("train", number, stored).row.input_ids_S.tolist()
         begun = exported(stored.row.segments[0].text)["input_ids"]
         assert ids[: len(begun)] == begun
 

@@ -288,7 +288,7 @@ def test_two_processes_learn_what_one_learns(
 def test_teachers_at_urls_teach_what_their_folders_do(
     make_recipe: Any, half: Path, foreign: Path, s3: Server, tmp_path: Path, workers: int
 ) -> None:
-    """Each shard is fetched once, for the join and for training."""
+    """Each shard is fetched once, for the match and for training."""
     urls = [s3.upload(each, f"teachers/{each.parent.name}{workers}") for each in (half, foreign)]
     stream = {"local": str(tmp_path / "copies"), "local_bytes": "1 GB"}
     settings = {"weights": "confidence", "missing": "others"}

@@ -108,7 +108,7 @@ def test_held_out_bits_per_byte_are_those_of_the_text(shared: tuple[Path, Path],
         text = segment.text
         encoded = tokenizer(text, return_offsets_mapping=True)  # BOS stands before every window
         ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-        row = alignment.joined("held-out", index, stored).row
+        row = alignment.aligned_row("held-out", index, stored).row
         assert row.input_ids_S.tolist() == ids[: row.length]  # the end of a window is no end of a text
         with torch.no_grad():
             log_prob = model(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -31,7 +31,7 @@ from teachercache.targets.logits.kind import ACTUAL
 
 
 class CrossTokenizerObjective:
-    """As `DistillationObjective`, for a student whose rows are joined to the cache's by an alignment.
+    """As `DistillationObjective`, for a student whose rows are aligned with the cache's.
 
     `first_U`, `emitted_V` and `begins_V` are those of the alignment's vocabulary map. `columns` are those of the cache that the
     objective reads. Raises `CacheError` for a temperature, tail policy or term that the cache's targets do not allow,

@@ -101,12 +101,12 @@ class ProjectedKL:
         log_sum_P1 = scaled_PV.logsumexp(-1, keepdim=True)
         of_compared_P1 = scaled_PV.masked_fill(~projection.compared_V, -torch.inf).logsumexp(-1, keepdim=True)
         with torch.no_grad():
-            ids_Pk, joined_Pk = _joined(
+            ids_Pk, merged_Pk = _merged(
                 projection.first_U[teacher.head_ids_Nk], teacher.head_log_prob_Nk.to(scaled_PV).exp()
             )
-            unmapped_P = (joined_Pk * (ids_Pk < 0)).sum(-1)
-            mapped_P1 = (1 - unmapped_P)[:, None].clamp_min(torch.finfo(joined_Pk.dtype).tiny)
-            target_Pk = joined_Pk * (ids_Pk >= 0) / mapped_P1
+            unmapped_P = (merged_Pk * (ids_Pk < 0)).sum(-1)
+            mapped_P1 = (1 - unmapped_P)[:, None].clamp_min(torch.finfo(merged_Pk.dtype).tiny)
+            target_Pk = merged_Pk * (ids_Pk >= 0) / mapped_P1
             bucket_P = teacher.tail_log_prob_N.to(scaled_PV).exp() / mapped_P1[:, 0]
             unreachable_P = (1 - (of_compared_P1 - log_sum_P1).exp())[:, 0].clamp_min(0)
         log_student_Pk = scaled_PV.gather(1, ids_Pk.clamp_min(0)) - of_compared_P1
@@ -118,15 +118,15 @@ class ProjectedKL:
         return values_P, {"unmapped": unmapped_P, "unreachable": unreachable_P}
 
 
-def _joined(ids_Pk: Tensor, probability_Pk: Tensor) -> tuple[Tensor, Tensor]:
+def _merged(ids_Pk: Tensor, probability_Pk: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens in rising order, with the mass of equal ones at the first of them and none at the others, [P, k] each."""
     ids_Pk, order_Pk = ids_Pk.sort(dim=-1)
     place_Pk = (~_repeated(ids_Pk)).cumsum(-1) - 1
     number_Pk = torch.arange(ids_Pk.shape[1], device=ids_Pk.device).expand_as(ids_Pk)
     firsts_Pk = torch.full_like(ids_Pk, ids_Pk.shape[1]).scatter_reduce(1, place_Pk, number_Pk, "amin")
-    joined_Pk = torch.zeros_like(probability_Pk)
-    joined_Pk.scatter_add_(1, firsts_Pk.gather(1, place_Pk), probability_Pk.gather(1, order_Pk))
-    return ids_Pk, joined_Pk
+    merged_Pk = torch.zeros_like(probability_Pk)
+    merged_Pk.scatter_add_(1, firsts_Pk.gather(1, place_Pk), probability_Pk.gather(1, order_Pk))
+    return ids_Pk, merged_Pk
 
 
 def _repeated(sorted_Pk: Tensor) -> Tensor:

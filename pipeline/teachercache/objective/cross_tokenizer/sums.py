@@ -89,7 +89,7 @@ def across_sums(
             total, ce, *named = _Across.apply(*operands, batch, layer)
             return Sums(total, ce, dict(zip(batch.names, named, strict=True)))
         with torch.no_grad():
-            return _joined([layer.block(operands, part, batch) for part in layer.parts(operands)], batch)
+            return _concatenated([layer.block(operands, part, batch) for part in layer.parts(operands)], batch)
 
 
 def across_sums_of_logits(logits_NV: Tensor, batch: Batch) -> Sums:
@@ -98,7 +98,7 @@ def across_sums_of_logits(logits_NV: Tensor, batch: Batch) -> Sums:
         # Some models write -inf where there is no token, which the teacher gives 0, and 0 · inf is no number.
         finite_NV = _float(logits_NV).clamp_min(torch.finfo(torch.float32).min)
         block = _block(finite_NV, slice(0, len(logits_NV)), batch)
-        return _joined([block], batch)
+        return _concatenated([block], batch)
 
 
 Operands = tuple[Tensor, Tensor, Tensor | None]
@@ -131,7 +131,7 @@ def _block(logits_CV: Tensor, part: slice, batch: Batch, *, pair_terms: bool = T
     return _Block(ce_C, boundary_C, pairs)
 
 
-def _joined(blocks: Sequence[_Block], batch: Batch) -> Sums:
+def _concatenated(blocks: Sequence[_Block], batch: Batch) -> Sums:
     """Blocks that hold all positions, in order, to the sums; on their graph."""
     like = batch.chunks.log_prob_M
     ce_N = torch.cat([block.ce_C for block in blocks] or [like.new_zeros(0)])
@@ -210,7 +210,7 @@ class _Across(torch.autograd.Function):
             carry_on(gradient_CV, hidden_ND[part], weight_VD, part, gradients)
             blocks.append(block)
         ctx.gradients, ctx.dtype = gradients, weight_VD.dtype
-        sums = _joined(blocks, batch)
+        sums = _concatenated(blocks, batch)
         values = (sums.total, sums.ce, *(sums.named[name] for name in batch.names))
         ctx.mark_non_differentiable(*values[1:])
         return values

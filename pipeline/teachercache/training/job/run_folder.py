@@ -55,7 +55,7 @@ class RunIdentity:
     student_weights: dict[str, str | None]
     deepspeed: dict[str, Any] | None
     mixed_fingerprints: tuple[str, ...] = ()
-    alignments: tuple[str, ...] = ()  # fingerprints of those that the rows are joined by
+    alignments: tuple[str, ...] = ()  # fingerprints of those that the rows are aligned by
     teachers: dict[str, Any] | None = None  # as `Teachers.identity` says
     order: int = ORDER
     held_out: float | None = None  # the largest share that any cache holds out, where rows of others are left out by it

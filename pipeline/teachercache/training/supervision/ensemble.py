@@ -1,4 +1,4 @@
-"""Several teachers in one run: their caches joined to the run's own, what they weigh, and what they say of themselves.
+"""Several teachers in one run: their caches matched with the run's own, what they weigh, and what they say of themselves.
 
 The run's own caches are `cache` and those of `stream.mix`; rows, layers and held-out rows are theirs. Evaluation compares with
 the teacher of `cache` (`eval_kl`, `eval_top1_agreement`), so that runs with other teachers compare with each other.
@@ -22,7 +22,7 @@ from teachercache.training.supervision.ensemble_fit import (
     check_distinct,
     check_held_out,
     check_missing,
-    joined,
+    matched,
     priors_of,
 )
 from teachercache.training.supervision.teacher_losses import held_out_losses
@@ -52,7 +52,7 @@ class Teachers:
         names = names or [folder_name(cache.name) for cache in own]
         priors = priors_of(config, names)
         check_distinct(own, caches)
-        other_teachers = tuple(joined(own, cache) for cache in caches)
+        other_teachers = tuple(matched(own, cache) for cache in caches)
         check_missing(own, other_teachers, policy=config.missing)
         shared = TeacherWeights(len(caches) + 1, tau=config.tau, adapts=config.weights == "validation-student")
         if config.weights.startswith("validation"):
@@ -134,7 +134,7 @@ class Teachers:
             count = reported["missing"]
             missing = f"; {count:,} are missing and {policy[self.config.missing]}" if count else ""
             if missing and "packed" in (self.own[0].manifest.layout, other.cache.manifest.layout):
-                missing += " (packed rows join only where they were packed alike)"
+                missing += " (packed rows match only where they were packed alike)"
             elif missing and other.alignment is not None:
                 missing += " (another tokenizer cuts documents that are longer than a row elsewhere)"
             lines.append(f"teacher {reported['cache']}: has {reported['rows']:,} of the rows to train on{missing}")

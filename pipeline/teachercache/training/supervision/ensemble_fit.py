@@ -43,7 +43,7 @@ def check_distinct(own_caches: Sequence[Cache], caches: Sequence[Cache]) -> None
         met[cache.manifest.fingerprint] = cache.name
 
 
-def joined(own_caches: Sequence[Cache], cache: Cache) -> TeacherCache:
+def matched(own_caches: Sequence[Cache], cache: Cache) -> TeacherCache:
     """A further teacher's cache, its rows found; of one with another tokenizer, through its alignment.
 
     Raises `CacheError` where there is none, or the same text has other tokens.
@@ -53,7 +53,7 @@ def joined(own_caches: Sequence[Cache], cache: Cache) -> TeacherCache:
         first = own_caches[0]
         name = first.manifest.teacher["model"] if first.is_remote else str(first.folder / TEACHER)
         alignment = alignment_for(cache, teacher_tokenizer(own_caches[0]), student=name)
-    other = TeacherCache.joined_to(own_caches, cache, alignment=alignment)
+    other = TeacherCache.matched_to(own_caches, cache, alignment=alignment)
     _check_tokens(own_caches, other)
     return other
 
@@ -78,7 +78,7 @@ def _check_tokens(own_caches: Sequence[Cache], other: TeacherCache) -> None:
 def _nothing_in_common(cache: Cache, other: Cache) -> str:
     packed = "packed" in (cache.manifest.layout, other.manifest.layout)
     remedy = (
-        "packed rows join only where they were packed alike: precompute both with sequence.layout: documents"
+        "packed rows match only where they were packed alike: precompute both with sequence.layout: documents"
         if packed
         else "precompute it from the same corpus, with the same sequence.length"
     )

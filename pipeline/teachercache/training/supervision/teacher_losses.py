@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from teachercache.cache import Cache
 from teachercache.objective.ensemble.fused_teacher import actual_columns
-from teachercache.stream.aligned_rows import JoinedRow
+from teachercache.stream.aligned_rows import AlignedPair
 from teachercache.stream.ensemble_rows import TeacherCache
 from teachercache.targets.logits.kind import ACTUAL
 
@@ -37,7 +37,7 @@ def held_out_losses(own_caches: Sequence[Cache], other_teachers: Sequence[Teache
             continue
         stored = [
             first,
-            *(other.teacher if isinstance(other, JoinedRow) else other for other in rows_of_others if other),
+            *(other.teacher if isinstance(other, AlignedPair) else other for other in rows_of_others if other),
         ]
         kinds = [cache.kind, *(other.cache.kind for other in other_teachers)]
         sums += [

@@ -63,7 +63,9 @@ class BatchLoss:
             for objective in self.objectives.of_layers:  # in one order in all processes, whatever caches they are at
                 if objective is matched:
                     of_layers = objective.loss(activations, layers, labels_BS, weights=weights.terms, taps=taps)
-                    terms = replace(terms, total=terms.total + of_layers.total, named={**terms.named, **logged(of_layers)})
+                    terms = replace(
+                        terms, total=terms.total + of_layers.total, named={**terms.named, **logged(of_layers)}
+                    )
                 else:
                     terms = replace(terms, total=terms.total + objective.zero_contribution(terms.total))
             if taps is not None:

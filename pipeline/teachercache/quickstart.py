@@ -136,7 +136,7 @@ def _stage(
 
 
 def next_commands(result: dict[str, Any]) -> Text:
-    """What to try next, for people."""
+    """Suggests what to try next, for people."""
     recipe, cache = shlex.quote(result["recipe"]), shlex.quote(str(result["cache"]))
     total = sum(result["seconds"].values())
     again = f"  teachercache train {recipe} -s train.output={shlex.quote(str(Path(result['recipe']).parent))}"

@@ -83,7 +83,7 @@ class Teacher:
 
     @property
     def kind(self) -> TargetKind:
-        """Of its logit targets."""
+        """Kind of its logit targets."""
         return self.targets.logits
 
     @classmethod
@@ -109,7 +109,7 @@ class Teacher:
         return cls(model, targets=targets, layout=layout, pad_id=pad_id, longest=longest, device=device)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says about the loaded model, and notes of what it runs with."""
+        """Describes the loaded model for the manifest, and what it runs with."""
         return {
             "architecture": type(self.model).__name__,
             "parameters": sum(weights.numel() for weights in self.model.parameters()),
@@ -195,7 +195,8 @@ class Teacher:
 
     @torch.inference_mode()
     def _hidden(self, rows: list[TokenRow], *, sample: LayerSample | None) -> Sequence[Any]:
-        """What enters the output layer at the positions of each row, [N, D]; the sample takes of layers what it wants."""
+        """Returns what enters the output layer at the positions of each row, [N, D]; the sample takes of layers what it
+        wants."""
         inputs, index_N, _ = self._inputs(rows)
         layers = [] if sample is None else sample.hidden_layers
         with (
@@ -215,7 +216,7 @@ class Teacher:
     def _of_each(
         self, run: Callable[[list[TokenRow]], Sequence[T]], rows: Sequence[TokenRow], *, positions_per_batch: int
     ) -> list[T | NoMemory]:
-        """What `run` makes of each row; `NoMemory` for one that does not fit into memory alone.
+        """Runs `run` on all rows; gives `NoMemory` for a row that does not fit into memory alone.
 
         Memory may have been short for a moment, by another process on the same device: such a row is tried again after all
         others, and once more at the very end.
@@ -230,7 +231,7 @@ class Teacher:
         return made
 
     def _halving(self, run: Callable[[list[TokenRow]], Sequence[T]], rows: list[TokenRow]) -> list[T | NoMemory]:
-        """What `run` makes of each row. A batch that runs out of memory is halved; `NoMemory` for a row too long alone."""
+        """Runs `run` on a batch; one that runs out of memory is halved. Gives `NoMemory` for a row too long alone."""
         try:
             return list(run(rows))
         except (RuntimeError, MemoryError) as error:

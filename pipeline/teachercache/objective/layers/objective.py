@@ -31,7 +31,7 @@ NO_TARGET = -100
 
 @dataclass(frozen=True)
 class StudentShape:
-    """What of a student decides its adapters."""
+    """Sizes of a student that decide its adapters."""
 
     blocks: int
     width: int
@@ -163,7 +163,7 @@ class LayerObjective(torch.nn.Module):
 
 
 def names_of(terms: Sequence[LayerTermConfig]) -> tuple[str, ...]:
-    """What terms are called in logs: what they match, numbered from the second of a kind on."""
+    """Returns the names of terms in logs: what they match, numbered from the second of a kind on."""
     names: list[str] = []
     for term in terms:
         before = sum(name.partition(".")[0] == term.match for name in names)
@@ -237,7 +237,7 @@ def _check_gradients(activations: Any) -> None:
 
 
 def _positions(segment_BS: Tensor) -> Tensor:
-    """Of each token in its segment, from 0; padding counts on."""
+    """Returns the position of each token in its segment, from 0; padding counts on."""
     index_S = torch.arange(segment_BS.shape[1], device=segment_BS.device)
     begins_BS = torch.ones_like(segment_BS, dtype=torch.bool)
     begins_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]

@@ -47,8 +47,9 @@ def check_ragged(sizes_N: Array, *, ids_E: Array | None, logits_E: Array | None)
 
 
 def _any_place(compare: np.ufunc, values_Nk: Array) -> bool:
-    """Whether a value and the one before it in its position compare so. All of them are compared in one run, also the first
-    of a position with the last of the one before, which does not count: rows of k are too short to be quick."""
+    """Tells whether a value and the one before it in its position compare so anywhere. All of them are compared in one
+    run, also the first of a position with the last of the one before, which does not count: rows of k are too short to
+    be quick."""
     k = values_Nk.shape[1]
     if k < 2:
         return False

@@ -44,6 +44,16 @@ def test_folders_are_those_of_the_package() -> None:
     assert not {str(folder) for folder in inside if not (PACKAGE / folder / "__init__.py").is_file()}
 
 
+def test_no_test_imports_a_private_name() -> None:
+    found = {
+        f"{path.relative_to(TESTS)} imports {name}"
+        for path in TESTS.rglob("*.py")
+        for name in imported_by(path)
+        if name.startswith("teachercache.") and any(re.match(r"_(?!_)", part) for part in name.split("."))
+    }
+    assert not found
+
+
 def named_in(path: Path) -> set[str]:
     """Dotted names of our package in a file, those inside programs and patches too."""
     return set(re.findall(r"\bteachercache(?:\.[a-zA-Z]\w*)+", path.read_text(encoding="utf-8")))

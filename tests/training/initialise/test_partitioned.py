@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from teachercache.cache import Cache
 from teachercache.config import Recipe
 from teachercache.errors import ModelError
 from teachercache.models.loading import load_causal_lm
+from teachercache.stream.order.batch_plan import BatchPlan
+from teachercache.stream.sources import train_order
 from teachercache.training.initialise.lora import with_adapters
 from teachercache.training.initialise.partitioned import is_partitioned, rows_of, runnable
-from teachercache.training.job.launch import training_process
-from teachercache.training.job.train import _Job, run_training
+from teachercache.training.job.arguments import training_arguments
+from teachercache.training.job.launch import Process, training_process
+from teachercache.training.job.train import run_training
+from teachercache.training.trainer.trainer import DistillationTrainer
 from training.runs import CLOCKED, log_of
 
 from builders import sentences, tiny_cache, tiny_model, tiny_student, tiny_teacher
@@ -40,15 +44,29 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def whole(recipe: Recipe) -> list[dict[str, Any]]:
     """The log of a run whose student was loaded before there was a configuration to load it by."""
+    assert recipe.student is not None and recipe.train is not None
     with training_process() as process:
-        job = _Job(recipe, Cache.open(recipe.cache), [], process, Console(quiet=True))
-        model = load_causal_lm(job.student.model)
+        model = load_causal_lm(recipe.student.model)
         assert not is_partitioned(model)
-        if job.student.lora is not None:
-            model = with_adapters(model, job.student.lora, seed=job.config.seed)
-        trainer = job._trainer(model, job._arguments(), [])
+        if recipe.student.lora is not None:
+            model = with_adapters(model, recipe.student.lora, seed=recipe.train.seed)
+        plan, args = plan_and_arguments(recipe, process)
+        cache = Cache.open(recipe.cache)
+        trainer = DistillationTrainer(model=model, cache=cache, args=args, objective=recipe.objective, plan=plan)
         trainer.train()
         return trainer.state.log_history
+
+
+def plan_and_arguments(recipe: Recipe, process: Process) -> tuple[BatchPlan, TrainingArguments]:
+    """As the command makes them of a recipe with `max_steps`."""
+    config, cache = recipe.train, Cache.open(recipe.cache)
+    assert config is not None and config.max_steps is not None
+    order = train_order(cache, seed=config.seed, window=recipe.stream.window)
+    plan = BatchPlan(order, config.global_batch, config.micro_batch, process.world_size)
+    evaluates = bool(cache.rows_of("held-out"))
+    return plan, training_arguments(
+        config, plan=plan, steps=config.max_steps, evaluates=evaluates, on_gpu=process.on_gpu
+    )
 
 
 def figures(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -101,9 +119,8 @@ def test_it_can_be_asked_and_run_before_deepspeed_does(make_recipe: Any, packed:
     with torch.no_grad():
         expected = load_causal_lm(str(student))(input_ids=ids_BS).logits
     with training_process() as process:
-        recipe = make_recipe(cache_folder=packed, student_model=student, zero_stage=3)
-        job = _Job(recipe, Cache.open(packed), [], process, Console(quiet=True))
-        args = job._arguments()
+        recipe = make_recipe(cache_folder=packed, student_model=student, zero_stage=3, max_steps=1)
+        _, args = plan_and_arguments(recipe, process)
         model = load_causal_lm(str(student))
         assert args.deepspeed and all(weight.numel() == 0 for weight in model.parameters())
         assert rows_of(model.get_input_embeddings().weight) == 300

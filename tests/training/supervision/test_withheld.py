@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainingArguments
 
 from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
@@ -19,8 +20,7 @@ from teachercache.stream.order.batch_plan import BatchPlan
 from teachercache.stream.sources import Mixed, train_order
 from teachercache.stream.withheld import trained_rows
 from teachercache.training.job.train import run_training
-from teachercache.training.supervision.own_tokens import OwnTokens
-from teachercache.training.trainer.trainer import _trained
+from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import sentences, tiny_cache
 
@@ -60,8 +60,12 @@ def test_what_is_left_out_is_said_and_a_resumed_run_is_the_run(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_plan_of_all_rows_is_refused(make_recipe: Any, others: list[Path]) -> None:
+def test_a_plan_of_all_rows_is_refused(others: list[Path], student: Path, tmp_path: Path) -> None:
     little, much = map(Cache.open, others)
     plan = BatchPlan(train_order(little, [Mixed(much)], seed=0), 4, 4, 1)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(RecipeError, match=r"left out: .* the plan was made of all rows: make it with train_order"):
-        _trained(OwnTokens([little, much], ObjectiveConfig()), plan)
+        DistillationTrainer(
+            model=load_causal_lm(str(student)), cache=little, mix=[Mixed(much)], plan=plan, args=args,
+            objective=ObjectiveConfig(),
+        )  # fmt: skip

@@ -134,15 +134,10 @@ def test_terms_between_layers_are_compared_with_what_comes_from_above(
         given = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for g, t in zip(given, tensors, strict=True)]
 
-    batches = {centred: objective._batch(activations, layers, labels, centred) for centred in set(objective._centred)}
-    values = {
-        name: weights[name] * term.loss(batches[centred])
-        for name, term, centred in zip(NAMES, objective._made, objective._centred, strict=True)
-    }
     places = {("hidden", layer, 0): tensor for layer, tensor in activations.hidden.items()}
     for layer, heads in activations.attention.items():
         places |= {("attention", layer, i): getattr(heads, vector) for i, vector in enumerate(VECTORS)}
-    everything = logits.logsumexp(-1).sum() + sum(values.values())
+    everything = logits.logsumexp(-1).sum() + twin.total
     arriving = dict(zip(places, gradients(everything, list(places.values())), strict=True))
     own = {name: _own_gradients(objective, activations, layers, labels, name, weights) for name in NAMES}
     above = {place: arriving[place] - sum(own[name].get(place, 0.0) for name in NAMES) for place in places}
@@ -168,13 +163,12 @@ def _own_gradients(
             for layer, heads in activations.attention.items()
         },
     )
-    number = NAMES.index(name)
-    term, centred = objective._made[number], objective._centred[number]
-    (weights[name] * term.loss(objective._batch(leaf, layers, labels, centred))).backward()
+    alone = {other: weight if other == name else 0.0 for other, weight in weights.items()}
+    objective.loss(leaf, layers, labels, weights=alone).total.backward()
     found = {("hidden", layer, 0): tensor.grad for layer, tensor in leaf.hidden.items()}
     for layer, heads in leaf.attention.items():
         found |= {("attention", layer, i): getattr(heads, v).grad for i, v in enumerate(VECTORS)}
-    return {place: gradient for place, gradient in found.items() if gradient is not None}
+    return {place: gradient for place, gradient in found.items() if gradient is not None and gradient.any()}
 
 
 LAYERS = [

@@ -66,7 +66,7 @@ def load_extensions() -> None:
         try:
             point.load()
         except Exception as error:
-            said = " ".join(str(error).split()) or type(error).__name__
+            message = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"the extension {point.name} ({point.value}) cannot be imported: {said}; mend or uninstall it"
+                f"the extension {point.name} ({point.value}) cannot be imported: {message}; mend or uninstall it"
             ) from error

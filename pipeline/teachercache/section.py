@@ -1,4 +1,4 @@
-"""What every section of a recipe is, and keys that hold one of several: sections or names of a list (`Registry`).
+"""Base of every section of a recipe, and keys that hold one of several: sections or names of a list (`Registry`).
 
 Settings stand beside what they set, so this module is below all of that.
 """
@@ -44,8 +44,10 @@ class OrAdded:
     added: Callable[[], Sections]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        ours = core_schema.simple_ser_schema("any")
-        return core_schema.no_info_wrap_validator_function(self._validated, handler(source), serialization=ours)
+        serialization = core_schema.simple_ser_schema("any")
+        return core_schema.no_info_wrap_validator_function(
+            self._validated, handler(source), serialization=serialization
+        )
 
     def _validated(self, value: Any, handler: Callable[[Any], Any]) -> Any:
         tag = self.tag_of(value)
@@ -72,8 +74,10 @@ class OrAddedName:
     registry: Registry[Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        ours = core_schema.simple_ser_schema("any")
-        return core_schema.no_info_wrap_validator_function(self._validated, handler(source), serialization=ours)
+        serialization = core_schema.simple_ser_schema("any")
+        return core_schema.no_info_wrap_validator_function(
+            self._validated, handler(source), serialization=serialization
+        )
 
     def _validated(self, value: Any, handler: Callable[[Any], Any]) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Where a cache is: a folder or a URL."""
+"""Locations of caches: folders and URLs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a student minimises: the `objective:` section."""
+"""The `objective:` section: what a student minimises."""
 
 from __future__ import annotations
 

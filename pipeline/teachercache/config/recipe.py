@@ -206,8 +206,8 @@ def _is_called(section: type[BaseModel], name: str) -> bool:
 
 
 def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
-    """What may stand at a key of a section, those from outside the package included."""
-    return list(dict.fromkeys(model for each in (field.annotation, *field.metadata) for model in models_in(each)))
+    """Lists the sections that may stand at a key of a section, those from outside the package included."""
+    return list(dict.fromkeys(model for part in (field.annotation, *field.metadata) for model in models_in(part)))
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

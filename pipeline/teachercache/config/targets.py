@@ -1,4 +1,4 @@
-"""What is stored of a teacher."""
+"""The `targets:` section: what is stored of a teacher."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class AttentionConfig(Section):
 
 
 class TargetsConfig(Section):
-    """What is stored of the teacher."""
+    """Targets that are stored of the teacher."""
 
     logits: LogitsConfig = Field(
         default_factory=lambda: DEFAULT.config.model_validate({}),

@@ -1,4 +1,4 @@
-"""What is stored of a teacher, as math. numpy only; torch enters as an argument.
+"""Targets: what is stored of a teacher, as math. numpy only; torch enters as an argument.
 
     logits/     kinds of next-token targets, and what they share: softening, tails, the sketch's basis
     layers/     kinds of targets from a teacher's layers: hidden states and attention
@@ -8,8 +8,8 @@
 A target *kind* is one file of logits/ or layers/. It says which columns it stores (`columns`), how they are taken from what the
 teacher computed (`capture` and `finish`; the only places that meet torch), how they become arrays of a batch (`decoded`), and,
 for logits, how these are a distribution at any temperature (`softened`). logits/kinds.py lists those of logits; the
-manifest's `targets` holds the settings that rebuild a kind. logits/kind.py and layers/kind.py write down what each provides.
-"""
+manifest's `targets` holds the settings that rebuild a kind. logits/kind.py and layers/kind.py write down what each
+provides."""
 
 from __future__ import annotations
 

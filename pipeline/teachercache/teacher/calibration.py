@@ -84,13 +84,16 @@ def fit_sketch(kind: HeadSketch, layer: OutputLayer, rows_hidden_ND: Sequence[Te
     fitted_ND = hidden_ND if kind.target_kl is None else torch.cat([rows.float() for rows in others_ND])
     ranks = _possible_ranks(kind, width=layer.weight_VD.shape[1], positions=len(fitted_ND))
     sample = _Sample(kind, layer, hidden_ND)
-    own: dict[str, Any] = {"token_of_rank_V": sample.token_of_rank_V, "tail_weights_GF": sample.tail_weights_GF}
-    rank, found = max(ranks), dict[str, Any]()
+    sample_arrays: dict[str, Any] = {
+        "token_of_rank_V": sample.token_of_rank_V,
+        "tail_weights_GF": sample.tail_weights_GF,
+    }
+    rank, choice = max(ranks), dict[str, Any]()
     if kind.target_kl is not None:
-        trial = replace(_directions(layer, fitted_ND, sample.weights_V, rank=rank), **own)
+        trial = replace(_directions(layer, fitted_ND, sample.weights_V, rank=rank), **sample_arrays)
         chosen = choose(kind, trial, layer, rows_hidden_ND, measured_ND, ranks=ranks)
-        rank, found = chosen["rank"], {"step": chosen["step"], "chosen": chosen}
-    basis = replace(_directions(layer, hidden_ND, sample.weights_V, rank=rank), **own, **found)
+        rank, choice = chosen["rank"], {"step": chosen["step"], "chosen": chosen}
+    basis = replace(_directions(layer, hidden_ND, sample.weights_V, rank=rank), **sample_arrays, **choice)
     kind = kind.with_basis(basis)
     coefficients_Nr = _quantised(kind, basis, rows_hidden_ND).to(hidden_ND.device)
     constant_V, slope_V = _biases(basis, sample, coefficients_Nr)
@@ -199,7 +202,7 @@ class _Sample:
 
     @property
     def weights_V(self) -> Tensor:
-        """What an error of a token's logit costs, [V], summing to 1: its mean probability outside the head.
+        """Costs of an error of each token's logit, [V], summing to 1: its mean probability outside the head.
 
         T²·KL, the loss, is half of E Σ p·ε² for small errors ε of the logits. All temperatures count alike.
         """

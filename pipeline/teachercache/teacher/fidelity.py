@@ -1,4 +1,4 @@
-"""How faithful is what is stored? KL(teacher ‖ stored), measured on 1 % of the positions while their logits are at hand.
+"""Fidelity while capturing: KL(teacher ‖ stored), measured on 1 % of the positions while their logits are at hand.
 
 A basis fitted to one kind of text drifts on another: the job watches these figures unit by unit.
 """

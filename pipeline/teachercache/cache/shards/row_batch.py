@@ -68,8 +68,8 @@ class _Segments:
         source_id, text = self._source_ids[place], self._texts[place]
         assert source_id is not None
         occurrence, byte_start, byte_end, start = (values[place] for values in self._numbers)
-        said = tuple(Content(**content) for content in contents)
-        return Segment(source_id, occurrence, byte_start, byte_end, start, text, said)
+        contents_of_segment = tuple(Content(**content) for content in contents)
+        return Segment(source_id, occurrence, byte_start, byte_end, start, text, contents_of_segment)
 
 
 class RowBatch:

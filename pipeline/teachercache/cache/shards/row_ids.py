@@ -22,7 +22,7 @@ def row_ids_of(file: pa.MemoryMappedFile, *, schema: pa.Schema | None = None, bl
     return b"".join(hashes_of(column) for [column] in batches)
 
 
-def check_same_rows(found: str, row_ids: str) -> None:
+def check_same_rows(digest: str, row_ids: str) -> None:
     """Raise `ValueError` where the digest of a file's rows is another one than `row_ids` ("": of a format that told none)."""
-    if row_ids and found != row_ids:
+    if row_ids and digest != row_ids:
         raise ValueError("it holds other rows than row_ids in the index says, or in another order")

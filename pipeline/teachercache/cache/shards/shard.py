@@ -71,8 +71,8 @@ class ShardFile:
         """Raise `CacheDamaged` where its rows are not those of this digest."""
         try:
             if row_ids:  # format 1 tells none
-                found = row_ids_of(self._file, schema=self.schema, blocks=self._blocks)
-                check_same_rows(hashlib.sha256(found).hexdigest(), row_ids)
+                ids = row_ids_of(self._file, schema=self.schema, blocks=self._blocks)
+                check_same_rows(hashlib.sha256(ids).hexdigest(), row_ids)
         except DAMAGE as error:
             raise damaged(self.name, error) from None
 

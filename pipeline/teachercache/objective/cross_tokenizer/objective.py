@@ -91,7 +91,7 @@ class CrossTokenizerObjective:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the sums that `LossTerms.named` has."""
+        """Names of the sums in `LossTerms.named`."""
         return names_of(self._pair_terms, self._chunk_terms)
 
     def __call__(

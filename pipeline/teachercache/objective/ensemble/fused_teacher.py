@@ -79,11 +79,11 @@ class FusedTeacher:
 
         A position where no teacher has a weight has no mass at all: nothing is learned from teachers there.
         """
-        own = self._own(targets, like=like, dtype=dtype)
-        if self._first_alone(own):
-            return self._read(0, own[0], temperature)
-        teacher_views = self._teacher_views(own, temperature)
-        return self._fused(teacher_views, self.weights(teacher_views, own))
+        teacher_arrays = self._own(targets, like=like, dtype=dtype)
+        if self._first_alone(teacher_arrays):
+            return self._read(0, teacher_arrays[0], temperature)
+        teacher_views = self._teacher_views(teacher_arrays, temperature)
+        return self._fused(teacher_views, self.weights(teacher_views, teacher_arrays))
 
     def each(
         self, targets: Mapping[str, Tensor], temperature: float, *, like: Tensor, dtype: torch.dtype
@@ -102,10 +102,10 @@ class FusedTeacher:
             )
         return every, all_N
 
-    def _teacher_views(self, own: Sequence[Mapping[str, Tensor]], temperature: float) -> list[TeacherView]:
-        first = self._read(0, own[0], temperature)
+    def _teacher_views(self, teacher_arrays: Sequence[Mapping[str, Tensor]], temperature: float) -> list[TeacherView]:
+        first = self._read(0, teacher_arrays[0], temperature)
         teacher_views = [TeacherView.of(first, None, positions=len(first))]
-        for number, arrays in enumerate(own[1:], start=1):
+        for number, arrays in enumerate(teacher_arrays[1:], start=1):
             projection = self._projection(number, first.tail_log_prob_N.device)
             softened = self._read(number, arrays, temperature)
             teacher_views.append(TeacherView.of(softened, arrays["at"], positions=len(first), projection=projection))
@@ -118,17 +118,17 @@ class FusedTeacher:
         no_head_N0 = teacher_views[0].softened.head_ids_Nk[:, :0]
         return Softened(no_head_N0, weight_NK.new_empty(no_head_N0.shape), tail_log_prob_N, tail)
 
-    def weights(self, teacher_views: Sequence[TeacherView], own: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    def weights(self, teacher_views: Sequence[TeacherView], teacher_arrays: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Each position's weights, [N, K]: they sum to 1, or are all 0."""
         speaks_NK, like_N = _speaking(teacher_views), teacher_views[0].softened.tail_log_prob_N
         weight_NK = like_N.new_tensor(self._factors).expand(speaks_NK.shape)
         if self.config.weights == "confidence":
             nats_NK = like_N.new_zeros(speaks_NK.shape)
-            for number, (teacher_view, arrays) in enumerate(zip(teacher_views, own, strict=True)):
+            for number, (teacher_view, arrays) in enumerate(zip(teacher_views, teacher_arrays, strict=True)):
                 nats_NK[teacher_view.at_n, number] = arrays["nats"] if number else -arrays[ACTUAL]
             weight_NK = weight_NK * by_confidence(nats_NK, speaks_NK)
         if self.config.missing == "skip":
-            for arrays in own[1:]:
+            for arrays in teacher_arrays[1:]:
                 speaks_NK &= arrays["has"].bool()[:, None]
         return shared_out(weight_NK, speaks_NK)
 
@@ -139,17 +139,19 @@ class FusedTeacher:
 
     def chosen(self, targets: Mapping[str, Tensor], index_M: Tensor) -> dict[str, Tensor]:
         """See `Teacher`; a further teacher's arrays are of the positions at which it speaks."""
-        found = {}
+        chosen = {}
         for name, values in targets.items():
             teacher, _, array = name.rpartition("/")
             if not teacher or array == "has":
-                found[name] = values[index_M.to(values.device)]
+                chosen[name] = values[index_M.to(values.device)]
                 continue
             at_n = targets[f"{teacher}/at"]
             index = index_M.to(at_n.device)
             kept_n = torch.isin(at_n, index)
-            found[name] = torch.searchsorted(index, at_n[kept_n]) if array == "at" else values[kept_n.to(values.device)]
-        return found
+            chosen[name] = (
+                torch.searchsorted(index, at_n[kept_n]) if array == "at" else values[kept_n.to(values.device)]
+            )
+        return chosen
 
     def measured(self, softened: Softened) -> dict[str, Tensor]:
         """Sums of weights over positions, by the names in `names`."""
@@ -176,15 +178,17 @@ class FusedTeacher:
 
     def _projection(self, number: int, device: torch.device) -> VocabularyProjection | None:
         """On the device of a batch; brought there once."""
-        found = self._projections[number]
-        if found is not None and found.first_U.device != device:
-            found = self._projections[number] = found.to(device)
-        return found
+        projection = self._projections[number]
+        if projection is not None and projection.first_U.device != device:
+            projection = self._projections[number] = projection.to(device)
+        return projection
 
-    def _first_alone(self, own: Sequence[Mapping[str, Tensor]]) -> bool:
+    def _first_alone(self, teacher_arrays: Sequence[Mapping[str, Tensor]]) -> bool:
         """Tells whether nothing is to be fused in this batch, as far as that is known without a look at its numbers."""
         factors = self._factors
-        silent = all(not len(arrays["at"]) or factor == 0 for arrays, factor in zip(own[1:], factors[1:], strict=True))
+        silent = all(
+            not len(arrays["at"]) or factor == 0 for arrays, factor in zip(teacher_arrays[1:], factors[1:], strict=True)
+        )
         return silent and factors[0] > 0 and self.config.missing != "skip"
 
     def _of_confidence(self, member: EnsembleMember) -> tuple[str, ...]:
@@ -195,13 +199,13 @@ class FusedTeacher:
 
 def actual_columns(kind: TargetKind, name: str) -> tuple[str, ...]:
     """The column that holds the actual token's log-probability. Raises `CacheError` where there is none."""
-    found = tuple(column.name for column in kind.columns if column.name.startswith(ACTUAL))
-    if not found:
+    names = tuple(column.name for column in kind.columns if column.name.startswith(ACTUAL))
+    if not names:
         raise CacheError(
             f"{name} does not hold the log-probability of the tokens that follow, which teachers.weights asks for; use "
             "weights: fixed, or precompute it again"
         )
-    return found
+    return names
 
 
 def tail_to_fuse(member: EnsembleMember, objective: ObjectiveConfig, config: TeachersConfig) -> str:

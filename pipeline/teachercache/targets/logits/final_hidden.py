@@ -93,7 +93,7 @@ class FinalHidden:
         return cls(**{name: settings[name] for name in names}, vocabulary_size=vocabulary_size, basis=basis)
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         names = ("kind", "width", "step", "calibration_positions")
         return {name: getattr(self, name) for name in names}
 
@@ -136,7 +136,8 @@ class FinalHidden:
         return {**captured, "actual_log_prob": captured["actual_log_prob"].astype(np.float16)}
 
     def is_usable(self, captured: Mapping[str, Array]) -> NDArray[np.bool_]:
-        """Which positions hold numbers that a student can learn from, [N]: finite, and within the range of the codes."""
+        """Marks the positions whose numbers a student can learn from, [N]: finite, and within the range of the
+        codes."""
         size_N = np.abs(captured["coefficients"]).max(-1)
         return (size_N < self.step * 2**31) & ~np.isnan(captured["actual_log_prob"])
 

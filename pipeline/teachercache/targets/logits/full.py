@@ -61,7 +61,7 @@ class Full:
         return cls(settings["dtype"], vocabulary_size)
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         return {"kind": self.kind, "dtype": self.dtype}
 
     def describe(self) -> str:
@@ -100,7 +100,7 @@ class Full:
 
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:
-        """Which positions hold numbers that a student can learn from, [N]; -inf is legal: a token that is ruled out."""
+        """Marks the positions whose numbers a student can learn from, [N]; -inf is legal: a token that is ruled out."""
         return ~np.isnan(captured["log_probs"].max(-1))
 
     def finish(self, captured: Mapping[str, Array]) -> dict[str, Array]:

@@ -54,9 +54,9 @@ def _any_place(compare: np.ufunc, values_Nk: Array) -> bool:
     if k < 2:
         return False
     flat = values_Nk.ravel()
-    found = compare(flat[1:], flat[:-1])
-    found[k - 1 :: k] = False
-    return bool(found.any())
+    matches = compare(flat[1:], flat[:-1])
+    matches[k - 1 :: k] = False
+    return bool(matches.any())
 
 
 def _padded(flat_E: Array, held_Nk: Array, others_Nk: Array) -> Array:

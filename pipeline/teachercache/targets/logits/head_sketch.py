@@ -171,7 +171,7 @@ class HeadSketch:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         settings: dict[str, Any] = {
             "kind": self.kind, "k": self.k, "rank": self.rank, "step": self.step,
             "calibration_positions": self.calibration_positions,
@@ -187,10 +187,10 @@ class HeadSketch:
     def describe(self) -> str:
         """One line for people."""
         known = {"rank": f"rank {self.rank}", "step": f"step {self.step:g}"}
-        said = [text for name, text in known.items() if self.basis is not None or name not in self.chosen]
+        parts = [text for name, text in known.items() if self.basis is not None or name not in self.chosen]
         if self.target_kl is not None:
-            said.append(f"KL of at most {self.target_kl:g} nats")
-        return f"{self.k} largest logits, and a sketch of the others ({', '.join(said)}): any T >= 1"
+            parts.append(f"KL of at most {self.target_kl:g} nats")
+        return f"{self.k} largest logits, and a sketch of the others ({', '.join(parts)}): any T >= 1"
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -220,7 +220,7 @@ class HeadSketch:
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
-        """What is taken of N positions while their logits are at hand; `finish` turns a row of it into columns.
+        """Takes the targets of N positions while their logits are at hand; `finish` turns a row of them into columns.
 
         `logits_NV` are float32 [N, V >= vocabulary], overwritten; `hidden_ND` is what entered the output layer.
         """
@@ -244,7 +244,7 @@ class HeadSketch:
 
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:
-        """Which positions hold numbers that a student can learn from, [N]."""
+        """Marks the positions whose numbers a student can learn from, [N]."""
         tall = [captured[name] for name in ("head_logits", "tail_nodes", "coefficients")]
         return np.logical_and.reduce([np.isfinite(array).all(-1) for array in tall]) & ~np.isnan(
             captured["actual_log_prob"]

@@ -31,8 +31,8 @@ class KindSettings(Section):
     kind's name."""
 
     def for_teacher(self, config: Any) -> dict[str, Any]:
-        """What `TargetKind.from_settings` takes, once the teacher's config (transformers') is known. Raises `RecipeError`
-        where that does not say what the kind needs."""
+        """Returns the settings that `TargetKind.from_settings` takes, once the teacher's config (transformers') is
+        known. Raises `RecipeError` where that does not say what the kind needs."""
         return self.model_dump()
 
     @classmethod
@@ -42,7 +42,7 @@ class KindSettings(Section):
 
 
 def hidden_size(config: Any) -> int | None:
-    """How wide the teacher's hidden states are, where its config (transformers') says so."""
+    """Returns the width of the teacher's hidden states, where its config (transformers') says so."""
     size: int | None = getattr(config.get_text_config(), "hidden_size", None)
     return size
 
@@ -60,11 +60,12 @@ class TargetKind(Protocol):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether it is a `CalibratedKind`: a basis must be made from a sample of the corpus before anything is captured."""
+        """Tells whether it is a `CalibratedKind`: a basis must be made from a sample of the corpus before anything is
+        captured."""
 
     @property
     def tail_policies(self) -> tuple[str, ...]:
-        """Names of what `softened` accepts; the first is the default."""
+        """Tail policies that `softened` accepts; the first is the default."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -79,7 +80,7 @@ class TargetKind(Protocol):
         """Rebuild from a recipe's or manifest's settings; raises `RecipeError` for settings that this vocabulary excludes."""
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps: the inverse of `from_settings`."""
+        """Returns the settings that the manifest keeps: the inverse of `from_settings`."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -97,14 +98,15 @@ class TargetKind(Protocol):
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, NDArray[Any]]:
-        """What is taken of N positions while their float32 logits [N, V or more] are at hand, which are overwritten.
+        """Takes the targets of N positions while their float32 logits [N, V or more] are at hand, which are
+        overwritten.
 
         `hidden_ND` entered the output layer; `seeds_N` (numpy, uint64) are each position's own, the same in any batch.
         Tensors that are `beside` come along as they are: all is fetched from the device at once.
         """
 
     def is_usable(self, captured: Arrays) -> NDArray[Any]:
-        """Which positions hold numbers that a student can learn from, bool [N]."""
+        """Marks the positions whose numbers a student can learn from, bool [N]."""
 
     def finish(self, captured: Arrays) -> dict[str, NDArray[Any]]:
         """One row's captured arrays, in order of positions, to its columns."""
@@ -139,7 +141,7 @@ class CalibratedKind(TargetKind, Protocol):
 
 
 def calibrates(kind: TargetKind | None) -> TypeGuard[CalibratedKind]:
-    """Whether the kind, if there is one, has a basis."""
+    """Tells whether the kind, if there is one, has a basis."""
     return kind is not None and kind.needs_calibration
 
 

@@ -76,7 +76,7 @@ class RandomSampling:
         return cls(settings["draws"], settings["draw_temperature"], vocabulary_size)
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         return {"kind": self.kind, "draws": self.draws, "draw_temperature": self.draw_temperature}
 
     def describe(self) -> str:
@@ -128,7 +128,8 @@ class RandomSampling:
 
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:
-        """Which positions hold numbers that a student can learn from, [N]: NaN or +inf among the logits shows as NaN."""
+        """Marks the positions whose numbers a student can learn from, [N]: NaN or +inf among the logits shows as
+        NaN."""
         return ~np.isnan(captured["actual_log_prob"])
 
     def finish(self, captured: Mapping[str, Array]) -> dict[str, Array]:

@@ -76,7 +76,7 @@ class TopK:
         return cls(**top_k_fields(settings, vocabulary_size))
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         return {"kind": self.kind, "k": self.k, "temperatures": list(self.temperatures), "dtype": self.dtype}
 
     def describe(self) -> str:
@@ -136,7 +136,7 @@ class TopK:
 
     @staticmethod
     def is_usable(captured: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
-        """Which positions hold numbers that a student can learn from, [N].
+        """Marks the positions whose numbers a student can learn from, [N].
 
         NaN or +inf among the logits makes the first head logit NaN. -inf elsewhere is legal: a token that the teacher
         rules out, or an empty tail.

@@ -57,7 +57,7 @@ class TopP(TopK):
         return cls(**top_k_fields(settings, vocabulary_size), p=settings["p"])
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Returns the settings that the manifest keeps."""
         return {**super().settings(), "p": self.p}
 
     def describe(self) -> str:

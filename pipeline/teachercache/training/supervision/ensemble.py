@@ -41,7 +41,7 @@ class Teachers:
 
     @classmethod
     def of(
-        cls, config: TeachersConfig, own: Sequence[Cache], caches: Sequence[Cache], *, names: Sequence[str] = ()
+        cls, config: TeachersConfig, own_caches: Sequence[Cache], caches: Sequence[Cache], *, names: Sequence[str] = ()
     ) -> Teachers:
         """Join `caches`, those of `config.caches`, to a run's own, which `config.domains` calls by `names` (default: by their
         folders).
@@ -49,17 +49,17 @@ class Teachers:
         Reads every row's id, in three seconds for a million rows of a cache. Raises `CacheError` or `RecipeError` for what
         cannot be learned from together.
         """
-        names = names or [folder_name(cache.name) for cache in own]
+        names = names or [folder_name(cache.name) for cache in own_caches]
         priors = priors_of(config, names)
-        check_distinct(own, caches)
-        other_teachers = tuple(matched(own, cache) for cache in caches)
-        check_missing(own, other_teachers, policy=config.missing)
+        check_distinct(own_caches, caches)
+        other_teachers = tuple(matched(own_caches, cache) for cache in caches)
+        check_missing(own_caches, other_teachers, policy=config.missing)
         shared = TeacherWeights(len(caches) + 1, tau=config.tau, adapts=config.weights == "validation-student")
         if config.weights.startswith("validation"):
-            check_held_out(own, other_teachers, weights=config.weights)
+            check_held_out(own_caches, other_teachers, weights=config.weights)
         if config.weights == "validation":
-            shared.update(held_out_losses(own, other_teachers))
-        return cls(config, tuple(own), other_teachers, priors, shared)
+            shared.update(held_out_losses(own_caches, other_teachers))
+        return cls(config, tuple(own_caches), other_teachers, priors, shared)
 
     # ------------------------------------------------------------------ for the trainer
 

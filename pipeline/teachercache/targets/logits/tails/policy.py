@@ -16,7 +16,7 @@ SKETCH = "sketch"  # a shape of the tail that the cache stores
 
 @dataclass(frozen=True, eq=False)
 class TailContext:
-    """What a policy may ask about beside the distribution itself."""
+    """Facts beside the distribution itself that a policy may ask about."""
 
     vocabulary_size: int
     temperature: float
@@ -24,33 +24,33 @@ class TailContext:
 
 
 class TailPolicy(Protocol):
-    """How the mass outside the head is spread over its tokens; immutable, picklable."""
+    """A tail policy: spreads the mass outside the head over its tokens; immutable, picklable."""
 
     @property
     def name(self) -> str:
-        """What `objective.tail` calls it."""
+        """Its name in `objective.tail`."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a kind must know for it, of `HEAD`, `MASS` and `SKETCH`."""
+        """Facts that a kind must know for it, of `HEAD`, `MASS` and `SKETCH`."""
 
     @property
     def tells_tokens_apart(self) -> bool:
-        """Whether it says what each token outside the head gets, be it nothing."""
+        """Tells whether it says what each token outside the head gets, be it nothing."""
 
     @property
     def keeps_mass(self) -> bool:
-        """Whether what the head leaves over stays in the tail."""
+        """Tells whether what the head leaves over stays in the tail."""
 
     def apply(self, softened: Softened, context: TailContext) -> Softened:
         """The distribution with its tail spread; it comes with the mass outside the head and no shape (`tail` is None)."""
 
 
 def is_dense(policy: TailPolicy) -> bool:
-    """Whether every token gets a share of the mass that there is."""
+    """Tells whether every token gets a share of the mass that there is."""
     return policy.tells_tokens_apart and policy.keeps_mass
 
 
-def with_added(own: Sequence[str], added: Sequence[TailPolicy], *, known: frozenset[str]) -> tuple[str, ...]:
+def with_added(names: Sequence[str], added: Sequence[TailPolicy], *, known: frozenset[str]) -> tuple[str, ...]:
     """Names of a kind's own policies, then those from outside for which it knows enough."""
-    return (*own, *(policy.name for policy in added if policy.needs <= known))
+    return (*names, *(policy.name for policy in added if policy.needs <= known))

@@ -17,7 +17,7 @@ LOGGED_AS = {"forward-kl": "kl", "reverse-kl": "reverse_kl", "jensen-shannon": "
 
 
 @dataclass(frozen=True)
-class Window:
+class LoggingWindow:
     """Means over the positions of a window, in nats; `divergence` is at the training temperature, unscaled."""
 
     total: float
@@ -66,7 +66,7 @@ class LossMeter:
                 # Caches of a mix may have pairs of their own; shares are of chunks.
                 self._sums[place + len(self._names)] += terms.counts.get(name, terms.positions)
 
-    def take(self) -> Window:
+    def take(self) -> LoggingWindow:
         """The window over all processes; the next one begins empty."""
         seconds = time.perf_counter() - self._started if self._started is not None else 0.0
         waiting = torch.tensor([self._waited / seconds if seconds else 0.0]).to(self._sums)
@@ -79,4 +79,4 @@ class LossMeter:
         sums, counts = further[: len(self._names)], further[len(self._names) :]
         means = {name: value / n for name, value, n in zip(self._names, sums, counts, strict=True) if n}
         divergence /= max(compared, 1)
-        return Window(total / count, divergence, ce / count, int(positions), seconds, share, means)
+        return LoggingWindow(total / count, divergence, ce / count, int(positions), seconds, share, means)

@@ -54,11 +54,13 @@ class Side:
         """Token j is predicted at token j - 1."""
         starts = np.maximum(self.first_M - 1, 0)
         predicted = self.positions_S[np.maximum(self.first_M + self.count_M - 1, 0)] - self.positions_S[starts]
-        return (self.first_M > 0) & (self.count_M > 0) & (predicted == self.count_M)
+        is_predicted_M: Array = (self.first_M > 0) & (self.count_M > 0) & (predicted == self.count_M)
+        return is_predicted_M
 
     def position_M(self, chosen: Array) -> Array:
         """The position that predicts the first token of each chosen chunk, among the row's."""
-        return self.positions_S[self.first_M[chosen] - 1]
+        positions_M: Array = self.positions_S[self.first_M[chosen] - 1]
+        return positions_M
 
     def last_M(self, chosen: Array) -> Array:
         """The last token of each chosen chunk."""

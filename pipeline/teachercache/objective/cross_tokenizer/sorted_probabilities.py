@@ -43,4 +43,5 @@ def _with_bucket(student_PV: Tensor, teacher: Softened) -> Tensor:
     k = min(head_Pk.shape[1], student_PV.shape[1])
     largest_Pk = student_PV.topk(k, dim=-1).values
     rest_P = teacher.tail_log_prob_N.exp().to(student_PV) + head_Pk[:, k:].sum(-1)
-    return (largest_Pk - head_Pk[:, :k]).abs().sum(-1) + (1 - largest_Pk.sum(-1) - rest_P).abs()
+    distance_P: Tensor = (largest_Pk - head_Pk[:, :k]).abs().sum(-1) + (1 - largest_Pk.sum(-1) - rest_P).abs()
+    return distance_P

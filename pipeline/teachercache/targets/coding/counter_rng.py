@@ -33,4 +33,5 @@ def uniforms(seeds_N: Array, draws: int) -> Array:
 def _mix(values: Array) -> Array:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: Array = values ^ (values >> np.uint64(31))
+    return mixed

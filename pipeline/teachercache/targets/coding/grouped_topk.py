@@ -20,7 +20,8 @@ def largest(torch: Any, values_NV: Any, k: int) -> tuple[Any, Any]:
     width = 1 << (vocabulary // max(k, 1)).bit_length() // 2  # about sqrt(V / k): the two selections cost alike
     groups = vocabulary // width
     if width == 1 or groups < k:
-        return torch.topk(values_NV, k, dim=-1)
+        largest: tuple[Any, Any] = torch.topk(values_NV, k, dim=-1)
+        return largest
     maxima_NG = values_NV[:, : groups * width].view(-1, width, groups).amax(1)
     chosen_Nk = torch.topk(maxima_NG, k, dim=-1, sorted=False)[1]
     steps_W1 = torch.arange(0, groups * width, groups, device=values_NV.device)[:, None]

@@ -67,12 +67,12 @@ class SketchBasis:
     @property
     def rank(self) -> int:
         """Number of directions."""
-        return self.basis_Vr.shape[1]
+        return int(self.basis_Vr.shape[1])
 
     @property
     def vocabulary_size(self) -> int:
         """Tokens that the basis gives logits of."""
-        return self.basis_Vr.shape[0]
+        return int(self.basis_Vr.shape[0])
 
     @cached_property
     def rank_of_token_V(self) -> Array:
@@ -102,7 +102,8 @@ class SketchBasis:
         key = ("capture", str(device))
         if key not in self.copies:
             self.copies[key] = tuple(torch.from_numpy(array).to(device) for array in (self.mean_D, self.analysis_Dr))
-        return self.copies[key]
+        copies: tuple[Any, Any] = self.copies[key]
+        return copies
 
     def _reading_arrays(self, like: Any) -> tuple[Any, Any, Any, Any]:
         """Basis, base and the two biases with the type, module and device of an array; made once for each."""
@@ -113,7 +114,8 @@ class SketchBasis:
                 self.copies[key] = tuple(array.astype(like.dtype) for array in arrays)
             else:
                 self.copies[key] = tuple(like.new_tensor(array.astype(np.float32)) for array in arrays)
-        return self.copies[key]
+        copies: tuple[Any, Any, Any, Any] = self.copies[key]
+        return copies
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "copies": {}}

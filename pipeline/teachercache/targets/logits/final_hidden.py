@@ -139,7 +139,8 @@ class FinalHidden:
         """Marks the positions whose numbers a student can learn from, [N]: finite, and within the range of the
         codes."""
         size_N = np.abs(captured["coefficients"]).max(-1)
-        return (size_N < self.step * 2**31) & ~np.isnan(captured["actual_log_prob"])
+        usable_N: NDArray[np.bool_] = (size_N < self.step * 2**31) & ~np.isnan(captured["actual_log_prob"])
+        return usable_N
 
     def finish(self, captured: Mapping[str, Array]) -> dict[str, Array]:
         """One row's captured arrays to its columns."""

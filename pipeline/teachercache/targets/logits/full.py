@@ -101,7 +101,8 @@ class Full:
     @staticmethod
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:
         """Marks the positions whose numbers a student can learn from, [N]; -inf is legal: a token that is ruled out."""
-        return ~np.isnan(captured["log_probs"].max(-1))
+        usable_N: NDArray[np.bool_] = ~np.isnan(captured["log_probs"].max(-1))
+        return usable_N
 
     def finish(self, captured: Mapping[str, Array]) -> dict[str, Array]:
         """One row's captured arrays to its columns: the same here."""

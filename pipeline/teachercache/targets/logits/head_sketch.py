@@ -246,9 +246,9 @@ class HeadSketch:
     def is_usable(captured: Mapping[str, Array]) -> NDArray[np.bool_]:
         """Marks the positions whose numbers a student can learn from, [N]."""
         tall = [captured[name] for name in ("head_logits", "tail_nodes", "coefficients")]
-        return np.logical_and.reduce([np.isfinite(array).all(-1) for array in tall]) & ~np.isnan(
-            captured["actual_log_prob"]
-        )
+        finite_N: NDArray[np.bool_] = np.logical_and.reduce([np.isfinite(array).all(-1) for array in tall])
+        usable_N: NDArray[np.bool_] = finite_N & ~np.isnan(captured["actual_log_prob"])
+        return usable_N
 
     def finish(self, captured: Mapping[str, Array]) -> dict[str, Array]:
         """One row's captured arrays, in order of positions, to its columns."""
@@ -362,7 +362,8 @@ def restore_coefficients(means_Mr: Array, codes_Nr: Array, step: float) -> Array
 
 def _quantise(values: Array, step: float) -> Array:
     codes = np.sign(values) * np.floor(np.abs(values) / np.float32(step) + np.float32(ROUNDING))
-    return np.clip(codes, -32768, 32767).astype(np.int16)
+    clipped: Array = np.clip(codes, -32768, 32767).astype(np.int16)
+    return clipped
 
 
 def _code_log_prob(log_prob_N: Array) -> Array:

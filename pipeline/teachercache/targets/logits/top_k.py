@@ -141,7 +141,10 @@ class TopK:
         NaN or +inf among the logits makes the first head logit NaN. -inf elsewhere is legal: a token that the teacher
         rules out, or an empty tail.
         """
-        return np.isfinite(captured["head_logits"][:, 0]) & ~np.isnan(captured["actual_log_prob"])
+        usable_N: NDArray[np.bool_] = np.isfinite(captured["head_logits"][:, 0]) & ~np.isnan(
+            captured["actual_log_prob"]
+        )
+        return usable_N
 
     def finish(self, captured: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """One row's captured arrays to its columns: the same here."""

@@ -45,7 +45,8 @@ def held_out_losses(own_caches: Sequence[Cache], other_teachers: Sequence[Teache
             for kind, stored_row in zip(kinds, stored, strict=True)
         ]
         positions += first.row.positions
-    return (sums / max(positions, 1)).tolist()
+    losses: list[float] = (sums / max(positions, 1)).tolist()
+    return losses
 
 
 def held_out_of_all(own_caches: Sequence[Cache], other_teachers: Sequence[TeacherCache]) -> NDArray[np.int64]:

@@ -52,9 +52,10 @@ class BatchLoss:
 
         def of_output(output: StudentOutput, weights: Weights) -> LossTerms:
             position_ids_BS = inputs.get("position_ids")
-            return self.objectives.of_logits[source](
+            terms: LossTerms = self.objectives.of_logits[source](
                 output, labels_BS, targets, weights=weights, position_ids_BS=position_ids_BS
             )
+            return terms
 
         def form(output: StudentOutput) -> Tensor:
             if self.cosines is not None and taps is not None:

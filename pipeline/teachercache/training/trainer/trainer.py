@@ -207,7 +207,8 @@ class DistillationTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Trainer would also cast the teacher's targets to the student's precision, and bf16 ruins log-partitions.
-        return _to_device(inputs, self.args.device)
+        on_device: dict[str, Any] = _to_device(inputs, self.args.device)
+        return on_device
 
     def compute_loss(
         self,

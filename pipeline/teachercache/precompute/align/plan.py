@@ -237,7 +237,7 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: PreTrainedTokenizerBase)
 
 
 def _is_another_job(file: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether a plan.json says that it is of another job, or of an earlier version, which had it in another shape: no teacher
+    """Tells whether a plan.json is of another job, or of an earlier version, which had it in another shape: no teacher
     was run for it, so that it is begun anew."""
     known = read_json(file)
     found = known.get("identity") if isinstance(known, dict) else None

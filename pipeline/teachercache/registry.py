@@ -36,6 +36,12 @@ class Registry(Mapping[str, Part]):
         self._parts[name] = part
         return part
 
+    def remove(self, name: str) -> None:
+        """Take back a part from outside, if it is there. Raises `ValueError` for one of the package's own."""
+        if name in self._own:
+            raise ValueError(f"the {self._what} {name!r} is teachercache's own")
+        self._parts.pop(name, None)
+
     @property
     def own(self) -> tuple[Part, ...]:
         """The parts of the package itself."""

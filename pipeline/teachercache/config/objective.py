@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from teachercache.config.emphasis import EmphasisConfig
+from teachercache.config.layer_losses import LAYER_LOSSES, SHARED
 from teachercache.config.routing import RoutingConfig
 from teachercache.config.schedules import MOST_TEMPERATURE, Alpha, Scheduled, Temperature, values_of, within
-from teachercache.section import OrAddedName, Section
+from teachercache.section import OrAdded, OrAddedName, Section
 from teachercache.targets.logits.tails.policies import TAIL_POLICIES
 
 AUTO = "auto"  # the first policy that the targets allow
 if TYPE_CHECKING:
     TailName = str
+    LossName = str
 else:
+    LossName = Literal[tuple(LAYER_LOSSES)]
     TailName = Annotated[Literal[(AUTO, *TAIL_POLICIES)], OrAddedName(TAIL_POLICIES)]
 
 
@@ -30,19 +33,7 @@ def weighs(weight: Scheduled) -> Scheduled:
 class LayerTermConfig(Section):
     """A loss between layers of the student and the teacher's, as the cache stores them (`targets.hidden` and `.attention`)."""
 
-    match: Literal[
-        "hidden-cosine",
-        "hidden-mse",
-        "attention-kl",
-        "attention-mse",
-        "query-relations",
-        "key-relations",
-        "value-relations",
-        "distances",
-        "angles",
-        "sample-distances",
-        "channel-correlation",
-    ] = Field(description="which loss")
+    match: LossName = Field(description="which loss")
     weight: Scheduled = Field(
         1.0,
         description="of the term, beside the weights alpha and 1 - alpha of the logits' terms; a number or a schedule",
@@ -76,18 +67,22 @@ class LayerTermConfig(Section):
 
     @model_validator(mode="after")
     def _of_this_term(self) -> LayerTermConfig:
-        attention, relations = self.match.startswith("attention-"), self.match.endswith("-relations")
-        allowed = {
-            "heads": attention,
-            "first_key": attention,
-            "relation_heads": relations,
-            "centred": not (attention or relations),
-            "adapter": self.match.startswith("hidden-"),
-        }
-        for name, is_allowed in allowed.items():
-            if not is_allowed and getattr(self, name) != type(self).model_fields[name].default:
+        takes = LAYER_LOSSES[self.match].takes
+        for name in SHARED:
+            if name not in takes and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} means nothing to {self.match}; leave it out")
         return self
+
+
+def _match_of(value: Any) -> str:
+    return str(value.get("match", "") if isinstance(value, dict) else getattr(value, "match", ""))
+
+
+def _added_losses() -> dict[str, type[LayerTermConfig]]:
+    return {loss.name: loss.config for loss in LAYER_LOSSES.added if loss.config is not None}
+
+
+LayerTerm = Annotated[LayerTermConfig, OrAdded(tuple(LAYER_LOSSES), _match_of, _added_losses)]
 
 
 class AcrossTermConfig(Section):
@@ -142,7 +137,7 @@ class ObjectiveConfig(Section):
         "or renormalise, the first that the targets allow",
     )
 
-    layers: tuple[LayerTermConfig, ...] = Field((), description="losses between layers, added to the ones above")
+    layers: tuple[LayerTerm, ...] = Field((), description="losses between layers, added to the ones above")
     across: tuple[AcrossTermConfig, ...] = Field(
         ACROSS,
         min_length=1,

@@ -199,9 +199,12 @@ def _walked(path: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]
     return keys, within
 
 
+CHOOSING = ("kind", "match", "schedule", "balance")
+
+
 def _is_called(section: type[BaseModel], name: str) -> bool:
     """Tells whether this section of a union is the one that a `kind`, `schedule` or `balance` chooses."""
-    chosen_by = [section.model_fields[key] for key in ("kind", "schedule", "balance") if key in section.model_fields]
+    chosen_by = [section.model_fields[key] for key in CHOOSING if key in section.model_fields]
     return any(name in (field.default, *get_args(field.annotation)) for field in chosen_by)
 
 

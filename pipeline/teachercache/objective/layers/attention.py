@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teachercache.config import LayerTermConfig
 from teachercache.objective.layers.heads import HeadMixture
 from teachercache.objective.layers.map_loss import Comparison, Distance, map_loss
-from teachercache.objective.layers.term import LayerBatch
+from teachercache.objective.layers.term import LayerBatch, StudentShape
+from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import TaughtAttention, sees
 
 DISTANCES: dict[str, Distance] = {"attention-kl": "kl", "attention-mse": "mse"}
@@ -31,6 +33,9 @@ class AttentionTerm(torch.nn.Module):
     """Either loss."""
 
     of = "attention"
+    matches = tuple(DISTANCES)
+    measures_similarity = False
+    least_segments = 1
 
     def __init__(
         self,
@@ -47,6 +52,19 @@ class AttentionTerm(torch.nn.Module):
         self.mixtures = torch.nn.ModuleList(
             HeadMixture(heads, teacher=teacher_heads, student=student_heads) for _ in pairs
         )
+
+    @classmethod
+    def fitted(
+        cls,
+        config: LayerTermConfig,
+        pairs: tuple[tuple[int, int], ...],
+        *,
+        targets: StoredTargets,
+        student: StudentShape,
+    ) -> AttentionTerm:
+        """See `LayerTerm`."""
+        counts = {"student_heads": student.heads, "teacher_heads": targets.attention.heads}
+        return cls(config.match, pairs, heads=config.heads, first_key=config.first_key, **counts)
 
     def loss(self, batch: LayerBatch) -> Tensor:
         """The sum over positions, the mean over pairs."""

@@ -16,8 +16,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from teachercache.config import LayerTermConfig
 from teachercache.objective.layers.adapter import Adapter, zero_contribution_of_all
-from teachercache.objective.layers.term import LayerBatch
+from teachercache.objective.layers.term import LayerBatch, StudentShape, hidden_arrays
+from teachercache.targets import StoredTargets
 
 
 class HiddenTerm(torch.nn.Module):
@@ -28,6 +30,9 @@ class HiddenTerm(torch.nn.Module):
     """
 
     of = "hidden"
+    matches = ("hidden-cosine", "hidden-mse")
+    measures_similarity = True
+    least_segments = 1
 
     def __init__(
         self,
@@ -47,6 +52,23 @@ class HiddenTerm(torch.nn.Module):
             known = [mean_D for mean_D in begins if mean_D is not None]
             begins = [torch.stack(known).mean(0) if known else None]
         self.adapters = torch.nn.ModuleList(Adapter(student_width, teacher_width, mean_D=mean_D) for mean_D in begins)
+
+    @classmethod
+    def fitted(
+        cls,
+        config: LayerTermConfig,
+        pairs: tuple[tuple[int, int], ...],
+        *,
+        targets: StoredTargets,
+        student: StudentShape,
+    ) -> HiddenTerm:
+        """See `LayerTerm`."""
+        assert targets.hidden is not None
+        arrays = {layer: hidden_arrays(targets, layer) for _, layer in pairs}
+        variance = {layer: float((stored["spread"] ** 2).mean()) for layer, stored in arrays.items()}
+        means = {layer: torch.from_numpy(stored["mean"]) for layer, stored in arrays.items()} if config.centred else {}
+        widths = {"student_width": student.width, "teacher_width": targets.hidden.width}
+        return cls(config.match, pairs, **widths, variance=variance, means=means, shared=config.adapter == "shared")
 
     def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, by all weights: see `LayerTerm`."""

@@ -1,5 +1,4 @@
-"""The terms of `objective.layers` against the layers that one cache stores. `term_of` is where terms are dispatched.
-
+"""The terms of `objective.layers` against the layers that one cache stores.
 Shapes: B rows, S tokens.
 """
 
@@ -7,37 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from teachercache.config import LayerTermConfig
-from teachercache.errors import CacheError, ModelError
+from teachercache.errors import ModelError
 from teachercache.objective.layers.aligned import FIRST, PLACES, STUDENT, aligned_heads, are_aligned, at_tokens
-from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.gradient_taps import GradientTaps
-from teachercache.objective.layers.hidden import HiddenTerm
-from teachercache.objective.layers.pairs import layer_pairs
-from teachercache.objective.layers.relations import PARTS, RelationTerm, check_relation_heads
-from teachercache.objective.layers.structure import STRUCTURES, StructureTerm
-from teachercache.objective.layers.term import LayerBatch
+from teachercache.objective.layers.term import LayerBatch, StudentShape, hidden_arrays
+from teachercache.objective.layers.terms import term_of
 from teachercache.targets import StoredTargets
-from teachercache.targets.layers.attention_maps import AttentionMaps
 from teachercache.targets.layers.hidden_states import column_of
 
 NO_TARGET = -100
-
-
-@dataclass(frozen=True)
-class StudentShape:
-    """Sizes of a student that decide its adapters."""
-
-    blocks: int
-    width: int
-    heads: int
-    key_heads: int
-    head_width: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +45,10 @@ class LayerObjective(torch.nn.Module):
         self._targets = targets
         self._centred = [term.centred for term in terms]
         made = [term_of(config, targets, student) for config in terms]
-        self._made, self.terms = made, torch.nn.ModuleList(made)  # the list alone forgets what they are
+        self._made, self.terms = (
+            made,
+            torch.nn.ModuleList(cast(list[torch.nn.Module], made)),
+        )  # the list alone forgets what they are
         self._means: dict[tuple[int, str], Tensor] = {}  # no buffers: training casts those to half precision
         self.names = names_of(terms)
         pairs = [(term.of, pair) for term in made for pair in term.pairs]
@@ -80,7 +66,12 @@ class LayerObjective(torch.nn.Module):
     @property
     def similarities(self) -> tuple[int, ...]:
         """Layers of the student whose similarity with the teacher's is measured."""
-        return tuple(sorted({ours for term in self.terms if isinstance(term, HiddenTerm) for ours, _ in term.pairs}))
+        return tuple(sorted({ours for term in self._made if term.measures_similarity for ours, _ in term.pairs}))
+
+    @property
+    def least_segments(self) -> dict[str, int]:
+        """Segments that a micro-batch must have for each term, by `names`."""
+        return {name: term.least_segments for name, term in zip(self.names, self._made, strict=True)}
 
     def loss(
         self,
@@ -169,61 +160,6 @@ def names_of(terms: Sequence[LayerTermConfig]) -> tuple[str, ...]:
         before = sum(name.partition(".")[0] == term.match for name in names)
         names.append(f"{term.match}.{before + 1}" if before else term.match)
     return tuple(names)
-
-
-def term_of(config: LayerTermConfig, targets: StoredTargets, student: StudentShape) -> Any:
-    """The term that a recipe describes, for one cache and student. Raises `CacheError` where they do not fit."""
-    of_hidden = config.match.startswith("hidden-") or config.match in STRUCTURES
-    targets.check_known("hidden" if of_hidden else "attention")
-    kind: Any = targets.hidden if of_hidden else targets.attention
-    pairs = layer_pairs(
-        config.pairs,
-        () if kind is None else kind.layers,
-        what="hidden" if of_hidden else "attention",
-        student_blocks=student.blocks,
-        teacher_blocks=0 if kind is None else kind.blocks,
-    )
-    assert kind is not None
-    if of_hidden:
-        widths = {"student_width": student.width, "teacher_width": kind.width}
-        if config.match in STRUCTURES:
-            return StructureTerm(config.match, pairs, **widths)
-        arrays = {layer: hidden_arrays(targets, layer) for _, layer in pairs}
-        variance = {layer: float((found["spread"] ** 2).mean()) for layer, found in arrays.items()}
-        means = {layer: torch.from_numpy(found["mean"]) for layer, found in arrays.items()} if config.centred else {}
-        shared = config.adapter == "shared"
-        return HiddenTerm(config.match, pairs, **widths, variance=variance, means=means, shared=shared)
-    if config.match in PARTS:
-        return _relation_term(config, kind, student, pairs)
-    counts = {"student_heads": student.heads, "teacher_heads": kind.heads}
-    return AttentionTerm(config.match, pairs, heads=config.heads, first_key=config.first_key, **counts)
-
-
-def _relation_term(config: LayerTermConfig, kind: Any, student: StudentShape, pairs: Any) -> RelationTerm:
-    if isinstance(kind, AttentionMaps):
-        raise CacheError(
-            f"objective.layers match {config.match}, but the cache keeps attention maps, not the vectors that relations are "
-            "among; precompute it with targets.attention.kind: relations, or match attention-kl"
-        )
-    if config.match == "value-relations" and not kind.values:
-        raise CacheError(
-            "objective.layers match value-relations, but the cache keeps no values; precompute it with "
-            "targets.attention.values: true"
-        )
-    of_queries = config.match == "query-relations"
-    heads = config.relation_heads or (student.heads if of_queries else student.key_heads)
-    counts = {"student": student.heads, "teacher": kind.heads} if of_queries else {}
-    counts = counts or {"student": student.key_heads, "teacher": kind.key_heads}
-    widths = {"student": student.head_width, "teacher": kind.head_width}
-    check_relation_heads(heads, **{whose: count * widths[whose] for whose, count in counts.items()})
-    return RelationTerm(config.match, pairs, relation_heads=heads)
-
-
-def hidden_arrays(targets: StoredTargets, layer: int) -> dict[str, Any]:
-    """Mean and spread of a layer's channels over the corpus."""
-    assert targets.hidden is not None and targets.hidden.layer_file is not None
-    arrays = targets.hidden.layer_file.arrays
-    return {name: arrays[f"hidden.{layer}.{name}"] for name in ("mean", "spread")}
 
 
 def _check_gradients(activations: Any) -> None:

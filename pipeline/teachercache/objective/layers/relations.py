@@ -11,12 +11,16 @@ Shapes: B rows, S tokens, C of them with T keys, H heads, E a head's width, r re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from teachercache.config import LayerTermConfig
 from teachercache.errors import CacheError
 from teachercache.objective.layers.map_loss import Comparison, map_loss
-from teachercache.objective.layers.term import LayerBatch
+from teachercache.objective.layers.term import LayerBatch, StudentShape
+from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import HeadShape, sees
 from teachercache.targets.layers.attention_relations import StoredHeads
 
@@ -27,10 +31,30 @@ class RelationTerm(torch.nn.Module):
     """Relations of one kind of vector."""
 
     of = "attention"
+    matches = tuple(PARTS)
+    measures_similarity = False
+    least_segments = 1
 
     def __init__(self, match: str, pairs: tuple[tuple[int, int], ...], *, relation_heads: int) -> None:
         super().__init__()
         self.match, self.pairs, self._heads = match, pairs, relation_heads
+
+    @classmethod
+    def fitted(
+        cls,
+        config: LayerTermConfig,
+        pairs: tuple[tuple[int, int], ...],
+        *,
+        targets: StoredTargets,
+        student: StudentShape,
+    ) -> RelationTerm:
+        """See `LayerTerm`."""
+        _check_vectors(config.match, targets.attention)
+        heads = config.relation_heads or _heads_of(config.match, student)
+        widths = {"student": student.head_width, "teacher": targets.attention.head_width}
+        counts = {"student": _heads_of(config.match, student), "teacher": _heads_of(config.match, targets.attention)}
+        check_relation_heads(heads, **{whose: count * widths[whose] for whose, count in counts.items()})
+        return cls(config.match, pairs, relation_heads=heads)
 
     def loss(self, batch: LayerBatch) -> Tensor:
         """The sum over positions, the mean over pairs."""
@@ -58,6 +82,25 @@ class RelationTerm(torch.nn.Module):
         taught = StoredHeads(teacher_BrSE, teacher_BrSE, None, shape, None)
         what = Comparison("kl", taught, seen, batch.mask_BS, scaling=student_width**-0.5)
         return map_loss(student_BrSE, student_BrSE, None, what)
+
+
+def _heads_of(match: str, shape: Any) -> int:
+    """Counts the heads whose vectors a loss relates."""
+    heads: int = shape.heads if match == "query-relations" else shape.key_heads
+    return heads
+
+
+def _check_vectors(match: str, kind: Any) -> None:
+    if not kind.keeps_vectors:
+        raise CacheError(
+            f"objective.layers match {match}, but the cache keeps attention maps, not the vectors that relations are "
+            "among; precompute it with targets.attention.kind: relations, or match attention-kl"
+        )
+    if match == "value-relations" and not kind.values:
+        raise CacheError(
+            "objective.layers match value-relations, but the cache keeps no values; precompute it with "
+            "targets.attention.values: true"
+        )
 
 
 def check_relation_heads(heads: int, **widths: int) -> None:

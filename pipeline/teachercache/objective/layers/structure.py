@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, smooth_l1_loss
 
+from teachercache.config import LayerTermConfig
 from teachercache.objective.layers.adapter import Adapter, zero_contribution_of_all
-from teachercache.objective.layers.term import LayerBatch
+from teachercache.objective.layers.term import LayerBatch, StudentShape
+from teachercache.targets import StoredTargets
 
 STRUCTURES = ("distances", "angles", "sample-distances", "channel-correlation")
 DRAWN = {"distances": 128, "angles": 32}
@@ -29,6 +31,8 @@ class StructureTerm(torch.nn.Module):
     """Any of the four."""
 
     of = "hidden"
+    matches = STRUCTURES
+    measures_similarity = False
 
     def __init__(
         self, match: str, pairs: tuple[tuple[int, int], ...], *, student_width: int, teacher_width: int
@@ -37,6 +41,24 @@ class StructureTerm(torch.nn.Module):
         self.match, self.pairs = match, pairs
         needed = pairs if match == "channel-correlation" else ()
         self.adapters = torch.nn.ModuleList(Adapter(student_width, teacher_width) for _ in needed)
+
+    @classmethod
+    def fitted(
+        cls,
+        config: LayerTermConfig,
+        pairs: tuple[tuple[int, int], ...],
+        *,
+        targets: StoredTargets,
+        student: StudentShape,
+    ) -> StructureTerm:
+        """See `LayerTerm`."""
+        assert targets.hidden is not None
+        return cls(config.match, pairs, student_width=student.width, teacher_width=targets.hidden.width)
+
+    @property
+    def least_segments(self) -> int:
+        """See `LayerTerm`."""
+        return LEAST if self.match == "sample-distances" else 1
 
     def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, by all weights: see `LayerTerm`."""

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from teachercache.config import LayerTermConfig
+from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import TaughtAttention
 
 
@@ -31,12 +33,48 @@ class LayerBatch:
     )  # sums of cosines, by the student's layer; terms add them
 
 
+@dataclass(frozen=True)
+class StudentShape:
+    """Sizes of a student that decide its adapters."""
+
+    blocks: int
+    width: int
+    heads: int
+    key_heads: int
+    head_width: int
+
+
+def hidden_arrays(targets: StoredTargets, layer: int) -> dict[str, Any]:
+    """Mean and spread of a layer's channels over the corpus."""
+    assert targets.hidden is not None and targets.hidden.layer_file is not None
+    arrays = targets.hidden.layer_file.arrays
+    return {name: arrays[f"hidden.{layer}.{name}"] for name in ("mean", "spread")}
+
+
 class LayerTerm(Protocol):
     """A loss between layers of the student and stored ones; a `torch.nn.Module` for the adapters in it, which alone are called
     as modules are: ZeRO 3 looks for weights, and for tensors, in what goes into those and comes out."""
 
     pairs: tuple[tuple[int, int], ...]  # (student's layer, teacher's layer)
     of: str  # hidden or attention: what of the layers it compares
+    matches: tuple[str, ...]  # names of its losses in recipes
+    measures_similarity: bool  # whether it adds to `LayerBatch.similarity`
+
+    @property
+    def least_segments(self) -> int:
+        """Segments that a micro-batch must have for the loss to say anything."""
+
+    @classmethod
+    def fitted(
+        cls,
+        config: LayerTermConfig,
+        pairs: tuple[tuple[int, int], ...],
+        *,
+        targets: StoredTargets,
+        student: StudentShape,
+    ) -> LayerTerm:
+        """The term that a recipe describes, for these pairs of layers, of a cache that stores `targets`. Raises `CacheError`
+        where cache and student do not fit it."""
 
     def loss(self, batch: LayerBatch) -> Tensor:
         """The sum over the positions of the batch, the mean over pairs; a scalar, float32, on the student's graph."""

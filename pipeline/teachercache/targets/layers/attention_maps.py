@@ -51,6 +51,7 @@ class AttentionMaps:
     """Settings of the kind, and the layer file's shapes once there are any. `longest` (tokens of a row) is for planning."""
 
     kind = "maps"
+    keeps_vectors = False  # of queries, keys and values
     section = "attention"
     hidden_layers: tuple[int, ...] = ()
 

@@ -73,6 +73,7 @@ class _Factors:
     """Common part of both kinds: settings, and the layer file once there is one."""
 
     kind = ""
+    keeps_vectors = True  # of queries and keys
     section = "attention"
 
     layers: tuple[int, ...] = ()

@@ -21,7 +21,6 @@ from teachercache.errors import ModelError, RecipeError
 from teachercache.models.activations import ADAPTERS, Activations, check_attention, recorded
 from teachercache.models.loading import runnable_here
 from teachercache.objective.layers.objective import LayerLoss, LayerObjective, StudentShape
-from teachercache.objective.layers.structure import LEAST
 from teachercache.training.initialise.partitioned import rows_of, runnable
 
 
@@ -92,14 +91,15 @@ def check_trainer(trainer: Any, objectives: Sequence[LayerObjective]) -> None:
             "low-rank adapters and objective.layers together need DeepSpeed (TrainingArguments(deepspeed=…)): without it "
             "checkpoints would lack the adapters to the teacher's width"
         )
-    samples = any(name.startswith("sample-distances") for objective in objectives for name in objective.names)
+    segments = {name: least for objective in objectives for name, least in objective.least_segments.items()}
+    match, least = max(segments.items(), key=lambda item: item[1])
     one_a_row = any(
         cache.manifest.layout == "documents" for cache in trainer.caches
     )  # segment: packed rows have several
-    if samples and one_a_row and args.per_device_train_batch_size < LEAST:
+    if one_a_row and args.per_device_train_batch_size < least:
         raise RecipeError(
-            f"objective.layers: sample-distances compares the rows of a micro-batch, which has "
-            f"{args.per_device_train_batch_size}; set train.micro_batch to {LEAST} or more"
+            f"objective.layers: {match.partition('.')[0]} compares the rows of a micro-batch, which has "
+            f"{args.per_device_train_batch_size}; set train.micro_batch to {least} or more"
         )
 
 

@@ -7,6 +7,8 @@
     sequences.py  tokenise(documents, ...)   tokens, windows, packing, loss masks              -> Tokenised
                                              (chat.py, encoding.py, windows.py, packing.py)
 
+sample.py says how much there is of a corpus too large to read twice, from a sample of its rows.
+
 Nothing here depends on the order of the corpus or on who reads it: a document is named by a hash of its content, the
 held-out split is decided by that hash, and `tokenise` is a pure function. A row that cannot be used is never dropped
 in silence: it travels on as a `Document` with a `problem` and ends as `Quarantined`, with its reason.

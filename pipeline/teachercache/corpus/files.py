@@ -71,7 +71,7 @@ def jsonl_rows(paths: Sequence[Path], *, field: str, start: int = 0, stop: int |
     """JSON lines, one object a line; a line that is not one is yielded as unreadable. `field` is not looked at here."""
     numbered = ((path, number, line) for path in paths for number, line in _lines(path))
     for path, number, line in islice(numbered, start, stop):
-        yield _parse_line(line, origin=f"{path.name} line {number}")
+        yield parse_line(line, origin=f"{path.name} line {number}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -90,7 +90,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise CorpusError(f"corpus file {path} is damaged: {' '.join(str(error).split())}") from None
 
 
-def _parse_line(line: bytes, *, origin: str) -> Row:
+def parse_line(line: bytes, *, origin: str) -> Row:
+    """The row of a line of JSON; unreadable where it is no object."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

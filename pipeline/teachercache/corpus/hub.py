@@ -20,7 +20,7 @@ def dataset_rows(config: CorpusConfig) -> Iterator[Row]:
     Raises `CorpusError`, one line with the remedy, for whatever `datasets` cannot find, reach or read. Opening happens
     at the call, reading as the rows are drawn.
     """
-    dataset = _open(config)
+    dataset = open_dataset(config)
     field = config.messages_field or config.text_field
     if dataset.column_names is not None:  # streams of unknown schema are checked by their first rows
         check_field(field, dataset.column_names, origin=f"dataset {config.source}")
@@ -50,7 +50,8 @@ def slice_bounds(split: str, sizes: dict[str, int], *, origin: str) -> list[tupl
     return [(part.splitname, part.from_, part.to) for part in parts]
 
 
-def _open(config: CorpusConfig) -> Any:
+def open_dataset(config: CorpusConfig) -> Any:
+    """The dataset that `datasets` opens for a source: one that is indexed, or a stream. Raises `CorpusError`."""
     source = Path(config.source).expanduser()
     if is_saved_dataset(source):
         return _open_saved(source, config)

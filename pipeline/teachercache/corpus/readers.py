@@ -61,13 +61,13 @@ def _check_head(head: Sequence[Row], config: CorpusConfig) -> None:
 
 
 def _open(config: CorpusConfig) -> Iterator[Row]:
-    kind = _kind(config)
+    kind = kind_of(config)
     if kind == "datasets":
         return dataset_rows(config)
     if kind == "python-docs":
         return _python_docs(config)
     count, rows = _READERS[kind]
-    paths = _paths(config.source, kind=kind)
+    paths = paths_of(config.source, kind=kind)
     field = config.messages_field or config.text_field
     if config.split == "train":
         return rows(paths, field=field)
@@ -75,7 +75,8 @@ def _open(config: CorpusConfig) -> Iterator[Row]:
     return chain.from_iterable(rows(paths, field=field, start=start, stop=stop) for _, start, stop in parts)
 
 
-def _kind(config: CorpusConfig) -> str:
+def kind_of(config: CorpusConfig) -> str:
+    """Which reader serves the source: `datasets`, `python-docs`, or a format of files. Raises `CorpusError`."""
     if config.format != "auto":
         return config.format
     if config.source == "python-docs":
@@ -83,9 +84,9 @@ def _kind(config: CorpusConfig) -> str:
     path = Path(config.source).expanduser()
     if path.is_dir():
         described = _is_described(path) or config.name
-        return "datasets" if described else _kind_of_files(_paths(config.source, kind=None), config.source)
+        return "datasets" if described else _kind_of_files(paths_of(config.source, kind=None), config.source)
     if path.is_file() or glob.has_magic(config.source):
-        return _kind_of_files(_paths(config.source, kind=None), config.source)
+        return _kind_of_files(paths_of(config.source, kind=None), config.source)
     if _names_a_path(config.source):
         raise CorpusError(f"corpus {config.source} does not exist")
     return "datasets"
@@ -114,7 +115,7 @@ def _kind_of_files(paths: Sequence[Path], source: str) -> str:
     )
 
 
-def _paths(source: str, *, kind: str | None) -> list[Path]:
+def paths_of(source: str, *, kind: str | None) -> list[Path]:
     """Files of a source in sorted order; among several, those of the format, if there are any."""
     path = Path(source).expanduser()
     if path.is_file():

@@ -2,6 +2,7 @@
 
     capture/  corpus → staged units → tokens → teacher actors → shards → manifest
     align/    a cache's rows in the tokens of a student with another tokenizer
+    estimate/ what a job will take, from a timed sample; without Ray
     engine/   Ray under both: a cluster to join or to start, units through it, what users see meanwhile
 
 A *unit* is a deterministic slice of the corpus; it becomes one shard and one record in `.work/done/`, each by temp file and

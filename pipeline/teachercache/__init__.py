@@ -13,8 +13,8 @@ meets neither torch nor ray.
     TeachercacheError and its kinds    every error that is raised on purpose (errors.py)
 
 The packages, in the order in which data flows: corpus/, tokens/, teacher/, targets/, precompute/, cache/, stream/, objective/,
-training/, and evaluation/, sampling/ after it; config/ holds recipes, models/ what loads and asks models, bounded/ what reads
-strangers' files.
+training/, and evaluation/, sampling/ after it; config/ holds recipes, tasks/ what a row is asked, models/ what loads and asks
+models, bounded/ what reads strangers' files.
 """
 
 from __future__ import annotations

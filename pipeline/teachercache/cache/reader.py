@@ -13,6 +13,7 @@ import pyarrow as pa
 from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
 from teachercache.cache.files.column_groups import Group, check_placed, groups_of
 from teachercache.cache.files.entries import ROWS_GROUP, FileInfo, ShardInfo, ShardTable
+from teachercache.cache.manifest.manifest import UPGRADE
 from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.shards.shard import Shard, StoredRow
 from teachercache.cache.shards.shard_set import SPLITS, ShardSet, Split
@@ -29,6 +30,9 @@ from teachercache.config import LOCAL_COPIES, LOCAL_COPIES_BYTES
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind
 from teachercache.targets.stored import LOGITS, check_known
+from teachercache.tasks.contract import Task
+from teachercache.tasks.known import TASKS, task_named
+from teachercache.tasks.next_token import NEXT_TOKEN
 
 __all__ = ["SPLITS", "Cache", "Split", "StoredRow"]
 
@@ -36,24 +40,31 @@ __all__ = ["SPLITS", "Cache", "Split", "StoredRow"]
 class Cache(ShardSet):
     """A finished cache. Cheap to open whatever its size; picklable, workers open files for themselves."""
 
-    def __init__(self, source: Source, manifest: Manifest) -> None:
+    def __init__(self, source: Source, manifest: Manifest, task: Task = NEXT_TOKEN) -> None:
         super().__init__(manifest.shards, source)
-        self.manifest = manifest
+        self.manifest, self.task = manifest, task
         self._targets: StoredTargets | None = None
         self._groups: tuple[Group, ...] | None = None
 
     @classmethod
     def open(
-        cls, location: str | Path, *, local: str | Path = LOCAL_COPIES, local_bytes: int = LOCAL_COPIES_BYTES
+        cls,
+        location: str | Path,
+        *,
+        local: str | Path = LOCAL_COPIES,
+        local_bytes: int = LOCAL_COPIES_BYTES,
+        tasks: Sequence[Task] = TASKS,
     ) -> Cache:
         """Open the cache in a folder, or at a URL such as `s3://BUCKET/PREFIX`.
 
         Files of a URL are fetched when they are needed, checked, and kept in the folder `local`, which holds at most
-        `local_bytes` and which all processes of a machine share. Raises `CacheError` when the cache is missing or half
-        written, `CacheDamaged` when its manifest cannot be trusted, `JobFailed` when an object store does not answer.
+        `local_bytes` and which all processes of a machine share. `tasks` are those that the reader knows. Raises `CacheError`
+        when the cache is missing, half written or of another task, `CacheDamaged` when its manifest cannot be trusted,
+        `JobFailed` when an object store does not answer.
         """
         source = source_of(location, local=local, local_bytes=local_bytes)
-        return cls(source, source.manifest())
+        manifest = source.manifest(knows=frozenset(task.name for task in tasks))
+        return cls(source, manifest, _task_of(manifest, tasks, name=source.name))
 
     @property
     def name(self) -> str:
@@ -229,6 +240,15 @@ class Cache(ShardSet):
             vocabulary_size=self.manifest.vocabulary_size,
             longest=self.manifest.sequence_length,
         )
+
+
+def _task_of(manifest: Manifest, tasks: Sequence[Task], *, name: str) -> Task:
+    task = task_named(manifest.task["name"], tasks)
+    if task is None:
+        raise CacheError(
+            f"{name} is of the task {manifest.task['name']}, which this version of teachercache lacks; {UPGRADE}"
+        )
+    return task
 
 
 def groups_of_cache(manifest: Manifest, targets: StoredTargets) -> tuple[Group, ...]:

@@ -84,7 +84,7 @@ def run_fidelity(
         logits_NV, student_NV, input_ND = observe(
             model, stored.row, pad_id=manifest.pad_id, layout=manifest.layout, layer=layer
         )
-        labels_N = torch.from_numpy(stored.row.labels_N().astype(np.int64)).to(logits_NV.device)
+        labels_N = torch.from_numpy(cache.task.labels_N(stored.row).astype(np.int64)).to(logits_NV.device)
         comparison.add(
             lambda temperature, stored=stored, like=logits_NV: read(
                 cache.kind, {name: stored.targets[name] for name in cache.logit_columns}, temperature, policy, like

@@ -24,6 +24,8 @@ from teachercache.errors import ModelError, TeachercacheError
 if TYPE_CHECKING:
     import torch
 
+    from teachercache.tasks.contract import Task
+
 
 def measure(
     *,
@@ -52,10 +54,10 @@ def measure(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     alignment = _alignment(model, opened, source)
     stored = quality.held_out_rows(opened, limit=rows, alignment=alignment)
-    _import_code_of(model, source)
+    _import_code_of(model, source, opened.task)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     meter = cost.MemoryMeter(place)
-    loaded = _load(model, place, dtype=dtype, attention=attention, **source)
+    loaded = _load(model, place, dtype=dtype, attention=attention, task=opened.task, **source)
     tokens_1L = cost.timed_tokens(max((row.row for row in stored), key=lambda row: row.length))
     return {
         "model": model,
@@ -84,7 +86,7 @@ def _alignment(model: str, cache: Cache, source: dict[str, Any]) -> CacheAlignme
     return alignment_for(cache, tokenizer, student=model)
 
 
-def _import_code_of(model: str, source: dict[str, Any]) -> None:
+def _import_code_of(model: str, source: dict[str, Any], task: Task) -> None:
     """Import the modelling code before memory is metered: it takes megabytes, a tiny student fewer."""
     import torch
 
@@ -92,7 +94,7 @@ def _import_code_of(model: str, source: dict[str, Any]) -> None:
 
     config = load_config(model, **source)
     with contextlib.suppress(ValueError), torch.device("meta"):  # load_causal_lm says what is wrong, in one line
-        auto_class(config).from_config(config, trust_remote_code=source["trust_remote_code"])
+        auto_class(config, task).from_config(config, trust_remote_code=source["trust_remote_code"])
 
 
 def _load(model: str, device: torch.device, **options: Any) -> Any:

@@ -29,7 +29,7 @@ from teachercache.cache import Cache, StoredRow
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.errors import CacheError, JobFailed, ModelError
 from teachercache.models.loading import input_layout, model_inputs, target_places
-from teachercache.models.probes import check_causal
+from teachercache.models.probes import check_sight
 from teachercache.stream.aligned_rows import AlignedPair, chunk_arrays
 from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.targets.logits.kind import first_choice_tail, first_choices
@@ -110,17 +110,22 @@ def quality(
     when its loss is not a finite number.
     """
     sums, read = Sums(), cache.manifest if alignment is None else alignment.manifest
-    check_causal(model, name="the model to evaluate", vocabulary_size=read.vocabulary_size)
+    check_sight(model, cache.task, name="the model to evaluate", vocabulary_size=read.vocabulary_size)
     layer = layer_after_body(model) if model.dtype in HALF else None
-    if layer is not None and len(layer.matrix_VD) < read.vocabulary_size:
+    if layer is not None and len(layer.matrix_VD) < _outcomes(cache, alignment):
         layer = None  # refused with what it prints
-    sums.bytes = label_bytes(rows, cache)
+    sums.bytes = label_bytes(rows, cache) if cache.task.labels_are_text else None
     with torch.inference_mode():
         for batch in _batches(rows, batch_rows=batch_rows):
             _score(model, layer, batch, cache, alignment, sums)
     if not math.isfinite(sums.loss):
         raise JobFailed(f"the loss on the held-out rows is {sums.loss}: the model's weights or precision are broken")
     return sums.metrics()
+
+
+def _outcomes(cache: Cache, alignment: CacheAlignment | None) -> int:
+    """Number of outcomes that a model must predict: those of the cache's targets, or the tokens of its own tokenizer."""
+    return cache.manifest.outcomes if alignment is None else alignment.manifest.vocabulary_size
 
 
 def label_bytes(rows: Sequence[Row], cache: Cache) -> int | None:
@@ -174,19 +179,19 @@ def _score(
 ) -> None:
     rows, manifest = [stored.row for stored in batch], cache.manifest if alignment is None else alignment.manifest
     layout = input_layout(model, cache.manifest.layout, longest=max(row.length for row in rows))
-    arrays = model_inputs(rows, pad_id=manifest.pad_id, layout=layout)
+    arrays = model_inputs(rows, pad_id=manifest.pad_id, layout=layout, is_causal=cache.task.is_causal)
     inputs = {name: torch.from_numpy(values).to(model.device) for name, values in arrays.items()}
     if layer is not None:
         outputs_RA = model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
     else:
         outputs_RA = model(**inputs, use_cache=False).logits.flatten(0, 1)
-        if outputs_RA.shape[-1] < manifest.vocabulary_size:
+        if outputs_RA.shape[-1] < _outcomes(cache, alignment):
             raise ModelError(
                 f"the model predicts {outputs_RA.shape[-1]} tokens, but the tokenizer of its rows has "
-                f"{manifest.vocabulary_size}; evaluate a model with the teacher's tokenizer, or an aligned one"
+                f"{_outcomes(cache, alignment)}; evaluate a model with the teacher's tokenizer, or an aligned one"
             )
     positions_N = target_places(rows, layout=layout, width=inputs["input_ids"].shape[1])
-    labels_N = np.concatenate([row.labels_N() for row in rows])
+    labels_N = np.concatenate([cache.task.labels_N(row) for row in rows])
     teacher_N = np.concatenate([_teachers_choices(stored, cache, alignment) for stored in batch])
     tensors = [
         torch.from_numpy(array.astype(np.int64)).to(outputs_RA.device) for array in (positions_N, labels_N, teacher_N)

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from teachercache.errors import ModelError
 from teachercache.models.gguf_files import plain_folder
 from teachercache.models.rotary import original_context, rotate_by_own_length
+from teachercache.tasks.contract import Task
+from teachercache.tasks.next_token import NEXT_TOKEN
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
 from teachercache.tokens.rows import TokenRow
 
@@ -129,8 +131,10 @@ def load_causal_lm(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     attention: str | None = None,
+    task: Task = NEXT_TOKEN,
 ) -> PreTrainedModel:
-    """A causal language model on the CPU in evaluation mode, plain and saveable also when it comes from GGUF.
+    """A causal language model, or one with the head of another `task`, on the CPU in evaluation mode, plain and saveable also
+    when it comes from GGUF.
 
     `dtype` is float32, bfloat16, float16, or auto (the checkpoint's own; float32 for GGUF). A GGUF file is converted once
     and kept in the user's cache folder (gguf_files.py). Attention is transformers' default, but never one that leaves out a
@@ -142,7 +146,7 @@ def load_causal_lm(
     with _readable_errors(model, "model"):
         source = _plain_copy(find_model(model))
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        made_by = auto_class(AutoConfig.from_pretrained(source.location, **options))
+        made_by = auto_class(AutoConfig.from_pretrained(source.location, **options), task)
         loaded = made_by.from_pretrained(source.location, dtype=dtype, **options, **extra)
     _keep_soft_cap(loaded, model, attention)
     rotated: PreTrainedModel = rotate_by_own_length(loaded.eval())
@@ -161,14 +165,15 @@ def _keep_soft_cap(loaded: Any, model: str, attention: str | None) -> None:
     loaded.set_attn_implementation("eager")
 
 
-def auto_class(config: PretrainedConfig) -> Any:
-    """The class of transformers that loads a language model of this config. Models of text and images, whose decoder is one of
-    their parts, are not all listed as causal language models; given text alone, all of them are."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def auto_class(config: PretrainedConfig, task: Task = NEXT_TOKEN) -> Any:
+    """The class of transformers that loads a model of this config with the head of a task: the first one that lists the config.
+    Models of text and images, whose decoder is one of their parts, are not all listed as causal language models; given text
+    alone, all of them are."""
+    import transformers
 
-    known = type(config) in AutoModelForCausalLM._model_mapping or bool(getattr(config, "auto_map", None))
-    composite = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if composite and not known else AutoModelForCausalLM
+    heads = [getattr(transformers, name) for name in task.heads]
+    has_code = bool(getattr(config, "auto_map", None))
+    return next((head for head in heads if has_code or type(config) in head._model_mapping), heads[0])
 
 
 def _plain_copy(source: ModelSource) -> ModelSource:
@@ -281,12 +286,15 @@ def input_layout(model: PreTrainedModel, layout: str, *, longest: int = 0) -> La
     return "flat" if takes_one_row(model) else "packed"
 
 
-def model_inputs(rows: Sequence[TokenRow], *, pad_id: int, layout: str) -> dict[str, NDArray[np.int64]]:
-    """Inputs of a causal model for some rows, teacher and student alike: `input_ids` [B, S], for packed rows `position_ids`;
+def model_inputs(
+    rows: Sequence[TokenRow], *, pad_id: int, layout: str, is_causal: bool = True
+) -> dict[str, NDArray[np.int64]]:
+    """Inputs of a model for some rows, teacher and student alike: `input_ids` [B, S], for packed rows `position_ids`;
     B = 1 for the layout `flat` (see `input_layout`), where rows stand one after the other. `row_places` says where they are.
 
     Padding is on the right and there is no attention mask: under causal attention no token sees what follows it, so none
-    is needed, and transformers isolates packed segments by restarting `position_ids` only where there is no mask.
+    is needed, and transformers isolates packed segments by restarting `position_ids` only where there is no mask. A task that
+    is not causal gets one: `attention_mask` [B, S].
     Call the model with `use_cache=False`.
     """
     if layout == "flat":
@@ -300,7 +308,11 @@ def model_inputs(rows: Sequence[TokenRow], *, pad_id: int, layout: str) -> dict[
         if layout == "packed":
             position_ids_BS[index, : row.length] = row.position_ids_S()
             position_ids_BS[index, row.length :] = np.arange(longest - row.length)
-    return {"input_ids": input_ids_BS} | ({"position_ids": position_ids_BS} if layout == "packed" else {})
+    inputs = {"input_ids": input_ids_BS} | ({"position_ids": position_ids_BS} if layout == "packed" else {})
+    if not is_causal:
+        lengths_B1 = np.array([[row.length] for row in rows])
+        inputs["attention_mask"] = (np.arange(longest) < lengths_B1).astype(np.int64)
+    return inputs
 
 
 def row_places(rows: Sequence[TokenRow], *, layout: str) -> list[tuple[int, slice]]:

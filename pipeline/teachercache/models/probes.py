@@ -19,6 +19,7 @@ from teachercache.errors import ModelError
 from teachercache.models.loading import input_layout, model_inputs, row_places
 from teachercache.models.memory import first_line, free_memory, is_out_of_memory
 from teachercache.models.rotary import original_context
+from teachercache.tasks.contract import Task
 from teachercache.tokens.rows import Segment, TokenRow
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ RESHAPED_TOLERANCE = 0.1  # half precision and another shape of batch: routing o
 HALF_LENGTH = 8
 SHORTEST_CONTEXT = 2048  # of models whose config does not say
 PACKED = ((5, 9, 2), (7, 3))  # lengths of the segments of two rows, of which one is padded
+
+
+def check_sight(model: PreTrainedModel, task: Task, *, name: str, vocabulary_size: int) -> None:
+    """Raise `ModelError` for a model that sees what its predictions must not depend on, by its task."""
+    if task.is_causal:
+        check_causal(model, name=name, vocabulary_size=vocabulary_size)
 
 
 def check_causal(model: PreTrainedModel, *, name: str, vocabulary_size: int) -> None:

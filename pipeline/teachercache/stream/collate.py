@@ -1,7 +1,7 @@
 """Rows to the tensors of one forward pass.
 
-Row token i predicts token i + 1, so `shift_labels[b, i]` is `input_ids[b, i + 1]` wherever a target is stored, and -100
-elsewhere: at the last token of every segment, on prompt tokens of a chat and on padding.
+`shift_labels[b, i]` is the label at row token i wherever a target is stored: of next-token prediction the token that follows,
+`input_ids[b, i + 1]`. Elsewhere it is -100: at the last token of every segment, on prompt tokens of a chat and on padding.
 
 Shapes: B rows, S tokens, N positions in row-major order of (b, i).
 """
@@ -20,6 +20,8 @@ from teachercache.models.loading import model_inputs
 from teachercache.stream.cache_rows import CacheRows, RowTensors
 from teachercache.stream.dataset import Rows
 from teachercache.stream.packing import first_fit, merged
+from teachercache.tasks.contract import Task
+from teachercache.tasks.next_token import NEXT_TOKEN
 from teachercache.tokens.rows import TokenRow
 
 IGNORED = -100  # the label that losses of torch and transformers skip
@@ -32,6 +34,7 @@ class Collator:
     layout: str
     pad_id: int
     tensors: RowTensors
+    task: Task
     pack_length: int | None = None
     flat: bool = False
 
@@ -42,7 +45,8 @@ class Collator:
         Where rows are longer than `context`, all are given as packed ones, each with positions of its own."""
         layout = "packed" if context is not None and rows.length > context else rows.cache.manifest.layout
         flat = one_row and (pack or layout == "packed")
-        return cls(layout, rows.pad_id, rows.tensors, pack_length=rows.length if pack else None, flat=flat)
+        task = rows.cache.task
+        return cls(layout, rows.pad_id, rows.tensors, task, pack_length=rows.length if pack else None, flat=flat)
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         return collate(
@@ -50,6 +54,7 @@ class Collator:
             layout=self.layout,
             pad_id=self.pad_id,
             tensors=self.tensors,
+            task=self.task,
             pack_length=self.pack_length,
             flat=self.flat,
         )
@@ -71,11 +76,12 @@ def collate(
     layout: str,
     pad_id: int,
     tensors: RowTensors,
+    task: Task = NEXT_TOKEN,
     pack_length: int | None = None,
     flat: bool = False,
 ) -> dict[str, Any]:
     """`input_ids` and `shift_labels` int64 [B, S], for packed rows `position_ids` [B, S], and what `tensors` makes of the
-    rows' targets.
+    rows' targets. `shift_labels` are those of the `task`; where that is not causal there is an `attention_mask` [B, S] besides.
 
     With `pack_length` B counts sequences of several rows, isolated as in the packed layout, and positions follow their order;
     `flat`: there is one such sequence, however long, and no padding.
@@ -90,9 +96,9 @@ def collate(
         tokens = [merged([tokens[index] for index in chosen]) for chosen in bins]
         bins = _renumbered(bins)
         layout = "packed"
-    inputs = model_inputs(tokens, pad_id=pad_id, layout=layout)
+    inputs = model_inputs(tokens, pad_id=pad_id, layout=layout, is_causal=task.is_causal)
     batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    batch["shift_labels"] = torch.from_numpy(_shift_labels(tokens, longest=inputs["input_ids"].shape[1]))
+    batch["shift_labels"] = torch.from_numpy(_labels(tokens, task, longest=inputs["input_ids"].shape[1]))
     return batch | tensors(rows, tokens, bins)
 
 
@@ -102,10 +108,10 @@ def _renumbered(bins: Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(range(end - len(chosen), end)) for end, chosen in zip(ends, bins, strict=True)]
 
 
-def _shift_labels(rows: Sequence[TokenRow], *, longest: int) -> NDArray[np.int64]:
+def _labels(rows: Sequence[TokenRow], task: Task, *, longest: int) -> NDArray[np.int64]:
     labels_BS = np.full((len(rows), longest), IGNORED, dtype=np.int64)
     for labels_S, row in zip(labels_BS, rows, strict=True):
-        labels_S[: row.length][row.target_mask_S] = row.labels_N()
+        labels_S[: row.length][row.target_mask_S] = task.labels_N(row)
     return labels_BS
 
 

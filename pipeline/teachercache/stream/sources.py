@@ -49,6 +49,11 @@ def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
                 f"stream.mix: {name} has another tokenizer than {cache.name}, so their ids mean different text; mix caches "
                 "of one tokenizer"
             )
+        if manifest.task != cache.manifest.task:
+            raise CacheError(
+                f"stream.mix: {name} is of the task {manifest.task['name']}, {cache.name} of {cache.task.name}; mix "
+                "caches of one task"
+            )
         if manifest.fingerprint in met:
             raise CacheError(f"stream.mix: {name} is the same cache as {met[manifest.fingerprint]}; take it out")
         if not mixed.cache.rows_of("train"):

@@ -26,12 +26,14 @@ from teachercache.errors import ModelError
 from teachercache.models.activations import Activations, check_recorded, recorded
 from teachercache.models.loading import Layout, input_layout, load_causal_lm, model_inputs, target_places
 from teachercache.models.memory import NoMemory, first_line, free_memory, is_out_of_memory
-from teachercache.models.probes import check_causal, check_length, check_rows_alone, isolates_packed_segments
+from teachercache.models.probes import check_length, check_rows_alone, check_sight, isolates_packed_segments
 from teachercache.models.rotary import rotate_by_own_length
 from teachercache.targets import CalibratedKind, StoredTargets, TargetKind, calibrates
 from teachercache.targets.coding.counter_rng import position_seeds
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
+from teachercache.tasks.contract import Task
+from teachercache.tasks.next_token import NEXT_TOKEN
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift
@@ -62,16 +64,24 @@ class Teacher:
     """A loaded teacher on one device. `parameters`, `dtype` and `architecture` describe it for the manifest."""
 
     def __init__(
-        self, model: Any, *, targets: StoredTargets, layout: str, pad_id: int, longest: int = 0, device: str = "cpu"
+        self,
+        model: Any,
+        *,
+        targets: StoredTargets,
+        layout: str,
+        pad_id: int,
+        longest: int = 0,
+        device: str = "cpu",
+        task: Task = NEXT_TOKEN,
     ) -> None:
-        self.targets, self.layout, self.pad_id = targets, layout, pad_id
+        self.targets, self.layout, self.pad_id, self.task = targets, layout, pad_id, task
         kind = targets.logits
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         _check_vocabulary(self.model, kind.vocabulary_size)
         check_length(self.model, name="the teacher", longest=longest)
         rotate_by_own_length(self.model)
-        check_causal(self.model, name="the teacher", vocabulary_size=kind.vocabulary_size)
+        check_sight(self.model, task, name="the teacher", vocabulary_size=kind.vocabulary_size)
         check_rows_alone(self.model, vocabulary_size=kind.vocabulary_size, longest=longest)
         if layout == "packed" and not isolates_packed_segments(self.model, vocabulary_size=kind.vocabulary_size):
             raise ModelError(
@@ -298,11 +308,14 @@ class Teacher:
         layout = self._layout_of(rows)
         inputs = {
             name: torch.from_numpy(values).to(self.device)
-            for name, values in model_inputs(rows, pad_id=self.pad_id, layout=layout).items()
+            for name, values in model_inputs(
+                rows, pad_id=self.pad_id, layout=layout, is_causal=self.task.is_causal
+            ).items()
         }
         width = inputs["input_ids"].shape[1]
         index_N = torch.from_numpy(target_places(rows, layout=layout, width=width)).to(self.device)
-        labels_N = torch.from_numpy(np.concatenate([row.labels_N() for row in rows]).astype(np.int64)).to(self.device)
+        labels = np.concatenate([self.task.labels_N(row) for row in rows])
+        labels_N = torch.from_numpy(labels.astype(np.int64)).to(self.device)
         return inputs, index_N, labels_N
 
     def _logit_blocks(self, inputs: dict[str, Any], index_N: Any) -> Iterator[tuple[int, Any, Any]]:

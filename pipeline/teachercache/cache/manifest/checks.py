@@ -118,6 +118,11 @@ _LAYER_CLAIMS: dict[tuple[str, str], type[_Layers]] = {
 }
 
 
+class _Task(_Claim):
+    name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]{0,63}$")]
+    outcomes: int = Field(1, ge=1, le=MOST_TOKENS)
+
+
 class _Calibration(_Claim):
     positions: Count = 0
     rows: list[str] = []
@@ -149,6 +154,7 @@ class _Described(_Claim):
     model: _Model
     corpus: _Corpus
     tokenizer: _Tokenizer
+    task: _Task
     targets: _Targets
     units: dict[str, Any]
     column_bytes: dict[str, Count]
@@ -181,7 +187,7 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
     targets = manifest.targets
     known = {section for section in targets if why_unknown(section, targets) is None}
     if "logits" in known:
-        _check_settings(manifest.logits, manifest.vocabulary_size)
+        _check_settings(manifest.logits, manifest.outcomes)
     if targets.get(BOUNDARY) is not None and BOUNDARY in known:
         validated(_BoundaryMass.model_validate, targets[BOUNDARY])
     for section in SECTIONS:

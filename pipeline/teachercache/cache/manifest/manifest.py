@@ -32,9 +32,10 @@ from teachercache.cache.manifest.model import FORMAT_VERSION, PLAIN_KEYS, Audit,
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
 from teachercache.targets.stored import why_unknown
+from teachercache.tasks.known import TASKS
 from teachercache.version import __version__
 
-FEATURES = frozenset[str]()  # what a manifest may require of a reader beside its format version
+FEATURES = frozenset(task.name for task in TASKS)  # what a manifest may require of a reader beside its format version
 MANIFEST = "manifest.json"
 WORK_FOLDER = ".work"  # plan, staged units and records of finished ones; gone when the manifest is committed
 
@@ -48,8 +49,8 @@ def commit_manifest(manifest: Manifest, folder: Path) -> None:
     remove_others(folder, index)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check manifest.json and the index.
+def read_manifest(folder: Path, *, knows: frozenset[str] = FEATURES) -> Manifest:
+    """Read and check manifest.json and the index; `knows` are the features that the reader knows.
 
     Raises `CacheError` when there is no cache or only half of one, `CacheDamaged` when the manifest was changed.
     """
@@ -57,7 +58,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CacheError(_explain_missing(folder))
     read = partial(read_regular, folder, MANIFEST, most=MOST_MANIFEST_BYTES)
-    return parse_manifest(read, partial(read_listed, folder), name=str(path))
+    return parse_manifest(read, partial(read_listed, folder), name=str(path), knows=knows)
 
 
 def read_listed(folder: Path, file: str, size: int) -> bytes:
@@ -71,7 +72,13 @@ def read_listed(folder: Path, file: str, size: int) -> bytes:
         return stream.read(size)
 
 
-def parse_manifest(read: Callable[[], bytes], read_file: Callable[[str, int], bytes], *, name: str) -> Manifest:
+def parse_manifest(
+    read: Callable[[], bytes],
+    read_file: Callable[[str, int], bytes],
+    *,
+    name: str,
+    knows: frozenset[str] = FEATURES,
+) -> Manifest:
     """The manifest from the bytes that `read` gives, its index from those that `read_file(file, size)` gives; `name` is what
     errors call it. Raises as `read_manifest` does."""
     try:
@@ -85,7 +92,7 @@ def parse_manifest(read: Callable[[], bytes], read_file: Callable[[str, int], by
             )
         if digest != fingerprint_of(data):
             raise ValueError("its digest does not match: it was edited or damaged")
-        check_requires(data, name=name)
+        check_requires(data, name=name, knows=knows)
         fields = manifest_v1.fields_of(data) if version == manifest_v1.FORMAT_VERSION else _fields_of(data, read_file)
         return _built(fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -98,9 +105,9 @@ def parse_manifest(read: Callable[[], bytes], read_file: Callable[[str, int], by
 UPGRADE = f"install a newer version than {__version__}: pip install --upgrade teachercache"
 
 
-def check_requires(data: Mapping[str, Any], *, name: str) -> None:
+def check_requires(data: Mapping[str, Any], *, name: str, knows: frozenset[str] = FEATURES) -> None:
     """Raise `CacheError` where a manifest requires something of its reader that this version does not know."""
-    missing = sorted({str(feature) for feature in data.get("requires", [])} - FEATURES)
+    missing = sorted({str(feature) for feature in data.get("requires", [])} - knows)
     if missing:
         raise CacheError(
             f"{name} requires {', '.join(missing)[:200]}, which this version of teachercache lacks; {UPGRADE}"

@@ -15,6 +15,7 @@ from teachercache.cache.manifest import manifest_v1
 from teachercache.config import RowPrefix
 from teachercache.errors import CacheDamaged
 from teachercache.targets import StoredTargets
+from teachercache.tasks.next_token import NEXT_TOKEN
 
 FORMAT_VERSION = 2
 QUARANTINE = "quarantine"
@@ -95,6 +96,23 @@ class Manifest:
         return sequence
 
     @property
+    def task(self) -> dict[str, Any]:
+        """What rows are asked: the `name` of a task, and what that task keeps besides."""
+        described: dict[str, Any] = self.settings.get("task", {"name": NEXT_TOKEN.name})
+        return described
+
+    @property
+    def outcomes(self) -> int:
+        """Number of outcomes of each distribution: the tokenizer's tokens, where the task does not say otherwise."""
+        outcomes: int = self.task.get("outcomes", self.vocabulary_size)
+        return outcomes
+
+    @property
+    def requires(self) -> list[str]:
+        """What a reader must know beside this version of the format."""
+        return [self.task["name"]] if "task" in self.settings else []
+
+    @property
     def job(self) -> dict[str, Any]:
         """Inputs and settings, but nothing about how fast or where they were used."""
         return {name: getattr(self, name) for name in JOB_KEYS}
@@ -112,7 +130,7 @@ class Manifest:
 
     @property
     def vocabulary_size(self) -> int:
-        """Tokens of the teacher's tokenizer: every distribution is over exactly these."""
+        """Tokens of the teacher's tokenizer."""
         return int(self.tokenizer["vocabulary_size"])
 
     @property
@@ -170,7 +188,7 @@ class Manifest:
     def stored_targets(self, *, basis: Path | None = None) -> StoredTargets:
         """Returns the readers of its targets; `basis` is the file of kinds of logits that calibrate: without it they
         know their columns alone."""
-        return StoredTargets.of(self.targets, vocabulary_size=self.vocabulary_size, basis=basis)
+        return StoredTargets.of(self.targets, vocabulary_size=self.outcomes, basis=basis)
 
     def bytes_per_position(self) -> dict[str, float]:
         """On disk: `logits`, `boundary_mass`, `hidden` and `attention` where there are such columns, `tokens` (ids, masks,
@@ -193,7 +211,7 @@ class Manifest:
             **{key: getattr(self, "described_teacher" if key == "teacher" else key) for key in PLAIN_KEYS},
             "input_form": self.input_form,
             "format_version": FORMAT_VERSION,
-            "requires": [],
+            "requires": self.requires,
             "audit": vars(self.audit),
             "totals": self.shards.totals(),
             "files": [vars(info) for info in self.files if not is_indexed(info)],

@@ -26,7 +26,7 @@ from teachercache.cache.files.regular_files import (
     refused_in_a_line,
     why_different,
 )
-from teachercache.cache.manifest.manifest import MANIFEST, parse_manifest, read_listed, read_manifest
+from teachercache.cache.manifest.manifest import FEATURES, MANIFEST, parse_manifest, read_listed, read_manifest
 from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.storage.local_copies import LocalCopies
 from teachercache.cache.storage.object_store import AGAIN, ObjectStore
@@ -44,7 +44,7 @@ class Source(Protocol):
 
     name: str  # what messages call the cache
 
-    def manifest(self) -> Manifest:
+    def manifest(self, *, knows: frozenset[str] = FEATURES) -> Manifest:
         """Read and check manifest.json. Raises `CacheError` when there is none, `CacheDamaged` when it was changed."""
 
     def name_of(self, info: FileInfo) -> str:
@@ -142,8 +142,8 @@ class LocalFiles:
         self.name = str(folder)
         self._checked: dict[str, tuple[int, ...]] = {}  # which file it was, by name
 
-    def manifest(self) -> Manifest:
-        return read_manifest(self.folder)
+    def manifest(self, *, knows: frozenset[str] = FEATURES) -> Manifest:
+        return read_manifest(self.folder, knows=knows)
 
     def name_of(self, info: FileInfo) -> str:
         return str(self.folder / info.file)
@@ -205,8 +205,8 @@ class RemoteFiles:
         self.name = store.name
         self._prefetcher: Prefetcher | None = None
 
-    def manifest(self) -> Manifest:
-        return remote_manifest(self.store)
+    def manifest(self, *, knows: frozenset[str] = FEATURES) -> Manifest:
+        return remote_manifest(self.store, knows=knows)
 
     def name_of(self, info: FileInfo) -> str:
         return self.store.name_of(info.file)
@@ -243,12 +243,13 @@ def manifest_of(location: str | Path) -> Manifest:
     return remote_manifest(ObjectStore(str(location))) if is_url(location) else read_manifest(Path(location))
 
 
-def remote_manifest(store: ObjectStore) -> Manifest:
+def remote_manifest(store: ObjectStore, *, knows: frozenset[str] = FEATURES) -> Manifest:
     """The manifest at a URL. Raises `CacheError` when there is none, `CacheDamaged` when it was changed."""
 
     try:
         read = partial(store.read, MANIFEST, most=MOST_MANIFEST_BYTES)
-        return parse_manifest(read, partial(read_listed_object, store), name=store.name_of(MANIFEST))
+        name, listed = store.name_of(MANIFEST), partial(read_listed_object, store)
+        return parse_manifest(read, listed, name=name, knows=knows)
     except FileNotFoundError:
         raise CacheError(
             f"there is no cache at {store.name}: it has no {MANIFEST} (which is uploaded last); make a cache with "

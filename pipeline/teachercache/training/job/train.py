@@ -156,7 +156,13 @@ class _Job:
         check_tokenizers(self._caches, self.supervision.alignments)
         args = self._arguments()  # first: under ZeRO 3 they decide how a model is loaded
         student = self.student
-        model = load_causal_lm(student.model, revision=student.revision, dtype="float32", attention=student.attention)
+        model = load_causal_lm(
+            student.model,
+            revision=student.revision,
+            dtype="float32",
+            attention=student.attention,
+            task=self.supervision.task,
+        )
         if self.student.lora is not None:
             from teachercache.training.initialise.lora import with_adapters
 

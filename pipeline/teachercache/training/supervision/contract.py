@@ -21,6 +21,7 @@ from teachercache.config import ObjectiveConfig, PhaseConfig
 from teachercache.objective import Objective
 from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.stream.cache_rows import CacheRows
+from teachercache.tasks.contract import Task
 from teachercache.training.callbacks.step_losses import Stateful
 from teachercache.training.supervision.held_out import Measure
 
@@ -41,6 +42,11 @@ class Supervision(ABC):
 
     def __init__(self, caches: Sequence[Cache], config: ObjectiveConfig) -> None:
         self.caches, self.config = tuple(caches), config
+
+    @property
+    def task(self) -> Task:
+        """What all rows are asked."""
+        return self.caches[0].task
 
     # ------------------------------------------------------------------ before the first step
 

@@ -23,7 +23,7 @@ from teachercache.models.loading import (
     takes_one_row,
     weights_identity,
 )
-from teachercache.models.probes import check_causal, isolates_packed_segments
+from teachercache.models.probes import check_sight, isolates_packed_segments
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
 from teachercache.tokens.carried_prefix import with_prefix
@@ -86,7 +86,7 @@ class Fit:
             return
         name, manifests = _name_of(student), [cache.manifest for cache in self.supervision.caches]
         vocabulary_size = self.supervision.tokens_of(0).vocabulary_size
-        check_causal(model, name=f"student {name}", vocabulary_size=vocabulary_size)
+        check_sight(model, self.supervision.task, name=f"student {name}", vocabulary_size=vocabulary_size)
         packed = [manifest for manifest in manifests if manifest.layout == "packed"]
         check_packing(model, name, [*packed, *manifests][0], vocabulary_size=vocabulary_size, pack=self.pack)
         self._ran = True

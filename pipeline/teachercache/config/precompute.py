@@ -111,6 +111,12 @@ class PrecomputeConfig(Section):
     positions_per_batch: int = Field(2048, ge=1, description="tokens in one forward pass, padding included")
     unit_rows: int = Field(1024, ge=1, description="a work unit (= a shard) closes at so many rows")
     unit_bytes: int = Field(4 * 2**20, ge=1, description="... or at so many bytes of text")
+    batch_seconds: float = Field(
+        1800,
+        gt=0,
+        description="a forward pass that has not ended after so many seconds counts as hung: its process is ended, and the row "
+        "that hangs goes to quarantine",
+    )
     address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
     @field_validator("actors", "gpus_per_actor", mode="before")

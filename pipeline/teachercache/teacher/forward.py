@@ -89,6 +89,8 @@ class Teacher:
             )
         self._layer = layer_after_body(self.model, vocabulary_size=kind.vocabulary_size)
         self.batches_halved = 0
+        # Called with the rows of each forward pass before it; with none by whoever says that passes are over.
+        self.on_batch: Callable[[Sequence[TokenRow]], None] = lambda rows: None
         self.drift = Drift(kind)
 
     @property
@@ -242,6 +244,7 @@ class Teacher:
 
     def _halving(self, run: Callable[[list[TokenRow]], Sequence[T]], rows: list[TokenRow]) -> list[T | NoMemory]:
         """Runs `run` on a batch; one that runs out of memory is halved. Gives `NoMemory` for a row too long alone."""
+        self.on_batch(rows)
         try:
             return list(run(rows))
         except (RuntimeError, MemoryError) as error:

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from teachercache.cache import Manifest
 from teachercache.cache.manifest.manifest import MANIFEST, read_manifest
 from teachercache.config import Recipe
-from teachercache.errors import RecipeError
+from teachercache.errors import JobFailed, RecipeError
 from teachercache.files import locked
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.commit import DRIFT_AT, commit
@@ -93,6 +93,11 @@ def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any
     if len(pending) < plan.units:
         console.print(f"resuming: {plan.units - len(pending)} of {plan.units} units are done")
     timing = _run(recipe, plan, pending, console)
+    if timing.given_up:
+        raise JobFailed(
+            f"{len(timing.given_up)} of {plan.units} units have no result, all others are done; run the same command again to "
+            f"try these once more; {timing.given_up[0]}"
+        )
     manifest = commit(plan)
     result = summary(plan, manifest, timing, seconds=time.perf_counter() - start)
     print_closing(console, result, manifest)
@@ -109,6 +114,7 @@ class Timing:
     working_seconds: float = 0.0
     start_up_seconds: float = 0.0
     batches_halved: int = 0
+    given_up: list[str] = field(default_factory=list)  # units without a result, and why
 
 
 def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Timing:
@@ -116,7 +122,9 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
     if not pending:
         return timing
     console.print("starting Ray and loading the teacher …")
-    from teachercache.precompute.capture.stages import Job, run_calibration, run_units
+    from teachercache.precompute.capture.job_facts import Job
+    from teachercache.precompute.capture.stages import run_calibration, run_units
+    from teachercache.precompute.capture.supervisor import GivenUp
     from teachercache.precompute.engine.cluster import cluster_nodes, connected
 
     began = time.time()
@@ -139,6 +147,10 @@ def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Ti
         bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
         for done in run_units(job, pending):
             told = told or _tell_input(plan, console)
+            if isinstance(done, GivenUp):
+                timing.given_up.append(f"unit {done.unit}: {done.reason}")
+                console.print(f"warning: unit {done.unit} has no result: {done.reason}", markup=False, soft_wrap=True)
+                continue
             first = min(first, done.started)
             timing.positions += done.positions
             timing.teacher_seconds += done.teacher_seconds

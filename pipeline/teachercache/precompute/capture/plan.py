@@ -6,6 +6,7 @@ its teacher, reads the corpus once (staging.py), and decides between a new job, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -301,6 +302,10 @@ def _find_or_begin(
     known = _known_job(folder)
     if known is not None:
         plan = planned(stage(corpus, settings, None))
+        if known.has_nothing and known.job != json.loads(json.dumps(plan.identity)):
+            _clear(folder)
+            known = None
+    if known is not None:
         _check_same_job(known, plan.identity, folder)
         plan = replace(plan, files=known.files)
         check_teacher_files(plan)
@@ -332,13 +337,14 @@ class _Known:
     job: dict[str, Any]
     is_of_format_1: bool = False
     files: list[dict[str, Any]] = field(default_factory=list)  # of an unfinished one: see `Plan.files`
+    has_nothing: bool = False  # computed; but rows to blame may have been found
 
 
 def _known_job(folder: Path) -> _Known | None:
     """The job that the folder holds; refuses folders that hold something else.
 
     A job that was planned and has computed nothing yet holds nothing that could be lost: it is cleared away, so that a
-    recipe can be mended in place.
+    recipe can be mended in place. What was found out about rows that fail is kept for the same recipe.
     """
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
@@ -350,12 +356,18 @@ def _known_job(folder: Path) -> _Known | None:
     if not work.is_dir() or any(path.name not in OURS for path in folder.iterdir()):
         raise CacheError(f"{folder} exists and holds no cache of ours; choose another `cache:` or empty it")
     plan = work / PLAN
-    if plan.is_file() and any((folder / "shards").glob("part-*")):
-        job = _read_plan(plan, folder)
-        return _Known(job["identity"], files=job["files"])
+    has_nothing = not any((folder / "shards").glob("part-*"))
+    if plan.is_file() and not (has_nothing and not any((work / "attempts").glob("*.json"))):
+        with contextlib.suppress(*((CacheError, CacheDamaged) if has_nothing else ())):
+            job = _read_plan(plan, folder)
+            return _Known(job["identity"], files=job["files"], has_nothing=has_nothing)
+    _clear(folder)
+    return None
+
+
+def _clear(folder: Path) -> None:
     for name in OURS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    return None
 
 
 def _read_plan(file: Path, folder: Path) -> dict[str, Any]:

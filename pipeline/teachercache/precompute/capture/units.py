@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from teachercache.cache import write_shard
 from teachercache.cache.files.content_files import write_named
 from teachercache.cache.manifest.model import QUARANTINE
 from teachercache.config import PrecomputeConfig, SequenceConfig
+from teachercache.corpus.documents import Document
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
 from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer
@@ -33,22 +36,48 @@ from teachercache.teacher import Captured, Teacher
 from teachercache.tokens.rows import TokenRow
 
 
-def tokenise_unit(plan: Plan, unit: int, *, sequence: SequenceConfig, store_text: bool) -> tuple[Tokenised, int]:
-    """Staged documents to token rows, and how many documents there were."""
-    staged = read_unit(plan.unit_file(unit))
+def staged_documents(plan: Plan, unit: int) -> list[Document]:
+    """The documents of a unit, as they were staged."""
+    return read_unit(plan.unit_file(unit))
+
+
+def document_key(document: Document) -> str:
+    """Names a document among those of its unit."""
+    return f"{document.source_id} {document.occurrence}"
+
+
+def tokenise_unit(
+    plan: Plan,
+    unit: int,
+    *,
+    sequence: SequenceConfig,
+    store_text: bool,
+    keep: Callable[[str], bool] = lambda key: True,
+) -> tuple[Tokenised, int]:
+    """Token rows of the staged documents whose keys are to be kept, and how many documents there were."""
+    staged = staged_documents(plan, unit)
     tokenizer = _tokenizer(str(plan.folder / "teacher"))
-    tokenised = tokenise(staged, tokenizer=tokenizer, sequence=sequence, store_text=store_text, prefix=plan.prefix_ids)
+    kept = [document for document in staged if keep(document_key(document))]
+    tokenised = tokenise(kept, tokenizer=tokenizer, sequence=sequence, store_text=store_text, prefix=plan.prefix_ids)
     return tokenised, len(staged)
 
 
-def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positions_per_batch: int) -> None:
+def calibrate(
+    teacher: Teacher,
+    plan: Plan,
+    *,
+    sequence: SequenceConfig,
+    positions_per_batch: int,
+    without: Collection[str] = (),
+) -> None:
     """Make what targets are read by from rows drawn from the whole corpus by content hash; writes basis and layer files, then
     the record of them.
 
-    At most half of what the drawn documents hold is used, so that rows remain on which fidelity can be measured.
+    At most half of what the drawn documents hold is used, so that rows remain on which fidelity can be measured. Rows whose id
+    is among `without` are left out: the teacher fails on them.
     """
     check_input(teacher, plan, positions_per_batch=positions_per_batch)
-    rows = _calibration_rows(plan, sequence=sequence)
+    rows = [row for row in calibration_rows(plan, sequence=sequence) if row.row_id not in without]
     layers = teacher.prepare(rows, positions_per_batch=positions_per_batch, longest=sequence.length)
     basis = teacher.kind.basis if calibrates(teacher.kind) else None
     files: list[tuple[str, str, LayerFile | SketchBasis]]
@@ -68,7 +97,8 @@ def calibrate(teacher: Teacher, plan: Plan, *, sequence: SequenceConfig, positio
     write_whole(plan.calibration_file, json.dumps(record, sort_keys=True))
 
 
-def _calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
+def calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
+    """The rows that calibration draws."""
     documents = read_unit(sample_file(plan.unit_file(0).parent))
     tokenised = tokenise(
         documents,
@@ -95,16 +125,27 @@ def actor_threads(settings: PrecomputeConfig) -> int:
 
 
 def compute_unit(
-    teacher: Teacher, plan: Plan, unit: int, tokenised: Tokenised, *, documents: int, positions_per_batch: int
+    teacher: Teacher,
+    plan: Plan,
+    unit: int,
+    tokenised: Tokenised,
+    *,
+    documents: int,
+    positions_per_batch: int,
+    lost: Mapping[str, str] = MappingProxyType({}),
 ) -> UnitReport:
-    """Capture a unit's rows and write them: shard, quarantine file and, last, the record.
+    """Capture a unit's rows and write them: shard, quarantine file and, last, the record. Rows of an id in `lost` are not read:
+    they go to quarantine for the reason that it says.
 
     Both happen where the teacher is: payloads of hundreds of MB stay in one process.
     """
     check_input(teacher, plan, positions_per_batch=positions_per_batch)
     started, start, halved = time.time(), time.perf_counter(), teacher.batches_halved
     teacher.drift.reset()
-    captured = teacher.capture(tokenised.rows, positions_per_batch=positions_per_batch)
+    rows = [row for row in tokenised.rows if row.row_id not in lost]
+    captured = teacher.capture(rows, positions_per_batch=positions_per_batch)
+    teacher.on_batch([])
+    captured += [Captured(row, None, lost[row.row_id]) for row in tokenised.rows if row.row_id in lost]
     seconds = time.perf_counter() - start
     record = write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher)
     positions = record["shard"]["positions"] if record["shard"] else 0

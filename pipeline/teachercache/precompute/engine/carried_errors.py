@@ -26,7 +26,9 @@ def carrying_errors(stage: Callable[[Row], Any], row: Row, *, what: str | None =
         return {"unit": row["unit"], "payload": pickle.dumps(stage(row)), "problem": None}
     except TeachercacheError as error:
         problem: TeachercacheError = error
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic in Rust is no `Exception`
         failed = what or f"unit {row['unit']} (its documents are in .work/units of the cache)"
         logger.exception("%s", failed)
         problem = JobFailed(

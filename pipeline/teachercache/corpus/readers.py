@@ -76,7 +76,7 @@ def _open(config: CorpusConfig) -> Iterator[Row]:
 
 
 def kind_of(config: CorpusConfig) -> str:
-    """Which reader serves the source: `datasets`, `python-docs`, or a format of files. Raises `CorpusError`."""
+    """The reader that serves the source: `datasets`, `python-docs`, or a format of files. Raises `CorpusError`."""
     if config.format != "auto":
         return config.format
     if config.source == "python-docs":

@@ -56,7 +56,7 @@ class CorpusSample:
 
     @property
     def factor(self) -> float:
-        """How many times the sample the corpus is."""
+        """The size of the corpus in samples."""
         return self.total / sum(block.measure for block in self.blocks)
 
 

@@ -1,4 +1,4 @@
-"""What a row is asked: which of its tokens are positions with a label, what a student may see, and which head answers.
+"""Tasks, what a row is asked: which of its tokens are positions with a label, what a student may see, and which head answers.
 
 contract.py    what every task says of itself
 next_token.py  the token that follows: causal language models

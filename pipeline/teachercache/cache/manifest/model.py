@@ -97,7 +97,7 @@ class Manifest:
 
     @property
     def task(self) -> dict[str, Any]:
-        """What rows are asked: the `name` of a task, and what that task keeps besides."""
+        """The task of the rows: its `name`, and what that task keeps besides."""
         described: dict[str, Any] = self.settings.get("task", {"name": NEXT_TOKEN.name})
         return described
 
@@ -109,7 +109,7 @@ class Manifest:
 
     @property
     def requires(self) -> list[str]:
-        """What a reader must know beside this version of the format."""
+        """The features that a reader must know beside this version of the format."""
         return [self.task["name"]] if "task" in self.settings else []
 
     @property

@@ -1,4 +1,4 @@
-"""How often a unit was begun, and what was found out meanwhile: `.work/attempts/`, one small file a unit.
+"""Attempts: how often a unit was begun, and what was found out meanwhile: `.work/attempts/`, one small file a unit.
 
 Whoever goes on with a unit after a death, of the teacher's process, its actor, the node or the driver, begins where the search
 for the row that is to blame was. The files need not survive a power cut, and are not synced.

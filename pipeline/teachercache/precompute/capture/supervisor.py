@@ -25,7 +25,7 @@ HOPELESS = 8  # rows that fail one after the other, and none that does not: it i
 
 
 class Failed(Exception):
-    """How a process failed; `str()` begins with raised, crashed or hung, and ends with what it said last."""
+    """The way in which a process failed; `str()` begins with raised, crashed or hung, and ends with what it said last."""
 
     def __init__(self, kind: str, said: str, rows: Sequence[str]) -> None:
         super().__init__(f"{kind}: {said}")
@@ -156,7 +156,7 @@ class Supervisor:
             LocalStore(plan.work).put(plan.input_file.name, b"{}")
 
     def _failure_of(self, name: str, *arguments: Any) -> Failed | None:
-        """How the process fails at this, if it does."""
+        """The way in which the process fails at this, or none."""
         try:
             self._ask(name, *arguments)
         except Failed as failure:

@@ -58,7 +58,7 @@ class ForkServer:
         return Fork(self, pid, Connection(ours.detach()), output)
 
     def exit_status(self, pid: int) -> int:
-        """Of a process that is ended; waits for its end. Negative: the signal that ended it."""
+        """Exit status of a process that is ended; waits for its end. Negative: the signal that ended it."""
         with contextlib.suppress(OSError):
             self._control.sendall(NUMBER.pack(pid))
         return self._answer()
@@ -123,7 +123,7 @@ class Fork:
         return "; ".join([how, *self.last_lines()])
 
     def last_lines(self) -> list[str]:
-        """What it printed last; where a signal ended it, the calls that it was in."""
+        """The last lines that it printed; where a signal ended it, the calls that it was in."""
         text = self._tail.decode("utf-8", errors="replace").splitlines()
         lines = [line.strip()[:MOST_CHARACTERS] for line in text if line.strip()]
         stack = [index for index, line in enumerate(lines) if line.endswith(_STACK)]

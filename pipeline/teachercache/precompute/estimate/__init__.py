@@ -1,4 +1,4 @@
-"""What a precompute job will take, from a timed sample of its rows and counts of its corpus.
+"""Estimates what a precompute job will take, from a timed sample of its rows and counts of its corpus.
 
 job.py         the whole estimate, `run_estimate`
 counts.py      how many positions, tokens and units the corpus holds, and how sure that is

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Course:
-    """What `runs` students take with the cache and without it, in seconds; what both share, the student's own work, is left
+    """Seconds that `runs` students take with the cache and without it; what both share, the student's own work, is left
     out."""
 
     cache_seconds: float  # of making the cache once

@@ -1,4 +1,4 @@
-"""How many positions, tokens and units a corpus holds, from a sample that is tokenised as the job tokenises.
+"""Counts of positions, tokens and units of a corpus, from a sample that is tokenised as the job tokenises.
 
 Positions are the sample's, times how many times the sample the corpus is. Blocks of the sample differ, and that says how
 sure the product is: the standard error of a ratio of two sums over blocks (Cochran, Sampling Techniques, 1977, 2.11).
@@ -84,7 +84,7 @@ def _check_usable(parts: Sequence[Tokenised], *, source: str) -> None:
 
 
 def _units(recipe: Recipe, plan: Plan, groups: Sequence[Sequence[Document]], factor: float) -> int:
-    """Where the sample fills no unit, by the recipe's own bounds of one."""
+    """Units where the sample fills none, by the recipe's own bounds of one."""
     if plan.units > 1:
         return max(1, round(factor * (plan.units - 0.5)))  # its last one is half full, on average
     settings = recipe.precompute

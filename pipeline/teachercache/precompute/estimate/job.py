@@ -26,7 +26,7 @@ PRICE = 0.023  # a GB and month of an object store's standard class, in dollars,
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked beside the recipe. Raises `RecipeError` for a device that is not in the table, and for a number of devices
+    """The options beside the recipe. Raises `RecipeError` for a device that is not in the table, and for a number of devices
     without their kind."""
 
     seconds: float = 30.0
@@ -70,7 +70,7 @@ def run_estimate(recipe: Recipe, question: Question, *, console: Console) -> dic
 def document(
     recipe: Recipe, question: Question, sample: CorpusSample, timed: TimedSample, prediction: Prediction
 ) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The document that `--json` prints."""
     parts, stages = prediction.bytes_by_part, prediction.stages(actors=timed.placement.actors)
     size, seconds = sum(parts.values()), sum(cost.seconds for cost in stages.values())
     return {

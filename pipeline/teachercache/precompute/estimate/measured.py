@@ -1,4 +1,4 @@
-"""What an estimate measures: seconds of stages on the clock and on all processors, and what rows hold."""
+"""Measurements of an estimate: seconds of stages on the clock and on all processors, and what rows hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Amount:
-    """What some rows hold. `pairs` are those of a token and one of its segment that is not after it."""
+    """The contents of some rows. `pairs` are those of a token and one of its segment that is not after it."""
 
     rows: float = 0
     positions: float = 0

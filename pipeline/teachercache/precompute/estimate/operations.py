@@ -25,6 +25,6 @@ def forward_operations(teacher: Teacher, row: TokenRow, *, positions_per_batch: 
 
 
 def tail_operations(targets: StoredTargets) -> float:
-    """Of a product with the basis of the stored logits; 0 for kinds without."""
+    """Operations of a product with the basis of the stored logits; 0 for kinds without."""
     basis = getattr(targets.of_logits, "basis", None)
     return 0.0 if basis is None else 2.0 * basis.rank * basis.vocabulary_size

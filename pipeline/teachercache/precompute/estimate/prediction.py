@@ -22,7 +22,7 @@ NOTHING = Cost()
 
 @dataclass(frozen=True)
 class OnDevices:
-    """What a roofline gives for N devices of a kind."""
+    """The prediction that a roofline gives for N devices of a kind."""
 
     hours: float
     position_seconds: float  # of the forward pass, on one
@@ -40,7 +40,7 @@ class Prediction:
 
     @property
     def bytes_by_part(self) -> dict[str, int]:
-        """Of all files of the cache, alignments among them: targets, tokens and text, headers, what they are read by."""
+        """Bytes of all files of the cache, alignments among them: targets, tokens and text, headers, what they are read by."""
         parts: Counter[str] = Counter()
         for sizes in self._timed.sizes:
             parts.update(sizes.of(self.corpus, sample=self._timed.captured, units=self._timed.counts.units))

@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 def estimate_table(result: dict[str, Any]) -> Table:
-    """What the job takes and when it pays; the caption says what is measured and what is taken for granted."""
+    """A table of what the job takes and when it pays; the caption says what is measured and what is taken for granted."""
     table = Table(show_header=False, box=box.SIMPLE, padding=(0, 1), pad_edge=False, caption_justify="left", width=80)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -53,7 +53,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TimedSample:
-    """What was measured. `costs` are by stage: `capturing` of the rows in `captured`, `online` and `reading` of so many
+    """Measurements of it. `costs` are by stage: `capturing` of the rows in `captured`, `online` and `reading` of so many
     positions, `calibrating` of `fitted` positions, where the job fits `to_fit`."""
 
     counts: Counts
@@ -199,7 +199,7 @@ def _line(row: dict[str, Any], field: str) -> str:
 
 
 def placement_here(recipe: Recipe, *, units: int) -> Placement:
-    """Where a cluster of this machine alone puts the teacher."""
+    """The placement of the teacher in a cluster of this machine alone."""
     settings = recipe.precompute
     asked = 1 if settings.actors == "auto" else settings.actors
     cpus = max(os.cpu_count() or 1, asked * actor_cpus(settings)) + 1

@@ -1,4 +1,4 @@
-"""Where the bytes of a sample's cache are, and what each of them grows with."""
+"""Sizes: where the bytes of a sample's cache are, and what each of them grows with."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SampleBytes:
 
 
 def sizes_of(cache: Cache) -> SampleBytes:
-    """Of a cache of one shard, its alignments apart."""
+    """Sizes of a cache of one shard, its alignments apart."""
     sections = cache.targets.sections.items()
     places = {column.name: (section, column.of) for section, kind in sections for column in kind.columns}
     places |= dict.fromkeys(ROW_COLUMNS, (TOKENS, "token"))
@@ -62,7 +62,7 @@ def sizes_of(cache: Cache) -> SampleBytes:
 
 
 def header_bytes(schema: pa.Schema) -> int:
-    """Of a schema, which stands at both ends of a file."""
+    """Bytes of a schema, which stands at both ends of a file."""
     return int(2 * schema.serialize().size)
 
 
@@ -71,7 +71,7 @@ def _table_bytes(schema: pa.Schema, column: str) -> int:
 
 
 def sizes_of_alignment(folder: Path, *, student: str) -> SampleBytes:
-    """Of an alignment of one shard."""
+    """Sizes of an alignment of one shard."""
     paths = sorted(folder.glob("part-*.arrow"))
     headers = sum(header_bytes(pa.ipc.open_file(path).schema) for path in paths)
     size = sum(path.stat().st_size for path in paths) - headers

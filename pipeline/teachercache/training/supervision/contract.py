@@ -45,7 +45,7 @@ class Supervision(ABC):
 
     @property
     def task(self) -> Task:
-        """What all rows are asked."""
+        """The task of all rows."""
         return self.caches[0].task
 
     # ------------------------------------------------------------------ before the first step

@@ -87,9 +87,12 @@ def installed(tmp_path: Path) -> Path:
 
 
 def recipe_in_a_new_process(installed: Path, logits: object, tail: str = "auto") -> subprocess.CompletedProcess[str]:
+    return in_a_new_process(installed, READ % (logits, tail))
+
+
+def in_a_new_process(installed: Path, code: str) -> subprocess.CompletedProcess[str]:
     environment = same_imports()
     environment["PYTHONPATH"] += f":{installed}"
-    code = READ % (logits, tail)
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
@@ -98,6 +101,16 @@ def test_a_recipe_names_parts_of_an_installed_extension(installed: Path) -> None
     assert (done.returncode, done.stdout) == (0, "pairs even\n"), done.stderr
     done = recipe_in_a_new_process(installed, {"kind": "pairs", "wieght": 2})
     assert done.returncode == 1 and "unknown key `targets.logits.wieght`; did you mean `weight`?" in done.stderr
+
+
+def test_a_cache_names_parts_of_an_installed_extension(installed: Path) -> None:
+    stored = {"logits": {"kind": "pairs", "weight": 2}}
+    code = f"from teachercache.targets.stored import why_unknown; print(why_unknown('logits', {stored}))"
+    done = in_a_new_process(installed, code)
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
+    done = in_a_new_process(installed, code.replace("pairs", "triples"))
+    assert "kind 'triples', this version reads top-k" in done.stdout and "pairs; install a newer version" in done.stdout
+    assert done.stdout.endswith("or the extension that has it\n")
 
 
 def test_an_extension_that_fails_is_named(installed: Path) -> None:

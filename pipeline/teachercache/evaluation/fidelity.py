@@ -151,6 +151,8 @@ def parse_options(temperatures: str, tail: str | None) -> dict[str, Any]:
             raise ValueError
     except ValueError:
         raise UserError(f"--temperatures {temperatures!r} is no list of numbers; write e.g. 1,2,4") from None
+    if tail is not None:
+        TAIL_POLICIES.get(tail)  # an installed extension may have it
     allowed = [name for name, policy in TAIL_POLICIES.items() if policy.tells_tokens_apart]
     if tail is not None and tail not in allowed:
         raise UserError(f"--tail {tail!r} gives no token outside the head a probability; use {', '.join(allowed)}")

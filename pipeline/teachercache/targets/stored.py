@@ -47,9 +47,10 @@ def why_unknown(section: str, targets: Mapping[str, Any]) -> str | None:
     if not isinstance(settings, Mapping):
         return None
     kind = settings.get("kind", "" if section == LOGITS else section)
-    known = {LOGITS: tuple(KINDS), BOUNDARY: (BOUNDARY,)}.get(section) or kinds_of(section)
-    if isinstance(kind, str) and kind not in known:
-        return f"the cache stores {section} of kind {kind!r}, this version reads {', '.join(known)}; {REMEDY}"
+    known = {LOGITS: KINDS, BOUNDARY: (BOUNDARY,)}.get(section) or kinds_of(section)
+    if isinstance(kind, str) and kind not in known:  # asks installed extensions too
+        remedy = f"{REMEDY}, or the extension that has it" if section == LOGITS else REMEDY
+        return f"the cache stores {section} of kind {kind!r}, this version reads {', '.join(known)}; {remedy}"
     codec = settings.get("codec")
     if section == "hidden" and isinstance(codec, str) and codec not in CODECS:
         return f"the cache stores hidden states coded as {codec!r}, this version reads {', '.join(CODECS)}; {REMEDY}"

@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 
 from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
-from teachercache.errors import CacheError, ModelError
+from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.models.loading import load_causal_lm
 from teachercache.training.job.train import run_training
+from teachercache.training.supervision.choice import supervision_of
 from teachercache.training.trainer.trainer import DistillationTrainer
 from training.runs import CLOCKED, losses_of
 
@@ -31,6 +32,16 @@ def _trainer(cache: Path, student: Path, output: Path, **settings: Any) -> Disti
         args=TrainingArguments(output_dir=str(output), **{**arguments, **settings}),
         objective=ObjectiveConfig(alpha=0.7, temperature=2.0),
     )
+
+
+@pytest.mark.parametrize("of", ["caches", "objective"])
+def test_supervision_of_another_run_is_refused(cache: Path, student: Path, tmp_path: Path, of: str) -> None:
+    opened, objective = Cache.open(cache), ObjectiveConfig(alpha=0.7)
+    other = supervision_of([opened] * 2, objective) if of == "caches" else supervision_of([opened], ObjectiveConfig())
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    model = load_causal_lm(str(student))
+    with pytest.raises(RecipeError, match=f"supervision is of (other|another) {of}"):
+        DistillationTrainer(model=model, cache=opened, args=args, objective=objective, supervision=other)
 
 
 def test_it_trains_by_arguments_alone(cache: Path, student: Path, make_recipe: Any, tmp_path: Path) -> None:

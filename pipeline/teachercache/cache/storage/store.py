@@ -1,4 +1,4 @@
-"""`Store`: the five verbs that a cache is written by, and `LocalStore`, a folder that speaks them.
+"""`Store`: five verbs for writing a cache, by which records of units are written, and `LocalStore`, a folder that speaks them.
 
     put             a whole object, in place of one that may be there
     put_if_absent   a whole object where there is none: of several writers exactly one is told that it wrote

@@ -10,7 +10,6 @@ Shapes: N labels.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,10 +20,10 @@ from numpy.typing import NDArray
 from teachercache.config import RowPrefix, SequenceConfig
 from teachercache.corpus.sequences import tokenise
 from teachercache.errors import RecipeError
-from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.plan import Plan
 from teachercache.precompute.capture.staging import read_unit, salted_hash, sample_file
+from teachercache.precompute.engine.records import put_record
 from teachercache.tokens.prefix import begins_with, row_prefix
 from teachercache.tokens.rows import TokenRow
 
@@ -53,7 +52,9 @@ def check_input(teacher: Teacher, plan: Plan, *, positions_per_batch: int) -> No
     forms = _forms(tokenizer, sequence.prefix, plan.prefix_ids, chats=chats)
     rows = _sample(plan, tokenizer, forms, longest=sequence.length)
     nats_N = {name: _nats(teacher, rows, prefix, positions_per_batch) for name, prefix in forms.items()}
-    write_whole(plan.input_file, json.dumps(compared(sequence.prefix, nats_N), sort_keys=True))
+    put_record(
+        plan.input_file, compared(sequence.prefix, nats_N)
+    )  # several actors may measure at once: the first one counts
 
 
 def _forms(tokenizer: PreTrainedTokenizerBase, chosen: RowPrefix, prefix: tuple[int, ...], *, chats: bool) -> Forms:

@@ -81,10 +81,19 @@ class Recorded(Protocol):
 
 def pending_units(plan: Recorded) -> list[int]:
     """Units without a record that counts; one that does not is removed."""
-    pending = [unit for unit in range(plan.units) if plan.record(unit) is None]
-    for unit in pending:
-        plan.record_file(unit).unlink(missing_ok=True)
-    return pending
+    without = [unit for unit in range(plan.units) if plan.record(unit) is None]
+    return [unit for unit in without if not _is_done_meanwhile(plan, unit)]
+
+
+def _is_done_meanwhile(plan: Recorded, unit: int) -> bool:
+    """Tells whether a straggler of an earlier job has put a record since; removes one that does not count."""
+    file = plan.record_file(unit)
+    if not file.is_file():
+        return False
+    if plan.record(unit) is not None:
+        return True
+    file.unlink(missing_ok=True)
+    return False
 
 
 def put_record(file: Path, record: Mapping[str, Any]) -> bool:

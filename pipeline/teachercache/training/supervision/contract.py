@@ -1,5 +1,6 @@
-"""`Supervision`: what a run learns from in the rows of its caches. It is chosen once (choice.py); nothing after that asks
-which one it is.
+"""`Supervision`: what a run learns from in the rows of its caches. It is chosen once (choice.py); the
+trainer, the order of rows, collation and the held-out pass do not ask which one it is. The checks before the first step and
+the export do: they read `alignments`.
 
 Each file beside this one that is named after what it learns from holds one: own_tokens.py, other_tokens.py,
 several_teachers.py.
@@ -18,6 +19,7 @@ from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.manifest.alignment_manifest import AlignmentManifest
 from teachercache.cache.reader import Split
 from teachercache.config import ObjectiveConfig, PhaseConfig
+from teachercache.errors import RecipeError
 from teachercache.objective import Objective
 from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.stream.cache_rows import CacheRows
@@ -49,6 +51,15 @@ class Supervision(ABC):
         return self.caches[0].task
 
     # ------------------------------------------------------------------ before the first step
+
+    def check_run(self, caches: Sequence[Cache], config: ObjectiveConfig) -> None:
+        """Raise `RecipeError` where a run has other caches, or another objective, than this was made for."""
+        if [cache.manifest.fingerprint for cache in caches] != [cache.manifest.fingerprint for cache in self.caches]:
+            raise RecipeError(
+                "supervision is of other caches than the trainer's; make it of the same `cache` and `mix`"
+            )
+        if config != self.config:
+            raise RecipeError("supervision is of another objective than the trainer's; make it of the same `objective`")
 
     @abstractmethod
     def tokens_of(self, number: int) -> Manifest | AlignmentManifest:

@@ -83,7 +83,8 @@ class DistillationTrainer(Trainer):
     tokens; `training.supervision.choice.supervision_of` gives it for alignments or for several teachers.
     Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
-    Raises `CacheError` when a cache does not hold the objective's temperature or does not mix, `ModelError` for a student that
+    Raises `RecipeError` for a `supervision` of other caches or of another objective,
+    `CacheError` when a cache does not hold the objective's temperature or does not mix, `ModelError` for a student that
     cannot learn from them (`fit.Fit`), `JobFailed` when training diverges.
     """
 
@@ -108,6 +109,7 @@ class DistillationTrainer(Trainer):
         self.caches = (cache, *(mixed.cache for mixed in mix))
         self.objective_config = objective
         self.supervision = supervision or supervision_of(self.caches, objective)
+        self.supervision.check_run(self.caches, objective)
         self.fit = Fit(self.supervision, pack=pack)
         self.fit.check(model)
         trained = trained or _trained(self.supervision, plan)

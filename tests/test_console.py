@@ -1,8 +1,10 @@
-"""Text of a cache that is printed cannot command the terminal."""
+"""Text of a cache that is printed cannot command the terminal; a command's exit status is its own."""
 
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.table import Table
@@ -10,6 +12,7 @@ from rich.text import Text
 
 from teachercache.console import PlainTextConsole, run_command, without_controls
 from teachercache.errors import CacheDamaged
+from teachercache.files import same_imports
 
 HOSTILE = ["\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "a\rb", "\x08" * 4, "\u202eevil", "\u2066x", "\x7f", "\u2028"]
 
@@ -60,3 +63,20 @@ def test_a_traceback_is_printed_plain(capfd: pytest.CaptureFixture[str]) -> None
     printed = capfd.readouterr().err
     assert "ZeroDivisionError: \\x1b[2J" in printed and "Traceback" in printed
     assert all(line.isprintable() for line in printed.split("\n"))
+
+
+def test_last_words_that_nobody_reads_are_no_status() -> None:
+    """As a library says them at the very end, when the connection that showed them has broken."""
+    code = (
+        "import sys; from teachercache.console import run_command\n"
+        "print(flush=True); sys.stdin.readline()\n"
+        "status = run_command(lambda console: {}, as_json=True, show=str)\n"
+        "sys.stderr.write('no end of line'); sys.exit(status)"
+    )
+    command, pipes = [sys.executable, "-c", code], dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, env=same_imports(), **pipes, text=True)  # type: ignore[call-overload]
+    process.stdout.readline()
+    process.stderr.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0 and process.stdout.read() == "{}\n"

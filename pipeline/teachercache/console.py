@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 import warnings
@@ -58,6 +59,7 @@ def run_command(
         sys.stdout.flush()
         os.dup2(stdout, 1)
         os.close(stdout)
+        _drop_unread_stderr()
     if not is_main_process():
         return status
     if as_json:
@@ -68,6 +70,16 @@ def run_command(
             PlainTextConsole(emoji=False).print(shown)
     sys.stdout.flush()
     return status
+
+
+def _drop_unread_stderr() -> None:
+    """Point stderr nowhere if nobody reads it any more: Python would end with 120, not with our status, where a library's
+    last words cannot be flushed."""
+    poll = select.poll()
+    poll.register(2, 0)
+    if any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
 
 
 class PlainTextConsole(Console):

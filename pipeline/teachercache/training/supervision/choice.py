@@ -17,11 +17,6 @@ from teachercache.training.supervision.other_tokens import OtherTokens
 from teachercache.training.supervision.own_tokens import OwnTokens
 from teachercache.training.supervision.several_teachers import SeveralTeachers
 
-ONE_OF_BOTH = (
-    "teachers: the student has another tokenizer than `cache`; give as `cache` one of the student's tokenizer and align the "
-    "others with it, or leave teachers out"
-)
-
 
 def supervision_for(recipe: Recipe, caches: Sequence[Cache]) -> Supervision:
     """Chooses what the recipe's student learns from in its caches.
@@ -33,7 +28,7 @@ def supervision_for(recipe: Recipe, caches: Sequence[Cache]) -> Supervision:
     if recipe.teachers is None:
         return supervision_of(caches, recipe.objective, alignments=alignments)
     if alignments:
-        raise RecipeError(ONE_OF_BOTH)
+        raise _both_at_once()
     return supervision_of(caches, recipe.objective, teachers=_teachers(recipe, recipe.teachers, caches))
 
 
@@ -59,9 +54,16 @@ def supervision_of(
     Raises `RecipeError` for both.
     """
     if alignments and teachers is not None:
-        raise RecipeError(ONE_OF_BOTH)
+        raise _both_at_once()
     if alignments:
         return OtherTokens(caches, objective, alignments=alignments)
     if teachers is not None:
         return SeveralTeachers(caches, objective, teachers=teachers)
     return OwnTokens(caches, objective)
+
+
+def _both_at_once() -> RecipeError:
+    return RecipeError(
+        "teachers: the student has another tokenizer than `cache`; give as `cache` one of the student's tokenizer and align "
+        "the others with it, or leave teachers out"
+    )

@@ -1,8 +1,8 @@
 """The capture job's stages on Ray.
 
 Tokenising is a task; capturing and writing happen in a pool of teacher actors with one model each, which lives in a process
-beside its actor (supervisor.py). Ray Data streams units from
-the one to the other with back-pressure: token ids flow, targets never leave the actor that captured them.
+beside its actor (supervisor.py). Ray Data streams units from the one to the other with back-pressure: token ids flow, targets
+never leave the process that captured them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def _calibrate(job: Job) -> Row:
 
 def _tokenise(row: Row, job: Job) -> Row:
     """The unit's tokens; no payload where that fails or an earlier task died of it: the teacher's process tries it then."""
-
     from teachercache.precompute.capture.units import tokenise_unit
 
     def stage(row: Row) -> tuple[Tokenised, int]:

@@ -33,9 +33,8 @@ Columns = Sequence[tuple[str, ...]]  # of each cache
 class Supervision(ABC):
     """Supervision by `caches`, those of a run in order, and by the objective of `config`.
 
-    `alignments`, one a cache, have the rows in the student's own
-    tokens; there are none where those are the teacher's. `adaptive` is what it remembers beyond one step, by its name in a
-    checkpoint. `remote` is the number of caches that lie in object stores.
+    `alignments`, one a cache, have the rows in the student's own tokens; there are none where those are the teacher's.
+    `adaptive` is what it remembers beyond one step, by its name in a checkpoint.
     """
 
     alignments: tuple[CacheAlignment, ...] = ()
@@ -85,7 +84,7 @@ class Supervision(ABC):
 
     @property
     def remote(self) -> int:
-        """See the class."""
+        """The number of caches that lie in object stores."""
         return sum(cache.is_remote for cache in (*self.caches, *self.other_caches))
 
     def prefetch(self, shards: Sequence[Sequence[int]], columns: Columns) -> None:

@@ -309,9 +309,10 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, texts=sentences(12, words=120), sequence={"length": 24})
     plan, lost = make_plan(recipe), None
     teacher = Teacher.load(recipe.teacher, targets=plan.loaded_targets(), layout="documents", pad_id=0)
-    body = NoRoom(teacher.model.config).eval()
-    body.load_state_dict(teacher.model.model.state_dict())
-    teacher.model.model = body
+    model = teacher.backend.model
+    body = NoRoom(model.config).eval()
+    body.load_state_dict(model.model.state_dict())
+    model.model = body
     for unit in plan.pending():
         tokenised, documents = tokenise_unit(plan, unit, sequence=recipe.sequence, store_text=True)
         if lost is None:

@@ -77,7 +77,7 @@ class NoRoom(OutputLayer):
 def test_a_sketch_is_fitted_on_the_cpu_where_the_gpu_has_no_room() -> None:
     kind = HeadSketch(6, 16, 0.1, V, 64)
     model = tiny_model(vocabulary=V)
-    teacher = Teacher(model, targets=StoredTargets(kind), layout="documents", pad_id=0, device="cuda")
+    teacher = Teacher.of(model, targets=StoredTargets(kind), layout="documents", pad_id=0, device="cuda")
     layer, rows = OutputLayer.of(model, vocabulary_size=V), [random(3, 200, D).cuda()]
     cramped = NoRoom(layer.matrix_VD, layer.bias_V, layer.scale, layer.softcap)
     fitted = teacher._fit(cramped, rows)

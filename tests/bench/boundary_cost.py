@@ -68,7 +68,7 @@ def main() -> None:
     size, V = REDUCED_BYTES["cpu"] // (4 * both.logits.vocabulary_size), both.logits.vocabulary_size
     generator = torch.Generator().manual_seed(0)
     blocks = (torch.randn(32 * size, V, generator=generator) * 3).split(size)
-    hidden_nD = torch.randn(size, teacher.model.config.hidden_size, generator=generator)
+    hidden_nD = torch.randn(size, teacher.backend.model.config.hidden_size, generator=generator)
     labels_n, seeds_n = torch.zeros(size, dtype=torch.int64), np.zeros(size, dtype=np.uint64)
 
     def reduced(targets: StoredTargets) -> float:

@@ -119,7 +119,7 @@ class Bench:
             settings["width"] = self.model.get_output_embeddings().weight.shape[1]
         recipe = parse_recipe({"cache": "unused", "targets": {"logits": settings}}, origin="bench")
         kind = target_kind(recipe.targets.logits.model_dump(), vocabulary_size=len(self.tokenizer))
-        teacher = Teacher(self.model, targets=StoredTargets(kind), layout="documents", pad_id=self.pad_id)
+        teacher = Teacher.of(self.model, targets=StoredTargets(kind), layout="documents", pad_id=self.pad_id)
         basis_bytes = 0
         if kind.needs_calibration:
             teacher.prepare(self.calibration, positions_per_batch=2048, longest=LENGTH)

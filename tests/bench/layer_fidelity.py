@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from teachercache.models.loading import load_causal_lm, load_tokenizer, model_in
 from teachercache.targets import HiddenStates, StoredTargets, TopK
 from teachercache.targets.layers.attention_maps import AttentionMaps
 from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
-from teachercache.teacher.layers import LayerSample, make_layer_files, rows_of
+from teachercache.teacher.layers import LayerSample, attention_file, make_layer_files, rows_of
 from teachercache.tokens.rows import TokenRow
 
 STEPS = {"int8": (0.06, 0.08, 0.11, 0.16), "projected": (0.3, 0.45, 0.6, 0.8), "bf16": (0.0,)}
@@ -82,12 +83,12 @@ class Bench:
         for row in self.sample_rows:
             with recorded(self.model, hidden=self.layers, attention=self.attention) as activations:
                 self._run(row)
-            sample.add(activations, [row])
+            sample.add(rows_of(activations, [row], layout="documents"))
         return sample
 
     def targets(self, **kinds: Any) -> StoredTargets:
         targets = StoredTargets(self.logits, **kinds)
-        made = make_layer_files(self.model, targets, self.sample, longest=self.length)
+        made = make_layer_files(partial(attention_file, self.model), targets, self.sample, longest=self.length)
         for section, layers in made.items():
             targets = targets.with_layer_file(section, layers, longest=self.length)
         return targets

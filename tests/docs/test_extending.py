@@ -14,11 +14,12 @@ from teachercache import Cache, DistillationTrainer, ObjectiveConfig
 from teachercache.cache.storage.store import LocalStore
 from teachercache.config import parse_recipe
 from teachercache.config.layer_losses import LAYER_LOSSES
-from teachercache.errors import CacheError, RecipeError
+from teachercache.errors import CacheError, ModelError, RecipeError
 from teachercache.objective.layers.terms import TERMS
 from teachercache.targets import KINDS, TAIL_POLICIES
+from teachercache.teacher import BACKENDS
 
-from builders import tiny_cache, tiny_teacher
+from builders import build_cache, tiny_cache, tiny_recipe, tiny_teacher
 from pages import ROOT, blocks
 from target_kinds import walk_through_a_cache
 
@@ -32,7 +33,8 @@ def added() -> Iterator[dict[str, Any]]:
     for block in blocks(PAGE, "python"):
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)
     yield names
-    for registry, name in ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms")):
+    added = ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (BACKENDS, "one-by-one"))
+    for registry, name in added:
         registry.remove(name)
     del TERMS["norms"]
 
@@ -102,6 +104,40 @@ def test_a_student_learns_by_a_policy_and_a_loss_from_outside(added: dict[str, A
     trainer.train()
     norms = [entry["norms"] for entry in trainer.state.log_history if "norms" in entry]
     assert len(norms) == 12 and norms[-1] < norms[0]
+
+
+def cache_by(backend: str, folder: Path, teacher: Path, **sections: Any) -> Cache:
+    """A cache whose teacher ran by this backend, each row in a pass of its own."""
+    small = {"positions_per_batch": 1, "threads_per_actor": 1}
+    recipe = tiny_recipe(folder, teacher=teacher, precompute=small, **sections)
+    assert recipe.teacher is not None
+    named = recipe.teacher.model_copy(update={"backend": backend})
+    return Cache.open(build_cache(recipe.model_copy(update={"teacher": named})))
+
+
+@pytest.mark.parametrize("logits", [{"kind": "top-k", "k": 8}, {"kind": "head+sketch", "k": 6, "rank": 8}])
+def test_a_backend_from_outside_captures_what_the_reference_does(
+    added: dict[str, Any], tmp_path: Path, logits: dict[str, Any]
+) -> None:
+    """To the last bit."""
+    teacher = tiny_teacher(tmp_path / "teacher")
+    caches = [cache_by(name, tmp_path / name, teacher, targets={"logits": logits}) for name in BACKENDS]
+    assert [cache.manifest.model["backend"] for cache in caches] == ["transformers", "one-by-one"]
+    reference, other = (cache.manifest for cache in caches)
+    assert reference.fingerprint == other.fingerprint
+    assert reference.shards == other.shards  # by the sha256 of their files
+
+
+def test_a_backend_says_what_it_cannot_store_and_one_that_nobody_has_is_refused(
+    added: dict[str, Any], tmp_path: Path
+) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    with pytest.raises(ModelError, match="one-by-one shows no layers; leave out targets.hidden"):
+        cache_by("one-by-one", tmp_path / "layers", teacher, targets={"hidden": {"layers": [1]}})
+    with pytest.raises(
+        RecipeError, match="teacher.backend is 'two-by-two'; there is transformers, one-by-one; install"
+    ):
+        cache_by("two-by-two", tmp_path / "nobody", teacher)
 
 
 def test_a_store_from_outside_keeps_the_same_word(added: dict[str, Any], tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def teacher_of(model: Any) -> Teacher:
     targets = StoredTargets(
         TopK(8, (1.0,), "float32", VOCABULARY), hidden=HiddenStates(layers=(0, 2), width=32, blocks=3, codec="bf16")
     )
-    return Teacher(model, targets=targets, layout="packed", pad_id=0)
+    return Teacher.of(model, targets=targets, layout="packed", pad_id=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

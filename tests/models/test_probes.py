@@ -106,7 +106,7 @@ def test_a_teacher_with_fewer_positions_than_rows_have_tokens_is_refused(said: i
     model.config.n_positions = said
     targets = StoredTargets(TopK(8, (1.0,), "float32", 300))
     with pytest.raises(ModelError, match=rf"GPT2LMHeadModel\)? {told} 2100.*; lower sequence.length") as refusal:
-        Teacher(model, targets=targets, layout="documents", pad_id=0, longest=2100)
+        Teacher.of(model, targets=targets, layout="documents", pad_id=0, longest=2100)
     assert "\n" not in str(refusal.value)
 
 

@@ -97,7 +97,7 @@ def test_targets_are_those_of_a_document_alone(kind: str, layout: str) -> None:
     rows = DOCUMENTS if layout == "documents" else PACKED
     hidden = HiddenStates(layers=(1,), width=32, blocks=2, codec="bf16")
     targets = StoredTargets(TopK(8, (1.0,), "float32", VOCABULARY), hidden=hidden)
-    teacher = Teacher(model_of(kind), targets=targets, layout=layout, pad_id=0, longest=80)
+    teacher = Teacher.of(model_of(kind), targets=targets, layout=layout, pad_id=0, longest=80)
     by_itself = [captured for each in rows for captured in teacher.capture([each], positions_per_batch=1)]
     for one, other, each in zip(teacher.capture(rows, positions_per_batch=10_000), by_itself, rows, strict=True):
         assert one.columns is not None and other.columns is not None
@@ -121,7 +121,7 @@ def test_flash_kernels_and_copies_too() -> None:
     model = copy.deepcopy(rotate_by_own_length(model_of("longrope")))
     assert all(module.forward.__self__ is module for module in model.modules() if hasattr(module, "rope_type"))
     with flash_kernels():
-        teacher = Teacher(with_flash(model), targets=targets, layout="documents", pad_id=0)
+        teacher = Teacher.of(with_flash(model), targets=targets, layout="documents", pad_id=0)
         for captured in teacher.capture(DOCUMENTS, positions_per_batch=10_000):
             assert captured.columns is not None
             found = captured.columns["actual_log_prob"]

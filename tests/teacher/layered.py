@@ -19,7 +19,7 @@ SAMPLE = [make_row(60, seed=100 + seed, vocabulary=V) for seed in range(12)]
 
 
 def prepared(model: Any, *, layout: str = "documents", **kinds: Any) -> Teacher:
-    teacher = Teacher(model, targets=StoredTargets(LOGITS, **kinds), layout=layout, pad_id=0)
+    teacher = Teacher.of(model, targets=StoredTargets(LOGITS, **kinds), layout=layout, pad_id=0)
     teacher.prepare(SAMPLE, positions_per_batch=256, longest=64)
     return teacher
 

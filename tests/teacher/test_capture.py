@@ -24,7 +24,7 @@ VOCABULARY = 90
 
 
 def make_teacher(model, *, layout: str = "documents", vocabulary: int = VOCABULARY, k: int = 8) -> Teacher:
-    return Teacher(model, targets=StoredTargets(TopK(k, (1.0, 2.0), "float32", vocabulary)), layout=layout, pad_id=0)
+    return Teacher.of(model, targets=StoredTargets(TopK(k, (1.0, 2.0), "float32", vocabulary)), layout=layout, pad_id=0)
 
 
 def alone(model, row: TokenRow, *, vocabulary: int = VOCABULARY, k: int = 8) -> dict[str, np.ndarray]:
@@ -124,7 +124,9 @@ def test_a_soft_capped_teacher_never_forms_the_logits_of_a_whole_batch():
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=20.0,
     )  # fmt: skip
     teacher = make_teacher(Gemma2ForCausalLM(config).eval())
-    teacher.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the model projected a whole batch itself"))
+    teacher.backend.model.lm_head.register_forward_hook(
+        lambda *_: pytest.fail("the model projected a whole batch itself")
+    )
     [captured] = teacher.capture([make_row(20, seed=3)], positions_per_batch=64)
     assert captured.columns is not None
 
@@ -240,7 +242,7 @@ def test_a_passing_want_of_memory_loses_no_row(error):
     assert [captured.problem for captured in results] == [None] * 10
     for row, captured in zip(rows, results, strict=True):
         assert captured.row is row
-        assert_same(captured.columns, alone(teacher.model, row))
+        assert_same(captured.columns, alone(teacher.backend.model, row))
 
 
 def test_a_lone_row_is_tried_three_times():
@@ -274,7 +276,7 @@ def test_calibration_halves_its_batches_too_and_goes_without_a_row_that_never_fi
     kind = HeadSketch(6, 8, 0.1, VOCABULARY, 64)
     rows = [make_row(80, seed=99), *(make_row(16, seed=seed) for seed in range(10))]
     little, plenty = (
-        Teacher(model, targets=StoredTargets(kind), layout="documents", pad_id=0)
+        Teacher.of(model, targets=StoredTargets(kind), layout="documents", pad_id=0)
         for model in (little_memory_model(), tiny_model(vocabulary=VOCABULARY))
     )
     little.prepare(rows, positions_per_batch=160, longest=80)

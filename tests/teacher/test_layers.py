@@ -139,6 +139,8 @@ def test_a_row_whose_layers_are_not_finite_has_a_problem_and_the_others_their_co
 
 
 def test_a_sample_without_a_token_is_refused() -> None:
-    teacher = Teacher(model_of("llama"), targets=StoredTargets(LOGITS, hidden=hidden(1)), layout="documents", pad_id=0)
+    teacher = Teacher.of(
+        model_of("llama"), targets=StoredTargets(LOGITS, hidden=hidden(1)), layout="documents", pad_id=0
+    )
     with pytest.raises(ModelError, match=r"no token is left to fit the steps of hidden 1 to"):
         teacher.prepare([], positions_per_batch=64, longest=CONTEXT)

@@ -29,6 +29,11 @@ class TeacherConfig(Section):
         description="attn_implementation of transformers: sdpa, eager, flex_attention, flash_attention_2 or another flash "
         "kernel, which takes all packed rows of a batch as one and forms no mask",
     )
+    backend: str = Field(
+        "transformers",
+        description="what runs the model: transformers, or a backend that an installed extension adds; noted in the cache, and "
+        "no part of its fingerprint",
+    )
 
 
 class CorpusConfig(Section):

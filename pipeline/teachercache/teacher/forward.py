@@ -1,9 +1,8 @@
 """The teacher: one model, its forward pass over rows, and the target columns of their positions.
 
-Memory stays bounded: the transformer body runs over a batch, and the output projection over blocks of positions whose
-logits fit a processor's cache, right before they are reduced to columns. Padding and positions without a target are never
-projected. A probe at loading tells whether logits are what the output layer, with its scale and soft cap, makes of the
-body's output; models with more in between (an encoder's prediction head) run whole.
+What runs the model is a backend (backend.py); everything from its hidden states on is here, the same for each of them.
+Memory stays bounded: the model runs over a batch, and the output projection over blocks of positions whose logits fit a
+processor's cache, right before they are reduced to columns. Padding and positions without a target are never projected.
 
     B rows, S tokens, N positions, D hidden width, V vocabulary
 """
@@ -14,31 +13,30 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from teachercache.config import TeacherConfig
 from teachercache.errors import ModelError
-from teachercache.models.activations import Activations, check_recorded, recorded
-from teachercache.models.loading import Layout, input_layout, load_causal_lm, model_inputs, target_places
 from teachercache.models.memory import NoMemory, first_line, free_memory, is_out_of_memory
-from teachercache.models.probes import check_length, check_rows_alone, check_sight, isolates_packed_segments
-from teachercache.models.rotary import rotate_by_own_length
 from teachercache.targets import CalibratedKind, StoredTargets, TargetKind, calibrates
 from teachercache.targets.coding.counter_rng import position_seeds
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.tasks.contract import Task
 from teachercache.tasks.next_token import NEXT_TOKEN
+from teachercache.teacher.backend import ForwardPass, TeacherBackend
+from teachercache.teacher.backends import backend_named
 from teachercache.teacher.batches import length_sorted_batches
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.fidelity import Drift
-from teachercache.teacher.layers import LayerSample, make_layer_files, rows_of
-from teachercache.teacher.output_layer import OutputLayer, layer_after_body, recorded_input
+from teachercache.teacher.layers import LayerSample, make_layer_files
+from teachercache.teacher.output_layer import OutputLayer
+from teachercache.teacher.transformers_backend import TransformersBackend
 from teachercache.tokens.rows import TokenRow
 
 logger = logging.getLogger(__name__)
@@ -61,37 +59,34 @@ class Captured:
 
 
 class Teacher:
-    """A loaded teacher on one device. `parameters`, `dtype` and `architecture` describe it for the manifest."""
+    """A loaded teacher on one device: a backend that runs it, and what is captured of it.
+
+    `longest` is the number of tokens in the longest row, as far as it is known. Raises `ModelError` for a model that cannot
+    run such rows.
+    """
 
     def __init__(
         self,
-        model: Any,
+        backend: TeacherBackend,
         *,
         targets: StoredTargets,
         layout: str,
         pad_id: int,
         longest: int = 0,
-        device: str = "cpu",
         task: Task = NEXT_TOKEN,
     ) -> None:
-        self.targets, self.layout, self.pad_id, self.task = targets, layout, pad_id, task
+        self.backend, self.targets, self.task = backend, targets, task
         kind = targets.logits
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
-        _check_vocabulary(self.model, kind.vocabulary_size)
-        check_length(self.model, name="the teacher", longest=longest)
-        rotate_by_own_length(self.model)
-        check_sight(self.model, task, name="the teacher", vocabulary_size=kind.vocabulary_size)
-        check_rows_alone(self.model, vocabulary_size=kind.vocabulary_size, longest=longest)
-        if layout == "packed" and not isolates_packed_segments(self.model, vocabulary_size=kind.vocabulary_size):
-            raise ModelError(
-                f"{type(model).__name__} does not keep the segments of a packed row apart; set `sequence.layout: documents`"
-            )
-        self._layer = layer_after_body(self.model, vocabulary_size=kind.vocabulary_size)
+        backend.prepare(task=task, layout=layout, pad_id=pad_id, vocabulary_size=kind.vocabulary_size, longest=longest)
         self.batches_halved = 0
         # Called with the rows of each forward pass before it; with none by whoever says that passes are over.
         self.on_batch: Callable[[Sequence[TokenRow]], None] = lambda rows: None
         self.drift = Drift(kind)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of its model."""
+        return self.backend.device
 
     @property
     def kind(self) -> TargetKind:
@@ -109,26 +104,18 @@ class Teacher:
         longest: int = 0,
         device: str = "cpu",
     ) -> Teacher:
-        """Load the model that a recipe names; `longest` is the number of tokens in the longest row, as far as it is known.
-        Raises `ModelError`."""
-        model = load_causal_lm(
-            config.model,
-            revision=config.revision,
-            dtype=config.dtype,
-            trust_remote_code=config.trust_remote_code,
-            attention=config.attention,
-        )
-        return cls(model, targets=targets, layout=layout, pad_id=pad_id, longest=longest, device=device)
+        """Load the model that a recipe names, by the backend that it names. Raises `ModelError`."""
+        backend = backend_named(config.backend).load(config, device=device)
+        return cls(backend, targets=targets, layout=layout, pad_id=pad_id, longest=longest)
+
+    @classmethod
+    def of(cls, model: Any, *, device: str = "cpu", **settings: Any) -> Teacher:
+        """A teacher that is a model of transformers, loaded by the caller; `settings` are those of `Teacher`."""
+        return cls(TransformersBackend(model, device=device), **settings)
 
     def describe(self) -> dict[str, Any]:
         """Describes the loaded model for the manifest, and what it runs with."""
-        return {
-            "architecture": type(self.model).__name__,
-            "parameters": sum(weights.numel() for weights in self.model.parameters()),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "attention": getattr(self.model.config, "_attn_implementation", None),
-            "libraries": {name: version(name) for name in ("torch", "transformers")},
-        }
+        return {**self.backend.describe(), "backend": self.backend.name}
 
     def capture(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[Captured]:
         """Targets of all rows, in their order. Rows whose logits are not numbers come back with a problem."""
@@ -148,9 +135,8 @@ class Teacher:
 
     @torch.inference_mode()
     def _nats(self, rows: list[TokenRow]) -> list[NDArray[np.float64]]:
-        inputs, index_N, labels_N = self._inputs(rows)
-        parts = []
-        for start, logits_nV, _ in self._logit_blocks(inputs, index_N):
+        labels_N, parts = self._labels(rows), []
+        for start, logits_nV, _ in self._logit_blocks(self.backend.hidden(rows)):
             log_probs_nV = logits_nV[:, : self.kind.vocabulary_size].log_softmax(-1)
             labels_n1 = labels_N[start : start + len(logits_nV), None]
             parts.append(-log_probs_nV.gather(1, labels_n1)[:, 0].double().cpu().numpy())
@@ -163,17 +149,17 @@ class Teacher:
         `longest` is the number of tokens in the longest row. Raises `ModelError` when logits or attention of this model cannot
         be rebuilt, or the sample is too small.
         """
-        kind = self.kind
-        layer = self._layer
-        if layer is None and calibrates(kind):
-            layer = OutputLayer.of(self.model, vocabulary_size=kind.vocabulary_size)
+        layer = self.backend.output_layer() if calibrates(self.kind) else None
         sample = LayerSample(self.targets) if self.targets.needs_layer_file else None
         hidden = self._of_each(partial(self._hidden, sample=sample), rows, positions_per_batch=positions_per_batch)
-        if calibrates(kind):
-            assert layer is not None
+        if layer is not None:
             self.targets = self.targets.with_logits(self._calibrated(layer, hidden))
             self.drift = Drift(self.kind)
-        made = {} if sample is None else make_layer_files(self.model, self.targets, sample, longest=longest)
+        made = (
+            {}
+            if sample is None
+            else make_layer_files(self.backend.attention_file, self.targets, sample, longest=longest)
+        )
         for section, layers in made.items():
             self.targets = self.targets.with_layer_file(section, layers, longest=longest)
         return made
@@ -209,21 +195,14 @@ class Teacher:
     def _hidden(self, rows: list[TokenRow], *, sample: LayerSample | None) -> Sequence[Any]:
         """Returns what enters the output layer at the positions of each row, [N, D]; the sample takes of layers what it
         wants."""
-        inputs, index_N, _ = self._inputs(rows)
         layers = [] if sample is None else sample.hidden_layers
-        with (
-            recorded(self.model, hidden=layers, attention=self.targets.attention_layers) as activations,
-            recorded_input(self.model) as entered,
-        ):
-            if self._layer is not None:
-                hidden_ND = self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[index_N]
-            else:
-                self.model(**inputs, use_cache=False)
-                hidden_ND = entered[0].flatten(0, 1)[index_N]
+        passed = self.backend.hidden(rows, layers=layers, attention=self.targets.attention_layers)
         if sample is not None:
-            check_recorded(activations, self.targets.attention_layers, self.model)
-            sample.add(activations, rows, layout=self._layout_of(rows))
-        return hidden_ND.split([row.positions for row in rows])
+            sample.add(passed.activations)
+        if passed.hidden_ND is None:
+            return [None] * len(rows)
+        split: Sequence[Any] = passed.hidden_ND.split([row.positions for row in rows])
+        return split
 
     def _of_each(
         self, run: Callable[[list[TokenRow]], Sequence[T]], rows: Sequence[TokenRow], *, positions_per_batch: int
@@ -264,33 +243,31 @@ class Teacher:
 
     @torch.inference_mode()
     def _forward(self, rows: list[TokenRow]) -> list[Captured]:
-        inputs, index_N, labels_N = self._inputs(rows)
+        labels_N = self._labels(rows)
         seeds_N = np.concatenate([position_seeds(row.row_id, row.positions) for row in rows])
         parts = []
         layers, attention = self.targets.hidden_layers, self.targets.attention_layers
-        with recorded(self.model, hidden=layers, attention=attention) as activations:
-            for start, logits_nV, hidden_nD in self._logit_blocks(inputs, index_N):
-                self.drift.sample(start, logits_nV)
-                size = self._rows_within(REDUCED_BYTES, logits_nV.shape[1])
-                for offset in range(0, len(logits_nV), size):
-                    part = slice(offset, offset + size)
-                    whole = slice(start + offset, start + min(offset + size, len(logits_nV)))
-                    hidden = None if hidden_nD is None else hidden_nD[part]
-                    parts.append(self.targets.capture(torch, logits_nV[part], labels_N[whole], hidden, seeds_N[whole]))
+        passed = self.backend.hidden(rows, layers=layers, attention=attention)
+        for start, logits_nV, hidden_nD in self._logit_blocks(passed):
+            self.drift.sample(start, logits_nV)
+            size = self._rows_within(REDUCED_BYTES, logits_nV.shape[1])
+            for offset in range(0, len(logits_nV), size):
+                part = slice(offset, offset + size)
+                whole = slice(start + offset, start + min(offset + size, len(logits_nV)))
+                hidden = None if hidden_nD is None else hidden_nD[part]
+                parts.append(self.targets.capture(torch, logits_nV[part], labels_N[whole], hidden, seeds_N[whole]))
         captured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         ends = np.cumsum([row.positions for row in rows])[:-1]
         split = {name: np.split(values, ends) for name, values in captured.items()}
         finished = [self._finish(row, {name: split[name][i] for name in split}) for i, row in enumerate(rows)]
         self.drift.measure([item.columns for item in finished], [row.positions for row in rows])
-        return self._with_layers(finished, activations)
+        return self._with_layers(finished, passed.activations)
 
-    def _with_layers(self, finished: list[Captured], activations: Activations) -> list[Captured]:
+    def _with_layers(self, finished: list[Captured], activations: Sequence[RowActivations]) -> list[Captured]:
         """The rows with the columns of their layers; one whose layers hold no numbers has none at all."""
         if not self.targets.layers:
             return finished
-        rows = [item.row for item in finished]
-        held = rows_of(activations, rows, layout=self._layout_of(rows))
-        return [self._with_layer_columns(item, row) for item, row in zip(finished, held, strict=True)]
+        return [self._with_layer_columns(item, row) for item, row in zip(finished, activations, strict=True)]
 
     def _with_layer_columns(self, item: Captured, activations: RowActivations) -> Captured:
         if item.columns is None:
@@ -303,43 +280,29 @@ class Teacher:
             return Captured(item.row, None, str(error))
         return Captured(item.row, columns)
 
-    def _layout_of(self, rows: Sequence[TokenRow]) -> Layout:
-        return input_layout(self.model, self.layout, longest=max(row.length for row in rows))
-
-    def _inputs(self, rows: list[TokenRow]) -> tuple[dict[str, Any], Any, Any]:
-        """The model's inputs, indices of all positions in the flattened batch [N], and their labels [N]."""
-        layout = self._layout_of(rows)
-        inputs = {
-            name: torch.from_numpy(values).to(self.device)
-            for name, values in model_inputs(
-                rows, pad_id=self.pad_id, layout=layout, is_causal=self.task.is_causal
-            ).items()
-        }
-        width = inputs["input_ids"].shape[1]
-        index_N = torch.from_numpy(target_places(rows, layout=layout, width=width)).to(self.device)
+    def _labels(self, rows: Sequence[TokenRow]) -> Tensor:
+        """Labels of all positions, [N]."""
         labels = np.concatenate([self.task.labels_N(row) for row in rows])
-        labels_N = torch.from_numpy(labels.astype(np.int64)).to(self.device)
-        return inputs, index_N, labels_N
+        return torch.from_numpy(labels.astype(np.int64)).to(self.device)
 
-    def _logit_blocks(self, inputs: dict[str, Any], index_N: Any) -> Iterator[tuple[int, Any, Any]]:
+    def _logit_blocks(self, passed: ForwardPass) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """(start, float32 logits [n, V], input of the output layer [n, D]) over the positions, block by block.
 
         Each block of logits is the caller's to overwrite.
         """
-        if self._layer is not None:
-            hidden_ND = self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[index_N]
-            block = self._rows_within(PROJECTED_BYTES, len(self._layer.matrix_VD))
-            for start in range(0, len(index_N), block):
+        own, hidden_ND = passed.logits, passed.hidden_ND
+        if own is None:
+            assert hidden_ND is not None
+            layer = self.backend.output_layer()
+            block = self._rows_within(PROJECTED_BYTES, len(layer.matrix_VD))
+            for start in range(0, len(hidden_ND), block):
                 hidden_nD = hidden_ND[start : start + block]
-                yield start, self._layer.logits(hidden_nD), hidden_nD
+                yield start, layer.logits(hidden_nD), hidden_nD
             return
-        with recorded_input(self.model) as recorded:
-            logits_RV = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
-        hidden_RD = recorded[0].flatten(0, 1) if recorded else None
-        block = self._rows_within(PROJECTED_BYTES, logits_RV.shape[1])
-        for start in range(0, len(index_N), block):
-            chosen = index_N[start : start + block]
-            yield start, logits_RV[chosen].float(), None if hidden_RD is None else hidden_RD[chosen]
+        block = self._rows_within(PROJECTED_BYTES, own.width)
+        for start in range(0, len(own.index_N), block):
+            part = slice(start, start + block)
+            yield start, own.block(part), None if hidden_ND is None else hidden_ND[part]
 
     def _rows_within(self, budget: dict[str, int], width: int) -> int:
         return max(1, budget[self.device.type] // (4 * width))
@@ -351,16 +314,6 @@ class Teacher:
                 row, None, f"the teacher's logits are not finite at {unusable} of {row.positions} positions"
             )
         return Captured(row, self.targets.finish(captured))
-
-
-def _check_vocabulary(model: Any, vocabulary_size: int) -> None:
-    """Raise `ModelError` for a teacher without a prediction for some token of its tokenizer."""
-    weight = getattr(model.get_output_embeddings(), "weight", None)
-    if weight is not None and len(weight) < vocabulary_size:
-        raise ModelError(
-            f"{type(model).__name__} predicts {len(weight)} tokens, its tokenizer has {vocabulary_size}; take the tokenizer "
-            "that it was trained with, without tokens that were added later (a padding token, most often)"
-        )
 
 
 def _too_long(row: TokenRow, said: str) -> Captured:

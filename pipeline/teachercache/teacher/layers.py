@@ -11,7 +11,7 @@ Shapes: B rows, S tokens, N tokens of a sample, D width, H heads of queries, K o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +77,9 @@ class LayerSample:
         self.hidden_layers = sorted({layer for kind in kinds for layer in kind.hidden_layers})
         self._attention_layers = sorted({layer for kind in kinds for layer in kind.attention_layers})
 
-    def add(self, activations: Activations, rows: Sequence[TokenRow], *, layout: str) -> None:
-        """The tokens of a batch, but for first ones, until there are enough."""
-        for held in rows_of(activations, rows, layout=layout):
+    def add(self, rows: Sequence[RowActivations]) -> None:
+        """The tokens of a batch's rows, but for first ones, until there are enough."""
+        for held in rows:
             if self.tokens >= self._most:
                 return
             inside_S = np.flatnonzero(np.diff(held.segment_S, prepend=-1) == 0)
@@ -108,9 +108,10 @@ class LayerSample:
 
 @torch.inference_mode()
 def make_layer_files(
-    model: PreTrainedModel, targets: StoredTargets, sample: LayerSample, *, longest: int
+    of_attention: Callable[..., LayerFile], targets: StoredTargets, sample: LayerSample, *, longest: int
 ) -> dict[str, LayerFile]:
-    """Everything that the kinds are read by: a file for each section. `longest` is the number of tokens in the longest row.
+    """Everything that the kinds are read by: a file for each section. `longest` is the number of tokens in the longest row,
+    `of_attention` makes the file of attention (`TeacherBackend.attention_file`).
 
     Raises `ModelError` for attention that cannot be rebuilt, or has other heads than the settings say, and for a sample that
     is too small.
@@ -122,11 +123,13 @@ def make_layer_files(
             arrays |= hidden_arrays(sample.of("hidden", layer), layer, rotated=hidden.codec == "projected")
         files["hidden"] = LayerFile(arrays)
     if targets.attention is not None:
-        files["attention"] = _attention_file(model, targets.attention, sample, longest=longest)
+        files["attention"] = of_attention(targets.attention, sample, longest=longest)
     return files
 
 
-def _attention_file(model: PreTrainedModel, attention: Any, sample: LayerSample, *, longest: int) -> LayerFile:
+def attention_file(model: PreTrainedModel, attention: Any, sample: LayerSample, *, longest: int) -> LayerFile:
+    """The file of a kind of attention, from the blocks of a model of transformers. Raises `ModelError` for attention that
+    cannot be rebuilt, or has other heads than the settings say."""
     arrays: dict[str, NDArray[Any]] = {}
     described: dict[int, Any] = {}
     tried = _tried(model, attention.layers, longest=longest)

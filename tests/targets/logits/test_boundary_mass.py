@@ -220,7 +220,7 @@ def test_rows_without_numbers_are_quarantined_as_before() -> None:
     rows[1].input_ids_S[6] = 7
     plain = StoredTargets(TopK(8, (1.0,), "float32", V))
     both = [
-        Teacher(model, targets=targets, layout="documents", pad_id=0).capture(rows, positions_per_batch=64)
+        Teacher.of(model, targets=targets, layout="documents", pad_id=0).capture(rows, positions_per_batch=64)
         for targets in (plain, dataclasses.replace(plain, boundary=some_set()))
     ]
     assert [[item.problem for item in captured] for captured in both] == [

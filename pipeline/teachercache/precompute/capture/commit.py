@@ -71,14 +71,12 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
 def _loaded_teacher(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns what the actors loaded. Raises `JobFailed` where they did not load the same; libraries and kernels are
     noted alone."""
-    model: dict[str, Any] = records[0]["teacher"]
-    differs = [
-        key for key in ("architecture", "parameters", "dtype") if any(r["teacher"][key] != model[key] for r in records)
-    ]
+    model: dict[str, Any] = records[-1]["teacher"]
+    differs = [key for key, default in _LOADED.items() if len({r["teacher"].get(key, default) for r in records}) > 1]
     if differs:
         raise JobFailed(
-            f"units were computed by teachers that were loaded differently ({', '.join(differs)}); set teacher.dtype, delete "
-            "the cache's folder and run again"
+            f"units were computed by teachers that were loaded differently ({', '.join(differs)}); set teacher.dtype and "
+            "teacher.backend, delete the cache's folder and run again"
         )
     return model
 
@@ -129,6 +127,8 @@ def _fidelity(records: list[dict[str, Any]], *, drifts: bool) -> dict[str, Any]:
     return {**fidelity, "drifting_units": worse}
 
 
+# What one cache may not mix, and what records of earlier versions mean that do not say it.
+_LOADED = {"architecture": None, "parameters": None, "dtype": None, "backend": "transformers"}
 DRIFT_AT = "2"  # temperature
 DRIFT_FACTOR = 2.0
 DRIFT_POSITIONS = 20  # measured ones, below which a unit's mean says little

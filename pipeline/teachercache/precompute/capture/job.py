@@ -14,7 +14,7 @@ from rich.console import Console
 
 from teachercache.cache import Manifest
 from teachercache.cache.manifest.manifest import MANIFEST, read_manifest
-from teachercache.config import Recipe
+from teachercache.config import Recipe, TeacherConfig
 from teachercache.errors import JobFailed, RecipeError
 from teachercache.files import locked
 from teachercache.models.loading import load_tokenizer
@@ -36,6 +36,7 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     source = recipe.corpus.source if recipe.corpus else ""
     console.print(f"planning: reading {source} …", markup=False)
     _check_paths(recipe)
+    _check_backend(recipe)
     _check_students(recipe)
     with locked(_lock_file(recipe.cache_folder), job="precompute job", folder=recipe.cache_folder):
         result = _run_locked(recipe, console, start)
@@ -67,6 +68,14 @@ def _check_students(recipe: Recipe) -> None:
             teacher_fingerprint=tokenizer_fingerprint(tokenizer),
             chats=recipe.corpus.messages_field is not None,
         )
+
+
+def _check_backend(recipe: Recipe) -> None:
+    """Before anything is staged. The default, whose modules take seconds to import here, is there."""
+    if recipe.teacher is not None and recipe.teacher.backend != TeacherConfig.model_fields["backend"].default:
+        from teachercache.teacher.backends import backend_named
+
+        backend_named(recipe.teacher.backend)
 
 
 def _check_paths(recipe: Recipe) -> None:

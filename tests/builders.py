@@ -199,6 +199,7 @@ def build_cache(recipe: Recipe, *, units: int | None = None) -> Path:
     import torch
 
     from teachercache.precompute.capture.commit import commit
+    from teachercache.precompute.capture.given_calibration import take_calibration
     from teachercache.precompute.capture.plan import make_plan
     from teachercache.precompute.capture.units import actor_threads, calibrate, compute_unit, tokenise_unit
     from teachercache.teacher import Teacher
@@ -206,6 +207,8 @@ def build_cache(recipe: Recipe, *, units: int | None = None) -> Path:
     torch.set_num_threads(actor_threads(recipe.precompute))  # part of what decides the last bit
     plan = make_plan(recipe)
     assert recipe.teacher is not None and recipe.corpus is not None
+    if recipe.targets.calibration_from is not None:
+        take_calibration(plan, recipe.targets.calibration_from)
     pad_id = plan.identity["tokenizer"]["pad_id"]
     teacher = Teacher.load(
         recipe.teacher,

@@ -31,6 +31,7 @@ CacheLocation = Annotated[str, typer.Argument(metavar="CACHE", help="a folder, o
 Overrides = Annotated[
     list[str], typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="override a recipe's value")
 ]
+WHERE = "e.g. \"split == 'train' and positions >= 32\"; docs/guides/growing.md says what a row has"
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, progress on stderr")]
 
 
@@ -305,6 +306,57 @@ def inspect(
         return describe_row(opened, row, student=student) if row else describe(opened)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=row_table if row else cache_table))
+
+
+@app.command()
+def merge(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE…", help="folders or URLs, two or more")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="the new cache")],
+    as_json: Json = False,
+) -> None:
+    """Join caches of equal settings into a new one, each row once. Run it again to resume."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.cache.composition.compose import merge as join
+
+        return join(caches, to, console=console)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
+
+
+@app.command("filter")
+def filter_(
+    cache: CacheLocation,
+    where: Annotated[str, typer.Option(metavar="EXPR", help=WHERE)],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="the new cache")],
+    as_json: Json = False,
+) -> None:
+    """Make a cache of some rows of another one. Run it again to resume."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.cache.composition.compose import filter_rows
+
+        return filter_rows(cache, where, to, console=console)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
+
+
+@app.command()
+def split(
+    cache: CacheLocation,
+    where: Annotated[str, typer.Option(metavar="EXPR", help=WHERE)],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="the new cache of the rows that it holds of")],
+    rest: Annotated[Path, typer.Option(metavar="FOLDER", help="the new cache of all others")],
+    as_json: Json = False,
+) -> None:
+    """Part a cache in two: the rows that an expression holds of, and all others. Run it again to resume."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.cache.composition.compose import split as part
+
+        return part(cache, where, to, rest, console=console)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))
 
 
 @app.command()

@@ -13,8 +13,10 @@
     verify.py       every file against the manifest
     row_values.py   every row as training reads it, for a deep check
     problem.py      what checks find
+    composition/    caches made of rows of other caches: merge, split, filter
 
-Folders are in the order in which they may import: files, manifest, storage, shards, then the modules here.
+Folders are in the order in which they may import: files, manifest, storage, shards, then the modules here, then
+composition.
 Needs pyarrow and numpy; neither torch nor ray.
 """
 

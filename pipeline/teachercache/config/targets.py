@@ -98,3 +98,8 @@ class TargetsConfig(Section):
         description="keep how probable it is that a new pre-token begins (about 1.1 bytes a position): students with other "
         "tokenizers learn from it",
     )
+    calibration_from: str | None = Field(
+        None,
+        description="folder or URL of a finished cache with the same teacher, sequence and targets, whose basis and layer "
+        "files are taken in place of new ones: shards of both may then stand in one cache (`merge`); default: calibrate",
+    )

@@ -149,6 +149,17 @@ class _InputForm(_Claim):
     better: str | None = None
 
 
+class _Parent(_Claim):
+    fingerprint: str
+    by: str
+    where: str = ""
+
+
+class _Source(_Claim):
+    source: str
+    shards: Annotated[int, Field(ge=1, le=MOST_COUNT)]
+
+
 class _Described(_Claim):
     teacher: _Teacher
     model: _Model
@@ -162,6 +173,8 @@ class _Described(_Claim):
     calibration: _Calibration
     fidelity: _Fidelity
     input_form: _InputForm
+    parents: tuple[_Parent, ...]
+    sources: tuple[_Source, ...]
     created_by: str
 
 
@@ -179,6 +192,8 @@ def check_manifest(manifest: Manifest, *, row_columns: Iterable[str]) -> None:
     missing = set(row_columns) - set(manifest.column_bytes)
     if missing:
         raise ValueError(f"column_bytes has no {min(missing)}")
+    if manifest.sources and sum(run["shards"] for run in manifest.sources) != len(manifest.shards):
+        raise ValueError("its sources are of more or fewer shards than it has")
     _check_counts("audit", vars(manifest.audit))
     if (manifest.shards.sizes() / (1 + manifest.shards.counted("rows")) > MOST_SHARD_BYTES_A_ROW).any():
         raise ValueError("a shard has more bytes than its rows can take")

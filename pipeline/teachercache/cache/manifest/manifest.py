@@ -28,7 +28,15 @@ from teachercache.cache.files.schema import ROW_COLUMNS
 from teachercache.cache.manifest import manifest_v1
 from teachercache.cache.manifest.checks import check_manifest
 from teachercache.cache.manifest.index import read_index, remove_others, write_index
-from teachercache.cache.manifest.model import FORMAT_VERSION, PLAIN_KEYS, Audit, Manifest, cache_fingerprint, is_indexed
+from teachercache.cache.manifest.model import (
+    FORMAT_VERSION,
+    OPTIONAL_LISTS,
+    PLAIN_KEYS,
+    Audit,
+    Manifest,
+    cache_fingerprint,
+    is_indexed,
+)
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.files import write_whole
 from teachercache.targets.stored import why_unknown
@@ -38,6 +46,7 @@ from teachercache.version import __version__
 FEATURES = frozenset(task.name for task in TASKS)  # what a manifest may require of a reader beside its format version
 MANIFEST = "manifest.json"
 WORK_FOLDER = ".work"  # plan, staged units and records of finished ones; gone when the manifest is committed
+COMPOSITION = f"{WORK_FOLDER}/composition.json"  # of a cache that is being made of others
 
 
 def commit_manifest(manifest: Manifest, folder: Path) -> None:
@@ -128,6 +137,7 @@ def _fields_of(data: dict[str, Any], read_file: Callable[[str, int], bytes]) -> 
     return {
         **{key: data[key] for key in PLAIN_KEYS},
         "input_form": data.get("input_form", {}),
+        **{key: tuple(data.get(key, ())) for key in OPTIONAL_LISTS},
         "groups": groups,
         "shards": indexed.shards,
         "files": [*FileTable.from_entries(data["files"]), *indexed.files],
@@ -167,6 +177,8 @@ def _explain_missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no cache at {folder}; make one with `teachercache precompute RECIPE`"
     work = folder / WORK_FOLDER
+    if (folder / COMPOSITION).is_file():
+        return f"the cache at {folder} is half written; run the command that makes it (merge, split or filter) again"
     if work.is_dir():
         units, done = len(list(work.glob("units/*"))), len(list(work.glob("done/*.json")))
         return (

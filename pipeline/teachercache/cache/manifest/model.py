@@ -26,6 +26,8 @@ PLAIN_KEYS = (
     "corpus", "units", "calibration", "fidelity", "column_bytes", "created_by",
 )  # fmt: skip
 
+OPTIONAL_LISTS = ("parents", "sources")  # keys that only composed caches have
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -75,6 +77,10 @@ class Manifest:
     calibration: dict[str, Any] = field(default_factory=dict)  # the sample that these files were fitted to
     fidelity: dict[str, Any] = field(default_factory=dict)  # KL(teacher ‖ stored), measured while capturing
     input_form: dict[str, Any] = field(default_factory=dict)  # the teacher's loss by what rows begin with, on a sample
+    parents: tuple[dict[str, Any], ...] = ()  # caches that it was composed of, and how
+    sources: tuple[
+        dict[str, Any], ...
+    ] = ()  # corpora that its shards came from, where there are several, in their order
     index: tuple[FileInfo, ...] = ()  # files that list the shards, once they are written
     format_version: int = field(default=FORMAT_VERSION)
 
@@ -216,6 +222,7 @@ class Manifest:
             "totals": self.shards.totals(),
             "files": [vars(info) for info in self.files if not is_indexed(info)],
             "index": index,
+            **{key: list(getattr(self, key)) for key in OPTIONAL_LISTS if getattr(self, key)},
         }
         signed = {"format": "teachercache", **data, "digest": fingerprint_of(data)}
         return json.dumps(signed, indent=1, sort_keys=True) + "\n"

@@ -53,7 +53,17 @@ class Blocks:
             self._claimed[number] = self._claim_of(number)
         return self._claimed[number]
 
+    def buffer_bytes(self, number: int) -> NDArray[np.int64]:
+        """Bytes of each buffer of a batch as it lies in the file, in the order of columns."""
+        sizes: NDArray[np.int64] = self._described(number)[1]["bytes"].astype(np.int64)
+        return sizes
+
     def _claim_of(self, number: int) -> int:
+        body, buffers, compressed = self._described(number)
+        return _claimed(body, buffers, compressed=compressed)
+
+    def _described(self, number: int) -> tuple[memoryview, NDArray[Any], bool]:
+        """The body of a batch, where its buffers lie in it, and whether they are compressed."""
         block = self._blocks[number]
         start, head, body_bytes = int(block["offset"]), int(block["metadata_bytes"]), int(block["body_bytes"])
         body = start + head
@@ -68,7 +78,7 @@ class Blocks:
             compressed = described.has(3)
         except (struct.error, IndexError) as error:
             raise ValueError(f"record batch {number} cannot be read ({error})") from None
-        return _claimed(self._data[body : body + body_bytes], buffers, compressed=compressed)
+        return self._data[body : body + body_bytes], buffers, compressed
 
 
 def _claimed(body: memoryview, buffers: NDArray[Any], *, compressed: bool) -> int:

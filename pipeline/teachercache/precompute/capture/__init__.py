@@ -2,6 +2,7 @@
 
 job.py         the whole job, `run_precompute`
 plan.py        what the job is: identity (fingerprint); decides between new, resumed and finished
+given_calibration.py  basis and layer files that another cache has
 input_form.py  whether rows begin as the teacher is used to
 shapes.py      what files of an unfinished job look like
 layers.py      what a recipe asks for of layers, with the teacher's numbers

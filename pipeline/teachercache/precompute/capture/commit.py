@@ -61,7 +61,7 @@ def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
         files=[*_teacher_files(plan), *quarantine],
         column_bytes=dict(column_bytes),
         read_by=plan.read_by(),
-        calibration={name: value for name, value in (plan.calibration() or {}).items() if name != "read_by"},
+        calibration={name: value for name, value in (plan.calibration() or {}).items() if name not in _OF_THE_JOB},
         input_form=plan.input_form(),
         fidelity=_fidelity(records, drifts=plan.targets.logits.needs_calibration),
         created_by=f"teachercache {__version__}",
@@ -127,6 +127,7 @@ def _fidelity(records: list[dict[str, Any]], *, drifts: bool) -> dict[str, Any]:
     return {**fidelity, "drifting_units": worse}
 
 
+_OF_THE_JOB = ("read_by", "dtype")  # of the record of calibration
 # What one cache may not mix, and what records of earlier versions mean that do not say it.
 _LOADED = {"architecture": None, "parameters": None, "dtype": None, "backend": "transformers"}
 DRIFT_AT = "2"  # temperature

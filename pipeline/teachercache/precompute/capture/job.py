@@ -19,6 +19,7 @@ from teachercache.errors import JobFailed, RecipeError
 from teachercache.files import locked
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.commit import DRIFT_AT, commit
+from teachercache.precompute.capture.given_calibration import check_calibration, take_calibration
 from teachercache.precompute.capture.input_form import input_warning
 from teachercache.precompute.capture.plan import Plan, make_plan
 from teachercache.precompute.engine.placement import placed
@@ -94,10 +95,16 @@ def _lock_file(cache: Path) -> Path:
 
 def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any]:
     plan = make_plan(recipe)
+    given = recipe.targets.calibration_from
     if (plan.folder / MANIFEST).is_file():
+        if given is not None:
+            check_calibration(read_manifest(plan.folder), given, name=str(plan.folder))
         console.print(f"{plan.folder} is complete: nothing to do", markup=False)
         shutil.rmtree(plan.work, ignore_errors=True)  # of a job that was killed between its last two steps
         return summary(plan, read_manifest(plan.folder), Timing(), seconds=time.perf_counter() - start)
+    if given is not None:
+        take_calibration(plan, given)
+        console.print(f"calibration: that of {given}", markup=False)
     pending = plan.pending()
     if len(pending) < plan.units:
         console.print(f"resuming: {plan.units - len(pending)} of {plan.units} units are done")

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from teachercache.corpus.sequences import Quarantined, Tokenised
 from teachercache.errors import JobFailed, ModelError, TeachercacheError
 from teachercache.files import DISK_FULL
+from teachercache.precompute.capture.given_calibration import check_loaded
 from teachercache.precompute.capture.input_form import check_input
 from teachercache.precompute.capture.job_facts import Job
 from teachercache.precompute.capture.units import (
@@ -167,7 +168,8 @@ class TeacherProcess:
 
 
 def load_teacher(job: Job) -> Teacher:
-    """Load the teacher of a job on the device that its placement gives. Raises `ModelError`."""
+    """Load the teacher of a job on the device that its placement gives. Raises `ModelError`, and `CacheError` where it is not
+    as the calibration that the job has taken says."""
     import torch
 
     torch.set_num_threads(actor_threads(job.precompute))
@@ -178,7 +180,7 @@ def load_teacher(job: Job) -> Teacher:
             "torch for this GPU, or set precompute.gpus_per_actor: 0 to run on the CPU"
         )
     pad_id = job.plan.identity["tokenizer"]["pad_id"]
-    return Teacher.load(
+    teacher = Teacher.load(
         job.teacher,
         targets=job.plan.loaded_targets(),
         layout=job.sequence.layout,
@@ -186,3 +188,5 @@ def load_teacher(job: Job) -> Teacher:
         longest=job.sequence.length,
         device=device,
     )
+    check_loaded(job.plan, teacher.describe())
+    return teacher

@@ -14,12 +14,13 @@ from teachercache import Cache, DistillationTrainer, ObjectiveConfig
 from teachercache.cache.storage.store import LocalStore
 from teachercache.config import parse_recipe
 from teachercache.config.layer_losses import LAYER_LOSSES
-from teachercache.errors import CacheError, ModelError, RecipeError
+from teachercache.errors import CacheError, RecipeError
 from teachercache.objective.layers.terms import TERMS
+from teachercache.objective.objective_schedule import ObjectiveSchedule
+from teachercache.schedules import SCHEDULES
 from teachercache.targets import KINDS, TAIL_POLICIES
-from teachercache.teacher import BACKENDS
 
-from builders import build_cache, tiny_cache, tiny_recipe, tiny_teacher
+from builders import tiny_cache, tiny_teacher
 from pages import ROOT, blocks
 from target_kinds import walk_through_a_cache
 
@@ -33,8 +34,7 @@ def added() -> Iterator[dict[str, Any]]:
     for block in blocks(PAGE, "python"):
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)
     yield names
-    added = ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (BACKENDS, "one-by-one"))
-    for registry, name in added:
+    for registry, name in ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (SCHEDULES, "halving"), (SCHEDULES, "task")):
         registry.remove(name)
     del TERMS["norms"]
 
@@ -59,6 +59,14 @@ def test_keys_of_parts_from_outside_are_checked_as_all_are(added: dict[str, Any]
         "`objective.layers.0.power`: input should be greater": {"objective": {"layers": [{"match": "norms", "power": 0}]}},
         "did you mean `power`?": {"objective": {"layers": [{"match": "norms", "powr": 3}]}},
         "input should be 'auto', 'ghost'": {"objective": {"tail": "by-ids"}},
+        "unknown key `objective.temperature.ende`; did you mean `end`?": {
+            "objective": {"temperature": {"schedule": "halving", "start": 4, "ende": 1}}
+        },
+        "temperature must be above 0 and at most 100, and becomes -0.875": {
+            "objective": {"temperature": {"schedule": "halving", "start": 1, "end": -1}}
+        },
+        "`objective.alpha.floor`: input should be greater": {"objective": {"alpha": {"balance": "task", "floor": -1}}},
+        "whose `schedule` is one of 'linear'": {"objective": {"temperature": {"balance": "task"}}},
     }  # fmt: skip
     for message, sections in wrong.items():
         with pytest.raises(RecipeError) as caught:
@@ -90,6 +98,7 @@ def test_a_student_learns_by_a_policy_and_a_loss_from_outside(added: dict[str, A
     path = tiny_cache(tmp_path, targets={"logits": {"kind": "top-k", "k": 8}, "hidden": {"layers": [1, 2]}})
     config = {
         "alpha": 0.8,
+        "temperature": {"schedule": "halving", "start": 3, "end": 1},
         "tail": "by-id",
         "layers": [{"match": "norms", "power": 1.5, "pairs": {1: 2}, "centred": False}],
     }
@@ -106,38 +115,28 @@ def test_a_student_learns_by_a_policy_and_a_loss_from_outside(added: dict[str, A
     assert len(norms) == 12 and norms[-1] < norms[0]
 
 
-def cache_by(backend: str, folder: Path, teacher: Path, **sections: Any) -> Cache:
-    """A cache whose teacher ran by this backend, each row in a pass of its own."""
-    small = {"positions_per_batch": 1, "threads_per_actor": 1}
-    recipe = tiny_recipe(folder, teacher=teacher, precompute=small, **sections)
-    assert recipe.teacher is not None
-    named = recipe.teacher.model_copy(update={"backend": backend})
-    return Cache.open(build_cache(recipe.model_copy(update={"teacher": named})))
+def test_a_schedule_from_outside_sets_temperatures_weights_and_alpha(added: dict[str, Any]) -> None:
+    halving = {"schedule": "halving", "start": 5, "end": 1, "halvings": 2}
+    objective = {"temperature": halving, "alpha": {**halving, "start": 1, "end": 0}}
+    recipe = parse_recipe({"cache": "c", "objective": objective, "phases": [{"name": "a", "share": 1}]}, origin="r.yaml")
+    again = ObjectiveConfig.model_validate(recipe.objective.model_dump(mode="json"))
+    assert again == recipe.objective and type(again.temperature) is added["HalvingSchedule"]
+    schedule = ObjectiveSchedule(again, steps=10)
+    assert [schedule.at(step).temperature for step in (0, 5, 10)] == [5, 3, 2]
+    assert [schedule.at(step).alpha for step in (0, 5, 10)] == [1, 0.5, 0.25]
+    assert set(schedule.schedule_range.temperatures) >= {5, 2} and schedule.changes and not schedule.adapts
 
 
-@pytest.mark.parametrize("logits", [{"kind": "top-k", "k": 8}, {"kind": "head+sketch", "k": 6, "rank": 8}])
-def test_a_backend_from_outside_captures_what_the_reference_does(
-    added: dict[str, Any], tmp_path: Path, logits: dict[str, Any]
-) -> None:
-    """To the last bit."""
-    teacher = tiny_teacher(tmp_path / "teacher")
-    caches = [cache_by(name, tmp_path / name, teacher, targets={"logits": logits}) for name in BACKENDS]
-    assert [cache.manifest.model["backend"] for cache in caches] == ["transformers", "one-by-one"]
-    reference, other = (cache.manifest for cache in caches)
-    assert reference.fingerprint == other.fingerprint
-    assert reference.shards == other.shards  # by the sha256 of their files
-
-
-def test_a_backend_says_what_it_cannot_store_and_one_that_nobody_has_is_refused(
-    added: dict[str, Any], tmp_path: Path
-) -> None:
-    teacher = tiny_teacher(tmp_path / "teacher")
-    with pytest.raises(ModelError, match="one-by-one shows no layers; leave out targets.hidden"):
-        cache_by("one-by-one", tmp_path / "layers", teacher, targets={"hidden": {"layers": [1]}})
-    with pytest.raises(
-        RecipeError, match="teacher.backend is 'two-by-two'; there is transformers, one-by-one; install"
-    ):
-        cache_by("two-by-two", tmp_path / "nobody", teacher)
+def test_a_balance_from_outside_follows_the_losses(added: dict[str, Any]) -> None:
+    config = ObjectiveConfig.model_validate({"alpha": {"balance": "task", "start": 0.9}})
+    one, other = (ObjectiveSchedule(config, steps=10) for _ in range(2))
+    assert one.adapts and one.at(0).alpha == 0.9
+    one.update(0, distillation=1.0, ce=2.25)
+    assert one.at(1).alpha == 0.25 and one.state_dict() == {"alpha": {"value": 0.25}}
+    other.load_state_dict(one.state_dict())
+    assert other.at(1).alpha == 0.25
+    with pytest.raises(RecipeError, match="a balance belongs into objective.alpha"):
+        parse_recipe({"cache": "c", "phases": [{"name": "a", "share": 1, "alpha": {"balance": "task"}}]}, origin="r.yaml")
 
 
 def test_a_store_from_outside_keeps_the_same_word(added: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ Sections and who reads them:
     training.py    student, stream, train
     objective.py   what a student minimises
     layer_losses.py    the list of losses between layers
-    schedules.py   values that change with the step
     emphasis.py    weights of hard positions
     routing.py     which parts of a student learn from which terms
     teachers.py    several teachers

@@ -9,7 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from teachercache.config.emphasis import EmphasisConfig
 from teachercache.config.layer_losses import LAYER_LOSSES, SHARED
 from teachercache.config.routing import RoutingConfig
-from teachercache.config.schedules import MOST_TEMPERATURE, Alpha, Scheduled, Temperature, values_of, within
+from teachercache.schedules.known import Alpha, Scheduled, Temperature
+from teachercache.schedules.numbers import MOST_TEMPERATURE, extremes_of, within
 from teachercache.section import OrAdded, OrAddedName, Section
 from teachercache.targets.logits.tails.policies import TAIL_POLICIES
 
@@ -25,7 +26,7 @@ else:
 def weighs(weight: Scheduled) -> Scheduled:
     """The weight of a term; raises `ValueError` where it is negative, or never anything."""
     within(weight, name="a weight", least=0)
-    if not max(values_of(weight)) > 0:
+    if not max(extremes_of(weight)) > 0:
         raise ValueError("a weight that is always 0 leaves nothing of its term; leave the term out")
     return weight
 

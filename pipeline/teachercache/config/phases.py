@@ -8,16 +8,10 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from teachercache.config.schedules import (
-    MOST_TEMPERATURE,
-    Alpha,
-    RatioBalance,
-    Scheduled,
-    Temperature,
-    UncertaintyBalance,
-    within,
-)
 from teachercache.errors import RecipeError
+from teachercache.schedules.contract import AdaptiveSchedule
+from teachercache.schedules.known import Alpha, Scheduled, Temperature
+from teachercache.schedules.numbers import MOST_TEMPERATURE, within
 from teachercache.section import Section
 
 TOLERANCE = 1e-3  # of sums of shares, which may be rounded thirds
@@ -56,7 +50,7 @@ class PhaseConfig(Section):
     @field_validator("alpha")
     @classmethod
     def _a_share(cls, value: Alpha | None) -> Alpha | None:
-        if isinstance(value, RatioBalance | UncertaintyBalance):
+        if isinstance(value, AdaptiveSchedule):
             raise ValueError("a balance belongs into objective.alpha; it goes on over the phases that set no alpha")
         return None if value is None else within(value, name="alpha", least=0, most=1)
 

@@ -15,11 +15,11 @@ from teachercache.config.location import CacheLocation
 from teachercache.config.objective import ObjectiveConfig
 from teachercache.config.phases import PhaseConfig
 from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, SequenceConfig, TeacherConfig
-from teachercache.config.schedules import NUMBER
 from teachercache.config.targets import TargetsConfig
 from teachercache.config.teachers import TeachersConfig
 from teachercache.config.training import StreamConfig, StudentConfig, TrainConfig
 from teachercache.errors import RecipeError
+from teachercache.schedules.known import NUMBER
 from teachercache.section import OrAdded, Section
 
 

@@ -2,11 +2,11 @@
 
 contract.py        what every objective takes and gives
 distillation.py    the objective of a recipe: from a batch and its cached targets to sums over positions
+objective_schedule.py   alpha, temperature and weights of terms at each step of a run
 logits/            divergences and cross-entropy over the vocabulary, value and gradient in one pass
 layers/            losses between layers of student and teacher
 cross_tokenizer/   losses for a student with another tokenizer
 ensemble/          several teachers as one: fusion of their distributions, and weights
-schedule/          alpha, temperature and weights at each step
 token_weighting/   weights of hard positions
 """
 

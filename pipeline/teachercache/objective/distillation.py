@@ -19,7 +19,7 @@ from teachercache.objective.logits.divergences import divergence_of
 from teachercache.objective.logits.operands import Weights, labelled_positions, no_teacher
 from teachercache.objective.logits.student_output import StudentOutput, output_sums
 from teachercache.objective.logits.teacher import CachedTeacher, Teacher
-from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
+from teachercache.objective.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.objective.token_weighting.entropy import entropy_of_output, entropy_of_teacher
 from teachercache.objective.token_weighting.weights import (
     EFFECTIVE,

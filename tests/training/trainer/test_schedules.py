@@ -14,7 +14,7 @@ import pytest
 
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError, RecipeError
-from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
+from teachercache.objective.objective_schedule import ObjectiveSchedule
 from teachercache.training.callbacks.step_losses import STATE
 from teachercache.training.job.train import run_training
 from training.processes import TORCHRUN, compare_with_one

@@ -23,7 +23,7 @@ from teachercache.objective.cross_tokenizer.sums import Batch, Sums, across_sums
 from teachercache.objective.cross_tokenizer.term import ChunkTerm, PairTerm
 from teachercache.objective.logits.operands import Weights, labelled_positions
 from teachercache.objective.logits.student_output import StudentOutput
-from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
+from teachercache.objective.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.targets import StoredTargets
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS
 from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY

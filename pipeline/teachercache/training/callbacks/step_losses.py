@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from teachercache.files import write_whole
 from teachercache.objective import LossTerms
 from teachercache.objective.logits.operands import Weights
-from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
+from teachercache.objective.objective_schedule import ObjectiveSchedule
 
 STATE = "objective_state.json"
 

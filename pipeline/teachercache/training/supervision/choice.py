@@ -9,7 +9,7 @@ from teachercache.cache.alignment import CacheAlignment
 from teachercache.config import ObjectiveConfig, Recipe, TeachersConfig
 from teachercache.config.location import folder_name
 from teachercache.errors import RecipeError
-from teachercache.objective.schedule.objective_schedule import ScheduleRange
+from teachercache.objective.objective_schedule import ScheduleRange
 from teachercache.training.supervision.contract import Supervision
 from teachercache.training.supervision.ensemble import Teachers
 from teachercache.training.supervision.fit import alignments_of

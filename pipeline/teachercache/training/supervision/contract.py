@@ -21,7 +21,7 @@ from teachercache.cache.reader import Split
 from teachercache.config import ObjectiveConfig, PhaseConfig
 from teachercache.errors import RecipeError
 from teachercache.objective import Objective
-from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
+from teachercache.objective.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.stream.cache_rows import CacheRows
 from teachercache.tasks.contract import Task
 from teachercache.training.callbacks.step_losses import Stateful

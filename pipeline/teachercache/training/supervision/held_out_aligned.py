@@ -16,7 +16,7 @@ from teachercache.config import ObjectiveConfig
 from teachercache.objective import NO_TARGET, LossTerms
 from teachercache.objective.cross_tokenizer.objective import CrossTokenizerObjective
 from teachercache.objective.logits.student_output import StudentOutput
-from teachercache.objective.schedule.objective_schedule import ScheduleRange
+from teachercache.objective.objective_schedule import ScheduleRange
 from teachercache.targets.logits.kind import first_choices
 from teachercache.training.supervision.held_out import BOTH_TERMS, Measure
 

@@ -14,7 +14,7 @@ from teachercache.cache.reader import Split
 from teachercache.config import ObjectiveConfig, PhaseConfig
 from teachercache.errors import CacheError, ModelError
 from teachercache.objective import Objective
-from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
+from teachercache.objective.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.stream.aligned_tensors import AlignedRows
 from teachercache.stream.cache_rows import CacheRows
 from teachercache.training.supervision.contract import Columns, Supervision

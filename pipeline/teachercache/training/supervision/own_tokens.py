@@ -10,7 +10,7 @@ from teachercache.cache import Manifest
 from teachercache.cache.reader import Split
 from teachercache.config import PhaseConfig
 from teachercache.objective import DistillationObjective, Objective
-from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule, ScheduleRange
+from teachercache.objective.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.stream.cache_rows import CacheRows, OwnRows
 from teachercache.training.callbacks.meter import LOGGED_AS
 from teachercache.training.supervision.contract import Columns, Supervision

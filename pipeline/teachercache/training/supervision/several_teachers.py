@@ -11,7 +11,7 @@ from teachercache.cache import Cache
 from teachercache.cache.reader import Split
 from teachercache.config import ObjectiveConfig
 from teachercache.objective import DistillationObjective, Objective
-from teachercache.objective.schedule.objective_schedule import ScheduleRange
+from teachercache.objective.objective_schedule import ScheduleRange
 from teachercache.stream.cache_rows import CacheRows, OwnRows
 from teachercache.stream.ensemble_rows import EnsembleRows
 from teachercache.training.supervision.contract import Columns

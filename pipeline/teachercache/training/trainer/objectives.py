@@ -8,7 +8,7 @@ from typing import Any
 
 from teachercache.objective import Objective
 from teachercache.objective.layers.objective import LayerObjective
-from teachercache.objective.schedule.objective_schedule import ScheduleRange
+from teachercache.objective.objective_schedule import ScheduleRange
 from teachercache.objective.token_weighting.weights import EFFECTIVE
 from teachercache.training.supervision.contract import Columns, Supervision
 from teachercache.training.trainer.layers import layer_objectives, names_logged

@@ -31,7 +31,7 @@ from teachercache.errors import JobFailed, RecipeError
 from teachercache.models.loading import takes_one_row
 from teachercache.models.rotary import original_context, rotate_by_own_length
 from teachercache.objective import NO_TARGET
-from teachercache.objective.schedule.objective_schedule import ObjectiveSchedule
+from teachercache.objective.objective_schedule import ObjectiveSchedule
 from teachercache.stream.dataset import Rows
 from teachercache.stream.order.batch_plan import BatchPlan, Plan, PlanSampler
 from teachercache.stream.sources import Mixed, check_mix, train_order

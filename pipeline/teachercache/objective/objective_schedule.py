@@ -14,12 +14,11 @@ from typing import Any
 
 from teachercache.config import ObjectiveConfig, PhaseConfig
 from teachercache.config.phases import phase_ends
-from teachercache.config.schedules import values_of
 from teachercache.errors import RecipeError
 from teachercache.objective.layers.objective import names_of
 from teachercache.objective.logits.operands import Weights
-from teachercache.objective.schedule.rules import Rule, rule_of
-from teachercache.objective.schedule.schedules import probes, value_at
+from teachercache.schedules.contract import Rule, Schedule
+from teachercache.schedules.numbers import extremes_of, probes_of, rule_of, value_at
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,15 @@ class ScheduleRange:
             )
             for phase in phases
         ] or [(config.alpha, config.temperature)]
-        asked = [temperature for alpha, temperature in pairs if max(values_of(alpha)) > 0]
-        return cls(bool(asked), tuple(dict.fromkeys(value for number in asked for value in probes(number))))
+        asked = [temperature for alpha, temperature in pairs if max(extremes_of(alpha)) > 0]
+        return cls(bool(asked), tuple(dict.fromkeys(value for number in asked for value in probes_of(number))))
 
 
 @dataclass(frozen=True)
 class _Number:
     """A number of the objective: as the recipe has it, the steps that it runs over, and the rule that decides it, if any."""
 
-    value: Any
+    value: float | Schedule
     first: int
     steps: int
     rule: Rule | None = None
@@ -99,7 +98,7 @@ class ObjectiveSchedule:
         _check_used(self._whole, self._parts)
         _check_terms(config, self._parts)
 
-    def _number(self, name: str, value: Any, first: int, steps: int) -> _Number:
+    def _number(self, name: str, value: float | Schedule, first: int, steps: int) -> _Number:
         rule = rule_of(value)
         if rule is not None:
             self._rules[name] = rule
@@ -151,7 +150,7 @@ class ObjectiveSchedule:
         return bool(self._rules)
 
     def update(self, step: int, *, distillation: float, ce: float) -> None:
-        """Hear the losses of a step, nats a position: what alpha weighs (T² · divergence), and cross-entropy. Rules that
+        """Take in the losses of a step, nats a position: what alpha weighs (T² · divergence), and cross-entropy. Rules that
         decided nothing in that step learn nothing from it."""
         part = self._at(step)
         for number in (part.alpha, part.temperature):
@@ -179,7 +178,7 @@ def _check_used(whole: _Part, parts: Sequence[_Part]) -> None:
 
 def _check_terms(config: ObjectiveConfig, parts: Sequence[_Part]) -> None:
     """Raise `RecipeError` for what needs both terms that alpha weighs, in a run where there is one alone."""
-    alphas = [values_of(part.alpha.value) for part in parts]
+    alphas = [extremes_of(part.alpha.value) for part in parts]
     missing = "distillation" if all(max(values) == 0 for values in alphas) else None
     missing = "the task" if all(min(values) == 1 for values in alphas) else missing
     if missing is None:

@@ -15,7 +15,6 @@ from teachercache.cache.storage.store import LocalStore
 from teachercache.config import parse_recipe
 from teachercache.config.layer_losses import LAYER_LOSSES
 from teachercache.errors import CacheError, RecipeError
-from teachercache.objective.layers.terms import TERMS
 from teachercache.objective.objective_schedule import ObjectiveSchedule
 from teachercache.schedules import SCHEDULES
 from teachercache.targets import KINDS, TAIL_POLICIES
@@ -36,7 +35,6 @@ def added() -> Iterator[dict[str, Any]]:
     yield names
     for registry, name in ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (SCHEDULES, "halving"), (SCHEDULES, "task")):
         registry.remove(name)
-    del TERMS["norms"]
 
 
 def test_a_kind_from_outside_is_captured_and_learned_from(added: dict[str, Any], tmp_path: Path) -> None:

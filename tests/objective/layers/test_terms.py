@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
+from teachercache.config.layer_losses import LAYER_LOSSES
 from teachercache.errors import CacheError
 from teachercache.models.activations import Heads
 from teachercache.objective.layers.attention import AttentionTerm
@@ -73,6 +74,12 @@ def dense_map(
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     gap = torch.where(teacher > 0, teacher * (teacher.clamp_min(1e-30).log() - student.clamp_min(1e-30).log()), 0.0)
     return (gap.sum(-1).mean(1) * MASK_BS).sum()
+
+
+def test_a_loss_names_the_class_that_computes_it() -> None:
+    classes = {loss.name: loss.term_class() for loss in LAYER_LOSSES.own}
+    assert set(classes.values()) == {HiddenTerm, AttentionTerm, RelationTerm, StructureTerm}
+    assert classes["hidden-mse"] is HiddenTerm and classes["key-relations"] is RelationTerm
 
 
 def test_cosine_and_mean_squared_error_of_adapted_states() -> None:

@@ -2,7 +2,7 @@
 
 objective.py  `LayerObjective`: a recipe's terms against the layers that one cache stores
 term.py       the contract of a term
-terms.py      the list of terms, and the one that a recipe describes
+terms.py      the term that a recipe describes
 pairs.py      which layer learns from which
 adapter.py    from the student's width to the teacher's
 heads.py      from the teacher's heads to the student's

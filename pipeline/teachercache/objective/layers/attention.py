@@ -33,7 +33,6 @@ class AttentionTerm(torch.nn.Module):
     """Either loss."""
 
     of = "attention"
-    matches = tuple(DISTANCES)
     measures_similarity = False
     least_segments = 1
 

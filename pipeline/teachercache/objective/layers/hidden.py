@@ -30,7 +30,6 @@ class HiddenTerm(torch.nn.Module):
     """
 
     of = "hidden"
-    matches = ("hidden-cosine", "hidden-mse")
     measures_similarity = True
     least_segments = 1
 

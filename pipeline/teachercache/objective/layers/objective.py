@@ -24,7 +24,7 @@ NO_TARGET = -100
 
 
 @dataclass(frozen=True)
-class LayerLoss:
+class LayerLossSums:
     """Sums over the positions of a micro-batch: `total` with weights and gradient, `terms` of each term without its weight
     and `similarity` of cosines by the student's layer, both detached."""
 
@@ -81,7 +81,7 @@ class LayerObjective(torch.nn.Module):
         *,
         weights: Mapping[str, float],
         taps: GradientTaps | None = None,
-    ) -> LayerLoss:
+    ) -> LayerLossSums:
         """`activations` of the student (`activations.Activations`), `layers` as the collator gives them, and the weights that
         terms have in this step, by `names`. In float32, also under autocast. With `taps` the backward pass leaves each term's
         gradient there; what was recorded must be `apart`. Raises `ModelError` where what was recorded carries no gradient
@@ -96,7 +96,7 @@ class LayerObjective(torch.nn.Module):
         shift_labels_BS: Tensor,
         weights: Mapping[str, float],
         taps: GradientTaps | None,
-    ) -> LayerLoss:
+    ) -> LayerLossSums:
         _check_gradients(activations)
         batches = {
             centred: self._batch(activations, layers, shift_labels_BS, centred) for centred in set(self._centred)
@@ -111,7 +111,7 @@ class LayerObjective(torch.nn.Module):
         total = torch.stack([weights[name] * value for name, value in zip(self.names, values, strict=True)]).sum()
         similarity = {layer: sums for batch in batches.values() for layer, sums in batch.similarity.items()}
         terms = {name: value.detach() for name, value in zip(self.names, values, strict=True)}
-        return LayerLoss(total, terms, similarity)
+        return LayerLossSums(total, terms, similarity)
 
     def _batch(
         self, activations: Any, layers: Mapping[str, Tensor], shift_labels_BS: Tensor, centred: bool
@@ -181,4 +181,4 @@ def _positions(segment_BS: Tensor) -> Tensor:
     return index_S - starts_BS
 
 
-__all__ = ["LayerLoss", "LayerObjective", "StudentShape", "hidden_arrays", "names_of", "term_of"]
+__all__ = ["LayerLossSums", "LayerObjective", "StudentShape", "hidden_arrays", "names_of", "term_of"]

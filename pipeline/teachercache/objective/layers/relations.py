@@ -31,7 +31,6 @@ class RelationTerm(torch.nn.Module):
     """Relations of one kind of vector."""
 
     of = "attention"
-    matches = tuple(PARTS)
     measures_similarity = False
     least_segments = 1
 

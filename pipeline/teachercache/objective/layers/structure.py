@@ -22,7 +22,6 @@ from teachercache.objective.layers.adapter import Adapter, zero_contribution_of_
 from teachercache.objective.layers.term import LayerBatch, StudentShape
 from teachercache.targets import StoredTargets
 
-STRUCTURES = ("distances", "angles", "sample-distances", "channel-correlation")
 DRAWN = {"distances": 128, "angles": 32}
 LEAST = 3  # positions, or segments, that have a structure
 
@@ -31,7 +30,6 @@ class StructureTerm(torch.nn.Module):
     """Any of the four."""
 
     of = "hidden"
-    matches = STRUCTURES
     measures_similarity = False
 
     def __init__(

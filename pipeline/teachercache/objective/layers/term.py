@@ -57,7 +57,6 @@ class LayerTerm(Protocol):
 
     pairs: tuple[tuple[int, int], ...]  # (student's layer, teacher's layer)
     of: str  # hidden or attention: what of the layers it compares
-    matches: tuple[str, ...]  # names of its losses in recipes
     measures_similarity: bool  # whether it adds to `LayerBatch.similarity`
 
     @property

@@ -20,7 +20,7 @@ from teachercache.config import ObjectiveConfig
 from teachercache.errors import ModelError, RecipeError
 from teachercache.models.activations import ADAPTERS, Activations, check_attention, recorded
 from teachercache.models.loading import runnable_here
-from teachercache.objective.layers.objective import LayerLoss, LayerObjective, StudentShape
+from teachercache.objective.layers.objective import LayerLossSums, LayerObjective, StudentShape
 from teachercache.training.initialise.partitioned import rows_of, runnable
 
 
@@ -124,7 +124,7 @@ def watched(model: Any, objective: LayerObjective | None, *, apart: bool = False
         yield activations
 
 
-def logged(loss: LayerLoss) -> dict[str, Tensor]:
+def logged(loss: LayerLossSums) -> dict[str, Tensor]:
     """Its sums by the names that logs give them."""
     return {**loss.terms, **{f"similarity_{layer}": sums for layer, sums in loss.similarity.items()}}
 

@@ -261,7 +261,7 @@ def test_overrides_reach_any_depth(tmp_path):
         ("cache: c\ntargets: {logits: {kind: top-k, temperatures: [2, 1]}}", "must rise"),
         (
             "cache: c\ntargets: {logits: {temperatures: [1, 2]}}",
-            "unknown key `targets.logits.temperatures`; valid keys: kind",
+            "`targets.logits.temperatures` is of kind: top-k or kind: top-p",
         ),
         ("cache: c\ntargets: {logits: {kind: top-q}}", "targets.logits"),
         ("cache: c\ntargets: {logits: top-k}", "targets.logits"),

@@ -29,6 +29,8 @@ Sections = Mapping[str, type[Section]]
 def one_of(types: Mapping[str, type[Any]], *, tag_of: Callable[[Any], str], added: Callable[[], Sections]) -> Any:
     """The type of a key that holds a value of one of these types, sections or others, by tag. `tag_of` says which a value is
     meant to be; `added` gives sections from outside, as many as there are when it is called."""
+    if len(types) == 1:
+        return Annotated[next(iter(types.values())), OrAdded(tuple(types), tag_of, added)]
     named = [Annotated[part, Tag(tag)] for tag, part in types.items()]
     return Annotated[functools.reduce(operator.or_, named), Discriminator(tag_of), OrAdded(tuple(types), tag_of, added)]
 

@@ -25,7 +25,7 @@ from teachercache.models.activations import Heads
 from teachercache.objective.layers.attention import AttentionTerm
 from teachercache.objective.layers.term import LayerBatch
 from teachercache.targets.layers.attention import HeadShape, log_attention, sees
-from teachercache.targets.layers.attention_relations import StoredHeads
+from teachercache.targets.layers.attention_factors import StoredHeads
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 SCALING = WIDTH**-0.5

@@ -26,13 +26,14 @@ from provenance import add_output_options, provenance, publish
 from torch.nn.functional import cosine_similarity
 
 from teachercache.cache import StoredRow
-from teachercache.config import HIDDEN_STEPS
 from teachercache.evaluation.layer_fidelity import attention_divergence
 from teachercache.models.activations import recorded
 from teachercache.models.loading import load_causal_lm, load_tokenizer, model_inputs
 from teachercache.targets import HiddenStates, StoredTargets, TopK
 from teachercache.targets.layers.attention_maps import AttentionMaps
-from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
+from teachercache.targets.layers.attention_relations import Relations
+from teachercache.targets.layers.attention_vectors import QueriesKeys
+from teachercache.targets.layers.hidden_states import HIDDEN_STEPS
 from teachercache.teacher.layers import LayerSample, attention_file, make_layer_files, rows_of
 from teachercache.tokens.rows import TokenRow
 

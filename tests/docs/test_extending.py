@@ -12,13 +12,16 @@ import torch
 
 from teachercache import Cache, DistillationTrainer, ObjectiveConfig
 from teachercache.cache.storage.store import LocalStore
+from teachercache.cache.verify import verify
 from teachercache.config import parse_recipe
 from teachercache.config.layer_losses import LAYER_LOSSES
-from teachercache.errors import CacheError, RecipeError
+from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.objective.objective_schedule import ObjectiveSchedule
 from teachercache.schedules import SCHEDULES
 from teachercache.targets import KINDS, TAIL_POLICIES
+from teachercache.targets.layers.kinds import LAYER_KINDS
 
+from cache.forgery import sign
 from builders import tiny_cache, tiny_teacher
 from pages import ROOT, blocks
 from target_kinds import walk_through_a_cache
@@ -33,7 +36,8 @@ def added() -> Iterator[dict[str, Any]]:
     for block in blocks(PAGE, "python"):
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)
     yield names
-    for registry, name in ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (SCHEDULES, "halving"), (SCHEDULES, "task")):
+    lists = ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (LAYER_KINDS, "scaled"))
+    for registry, name in (*lists, (SCHEDULES, "halving"), (SCHEDULES, "task")):
         registry.remove(name)
 
 
@@ -56,6 +60,10 @@ def test_keys_of_parts_from_outside_are_checked_as_all_are(added: dict[str, Any]
         "`objective.layers.0`: heads means nothing to norms": {"objective": {"layers": [{"match": "norms", "heads": "mix"}]}},
         "`objective.layers.0.power`: input should be greater": {"objective": {"layers": [{"match": "norms", "power": 0}]}},
         "did you mean `power`?": {"objective": {"layers": [{"match": "norms", "powr": 3}]}},
+        "unknown key `targets.hidden.mot`; did you mean `most`?": {
+            "targets": {"hidden": {"kind": "scaled", "layers": [1], "mot": 3}}
+        },
+        "`targets.hidden.kind`: input should be 'hidden'": {"targets": {"hidden": {"kind": "scald", "layers": [1]}}},
         "input should be 'auto', 'ghost'": {"objective": {"tail": "by-ids"}},
         "unknown key `objective.temperature.ende`; did you mean `end`?": {
             "objective": {"temperature": {"schedule": "halving", "start": 4, "ende": 1}}
@@ -91,8 +99,6 @@ def test_a_tail_policy_from_outside_gives_each_token_its_share(added: dict[str, 
 
 
 def test_a_student_learns_by_a_policy_and_a_loss_from_outside(added: dict[str, Any], tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, TrainingArguments
-
     path = tiny_cache(tmp_path, targets={"logits": {"kind": "top-k", "k": 8}, "hidden": {"layers": [1, 2]}})
     config = {
         "alpha": 0.8,
@@ -100,17 +106,52 @@ def test_a_student_learns_by_a_policy_and_a_loss_from_outside(added: dict[str, A
         "tail": "by-id",
         "layers": [{"match": "norms", "power": 1.5, "pairs": {1: 2}, "centred": False}],
     }
+    student = tiny_teacher(tmp_path / "student", seed=5, layers=1)
+    norms = trained(tmp_path, Cache.open(path), config, student=student)["norms"]
+    assert len(norms) == 12 and norms[-1] < norms[0]
+
+
+def trained(folder: Path, cache: Cache, objective: dict[str, Any], *, student: Path) -> dict[str, list[float]]:
+    """Logged values of a dozen steps, by name."""
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
     trainer = DistillationTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny_teacher(tmp_path / "student", seed=5, layers=1)),
-        cache=Cache.open(path),
-        objective=ObjectiveConfig.model_validate(config),
+        model=AutoModelForCausalLM.from_pretrained(student),
+        cache=cache,
+        objective=ObjectiveConfig.model_validate(objective),
         args=TrainingArguments(
-            str(tmp_path / "run"), max_steps=12, learning_rate=3e-3, logging_steps=1, report_to=[], use_cpu=True
+            str(folder / "run"), max_steps=12, learning_rate=3e-3, logging_steps=1, report_to=[], use_cpu=True
         ),
     )
     trainer.train()
-    norms = [entry["norms"] for entry in trainer.state.log_history if "norms" in entry]
-    assert len(norms) == 12 and norms[-1] < norms[0]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {name: [entry[name] for entry in history] for name in history[0]}
+
+
+def test_a_kind_of_hidden_states_from_outside_is_stored_checked_and_learned_from(
+    added: dict[str, Any], tmp_path: Path
+) -> None:
+    hidden = {"kind": "scaled", "layers": [1, 2]}
+    targets = {"logits": {"kind": "top-k", "k": 8}, "attention": {"layers": [3]}}
+    teacher = tiny_teacher(tmp_path / "teacher", layers=3)
+    path = tiny_cache(tmp_path / "scaled", teacher=teacher, targets={**targets, "hidden": hidden})
+    exact = tiny_cache(tmp_path / "exact", teacher=teacher, targets={**targets, "hidden": {**hidden, "kind": "hidden"}})
+    assert verify(path) == []
+    cache, other = Cache.open(path), Cache.open(exact)
+    assert type(cache.targets.hidden) is added["Scaled"] and cache.targets.settings()["hidden"]["kind"] == "scaled"
+    rows = [opened.targets.decoded(opened.read_row("train", 0).targets) for opened in (cache, other)]
+    for name in ("hidden_1", "hidden_2"):
+        np.testing.assert_allclose(rows[0][name], rows[1][name], atol=0.2 * float(np.abs(rows[1][name]).mean()))
+    config = {"layers": [{"match": "hidden-mse", "pairs": {1: 2}}, {"match": "attention-kl", "pairs": {1: 3}}]}
+    losses = trained(tmp_path, cache, config, student=tiny_teacher(tmp_path / "student", seed=5, layers=1))["hidden-mse"]
+    assert losses[-1] < losses[0]
+    sign(path, lambda data: data["targets"]["hidden"].update(most=0.0))
+    with pytest.raises(CacheDamaged, match="most: Input should be greater than 0"):
+        Cache.open(path)
+    LAYER_KINDS.remove("scaled")
+    with pytest.raises(CacheError, match="hidden of kind 'scaled', this version reads hidden; .* or the extension"):
+        Cache.open(path).targets.check_known("hidden")
+    LAYER_KINDS.register(added["Scaled"])
 
 
 def test_a_schedule_from_outside_sets_temperatures_weights_and_alpha(added: dict[str, Any]) -> None:

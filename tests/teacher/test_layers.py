@@ -13,7 +13,8 @@ from teacher.rows import make_row
 from teachercache.errors import ModelError
 from teachercache.targets import HiddenStates, StoredTargets
 from teachercache.targets.layers.attention import log_attention, sees
-from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
+from teachercache.targets.layers.attention_relations import Relations
+from teachercache.targets.layers.attention_vectors import QueriesKeys
 from teachercache.teacher import Teacher
 from teachercache.tokens.rows import TokenRow
 

@@ -32,13 +32,7 @@ from teachercache.config.phases import PhaseConfig
 from teachercache.config.precompute import CorpusConfig, PrecomputeConfig, RowPrefix, SequenceConfig, TeacherConfig
 from teachercache.config.recipe import Recipe, load_recipe, parse_recipe
 from teachercache.config.routing import RoutingConfig
-from teachercache.config.targets import (
-    HIDDEN_STEPS,
-    AttentionConfig,
-    HiddenStatesConfig,
-    LayerChoice,
-    TargetsConfig,
-)
+from teachercache.config.targets import TargetsConfig
 from teachercache.config.teachers import FurtherTeacherConfig, TeachersConfig
 from teachercache.config.training import (
     LOCAL_COPIES,
@@ -54,18 +48,14 @@ from teachercache.targets.logits.head_sketch import HeadSketchConfig
 from teachercache.targets.logits.kinds import LogitsConfig
 
 __all__ = [
-    "HIDDEN_STEPS",
     "LOCAL_COPIES",
     "LOCAL_COPIES_BYTES",
     "AcrossTermConfig",
-    "AttentionConfig",
     "CacheLocation",
     "CorpusConfig",
     "EmphasisConfig",
     "FurtherTeacherConfig",
     "HeadSketchConfig",
-    "HiddenStatesConfig",
-    "LayerChoice",
     "LayerTermConfig",
     "LogitsConfig",
     "LoraConfig",

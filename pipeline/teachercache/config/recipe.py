@@ -158,13 +158,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Any) -> str:
-    keys, sections = _walked(item["loc"])
+    keys, sections, others = _walked(item["loc"])
     location = ".".join(keys)
     if item["type"] == "extra_forbidden":
-        key, valid = item["loc"][-1], list(sections[0].model_fields) if sections else []
-        near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(valid)}"
-        return f"unknown key `{location}`; {hint}"
+        return _unknown_key(location, str(item["loc"][-1]), sections, others)
     if item["type"] == "missing":
         return f"`{location}` is missing"
     if item["type"] == "union_tag_invalid":
@@ -177,26 +174,40 @@ def _explain(item: Any) -> str:
     return f"`{location}`: {message[0].lower()}{message[1:]} (got {item['input']!r})" if location else message
 
 
-def _walked(path: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The keys of a path of pydantic's, and the sections in which it looked for the last one.
+def _unknown_key(
+    location: str, key: str, sections: Sequence[type[BaseModel]], others: Sequence[type[BaseModel]]
+) -> str:
+    owners = [_called(section) for section in others if key in section.model_fields]
+    if owners:
+        return f"`{location}` is of {' or '.join(owners)}; leave it out, or choose that"
+    valid = list(sections[0].model_fields) if sections else []
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(valid)}"
+    return f"unknown key `{location}`; {hint}"
+
+
+def _walked(path: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]], list[type[BaseModel]]]:
+    """The keys of a path of pydantic's, the sections in which it looked for the last one, and the others that might have stood
+    there in the place of one that was chosen.
 
     Which of several sections stands at a key is a step of its own in such a path, and no key of the recipe.
     """
     keys: list[str] = []
     within: list[type[BaseModel]] = []
+    others: list[type[BaseModel]] = []
     sections: list[type[BaseModel]] = [Recipe]
     for step in map(str, path):
         fields = [section.model_fields[step] for section in sections if step in section.model_fields]
         named = [section for section in sections if _is_called(section, step)]
         if fields:
-            within, sections = sections, [model for field in fields for model in sections_of(field)]
+            within, others, sections = sections, [], [model for field in fields for model in sections_of(field)]
         elif named:
-            sections = named
+            others, sections = [section for section in sections if section not in named], named
         elif not step.isdigit():  # an item of a list
             within = sections
         if fields or not (named or step == NUMBER):
             keys.append(step)
-    return keys, within
+    return keys, within, others
 
 
 CHOOSING = ("kind", "match", "schedule", "balance")
@@ -206,6 +217,12 @@ def _is_called(section: type[BaseModel], name: str) -> bool:
     """Tells whether this section of a union is the one that a `kind`, `schedule` or `balance` chooses."""
     chosen_by = [section.model_fields[key] for key in CHOOSING if key in section.model_fields]
     return any(name in (field.default, *get_args(field.annotation)) for field in chosen_by)
+
+
+def _called(section: type[BaseModel]) -> str:
+    """The key and the name that choose this section of a union, as `kind: NAME`."""
+    key = next(key for key in CHOOSING if key in section.model_fields)
+    return f"{key}: {get_args(section.model_fields[key].annotation)[0]}"
 
 
 def sections_of(field: FieldInfo) -> list[type[BaseModel]]:

@@ -25,7 +25,7 @@ from teachercache.stream.cache_rows import OwnTensors
 from teachercache.stream.collate import collate
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import sees
-from teachercache.targets.layers.attention_relations import StoredHeads
+from teachercache.targets.layers.attention_factors import StoredHeads
 from teachercache.targets.layers.hidden_states import column_of
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.teacher.layers import rows_of
@@ -83,6 +83,7 @@ class LayerComparison:
 def attention_divergence(targets: StoredTargets, layer: int, stored: StoredRow, exact: RowActivations) -> Tensor:
     """KL(teacher ‖ rebuilt) of each query of a row in nats, mean over heads, [S]; between what the teacher held, and what
     training makes of the columns that are stored of it."""
+    assert targets.attention is not None
     columns = targets.attention.columns_of(layer)
     batch = collate([stored], layout="documents", pad_id=0, tensors=OwnTensors(targets, columns))["layers"]
     stored_heads = targets.attention.stored_heads(

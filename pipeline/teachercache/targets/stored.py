@@ -1,11 +1,8 @@
-"""Everything that one cache stores of its teacher: its logits, their boundary mass, and what it holds of layers.
-
-`LAYER_KINDS` is the one place where kinds of layer targets are dispatched, as `KINDS` is for logits.
-"""
+"""Everything that one cache stores of its teacher: its logits, their boundary mass, and what it holds of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +11,15 @@ from numpy.typing import NDArray
 
 from teachercache.errors import CacheError
 from teachercache.targets.coding.columns import Column
-from teachercache.targets.layers.attention_maps import AttentionMaps
-from teachercache.targets.layers.attention_relations import QueriesKeys, Relations
-from teachercache.targets.layers.hidden_states import CODECS, HiddenStates
-from teachercache.targets.layers.kind import LayerKind
+from teachercache.targets.layers.kind import AttentionKind, HiddenKind, LayerKind
+from teachercache.targets.layers.kinds import SECTIONS, kind_named, layer_kind, unknown_kind
 from teachercache.targets.layers.layer_file import LayerFile, no_layer_file
 from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS, BoundaryMass
 from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
 from teachercache.targets.logits.kind import TargetKind, calibrates
 from teachercache.targets.logits.kinds import KINDS, target_kind
 
-# Section of `targets` in a manifest, and kind in it.
-LAYER_KINDS: dict[tuple[str, str], Callable[[Mapping[str, Any]], LayerKind]] = {
-    ("hidden", "hidden"): HiddenStates.from_settings,
-    ("attention", "relations"): Relations.from_settings,
-    ("attention", "queries-keys"): QueriesKeys.from_settings,
-    ("attention", "maps"): AttentionMaps.from_settings,
-}
-SECTIONS = ("hidden", "attention")
 LOGITS = "logits"
-
-
 REMEDY = "install a newer version of teachercache"
 
 
@@ -46,16 +31,27 @@ def why_unknown(section: str, targets: Mapping[str, Any]) -> str | None:
         return f"this version cannot read the {section} that the cache stores; {REMEDY}"
     if not isinstance(settings, Mapping):
         return None
+    if section in SECTIONS:
+        return _why_unknown_layers(section, settings, targets)
     kind = settings.get("kind", "" if section == LOGITS else section)
-    known = {LOGITS: KINDS, BOUNDARY: (BOUNDARY,)}.get(section) or kinds_of(section)
+    known = KINDS if section == LOGITS else (BOUNDARY,)
     if isinstance(kind, str) and kind not in known:  # asks installed extensions too
         remedy = f"{REMEDY}, or the extension that has it" if section == LOGITS else REMEDY
         return f"the cache stores {section} of kind {kind!r}, this version reads {', '.join(known)}; {remedy}"
-    codec = settings.get("codec")
-    if section == "hidden" and isinstance(codec, str) and codec not in CODECS:
-        return f"the cache stores hidden states coded as {codec!r}, this version reads {', '.join(CODECS)}; {REMEDY}"
-    if section == "attention" and kind == Relations.kind and "hidden" in targets:
-        return why_unknown("hidden", targets)  # it is rebuilt from these
+    return None
+
+
+def _why_unknown_layers(section: str, settings: Mapping[str, Any], targets: Mapping[str, Any]) -> str | None:
+    name = settings.get("kind", section)
+    if not isinstance(name, str):
+        return None
+    kind = kind_named(section, settings)
+    if kind is None:
+        return unknown_kind(section, name)
+    if (later := kind.why_unreadable(settings)) is not None:
+        return f"{later}; {REMEDY}"
+    if "hidden" in targets and section != "hidden" and getattr(kind, "from_hidden", False):
+        return why_unknown("hidden", targets)
     return None
 
 
@@ -65,18 +61,13 @@ def check_known(section: str, targets: Mapping[str, Any]) -> None:
         raise CacheError(reason)
 
 
-def kinds_of(section: str) -> tuple[str, ...]:
-    """The kinds of layers that this version reads."""
-    return tuple(kind for place, kind in LAYER_KINDS if place == section)
-
-
 @dataclass(frozen=True, eq=False)
 class StoredTargets:
     """The kinds of one cache; immutable, picklable. `of_logits` is None where it stores none."""
 
     of_logits: TargetKind | None
-    hidden: HiddenStates | None = None
-    attention: Any = None  # a kind of attention, or None
+    hidden: HiddenKind | None = None
+    attention: AttentionKind | None = None
     boundary: BoundaryMass | None = None
     unknown: Mapping[str, str] = field(default_factory=dict)  # sections that cannot be read, and why
 
@@ -218,12 +209,3 @@ class StoredTargets:
             self.of_logits.check_stored(stored)
         for kind in self.layers:
             kind.check_stored(stored)
-
-
-def layer_kind(section: str, settings: Mapping[str, Any]) -> LayerKind:
-    """The kind that a manifest's section describes; raises `CacheError` for one of a later version."""
-    name = str(settings.get("kind", section))
-    if (section, name) not in LAYER_KINDS:
-        known = ", ".join(kinds_of(section))
-        raise CacheError(f"the cache stores {section} of kind {name!r}, this version reads {known}; {REMEDY}")
-    return LAYER_KINDS[section, name](settings)

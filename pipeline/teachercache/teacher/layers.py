@@ -25,9 +25,8 @@ from teachercache.models.activations import Activations, Heads, blocks_of, check
 from teachercache.models.loading import row_places
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import BlockEntry, HeadShape
-from teachercache.targets.layers.attention_maps import AttentionMaps
-from teachercache.targets.layers.attention_relations import PARTS, QueriesKeys, Relations
-from teachercache.targets.layers.kind import RowActivations
+from teachercache.targets.layers.attention_factors import PARTS
+from teachercache.targets.layers.kind import AttentionKind, RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.tokens.rows import TokenRow
 
@@ -120,31 +119,32 @@ def make_layer_files(
     if (hidden := targets.hidden) is not None:
         arrays: dict[str, NDArray[Any]] = {}
         for layer in hidden.layers:
-            arrays |= hidden_arrays(sample.of("hidden", layer), layer, rotated=hidden.codec == "projected")
+            arrays |= hidden_arrays(sample.of("hidden", layer), layer, rotated=f"hidden.{layer}.rotation" in hidden.arrays())
         files["hidden"] = LayerFile(arrays)
     if targets.attention is not None:
         files["attention"] = of_attention(targets.attention, sample, longest=longest)
     return files
 
 
-def attention_file(model: PreTrainedModel, attention: Any, sample: LayerSample, *, longest: int) -> LayerFile:
+def attention_file(model: PreTrainedModel, attention: AttentionKind, sample: LayerSample, *, longest: int) -> LayerFile:
     """The file of a kind of attention, from the blocks of a model of transformers. Raises `ModelError` for attention that
     cannot be rebuilt, or has other heads than the settings say."""
     arrays: dict[str, NDArray[Any]] = {}
     described: dict[int, Any] = {}
     tried = _tried(model, attention.layers, longest=longest)
-    if isinstance(attention, Relations):
+    if attention.from_hidden:
         _check_rotary(tried, _recorded(model, attention.layers, length=min(longest, BRIEF)), model)
     for layer in attention.layers:
         _check_heads(attention, layer, tried.attention[layer])
         described[layer] = {"shape": shape_of(tried.attention[layer]).to_metadata()}
-        if isinstance(attention, Relations):
-            entry, block_arrays = _entry(model, layer, tried, values=attention.values)
+        if attention.from_hidden:
+            with_values = f"attention.{layer}.value" in attention.arrays()
+            entry, block_arrays = _entry(model, layer, tried, values=with_values)
             described[layer]["entry"] = asdict(entry)
         else:
-            block_arrays = _spreads(attention, sample, layer) if attention.arrays() else {}
+            block_arrays = _spreads(attention, sample, layer)
         sinks_H = tried.attention[layer].sinks_H
-        if sinks_H is not None and isinstance(attention, AttentionMaps):
+        if sinks_H is not None and not attention.holds_sinks:
             raise ModelError(
                 f"the attention of block {layer} of {type(model).__name__} leaves mass to sinks, which maps of keys do not "
                 f"hold; {REMEDY}"
@@ -180,9 +180,10 @@ def _not_zero(spread_X: Tensor) -> Tensor:
     return spread_X.clamp_min(max(SMALLEST_SPREAD * float(spread_X.mean()), 1e-20))
 
 
-def _spreads(attention: QueriesKeys, sample: LayerSample, layer: int) -> dict[str, Tensor]:
+def _spreads(attention: AttentionKind, sample: LayerSample, layer: int) -> dict[str, Tensor]:
+    """Spreads of the channels of those parts that the kind is read by."""
     spreads = {}
-    for part in attention.parts:
+    for part in (part for part in PARTS if f"attention.{layer}.{part}_spread" in attention.arrays()):
         tokens_NX = sample.of(part, layer)
         spreads[f"{part}_spread"] = _not_zero(tokens_NX.square().mean(0).sqrt())  # after rotation means are near zero
     return spreads
@@ -204,7 +205,7 @@ def _recorded(model: PreTrainedModel, layers: Sequence[int], *, length: int) -> 
     return activations
 
 
-def _check_heads(attention: Any, layer: int, heads: Heads) -> None:
+def _check_heads(attention: AttentionKind, layer: int, heads: Heads) -> None:
     shape = shape_of(heads)
     counts = (shape.heads, shape.key_heads, shape.head_width)
     wanted = (attention.teacher_heads, attention.key_heads, attention.head_width)

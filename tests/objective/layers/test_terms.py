@@ -20,7 +20,7 @@ from teachercache.objective.layers.relations import RelationTerm
 from teachercache.objective.layers.structure import StructureTerm
 from teachercache.objective.layers.term import LayerBatch
 from teachercache.targets.layers.attention import HeadShape, sees
-from teachercache.targets.layers.attention_relations import StoredHeads
+from teachercache.targets.layers.attention_factors import StoredHeads
 
 B, S, STUDENT, TEACHER, E = 2, 9, 12, 16, 4
 # The second row holds two segments and ends in padding.

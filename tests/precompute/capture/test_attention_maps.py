@@ -101,9 +101,9 @@ def test_the_longest_rows_that_fit_are_planned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ({"kind": "maps", "values": True}, "maps keep no values"),
-        ({"top": 4}, "`top` is of kind: maps; relations keep every head and key"),
-        ({"kind": "queries-keys", "heads": 4}, "`heads` is of kind: maps; queries-keys keep every head and key"),
+        ({"kind": "maps", "values": True}, "`targets.attention.values` is of kind: relations or queries-keys"),
+        ({"top": 4}, "`targets.attention.top` is of kind: maps; leave it out, or choose that kind"),
+        ({"kind": "queries-keys", "heads": 4}, "`targets.attention.heads` is of kind: maps"),
         ({"kind": "maps", "top": 0}, "top"),
     ],
 )

@@ -13,11 +13,11 @@ import pytest
 from cache.forgery import sign
 from teachercache.cache import Cache, verify
 from teachercache.cache.inspection import describe, describe_row
-from teachercache.config import LayerChoice, parse_recipe
+from teachercache.config import parse_recipe
 from teachercache.errors import CacheDamaged, ModelError, RecipeError
 from teachercache.evaluation.fidelity import run_fidelity
-from teachercache.precompute.capture.layers import numbered
 from teachercache.precompute.capture.plan import make_plan
+from teachercache.targets.layers.settings import LayerChoice, numbered
 
 from builders import build_cache, tiny_cache, tiny_recipe, tiny_teacher
 from tiny_models import model_of
@@ -82,11 +82,11 @@ def test_layers_that_are_not_there_are_refused_before_anything_runs(
     ("section", "settings", "message"),
     [
         ("hidden", {"layers": [1], "codec": "bf16", "step": 0.1}, "codec bf16 has no step"),
-        ("attention", {"layers": [1], "step": 0.1}, "`step` is of kind: queries-keys"),
+        ("attention", {"layers": [1], "step": 0.1}, "`targets.attention.step` is of kind: queries-keys; leave it out"),
         (
             "attention",
             {"layers": [1], "kind": "maps", "calibration_positions": 100},
-            "`calibration_positions` is of kind",
+            "`targets.attention.calibration_positions` is of kind: queries-keys",
         ),
     ],
 )

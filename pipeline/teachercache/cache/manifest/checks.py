@@ -28,10 +28,10 @@ from teachercache.cache.manifest.model import Manifest
 from teachercache.config import SequenceConfig
 from teachercache.errors import CacheDamaged, RecipeError
 from teachercache.targets import target_kind
-from teachercache.targets.layers.attention_maps import check_length
+from teachercache.targets.layers.kinds import SECTIONS, kind_named
 from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
 from teachercache.targets.logits.kinds import kind_settings
-from teachercache.targets.stored import SECTIONS, why_unknown
+from teachercache.targets.stored import why_unknown
 
 
 class _Claim(BaseModel):
@@ -70,52 +70,6 @@ class _BoundaryMass(_Claim):
 class _Targets(_Claim):
     logits: dict[str, Any] | None = None
     boundary_mass: dict[str, Any] | None = None
-
-
-Number = Annotated[int, Field(ge=1, le=2**20)]  # of layers, heads or channels
-Step = Annotated[float, Field(gt=0, le=1000)]
-
-
-class _Layers(_Claim):
-    layers: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(min_length=1)
-    width: Number
-    blocks: Number
-
-
-class _HiddenStates(_Layers):
-    codec: str
-    step: Annotated[float, Field(ge=0, le=1000)]
-    calibration_positions: Count
-
-
-class _Relations(_Layers):
-    layers: list[Number] = Field(min_length=1)
-    heads: Number
-    key_heads: Number
-    head_width: Number
-    values: bool
-
-
-class _QueriesKeys(_Relations):
-    step: Step
-    calibration_positions: Count
-
-
-class _Maps(_Layers):
-    layers: list[Number] = Field(min_length=1)
-    heads: Number
-    teacher_heads: Number
-    key_heads: Number
-    head_width: Number
-    top: Annotated[int, Field(ge=1, le=1024)] | None
-
-
-_LAYER_CLAIMS: dict[tuple[str, str], type[_Layers]] = {
-    ("hidden", "hidden"): _HiddenStates,
-    ("attention", "relations"): _Relations,
-    ("attention", "queries-keys"): _QueriesKeys,
-    ("attention", "maps"): _Maps,
-}
 
 
 class _Task(_Claim):
@@ -215,34 +169,10 @@ def _check_layers(section: str, targets: Mapping[str, Any], *, longest: int) -> 
     settings = targets[section]
     if not isinstance(settings, dict):
         raise ValueError(f"targets.{section} is no mapping")
-    claim = _LAYER_CLAIMS.get((section, str(settings.get("kind", section))))
-    if claim is None:
-        return
-    validated(claim.model_validate, settings)
-    layers = settings["layers"]
-    if sorted(set(layers)) != layers or layers[-1] > settings["blocks"]:
-        raise ValueError(
-            f"targets.{section}.layers do not rise, each once, up to the teacher's {settings['blocks']} blocks"
-        )
-    if settings.get("codec", "bf16") != "bf16" and not settings["step"] > 0:
-        raise ValueError(f"targets.{section}.step is none")
-    if section == "attention":
-        _check_heads(settings, longest=longest)
-    if settings.get("kind") == "relations":
-        stored = set((targets.get("hidden") or {}).get("layers", ()))
-        if missing := {layer - 1 for layer in layers} - stored:
-            raise ValueError(f"targets.attention needs hidden state {min(missing)}, which is not stored")
-
-
-def _check_heads(settings: Mapping[str, Any], *, longest: int) -> None:
-    teacher_heads = settings.get("teacher_heads", settings["heads"])
-    if teacher_heads % settings["key_heads"] or teacher_heads % settings["heads"]:
-        raise ValueError(
-            f"targets.attention has {teacher_heads} heads, {settings['key_heads']} of keys, and {settings['heads']} of them "
-            "stored"
-        )
-    if settings["kind"] == "maps":
-        check_length(longest, heads=settings["heads"], layers=len(settings["layers"]), top=settings["top"])
+    kind = kind_named(section, settings)
+    if kind is not None:
+        claim = kind.claim
+        validated(lambda values: claim.model_validate(values).check(section, targets, longest=longest), settings)
 
 
 def _check_settings(settings: Mapping[str, Any], vocabulary_size: int) -> None:

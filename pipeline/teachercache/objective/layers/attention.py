@@ -62,6 +62,7 @@ class AttentionTerm(torch.nn.Module):
         student: StudentShape,
     ) -> AttentionTerm:
         """See `LayerTerm`."""
+        assert targets.attention is not None
         counts = {"student_heads": student.heads, "teacher_heads": targets.attention.heads}
         return cls(config.match, pairs, heads=config.heads, first_key=config.first_key, **counts)
 

@@ -18,6 +18,7 @@ from teachercache.objective.layers.gradient_taps import GradientTaps
 from teachercache.objective.layers.term import LayerBatch, StudentShape, hidden_arrays
 from teachercache.objective.layers.terms import term_of
 from teachercache.targets import StoredTargets
+from teachercache.targets.layers.attention import TaughtAttention
 from teachercache.targets.layers.hidden_states import column_of
 
 NO_TARGET = -100
@@ -60,6 +61,7 @@ class LayerObjective(torch.nn.Module):
         )
         read = [column_of(layer) for layer in self._teacher_hidden]
         for layer in self._teacher_attention:
+            assert targets.attention is not None
             read += targets.attention.columns_of(layer)
         self.columns = tuple(dict.fromkeys(read))
 
@@ -122,7 +124,7 @@ class LayerObjective(torch.nn.Module):
             hidden[layer] = layers[column_of(layer)]
             if centred:
                 hidden[layer] = hidden[layer] - self._mean(layer, hidden[layer])
-        mask_BS, position_BS = shift_labels_BS != NO_TARGET, layers.get(PLACES)
+        mask_BS = shift_labels_BS != NO_TARGET
         student_hidden, student_heads = activations.hidden, activations.attention
         if are_aligned(layers):
             index_BA = layers[STUDENT]
@@ -131,14 +133,16 @@ class LayerObjective(torch.nn.Module):
             student_heads = {
                 layer: aligned_heads(heads, index_BA, layer=layer) for layer, heads in student_heads.items()
             }
-        attention = {
-            layer: self._targets.attention.stored_heads(
-                torch, layer, layers, _positions(segment_BS) if position_BS is None else position_BS
-            )
-            for layer in self._teacher_attention
-        }
         first_BS = layers[FIRST] > 0 if are_aligned(layers) else _positions(segment_BS) == 0
+        attention = self._taught_attention(layers, segment_BS)
         return LayerBatch(mask_BS, segment_BS, first_BS, student_hidden, student_heads, hidden, attention)
+
+    def _taught_attention(self, layers: Mapping[str, Tensor], segment_BS: Tensor) -> dict[int, TaughtAttention]:
+        kind, position_BS = self._targets.attention, layers.get(PLACES)
+        if kind is None:
+            return {}
+        place_BS = _positions(segment_BS) if position_BS is None else position_BS
+        return {layer: kind.stored_heads(torch, layer, layers, place_BS) for layer in self._teacher_attention}
 
     def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, by all weights, in the order of `loss`: what a process does whose micro-batch is of another cache."""

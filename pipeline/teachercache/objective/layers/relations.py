@@ -22,7 +22,8 @@ from teachercache.objective.layers.map_loss import Comparison, map_loss
 from teachercache.objective.layers.term import LayerBatch, StudentShape
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import HeadShape, sees
-from teachercache.targets.layers.attention_relations import StoredHeads
+from teachercache.targets.layers.attention_factors import StoredHeads
+from teachercache.targets.layers.kind import AttentionKind
 
 PARTS = {"query-relations": "queries_BHSE", "key-relations": "keys_BKSE", "value-relations": "values_BKSE"}
 
@@ -48,6 +49,7 @@ class RelationTerm(torch.nn.Module):
         student: StudentShape,
     ) -> RelationTerm:
         """See `LayerTerm`."""
+        assert targets.attention is not None
         _check_vectors(config.match, targets.attention)
         heads = config.relation_heads or _heads_of(config.match, student)
         widths = {"student": student.head_width, "teacher": targets.attention.head_width}
@@ -89,7 +91,7 @@ def _heads_of(match: str, shape: Any) -> int:
     return heads
 
 
-def _check_vectors(match: str, kind: Any) -> None:
+def _check_vectors(match: str, kind: AttentionKind) -> None:
     if not kind.keeps_vectors:
         raise CacheError(
             f"objective.layers match {match}, but the cache keeps attention maps, not the vectors that relations are "

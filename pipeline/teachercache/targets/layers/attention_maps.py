@@ -25,17 +25,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from teachercache.errors import CacheDamaged, CacheError
+from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.targets.coding.columns import Column
 from teachercache.targets.coding.pco import NAME as PCO
 from teachercache.targets.layers.attention import HeadShape, log_attention, sees
+from teachercache.targets.layers.claims import AttentionClaim, LayerClaim, Number
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
+from teachercache.targets.layers.settings import BLOCKS, AttentionSettings, Layers, LayerSettings, TeacherShape
 from teachercache.targets.layers.stored_maps import LEVELS, LargestShares, Maps
 
 Array = NDArray[Any]
@@ -46,13 +49,65 @@ PAIR_BYTES = 0.66  # of a code on disk
 KEY_BYTES = 1.4  # of a code and its key
 
 
+class MapsConfig(AttentionSettings):
+    """Attention maps, quadratic in a row's length."""
+
+    kind: Literal["maps"] = Field("maps", description="what each query gives to each key, quadratic in a row's length")
+    layers: Layers = Field(description=BLOCKS)
+    top: int | None = Field(None, ge=1, le=1024, description="keys that are kept of each query; default: all of them")
+    heads: int | None = Field(
+        None, ge=1, description="average groups of the teacher's heads, as many as the student's; default: all"
+    )
+
+    def for_teacher(self, teacher: TeacherShape, *, longest: int) -> dict[str, Any]:
+        """See `LayerSettings`. Raises `RecipeError` for maps that are too large, too."""
+        shared = teacher.attention(self.layers)
+        teacher_heads = shared["heads"]
+        heads = teacher_heads if self.heads is None else self.heads
+        if teacher_heads % heads:
+            raise RecipeError(
+                f"targets.attention.heads is {heads}, but the teacher's {teacher_heads} heads cannot be averaged in as many "
+                "equal groups; choose a divisor, or leave it out: students of any head count mix heads themselves"
+            )
+        try:
+            check_length(longest, heads=heads, layers=len(shared["layers"]), top=self.top)
+        except ValueError as error:
+            raise RecipeError(
+                f"targets.attention: {error}; store fewer layers, fewer heads or the `top` keys of each query, make "
+                "sequence.length smaller, or use kind: relations, which is linear in it"
+            ) from None
+        return {**shared, "heads": heads, "teacher_heads": teacher_heads, "top": self.top, "longest": longest}
+
+
+class MapsClaim(AttentionClaim):
+    """Settings in a manifest."""
+
+    teacher_heads: Number
+    top: int | None = Field(ge=1, le=1024)
+
+    @property
+    def all_heads(self) -> int:
+        """Heads of the teacher."""
+        return self.teacher_heads
+
+    def check(self, section: str, targets: Mapping[str, Any], *, longest: int) -> None:
+        """See `LayerClaim`."""
+        super().check(section, targets, longest=longest)
+        check_length(longest, heads=self.heads, layers=len(self.layers), top=self.top)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """Settings of the kind, and the layer file's shapes once there are any. `longest` (tokens of a row) is for planning."""
 
-    kind = "maps"
-    keeps_vectors = False  # of queries, keys and values
-    section = "attention"
+    kind: ClassVar[str] = "maps"
+    section: ClassVar[str] = "attention"
+    config: ClassVar[type[LayerSettings]] = MapsConfig
+    claim: ClassVar[type[LayerClaim]] = MapsClaim
+    keeps_vectors: ClassVar[bool] = False
+    values: ClassVar[bool] = False
+    holds_sinks: ClassVar[bool] = False
+    from_hidden: ClassVar[bool] = False
     hidden_layers: tuple[int, ...] = ()
 
     layers: tuple[int, ...] = ()
@@ -69,7 +124,13 @@ class AttentionMaps:
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> AttentionMaps:
         """Rebuild from a manifest's settings."""
-        return cls(layers=tuple(settings["layers"]), **{name: settings[name] for name in _SETTINGS})
+        own = {name: settings[name] for name in _SETTINGS}
+        return cls(layers=tuple(settings["layers"]), **own, longest=settings.get("longest", 0))
+
+    @classmethod
+    def why_unreadable(cls, settings: Mapping[str, Any]) -> str | None:
+        """Nothing that it says can be of a later version."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that the manifest keeps."""

@@ -17,21 +17,67 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.targets.coding.columns import Column
 from teachercache.targets.coding.pco import NAME as PCO
+from teachercache.targets.layers.claims import Count, LayerClaim
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
+from teachercache.targets.layers.settings import Layers, LayerSettings, TeacherShape
 
 Array = NDArray[Any]
-CODECS = ("int8", "projected", "bf16")
+# Steps by codec, in units of a channel's spread; of projected in those of all channels.
+HIDDEN_STEPS = {"int8": 0.08, "projected": 0.6, "bf16": 0.0}
+CODECS = tuple(HIDDEN_STEPS)
 _FIRST_GROUP = 8  # directions under one table; the next groups are twice as wide each
 _NOT_FINITE = 0x7F80  # exponent bits of a bfloat16 that is no number
+
+
+class HiddenStatesConfig(LayerSettings):
+    """Hidden states of chosen layers."""
+
+    kind: Literal["hidden"] = Field("hidden", description="a column for each layer")
+    layers: Layers = Field(description="numbers, or a rule: {every: 4}, {first: 8}, {last: 2}, {uniform: 6}")
+    codec: Literal["int8", "projected", "bf16"] = Field(
+        "int8",
+        description="how channels are stored: int8 (quantised, 0.72 bytes a channel), projected (0.28), bf16 (1.42)",
+    )
+    step: float | None = Field(None, gt=0, le=1000, description="quantisation step; smaller = larger")
+    calibration_positions: int = Field(
+        4096, ge=64, description="tokens that give means, spreads and directions, drawn from the whole corpus"
+    )
+
+    @model_validator(mode="after")
+    def _step_of_codes(self) -> HiddenStatesConfig:
+        if self.codec == "bf16" and self.step is not None:
+            raise ValueError("codec bf16 has no step; leave it out")
+        return self
+
+    def for_teacher(self, teacher: TeacherShape, *, longest: int) -> dict[str, Any]:
+        """See `LayerSettings`."""
+        step = HIDDEN_STEPS[self.codec] if self.step is None else self.step
+        own = {"codec": self.codec, "step": step, "calibration_positions": self.calibration_positions}
+        return {**teacher.hidden(self.layers), **own}
+
+
+class HiddenStatesClaim(LayerClaim):
+    """Settings in a manifest."""
+
+    codec: str
+    step: float = Field(ge=0, le=1000)
+    calibration_positions: Count
+
+    def check(self, section: str, targets: Mapping[str, Any], *, longest: int) -> None:
+        """See `LayerClaim`."""
+        super().check(section, targets, longest=longest)
+        if self.codec != "bf16" and not self.step > 0:
+            raise ValueError(f"targets.{section}.step is none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +85,10 @@ class HiddenStates:
     """Settings of the kind, and its arrays once there is a layer file. `step` is in units of a channel's spread; of codec
     projected in units of the root mean square spread of all channels."""
 
-    section = "hidden"
+    kind: ClassVar[str] = "hidden"
+    section: ClassVar[str] = "hidden"
+    config: ClassVar[type[LayerSettings]] = HiddenStatesConfig
+    claim: ClassVar[type[LayerClaim]] = HiddenStatesClaim
     attention_layers: tuple[int, ...] = ()
 
     layers: tuple[int, ...] = ()
@@ -57,6 +106,14 @@ class HiddenStates:
             raise CacheError(f"hidden states are coded as {settings['codec']!r}, which this version cannot read")
         names = ("width", "blocks", "codec", "step", "calibration_positions")
         return cls(layers=tuple(settings["layers"]), **{name: settings[name] for name in names})
+
+    @classmethod
+    def why_unreadable(cls, settings: Mapping[str, Any]) -> str | None:
+        """Returns a codec of a later version."""
+        codec = settings.get("codec")
+        if isinstance(codec, str) and codec not in CODECS:
+            return f"the cache stores hidden states coded as {codec!r}, this version reads {', '.join(CODECS)}"
+        return None
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that the manifest keeps."""

@@ -19,7 +19,7 @@ ERRORS = {
     ),
 }
 STAGES = (
-    ("config", "Recipes"), ("corpus", "Corpus"), ("tokens", "Tokens"), ("bounded", "Chat templates"),
+    ("config", "Recipes"), ("schedules", "Schedules"), ("corpus", "Corpus"), ("tokens", "Tokens"), ("bounded", "Chat templates"),
     ("models", "Models"), ("teacher", "Teacher"),
     ("targets", "Targets"), ("precompute", "Precompute"), ("cache", "The cache on disk"), ("stream", "Reading a cache"),
     ("objective", "Objective"), ("training", "Training"), ("evaluation", "Evaluation"), ("sampling", "Sampling"),

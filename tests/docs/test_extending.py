@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from teachercache import Cache, DistillationTrainer, ObjectiveConfig
 from teachercache.cache.storage.store import LocalStore
 from teachercache.cache.verify import verify
+from teachercache.cli import COMMANDS, app
 from teachercache.config import parse_recipe
 from teachercache.config.layer_losses import LAYER_LOSSES
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
@@ -36,7 +39,7 @@ def added() -> Iterator[dict[str, Any]]:
     for block in blocks(PAGE, "python"):
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)
     yield names
-    lists = ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (LAYER_KINDS, "scaled"))
+    lists = ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (LAYER_KINDS, "scaled"), (COMMANDS, "longest-row"))
     for registry, name in (*lists, (SCHEDULES, "halving"), (SCHEDULES, "task")):
         registry.remove(name)
 
@@ -176,6 +179,19 @@ def test_a_balance_from_outside_follows_the_losses(added: dict[str, Any]) -> Non
     assert other.at(1).alpha == 0.25
     with pytest.raises(RecipeError, match="a balance belongs into objective.alpha"):
         parse_recipe({"cache": "c", "phases": [{"name": "a", "share": 1, "alpha": {"balance": "task"}}]}, origin="r.yaml")
+
+
+def test_a_command_from_outside_is_listed_and_runs(added: dict[str, Any], tmp_path: Path) -> None:
+    path = tiny_cache(tmp_path)
+    cache = Cache.open(path)
+    told = CliRunner().invoke(app, ["longest-row", str(path), "--json"])
+    lengths = [cache.read_row("train", index).row.length for index in range(cache.rows_of("train"))]
+    assert told.exit_code == 0 and json.loads(told.stdout)["tokens"] == max(lengths)
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert "longest-row" in shown and "Say which row of a cache has most tokens." in shown
+    assert "--split" in CliRunner().invoke(app, ["longest-row", "--help"], color=False).output
+    missing = CliRunner().invoke(app, ["longest-row", str(tmp_path / "nothing")])
+    assert missing.exit_code == 2 and "error:" in missing.stderr
 
 
 def test_a_store_from_outside_keeps_the_same_word(added: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""`teachercache precompute`: a cache from a teacher and a corpus."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from teachercache.cli.options import Json, Overrides, RecipePath
+from teachercache.config import load_recipe
+from teachercache.console import run_command
+
+
+def precompute(
+    recipe: RecipePath,
+    limit: Annotated[int | None, typer.Option(min=1, help="read at most so many rows of the corpus")] = None,
+    overrides: Overrides = [],
+    as_json: Json = False,
+) -> None:
+    """Run a teacher over a corpus and store what a student can learn from. Run it again to resume."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from teachercache.precompute.capture.job import run_precompute
+
+        extra = [f"corpus.limit={limit}"] if limit else []
+        return run_precompute(load_recipe(recipe, [*overrides, *extra]), console=console)
+
+    raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))

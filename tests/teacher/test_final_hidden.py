@@ -87,6 +87,29 @@ def test_the_matrix_survives_its_file_and_torch_agrees(tmp_path: Path) -> None:
     assert ids.shape == (len(logits[0]), 4)
 
 
+class Named(FinalHidden):
+    """As an extension may have it: the kind under another name."""
+
+    kind = "named"
+
+
+def test_a_subclass_of_a_kind_is_calibrated_as_that_is() -> None:
+    model = tiny_model(vocabulary=V)
+    hidden, _ = observe(model, rows=1)
+    made = calibrate(Named(WIDTH, 0.1, V, 600), OutputLayer.of(model, vocabulary_size=V), hidden)
+    assert type(made) is Named and made.basis is not None
+
+
+def test_a_kind_that_nothing_is_known_to_fit_is_refused_in_a_line() -> None:
+    class Unknown:
+        kind = "unknown"
+
+    model = tiny_model(vocabulary=V)
+    with pytest.raises(ModelError, match="kind unknown are read by a basis, .* add Unknown to CALIBRATIONS") as caught:
+        calibrate(Unknown(), OutputLayer.of(model, vocabulary_size=V), [])  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
 def test_refusals_name_the_remedy() -> None:
     model = tiny_model(vocabulary=V)
     hidden, _ = observe(model, rows=1)

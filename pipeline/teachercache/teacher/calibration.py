@@ -39,8 +39,17 @@ BLOCK = 256
 
 @torch.inference_mode()
 def calibrate(kind: CalibratedKind, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> CalibratedKind:
-    """The kind with its basis, from h at the positions of each sampled row, [N, D]. Raises `ModelError`."""
-    return CALIBRATIONS[type(kind)](kind, layer, rows_hidden_ND)
+    """The kind with its basis, from h at the positions of each sampled row, [N, D]. Raises `ModelError`.
+
+    A subclass of a kind is calibrated as that is, unless it has a line of its own in `CALIBRATIONS`.
+    """
+    for ancestor in type(kind).__mro__:
+        if ancestor in CALIBRATIONS:
+            return CALIBRATIONS[ancestor](kind, layer, rows_hidden_ND)
+    raise ModelError(
+        f"targets of kind {kind.kind} are read by a basis, and nothing is known that fits it: add {type(kind).__name__} to "
+        "CALIBRATIONS of teachercache.teacher.calibration, or set needs_calibration to False"
+    )
 
 
 def keep_output_layer(kind: FinalHidden, layer: OutputLayer, rows_hidden_ND: Sequence[Tensor]) -> FinalHidden:

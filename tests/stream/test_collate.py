@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from teachercache.cache import Cache, StoredRow
 from teachercache.stream.cache_rows import OwnRows, OwnTensors
-from teachercache.stream.collate import IGNORED, Collator, collate
+from teachercache.stream.collate import Collator, collate
+from teachercache.tasks.contract import NO_TARGET
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.packing import first_fit
 from teachercache.targets import StoredTargets, TopK
@@ -39,7 +40,7 @@ def test_packed_rows_keep_their_labels_targets_and_positions() -> None:
     batch = collate(rows, layout="documents", pad_id=3, tensors=OwnTensors(StoredTargets(KIND), COLUMNS), pack_length=6)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 5, 6], [21, 22, 23, 3, 3, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]]
-    labels = [[12, 13, 14, IGNORED, 6, IGNORED], [22, 23, IGNORED, IGNORED, IGNORED, IGNORED]]
+    labels = [[12, 13, 14, NO_TARGET, 6, NO_TARGET], [22, 23, NO_TARGET, NO_TARGET, NO_TARGET, NO_TARGET]]
     assert batch["shift_labels"].tolist() == labels
     assert batch["targets"]["head_ids"].tolist() == [[11, 12], [12, 13], [13, 14], [5, 6], [21, 22], [22, 23]]
 
@@ -58,7 +59,7 @@ def test_labels_and_targets_belong_to_the_token_before() -> None:
     rows = [_row([5, 6, 7, 8], [1, 0, 1, 0]), _row([9, 10], [1, 0])]
     batch = collate(rows, layout="documents", pad_id=3, tensors=OwnTensors(StoredTargets(KIND), COLUMNS))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 10, 3, 3]]
-    assert batch["shift_labels"].tolist() == [[6, IGNORED, 8, IGNORED], [10, IGNORED, IGNORED, IGNORED]]
+    assert batch["shift_labels"].tolist() == [[6, NO_TARGET, 8, NO_TARGET], [10, NO_TARGET, NO_TARGET, NO_TARGET]]
     assert batch["targets"]["head_ids"].tolist() == [[5, 6], [7, 8], [9, 10]]
     assert "position_ids" not in batch and "attention_mask" not in batch
 
@@ -70,7 +71,7 @@ def test_no_label_crosses_the_boundary_of_packed_segments() -> None:
         pad_id=3,
         tensors=OwnTensors(StoredTargets(KIND), COLUMNS),
     )
-    assert batch["shift_labels"].tolist() == [[6, 7, IGNORED, 9, IGNORED]]
+    assert batch["shift_labels"].tolist() == [[6, 7, NO_TARGET, 9, NO_TARGET]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
 
 
@@ -86,7 +87,7 @@ def test_types_are_what_a_loss_can_use() -> None:
 def test_an_empty_share_is_a_row_of_padding(layout: str) -> None:
     batch = collate([], layout=layout, pad_id=3, tensors=OwnTensors(StoredTargets(KIND), COLUMNS))
     assert (batch["input_ids"] == 3).all() and batch["input_ids"].shape[0] == 1
-    assert (batch["shift_labels"] == IGNORED).all()
+    assert (batch["shift_labels"] == NO_TARGET).all()
     assert {name: tuple(values.shape) for name, values in batch["targets"].items()} == {
         "head_ids": (0, 2),
         "head_logits": (0, 2),
@@ -99,7 +100,7 @@ def test_rows_of_a_real_cache_stay_aligned(tmp_path: Path, layout: str) -> None:
     columns = ("head_ids", "actual_log_prob")
     dataset = pickle.loads(pickle.dumps(CacheDataset([OwnRows(cache, columns)], "train")))
     batch = Collator.of(OwnRows(cache, columns))(dataset.__getitems__(range(len(dataset))).rows)
-    labels_N = batch["shift_labels"][batch["shift_labels"] != IGNORED]
+    labels_N = batch["shift_labels"][batch["shift_labels"] != NO_TARGET]
     assert len(labels_N) == len(batch["targets"]["head_ids"]) == cache.positions_of("train")
     # Where the label is the teacher's first choice its log-probability is that of a first choice: above log(1/V).
     first_N = batch["targets"]["head_ids"][:, 0] == labels_N

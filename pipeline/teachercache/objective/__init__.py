@@ -12,6 +12,6 @@ token_weighting/   weights of hard positions
 
 from teachercache.objective.contract import LossTerms, Objective
 from teachercache.objective.distillation import DistillationObjective
-from teachercache.objective.logits.operands import NO_TARGET
+from teachercache.tasks.contract import NO_TARGET
 
 __all__ = ["NO_TARGET", "DistillationObjective", "LossTerms", "Objective"]

@@ -20,11 +20,9 @@ from teachercache.models.loading import model_inputs
 from teachercache.stream.cache_rows import CacheRows, RowTensors
 from teachercache.stream.dataset import Rows
 from teachercache.stream.packing import first_fit, merged
-from teachercache.tasks.contract import Task
+from teachercache.tasks.contract import NO_TARGET, Task
 from teachercache.tasks.next_token import NEXT_TOKEN
 from teachercache.tokens.rows import TokenRow
-
-IGNORED = -100  # the label that losses of torch and transformers skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _renumbered(bins: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _labels(rows: Sequence[TokenRow], task: Task, *, longest: int) -> NDArray[np.int64]:
-    labels_BS = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    labels_BS = np.full((len(rows), longest), NO_TARGET, dtype=np.int64)
     for labels_S, row in zip(labels_BS, rows, strict=True):
         labels_S[: row.length][row.target_mask_S] = task.labels_N(row)
     return labels_BS

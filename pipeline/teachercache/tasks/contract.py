@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from teachercache.tokens.rows import TokenRow
 
+NO_TARGET = -100  # label of a token that is not a position, which losses of torch and transformers skip
+
 
 class Task(ABC):
     """One task; immutable and picklable. It may be written outside of this package (docs/design/extending.md).

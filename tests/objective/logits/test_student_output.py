@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from objective.seeded import leaves, teacher
-from teachercache.objective.logits.operands import NO_TARGET, Weights, labelled_positions
+from teachercache.objective.logits.operands import Weights, labelled_positions
 from teachercache.objective.logits.student_output import StudentOutput, output_sums
 from teachercache.objective.token_weighting.entropy import entropy_of_output
+from teachercache.tasks.contract import NO_TARGET
 
 V = 40
 

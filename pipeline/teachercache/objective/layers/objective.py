@@ -20,8 +20,7 @@ from teachercache.objective.layers.terms import term_of
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import TaughtAttention
 from teachercache.targets.layers.hidden_states import column_of
-
-NO_TARGET = -100
+from teachercache.tasks.contract import NO_TARGET
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from teachercache.objective.logits.divergences import Divergence
 from teachercache.targets.logits.softened import Softened
-
-NO_TARGET = -100  # label of a token that is not a position, as everywhere in transformers
+from teachercache.tasks.contract import NO_TARGET
 
 
 def labelled_positions(shift_labels_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from teachercache.objective.logits.divergences import Divergence, forward_kl
 from teachercache.objective.logits.fused import distillation_sums
-from teachercache.objective.logits.operands import NO_TARGET, Weights
+from teachercache.objective.logits.operands import Weights
 from teachercache.objective.logits.projected import chunk_logits, chunk_rows, projected_sums
 from teachercache.targets.logits.softened import Softened
+from teachercache.tasks.contract import NO_TARGET
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,8 @@ from teachercache.tasks.contract import NO_TARGET
 
 
 @dataclass(frozen=True, eq=False)
-class OutputLayer:
-    """An output layer: logits are cap(hidden · weightᵀ + bias)."""
+class StudentOutputLayer:
+    """The output layer of a student: logits are cap(hidden · weightᵀ + bias)."""
 
     weight_LD: Tensor
     bias_L: Tensor | None = None
@@ -39,7 +39,7 @@ class StudentOutput:
     """Hidden states and the output layer that they enter, or, without a layer, logits."""
 
     values_BSA: Tensor
-    layer: OutputLayer | None = None
+    layer: StudentOutputLayer | None = None
 
     @classmethod
     def of_logits(cls, logits_BSL: Tensor) -> StudentOutput:
@@ -51,7 +51,7 @@ class StudentOutput:
         cls, hidden_BSD: Tensor, weight_LD: Tensor, bias_L: Tensor | None = None, softcap: float | None = None
     ) -> StudentOutput:
         """The output of a student whose logits are not formed."""
-        return cls(hidden_BSD, OutputLayer(weight_LD, bias_L, softcap))
+        return cls(hidden_BSD, StudentOutputLayer(weight_LD, bias_L, softcap))
 
     @property
     def columns(self) -> int:

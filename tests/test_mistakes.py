@@ -23,7 +23,8 @@ from teachercache.stream.order.mixture import Mixture
 from teachercache.stream.order.shuffle_windows import RowOrder
 from teachercache.targets import TopK
 from teachercache.targets.logits.temperature import softened
-from teachercache.training.supervision.fit import alignments_of, check_shapes
+from teachercache.training.supervision.fit import check_shapes
+from teachercache.training.supervision.tokenizers import alignments_of
 from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import part, sentences, tiny_cache, tiny_model, tiny_teacher

@@ -12,9 +12,9 @@ from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
 from teachercache.tokens.prefix import row_prefix
 
 
-def warnings_of(caches: Sequence[Cache], alignments: Sequence[CacheAlignment] = ()) -> list[str]:
-    """One line for each cache, and each alignment, that an earlier version made and whose tokenizer puts something before a
-    text: only the beginnings of documents have it there."""
+def warnings_of(caches: Sequence[Cache]) -> list[str]:
+    """One line for each cache that an earlier version made and whose tokenizer puts something before a text: only the
+    beginnings of documents have it there."""
     lines = []
     for cache in caches:
         tokens = _unsaid(cache.manifest.tokenizer, cache, partial(teacher_tokenizer, cache))
@@ -24,7 +24,13 @@ def warnings_of(caches: Sequence[Cache], alignments: Sequence[CacheAlignment] = 
                 "the first rows of documents begin with it, so that what the teacher says in the others may be far from what "
                 "it can; precompute it again"
             )
-    for cache, alignment in zip(caches, alignments, strict=False):
+    return lines
+
+
+def warnings_of_alignments(caches: Sequence[Cache], alignments: Sequence[CacheAlignment]) -> list[str]:
+    """The same of the caches' alignments, one each."""
+    lines = []
+    for cache, alignment in zip(caches, alignments, strict=True):
         tokens = _unsaid(alignment.manifest.tokenizer, cache, partial(student_tokenizer, alignment))
         if tokens:
             lines.append(

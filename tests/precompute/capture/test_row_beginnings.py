@@ -12,13 +12,13 @@ import torch
 from cache.forgery import sign
 from teachercache.cache import SPLITS, Cache, verify
 from teachercache.cache.files.digests import fingerprint_of
-from teachercache.config import StudentConfig
+from teachercache.config import ObjectiveConfig, StudentConfig
 from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.precompute.capture.plan import make_plan
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.beginnings import warnings_of
 from teachercache.tokens.prefix import own_prefix
-from teachercache.training.supervision.fit import tokenizer_to_export
+from teachercache.training.supervision.choice import supervision_of
 
 from builders import (
     aligned,
@@ -172,7 +172,8 @@ def test_a_students_rows_begin_as_the_recipe_says(tmp_path: Path, teacher: Path,
     index = getattr(tokenizer, f"{choice}_token_id", None)
     prefix = [] if index is None else [index]
     assert alignment.manifest.tokenizer["prefix_ids"] == prefix and len(prefix) == (choice != "none")
-    with tokenizer_to_export(StudentConfig(model=str(student)), found, [alignment]) as folder:
+    supervision = supervision_of([found], ObjectiveConfig(), alignments=[alignment])
+    with supervision.exported_tokenizer(StudentConfig(model=str(student))) as folder:
         exported = load_tokenizer(str(folder))
     again = alignment_for(found, exported, student="exported")
     assert list(own_prefix(exported)) == prefix
@@ -194,7 +195,8 @@ def test_an_exported_tokenizer_begins_texts_as_the_rows_did(tmp_path: Path, teac
     tiny_model(vocabulary=len(more)).save_pretrained(wider)
     more.save_pretrained(wider)
     for model in (teacher, wider):
-        with tokenizer_to_export(StudentConfig(model=str(model)), cache, []) as folder:
+        supervision = supervision_of([cache], ObjectiveConfig())
+        with supervision.exported_tokenizer(StudentConfig(model=str(model))) as folder:
             exported = load_tokenizer(str(folder))
         row = cache.read_row("train", 0).row
         assert own_prefix(exported) == cache.manifest.prefix_ids

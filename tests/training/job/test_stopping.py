@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from teachercache.cache import Cache
-from teachercache.config import StudentConfig
+from teachercache.config import ObjectiveConfig, StudentConfig
 from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.training.job.export import export_student
 from teachercache.training.job.stopping import Ends
 from teachercache.training.job.train import run_training
-from teachercache.training.supervision.fit import alignments_of, tokenizer_to_export
+from teachercache.training.supervision.choice import supervision_of
+from teachercache.training.supervision.tokenizers import alignments_of
 
 from builders import aligned, byte_level_bpe, other_student, other_tokenizer, sentences, tiny_cache
 
@@ -151,8 +152,9 @@ def test_a_base_student_of_an_instruct_teacher_stops_where_its_rows_end(tmp_path
     settings = StudentConfig(model=str(base))
     assert alignments_of(settings, [cache]) == []
     checkpoint = taught(base, cache.read_row("train", 0).row, tmp_path / "checkpoint")
-    with tokenizer_to_export(settings, cache, []) as folder:
-        ends = Ends.of([cache], [], tokenizer_folder=folder)
+    supervision = supervision_of([cache], ObjectiveConfig())
+    with supervision.exported_tokenizer(settings) as folder:
+        ends = Ends.of(supervision, tokenizer_folder=folder)
         export_student(checkpoint, config=settings, tokenizer=folder, ends=ends, student=tmp_path / "student")
 
     exported, tokenizer = load_causal_lm(str(tmp_path / "student")), load_tokenizer(str(tmp_path / "student"))
@@ -180,8 +182,9 @@ def test_a_student_of_another_tokenizer_stops_where_its_own_template_ends_a_turn
     student = other_student(tmp_path / "student", tokenizer=tokenizer)
     aligned(cache, student)
     alignments = alignments_of(StudentConfig(model=str(student)), [Cache.open(cache)])
-    with tokenizer_to_export(StudentConfig(model=str(student)), Cache.open(cache), alignments) as folder:
-        ends = Ends.of([Cache.open(cache)], alignments, tokenizer_folder=folder)
+    supervision = supervision_of([Cache.open(cache)], ObjectiveConfig(), alignments=alignments)
+    with supervision.exported_tokenizer(StudentConfig(model=str(student))) as folder:
+        ends = Ends.of(supervision, tokenizer_folder=folder)
         assert load_tokenizer(str(folder)).chat_template == CHATML
     assert ends.rows == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
 

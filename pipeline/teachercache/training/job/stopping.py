@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from teachercache.cache import Cache
-from teachercache.cache.alignment import CacheAlignment
 from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer
 from teachercache.tokens.fingerprint import vocabulary_size
 from teachercache.tokens.prefix import special_ids
+from teachercache.training.supervision.contract import Supervision
 
 ROWS = 256  # of a cache of conversations, to see what ends their turns
 RARE = 0.02  # a window may end anywhere, also at a special token that ends no turn
@@ -41,19 +40,17 @@ class Ends:
     padding: int | None
 
     @classmethod
-    def of(cls, caches: Sequence[Cache], alignments: Sequence[CacheAlignment], *, tokenizer_folder: Path) -> Ends:
-        """Collects the ends of a run over some caches; `alignments`, one a cache or none, have its rows in the
-        student's own tokens."""
+    def of(cls, supervision: Supervision, *, tokenizer_folder: Path) -> Ends:
+        """Collects the ends of a run's rows, as the student reads them."""
         tokenizer = load_tokenizer(str(tokenizer_folder))
         special = special_ids(tokenizer)
         rows: list[int] = []
-        for number, cache in enumerate(caches):
-            rows += _ends_in(cache, alignments[number] if alignments else None, special)
-        read = (alignments[0] if alignments else caches[0]).manifest
+        for number in range(len(supervision.caches)):
+            rows += _ends_in(supervision, number, special)
         pad = tokenizer.pad_token_id
         if not rows and tokenizer.eos_token_id is not None:
             rows = [tokenizer.eos_token_id]
-        pad = read.pad_id if pad is None else pad
+        pad = supervision.tokens_of(0).pad_id if pad is None else pad
         return cls(
             tuple(dict.fromkeys(rows)), frozenset(special), vocabulary_size(tokenizer), tokenizer.bos_token_id, pad
         )
@@ -88,22 +85,21 @@ class Ends:
             values["pad_token_id"] = self.padding
 
 
-def _ends_in(cache: Cache, alignment: CacheAlignment | None, special: set[int]) -> list[int]:
+def _ends_in(supervision: Supervision, number: int, special: set[int]) -> list[int]:
     """Lists the ends of a cache's rows: of texts the end token that was appended, of conversations what the template
     closes turns with."""
+    cache = supervision.caches[number]
     if not cache.manifest.corpus.get("messages_field"):
-        end = (cache if alignment is None else alignment).manifest.tokenizer.get("eos_id")
+        end = supervision.tokens_of(number).tokenizer.get("eos_id")
         return [end] if cache.manifest.sequence.get("add_eos", True) and end is not None else []
-    counts = Counter(end for end in _last_targets(cache, alignment) if end in special)
+    counts = Counter(end for end in _last_targets(supervision, number) if end in special)
     return [end for end, count in counts.most_common() if count >= RARE * counts.total()]
 
 
-def _last_targets(cache: Cache, alignment: CacheAlignment | None) -> Iterator[int]:
+def _last_targets(supervision: Supervision, number: int) -> Iterator[int]:
     """The last token of every run of tokens that are learned, in the first rows."""
-    for index in range(min(ROWS, cache.rows_of("train"))):
-        row = (
-            cache.read_row("train", index, columns=()) if alignment is None else alignment.read_row("train", index)
-        ).row
+    for index in range(min(ROWS, supervision.caches[number].rows_of("train"))):
+        row = supervision.token_row(number, index)
         learned_S = row.target_mask_S.astype(bool)
         ends = np.flatnonzero(learned_S & ~np.append(learned_S[1:], False)) + 1
         yield from row.input_ids_S[ends[ends < row.length]].tolist()

@@ -20,7 +20,6 @@ from teachercache.config.phases import steps_of
 from teachercache.console import PlainTextConsole
 from teachercache.errors import JobFailed, RecipeError, TeachercacheError
 from teachercache.models.memory import first_line, is_out_of_memory
-from teachercache.stream.beginnings import warnings_of
 from teachercache.stream.order.batch_plan import BatchPlan, Plan
 from teachercache.stream.order.phases import PhasedPlan
 from teachercache.stream.sources import Mixed, check_mix, train_order, windows_bytes
@@ -38,12 +37,7 @@ from teachercache.training.job.deepspeed_config import deepspeed_config, own_dee
 from teachercache.training.job.launch import Process, lost_another_process, training_process
 from teachercache.training.job.run_folder import RunFolder, RunIdentity
 from teachercache.training.job.summary import closing_line, speed_and_losses
-from teachercache.training.supervision.fit import (
-    check_cache,
-    check_tokenizers,
-    initial_weights,
-    tokenizer_to_export,
-)
+from teachercache.training.supervision.fit import check_cache, initial_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -153,7 +147,7 @@ class _Job:
 
         from teachercache.models.loading import load_causal_lm
 
-        check_tokenizers(self._caches, self.supervision.alignments)
+        self.supervision.check_tokenizers()
         args = self._arguments()  # first: under ZeRO 3 they decide how a model is loaded
         student = self.student
         model = load_causal_lm(
@@ -185,7 +179,7 @@ class _Job:
         if not self._evaluates:
             self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
         for line in (
-            *warnings_of([*self._caches, *self.supervision.other_caches], self.supervision.alignments),
+            *self.supervision.warnings(),
             *self.trained.lines,
             *self.supervision.lines(),
         ):
@@ -289,8 +283,8 @@ class _Job:
         }
         if self.process.main:
             chosen = self._undamaged(best_step or self.steps)
-            with tokenizer_to_export(self.student, self.cache, self.supervision.alignments) as tokenizer:
-                ends = Ends.of(self._caches, self.supervision.alignments, tokenizer_folder=tokenizer)
+            with self.supervision.exported_tokenizer(self.student) as tokenizer:
+                ends = Ends.of(self.supervision, tokenizer_folder=tokenizer)
                 export_student(chosen, config=self.student, tokenizer=tokenizer, ends=ends, student=self.folder.student)
             self.folder.finish(summary)
             self._say(closing_line(summary))

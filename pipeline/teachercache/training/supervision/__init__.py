@@ -6,6 +6,7 @@ own_tokens.py         ... one cache's teacher, in the student's own tokens
 other_tokens.py       ... a student with another tokenizer, through alignments
 several_teachers.py   ... several teachers of the same text
 reading.py            the caches of a run: datasets, collators, loaders
+tokenizers.py         the student's tokenizer: alignments that it needs, files that leave with it
 fit.py                what is refused before the first step
 ensemble.py           several teachers: their caches and weights
 ensemble_fit.py       what is refused of them before the first step

@@ -12,10 +12,10 @@ from teachercache.errors import RecipeError
 from teachercache.objective.objective_schedule import ScheduleRange
 from teachercache.training.supervision.contract import Supervision
 from teachercache.training.supervision.ensemble import Teachers
-from teachercache.training.supervision.fit import alignments_of
 from teachercache.training.supervision.other_tokens import OtherTokens
 from teachercache.training.supervision.own_tokens import OwnTokens
 from teachercache.training.supervision.several_teachers import SeveralTeachers
+from teachercache.training.supervision.tokenizers import alignments_of
 
 
 def supervision_for(recipe: Recipe, caches: Sequence[Cache]) -> Supervision:

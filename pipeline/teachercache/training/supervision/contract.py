@@ -1,6 +1,6 @@
 """`Supervision`: what a run learns from in the rows of its caches. It is chosen once (choice.py); the
-trainer, the order of rows, collation and the held-out pass do not ask which one it is. The checks before the first step and
-the export do: they read `alignments`.
+trainer, the order of rows, collation, the held-out pass, the checks before the first step and the export do not ask which one
+it is.
 
 Each file beside this one that is named after what it learns from holds one: own_tokens.py, other_tokens.py,
 several_teachers.py.
@@ -10,20 +10,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from teachercache.cache import Cache, Manifest
-from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.manifest.alignment_manifest import AlignmentManifest
 from teachercache.cache.reader import Split
-from teachercache.config import ObjectiveConfig, PhaseConfig
+from teachercache.config import ObjectiveConfig, PhaseConfig, StudentConfig
 from teachercache.errors import RecipeError
 from teachercache.objective import Objective
 from teachercache.objective.objective_schedule import ObjectiveSchedule, ScheduleRange
+from teachercache.stream.beginnings import warnings_of
 from teachercache.stream.cache_rows import CacheRows
+from teachercache.stream.tokenizers import teacher_tokenizer
 from teachercache.tasks.contract import Task
+from teachercache.tokens.rows import TokenRow
 from teachercache.training.callbacks.step_losses import Stateful
 from teachercache.training.supervision.held_out import Measure
 
@@ -33,11 +37,9 @@ Columns = Sequence[tuple[str, ...]]  # of each cache
 class Supervision(ABC):
     """Supervision by `caches`, those of a run in order, and by the objective of `config`.
 
-    `alignments`, one a cache, have the rows in the student's own tokens; there are none where those are the teacher's.
     `adaptive` is what it remembers beyond one step, by its name in a checkpoint.
     """
 
-    alignments: tuple[CacheAlignment, ...] = ()
     other_caches: tuple[Cache, ...] = ()  # of further teachers: read beside the run's own
     adaptive: Mapping[str, Stateful] = {}
 
@@ -64,6 +66,16 @@ class Supervision(ABC):
     def tokens_of(self, number: int) -> Manifest | AlignmentManifest:
         """Describes the tokens that the student reads of a cache."""
 
+    def check_tokenizers(self) -> None:
+        """Raise `CacheDamaged` where a tokenizer that lies in the caches is not the one that they were made with, before
+        anything is learned: one of them is exported in the end."""
+        for cache in self.caches:
+            teacher_tokenizer(cache)
+
+    def warnings(self) -> list[str]:
+        """Returns a line for each of its caches whose rows do not all begin as their tokenizer has it."""
+        return warnings_of([*self.caches, *self.other_caches])
+
     @abstractmethod
     def check_student(self, name: str) -> None:
         """Raise `ModelError` where a student of this name would have nothing to learn from."""
@@ -81,6 +93,10 @@ class Supervision(ABC):
     @abstractmethod
     def rows(self, number: int, split: Split, columns: tuple[str, ...]) -> CacheRows:
         """The rows of a cache, with these of its columns."""
+
+    @abstractmethod
+    def token_row(self, number: int, index: int) -> TokenRow:
+        """Returns a row to train on of a cache, as the student reads it."""
 
     @property
     def remote(self) -> int:
@@ -121,6 +137,10 @@ class Supervision(ABC):
     def lines(self) -> Sequence[str]:
         """The same for people, before training."""
         return ()
+
+    @abstractmethod
+    def exported_tokenizer(self, student: StudentConfig) -> AbstractContextManager[Path]:
+        """A folder with the tokenizer files of the student that leaves a run: those that made its rows."""
 
     def report(self, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Returns its part of a finished run's summary."""

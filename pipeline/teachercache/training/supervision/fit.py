@@ -3,15 +3,11 @@ remedy."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachercache.cache import Cache, Manifest
-from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.manifest.alignment_manifest import AlignmentManifest
 from teachercache.config import StudentConfig
 from teachercache.errors import CacheError, ModelError
@@ -24,10 +20,6 @@ from teachercache.models.loading import (
     weights_identity,
 )
 from teachercache.models.probes import check_sight, isolates_packed_segments
-from teachercache.stream.alignment import alignment_for
-from teachercache.stream.tokenizers import student_tokenizer, teacher_tokenizer
-from teachercache.tokens.carried_prefix import with_prefix
-from teachercache.tokens.fingerprint import tokenizer_fingerprint, vocabulary_size
 from teachercache.training.initialise.partitioned import rows_of, runnable
 
 if TYPE_CHECKING:
@@ -45,15 +37,6 @@ def check_cache(cache: Cache) -> None:
         raise CacheError(
             f"{cache.name} has no rows to train on: {why}; precompute it with more rows or a smaller corpus.held_out"
         )
-
-
-def check_tokenizers(caches: Sequence[Cache], alignments: Sequence[CacheAlignment]) -> None:
-    """Raise `CacheDamaged` where a tokenizer that lies in the caches is not the one that they were made with, before anything
-    is learned: one of them is exported in the end."""
-    for cache in caches:
-        teacher_tokenizer(cache)
-    for alignment in alignments:
-        student_tokenizer(alignment)
 
 
 @dataclass(eq=False)
@@ -157,57 +140,3 @@ def check_packing(model: Any, name: str, manifest: Manifest, *, vocabulary_size:
             else "so train.pack would change what it learns; set train.pack: false"
         )
         raise ModelError(f"student {name} lets the documents of a packed row see each other, {remedy}")
-
-
-def alignments_of(student: StudentConfig, caches: Sequence[Cache]) -> list[CacheAlignment]:
-    """The alignments, one a cache, through which a student with another tokenizer learns; none where it has the teacher's, or
-    one with the same bytes at the same ids, or none at all.
-
-    Raises `CacheError` where a cache has no alignment with the student's tokenizer.
-    """
-    tokenizer = _tokenizer_of(student)
-    if tokenizer is None:
-        return []
-    alignments = [alignment_for(cache, tokenizer, student=student.model) for cache in caches]
-    # Caches of one run have one tokenizer: where one can be read as it is, all can, also those with an alignment.
-    return [] if None in alignments else [alignment for alignment in alignments if alignment is not None]
-
-
-@contextmanager
-def tokenizer_to_export(student: StudentConfig, cache: Cache, alignments: Sequence[CacheAlignment]) -> Iterator[Path]:
-    """A folder with the tokenizer files of the student that leaves a run: those that made its rows.
-
-    They are the teacher's, with its chat template and end token, also where the student has the same tokens and ends
-    otherwise, as base models do. One that has further tokens keeps its own, with the teacher's template and end; one that
-    learned through an alignment keeps its own, whose template its rows were rendered with. All begin as its rows did, where
-    the recipe chose that (`sequence.prefix`).
-    """
-    tokenizer = None if alignments else _tokenizer_of(student)
-    wider = tokenizer is not None and vocabulary_size(tokenizer) > cache.manifest.vocabulary_size
-    if alignments or (cache.manifest.row_prefix == "auto" and not wider):
-        with alignments[0].tokenizer_folder() if alignments else cache.teacher_folder() as files:
-            yield files
-        return
-    exported = teacher = teacher_tokenizer(cache)
-    if tokenizer is not None and wider:
-        exported = tokenizer
-        exported.eos_token = teacher.eos_token or tokenizer.eos_token
-        exported.chat_template = teacher.chat_template or tokenizer.chat_template
-    chats = bool(cache.manifest.corpus.get("messages_field"))
-    exported = with_prefix(exported, cache.manifest.row_prefix, chats=chats)
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder), exported, fingerprint=tokenizer_fingerprint(exported))
-        yield Path(folder)
-
-
-def _tokenizer_of(student: StudentConfig) -> Any | None:
-    """The tokenizer that lies beside the student; there need not be one."""
-    folder = Path(student.model).expanduser()
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        return None
-    try:
-        return load_tokenizer(student.model, revision=student.revision)
-    except ModelError:
-        if folder.is_dir():
-            raise
-        return None  # a hub model without a tokenizer

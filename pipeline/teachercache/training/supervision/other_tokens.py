@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,19 +13,22 @@ from teachercache.cache import Cache
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.manifest.alignment_manifest import AlignmentManifest
 from teachercache.cache.reader import Split
-from teachercache.config import ObjectiveConfig, PhaseConfig
+from teachercache.config import ObjectiveConfig, PhaseConfig, StudentConfig
 from teachercache.errors import CacheError, ModelError
 from teachercache.objective import Objective
 from teachercache.objective.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.stream.aligned_tensors import AlignedRows
+from teachercache.stream.beginnings import warnings_of_alignments
 from teachercache.stream.cache_rows import CacheRows
+from teachercache.stream.tokenizers import student_tokenizer
+from teachercache.tokens.rows import TokenRow
 from teachercache.training.supervision.contract import Columns, Supervision
 from teachercache.training.supervision.held_out import Measure
 from teachercache.training.supervision.held_out_aligned import AlignedMeasure, aligned_objective
 
 
 class OtherTokens(Supervision):
-    """See `Supervision`."""
+    """See `Supervision`. `alignments`, one a cache, have the rows in the student's own tokens."""
 
     def __init__(
         self, caches: Sequence[Cache], config: ObjectiveConfig, *, alignments: Sequence[CacheAlignment]
@@ -34,6 +39,16 @@ class OtherTokens(Supervision):
     def tokens_of(self, number: int) -> AlignmentManifest:
         """See `Supervision`."""
         return self.alignments[number].manifest
+
+    def check_tokenizers(self) -> None:
+        """See `Supervision`."""
+        super().check_tokenizers()
+        for alignment in self.alignments:
+            student_tokenizer(alignment)
+
+    def warnings(self) -> list[str]:
+        """See `Supervision`."""
+        return [*super().warnings(), *warnings_of_alignments(self.caches, self.alignments)]
 
     def check_student(self, name: str) -> None:
         """See `Supervision`."""
@@ -61,6 +76,10 @@ class OtherTokens(Supervision):
         """See `Supervision`."""
         return AlignedRows(self.caches[number], self.alignments[number], columns)
 
+    def token_row(self, number: int, index: int) -> TokenRow:
+        """See `Supervision`."""
+        return self.alignments[number].read_row("train", index).row
+
     def prefetch(self, shards: Sequence[Sequence[int]], columns: Columns) -> None:
         """See `Supervision`."""
         for cache, alignment, numbers, names in zip(self.caches, self.alignments, shards, columns, strict=True):
@@ -81,3 +100,7 @@ class OtherTokens(Supervision):
     def identity(self) -> dict[str, Any]:
         """See `Supervision`."""
         return {"alignments": tuple(alignment.manifest.fingerprint for alignment in self.alignments)}
+
+    def exported_tokenizer(self, student: StudentConfig) -> AbstractContextManager[Path]:
+        """See `Supervision`: the student keeps its own, whose template its rows were rendered with."""
+        return self.alignments[0].tokenizer_folder()

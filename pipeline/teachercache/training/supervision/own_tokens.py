@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
 from teachercache.cache import Manifest
 from teachercache.cache.reader import Split
-from teachercache.config import PhaseConfig
+from teachercache.config import PhaseConfig, StudentConfig
 from teachercache.objective import DistillationObjective, Objective
 from teachercache.objective.objective_schedule import ObjectiveSchedule, ScheduleRange
 from teachercache.stream.cache_rows import CacheRows, OwnRows
+from teachercache.tokens.rows import TokenRow
 from teachercache.training.callbacks.meter import LOGGED_AS
 from teachercache.training.supervision.contract import Columns, Supervision
 from teachercache.training.supervision.held_out import HeldOutMeasure, Measure
+from teachercache.training.supervision.tokenizers import teachers_tokenizer
 
 
 class OwnTokens(Supervision):
@@ -38,6 +42,10 @@ class OwnTokens(Supervision):
         """See `Supervision`."""
         return OwnRows(self.caches[number], columns)
 
+    def token_row(self, number: int, index: int) -> TokenRow:
+        """See `Supervision`."""
+        return self.caches[number].read_row("train", index, columns=()).row
+
     def objective(self, number: int, schedule_range: ScheduleRange) -> Objective:
         """See `Supervision`."""
         return DistillationObjective(self.config, kind=self.caches[number].kind, schedule_range=schedule_range)
@@ -53,3 +61,7 @@ class OwnTokens(Supervision):
 
     def hear(self, metrics: Mapping[str, float], *, prefix: str) -> None:
         """See `Supervision`: nothing follows evaluations."""
+
+    def exported_tokenizer(self, student: StudentConfig) -> AbstractContextManager[Path]:
+        """See `Supervision`."""
+        return teachers_tokenizer(student, self.caches[0])

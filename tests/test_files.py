@@ -80,11 +80,35 @@ def test_a_file_reaches_the_disk_before_its_name_and_then_the_name_does(tmp_path
     assert (tmp_path / "record.json").read_text() == "{}" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_link_in_the_way_of_a_temp_file_leads_nowhere(tmp_path: Path) -> None:
+def test_what_killed_writers_left_of_a_file_goes_with_the_next_write_of_it(tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("mine")
     (tmp_path / ".record.json.tmp").symlink_to(tmp_path / "outside")
+    (tmp_path / f".record.json.{'0' * 32}.tmp").write_text("half")
+    (tmp_path / ".other.json.tmp").write_text("another file's")
     write_whole(tmp_path / "record.json", "{}")
     assert (tmp_path / "outside").read_text() == "mine" and not (tmp_path / "record.json").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"outside", ".other.json.tmp", "record.json"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from teachercache.files import write_whole
+for number in range(200):
+    write_whole(Path(sys.argv[1]) / "record.json", sys.argv[2] * 10_000, durable=sys.argv[3] == "durable")
+"""
+
+
+@pytest.mark.parametrize("durable", ["durable", "fast"])
+def test_of_two_writers_of_a_file_one_wins_and_none_fails(tmp_path: Path, durable: str) -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), letter, durable]) for letter in "ab"]
+    read = set()
+    while any(writer.poll() is None for writer in writers):
+        if (tmp_path / "record.json").exists():
+            read.add((tmp_path / "record.json").read_text())
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"record.json"}
+    assert read | {(tmp_path / "record.json").read_text()} <= {"a" * 10_000, "b" * 10_000}
 
 
 def test_a_process_of_our_own_finds_this_package_where_none_is_installed(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -16,17 +18,33 @@ SOURCES = Path(__file__).parents[1]  # what the path of a process of our own nee
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of writes that a file system takes no bytes of, or a quota
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file by temp file and rename: readers see the old content or the new one, never half, also after a power
-    cut. Returns once it has reached the disk, under its name; a few ms on a local one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a killed job, or a link that leads elsewhere
-    with temporary.open("x", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+def write_whole(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a text file by temp file and rename: readers see the old content or the new one, never half. Of several writers the
+    last one's stands, whole.
+
+    With `durable` also after a power cut: it returns once the file has reached the disk, under its name, which takes a few ms
+    on a local one; and temp files that killed writers of this file have left are removed.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        with contextlib.suppress(FileNotFoundError):  # another writer has removed it, whose file stands after ours
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if durable:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+            left.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def is_temporary(name: str, *, of: str) -> bool:
+    """Tells whether a file name is that of a temp file of `write_whole` for the file `of`."""
+    return name.startswith(f".{of}.") and name.endswith("tmp")
 
 
 def sync_files(folder: Path) -> None:

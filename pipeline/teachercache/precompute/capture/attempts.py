@@ -7,7 +7,6 @@ for the row that is to blame was. The files need not survive a power cut, and ar
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from teachercache.cache.files.bounds import Count
+from teachercache.files import write_whole
 from teachercache.precompute.engine.records import read_shaped
 
 CERTAIN = 2  # times that a row fails alone before it is to blame: whatever ends a process from outside does so once
@@ -62,10 +62,8 @@ class Attempts:
     def write(self) -> None:
         """Replace the file."""
         values = {name: value for name, value in asdict(self).items() if name != "file"}
-        temporary = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}.tmp")
         self.file.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps(values), encoding="utf-8")
-        temporary.replace(self.file)
+        write_whole(self.file, json.dumps(values), durable=False)
 
 
 @contextmanager

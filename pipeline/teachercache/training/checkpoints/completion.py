@@ -21,6 +21,7 @@ from pathlib import Path
 
 from teachercache.cache.files.regular_files import read_regular
 from teachercache.errors import JobFailed
+from teachercache.files import is_temporary
 from teachercache.training.checkpoints import universal
 from teachercache.training.checkpoints.digests import (
     StoredFile,
@@ -103,7 +104,7 @@ def names_of(folder: Path) -> dict[str, int]:
     """Size of each file of a checkpoint that is being written, but for the marker, by name."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    return {name: size for name, size in sizes.items() if name not in (MARKER, f".{MARKER}.tmp")}
+    return {name: size for name, size in sizes.items() if name != MARKER and not is_temporary(name, of=MARKER)}
 
 
 def exported_damage(checkpoint: Checkpoint) -> str | None:

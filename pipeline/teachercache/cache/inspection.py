@@ -101,15 +101,15 @@ def _chosen(alignments: list[CacheAlignment], student: str | None) -> CacheAlign
     names = [alignment.manifest.tokenizer["name"] for alignment in alignments]
     if student is None:
         return alignments[0] if len(alignments) == 1 else None
-    places = [
+    asked_for = [
         alignment
         for alignment in alignments
         if alignment.manifest.tokenizer["name"] == student
         or alignment.manifest.tokenizer["fingerprint"].startswith(student)
     ]
-    if len(places) != 1:
+    if len(asked_for) != 1:
         raise CacheError(f"say which alignment with --student: {', '.join(names) or 'the cache has none'}")
-    return places[0]
+    return asked_for[0]
 
 
 def _describe_aligned(alignment: CacheAlignment, aligned: StoredRow) -> dict[str, Any]:

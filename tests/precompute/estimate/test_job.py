@@ -14,7 +14,7 @@ from rich.console import Console
 from teachercache.cache import Cache
 from teachercache.config import Recipe
 from teachercache.errors import CorpusError, RecipeError
-from teachercache.precompute.estimate.break_even import Course
+from teachercache.precompute.estimate.break_even import RunTimes
 from teachercache.precompute.estimate.choice import chosen, padded_tokens
 from teachercache.precompute.estimate.counts import ratio_error
 from teachercache.precompute.estimate.devices import DEVICES, SHARE_OF_PEAK, Device
@@ -95,12 +95,12 @@ def row_of(length: int) -> TokenRow:
 
 @pytest.mark.parametrize("changes", [0, 3])
 def test_from_the_break_even_on_the_cache_takes_less_time(changes: int) -> None:
-    course = Course(cache_seconds=100.0, online_seconds=30.0, reading_seconds=4.0)
-    runs = course.break_even_runs(teacher_changes=changes)
+    times = RunTimes(cache_seconds=100.0, online_seconds=30.0, reading_seconds=4.0)
+    runs = times.break_even_runs(teacher_changes=changes)
     assert runs is not None
-    assert course.from_cache(runs, teacher_changes=changes) < course.online(runs)
-    assert course.from_cache(runs - 1, teacher_changes=changes) >= course.online(runs - 1)
-    assert Course(100.0, 4.0, 4.0).break_even_runs(teacher_changes=changes) is None
+    assert times.from_cache(runs, teacher_changes=changes) < times.online(runs)
+    assert times.from_cache(runs - 1, teacher_changes=changes) >= times.online(runs - 1)
+    assert RunTimes(100.0, 4.0, 4.0).break_even_runs(teacher_changes=changes) is None
 
 
 def test_a_roofline_is_bound_by_operations_or_by_memory() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Course:
+class RunTimes:
     """Seconds that `runs` students take with the cache and without it; what both share, the student's own work, is left
     out."""
 

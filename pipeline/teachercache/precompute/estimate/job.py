@@ -17,7 +17,7 @@ from teachercache.precompute.estimate.measured import Stopwatch
 
 if TYPE_CHECKING:
     from teachercache.corpus.sample import CorpusSample
-    from teachercache.precompute.estimate.break_even import Course
+    from teachercache.precompute.estimate.break_even import RunTimes
     from teachercache.precompute.estimate.prediction import Prediction
     from teachercache.precompute.estimate.sample import TimedSample
 
@@ -87,7 +87,7 @@ def document(
         "processor_hours": sum(cost.processor for cost in stages.values()) / 3600,
         "seconds_by_stage": {name: round(cost.seconds, 2) for name, cost in stages.items()},
         "student_positions": round(prediction.student_positions),
-        **_break_even(prediction.course, question),
+        **_break_even(prediction.times, question),
         "on_devices": _on_devices(prediction, question, timed),
     }
 
@@ -116,16 +116,16 @@ def _counted(sample: CorpusSample, timed: TimedSample) -> dict[str, Any]:
     }
 
 
-def _break_even(course: Course, question: Question) -> dict[str, Any]:
+def _break_even(times: RunTimes, question: Question) -> dict[str, Any]:
     changes, runs = question.teacher_changes, question.student_runs
     found: dict[str, Any] = {
         "teacher_changes": changes,
-        "online_hours_per_run": course.online_seconds / 3600,
-        "reading_hours_per_run": course.reading_seconds / 3600,
-        "break_even_runs": course.break_even_runs(teacher_changes=changes),
+        "online_hours_per_run": times.online_seconds / 3600,
+        "reading_hours_per_run": times.reading_seconds / 3600,
+        "break_even_runs": times.break_even_runs(teacher_changes=changes),
     }
     if runs is not None:
-        hours = {"cache": course.from_cache(runs, teacher_changes=changes), "online": course.online(runs)}
+        hours = {"cache": times.from_cache(runs, teacher_changes=changes), "online": times.online(runs)}
         found |= {"student_runs": runs, "hours_of_runs": {name: value / 3600 for name, value in hours.items()}}
     return found
 
@@ -144,5 +144,5 @@ def _on_devices(prediction: Prediction, question: Question, timed: TimedSample) 
         "fits": True,
         "hours": figures.hours,
         "microseconds_per_position": round(figures.position_seconds * 1e6, 3),
-        "break_even_runs": figures.course.break_even_runs(teacher_changes=question.teacher_changes),
+        "break_even_runs": figures.times.break_even_runs(teacher_changes=question.teacher_changes),
     }

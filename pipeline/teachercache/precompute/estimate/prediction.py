@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from teachercache.config import Recipe
-from teachercache.precompute.estimate.break_even import Course
+from teachercache.precompute.estimate.break_even import RunTimes
 from teachercache.precompute.estimate.devices import Device
 from teachercache.precompute.estimate.measured import Cost
 from teachercache.precompute.estimate.sample import TimedSample
@@ -26,7 +26,7 @@ class OnDevices:
 
     hours: float
     position_seconds: float  # of the forward pass, on one
-    course: Course
+    times: RunTimes
 
 
 class Prediction:
@@ -91,10 +91,10 @@ class Prediction:
         return {"aligning": started + self._cost("planning alignments") + parallel}
 
     @property
-    def course(self) -> Course:
+    def times(self) -> RunTimes:
         """Cache against live teacher on this machine, in time of one actor."""
         online, reading = self._cost("online").seconds, self._cost("reading").seconds
-        return Course(
+        return RunTimes(
             cache_seconds=total(self.stages(actors=1)).seconds,
             online_seconds=self.student_positions * online / self._timed.online_positions,
             reading_seconds=self.student_positions * reading / self._timed.read_positions,
@@ -121,12 +121,12 @@ class Prediction:
         serial = total(before).seconds + timed.to_fit * seconds
         work = self.corpus.positions * (seconds + timed.writing_seconds / timed.captured.positions)
         aligning = total(self._alignments()).seconds
-        course = Course(
+        times = RunTimes(
             cache_seconds=serial + work + aligning,
             online_seconds=self.student_positions * seconds,
             reading_seconds=self.student_positions * device.seconds(timed.tail_operations),
         )
-        return OnDevices((serial + work / count + aligning) / 3600, seconds, course)
+        return OnDevices((serial + work / count + aligning) / 3600, seconds, times)
 
 
 def total(stages: Mapping[str, Cost]) -> Cost:

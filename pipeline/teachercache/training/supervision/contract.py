@@ -125,7 +125,7 @@ class Supervision(ABC):
         """Returns what measures a student on the held-out rows of a cache."""
 
     @abstractmethod
-    def hear(self, metrics: Mapping[str, float], *, prefix: str) -> None:
+    def on_evaluate(self, metrics: Mapping[str, float], *, prefix: str) -> None:
         """Take in what an evaluation has found; its names begin with `prefix`."""
 
     # ------------------------------------------------------------------ what a run folder says

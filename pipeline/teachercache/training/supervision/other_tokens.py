@@ -94,7 +94,7 @@ class OtherTokens(Supervision):
         """See `Supervision`."""
         return AlignedMeasure(self.caches[number], self.alignments[number], tail=self.config.tail, device=device)
 
-    def hear(self, metrics: Mapping[str, float], *, prefix: str) -> None:
+    def on_evaluate(self, metrics: Mapping[str, float], *, prefix: str) -> None:
         """See `Supervision`: nothing follows evaluations."""
 
     def identity(self) -> dict[str, Any]:

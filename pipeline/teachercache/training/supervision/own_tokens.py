@@ -59,7 +59,7 @@ class OwnTokens(Supervision):
         """See `Supervision`."""
         return HeldOutMeasure(self.caches[number].kind, tail=self.config.tail, device=device)
 
-    def hear(self, metrics: Mapping[str, float], *, prefix: str) -> None:
+    def on_evaluate(self, metrics: Mapping[str, float], *, prefix: str) -> None:
         """See `Supervision`: nothing follows evaluations."""
 
     def exported_tokenizer(self, student: StudentConfig) -> AbstractContextManager[Path]:

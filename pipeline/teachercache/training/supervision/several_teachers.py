@@ -54,7 +54,7 @@ class SeveralTeachers(OwnTokens):
         fused, kind = self.teachers.fused(number, self.config), self.caches[number].kind
         return TaughtMeasure(kind, tail=self.config.tail, device=device, teacher=fused)
 
-    def hear(self, metrics: Mapping[str, float], *, prefix: str) -> None:
+    def on_evaluate(self, metrics: Mapping[str, float], *, prefix: str) -> None:
         """See `Supervision`."""
         self.teachers.update_weights(metrics, prefix=prefix)
 

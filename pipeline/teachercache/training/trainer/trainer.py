@@ -257,7 +257,7 @@ class DistillationTrainer(Trainer):
             prepare=self._prepare_inputs, accelerator=self.accelerator, prefix=metric_key_prefix,
         )  # fmt: skip
         model.train(was_training)
-        self.supervision.hear(metrics, prefix=metric_key_prefix)
+        self.supervision.on_evaluate(metrics, prefix=metric_key_prefix)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -16,9 +16,10 @@ from teachercache import Cache, DistillationTrainer, ObjectiveConfig
 from teachercache.cache.storage.store import LocalStore
 from teachercache.cache.verify import verify
 from teachercache.cli import COMMANDS, app
-from teachercache.config import parse_recipe
+from teachercache.config import TeachersConfig, parse_recipe
 from teachercache.config.layer_losses import LAYER_LOSSES
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
+from teachercache.objective.ensemble import EnsembleMember, FusedTeacher, TeacherWeights
 from teachercache.objective.objective_schedule import ObjectiveSchedule
 from teachercache.schedules import SCHEDULES
 from teachercache.targets import KINDS, TAIL_POLICIES
@@ -27,7 +28,7 @@ from teachercache.targets.layers.kinds import LAYER_KINDS
 from cache.forgery import sign
 from builders import tiny_cache, tiny_teacher
 from pages import ROOT, blocks
-from target_kinds import walk_through_a_cache
+from target_kinds import as_tensors, stored_arrays, walk_through_a_cache
 
 PAGE = ROOT / "docs" / "design" / "extending.md"
 
@@ -99,6 +100,29 @@ def test_a_tail_policy_from_outside_gives_each_token_its_share(added: dict[str, 
     for given, xp in ((arrays, np), ({name: torch.from_numpy(values) for name, values in arrays.items()}, torch)):
         dense_NV = np.exp(np.asarray(kind.softened(given, 1.0, tail="by-id", xp=xp).dense()))
         np.testing.assert_allclose(dense_NV[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["arithmetic", "geometric"])
+def test_a_tail_policy_from_outside_spreads_the_tails_of_several_teachers(added: dict[str, Any], fusion: str) -> None:
+    """Against what each teacher says of every token by itself, as in an ensemble of the package's own policies."""
+    V, N = 40, 7
+    kind = KINDS["top-k"].from_settings({"k": 4, "temperatures": [1.0, 2.0], "dtype": "float32"}, vocabulary_size=V)
+    drawn = torch.Generator().manual_seed(0)
+    logits = [torch.randn(N, V, generator=drawn) * 2 for _ in range(2)]
+    stored = [as_tensors(stored_arrays(kind, logits_NV)) for logits_NV in logits]
+    teachers = FusedTeacher(
+        [EnsembleMember(kind, name) for name in "ab"],
+        TeachersConfig(caches=[{"cache": "b"}], fusion=fusion),
+        objective=ObjectiveConfig(tail="by-id"), prior=(0.25, 0.75), shared=TeacherWeights(2),
+    )  # fmt: skip
+    assert teachers.tails == ("by-id", "by-id")
+    targets = {**stored[0], **{f"teacher1/{name}": values for name, values in stored[1].items()}}
+    targets |= {"teacher1/at": torch.arange(N), "teacher1/has": torch.ones(N, dtype=torch.bool)}
+    fused = teachers.softened(targets, 2.0, like=torch.empty(0), dtype=torch.float32)
+    each = [kind.softened(arrays, 2.0, tail="by-id", xp=torch).dense() for arrays in stored]
+    shares = each[0].exp() * 0.25 + each[1].exp() * 0.75
+    expected = shares if fusion == "arithmetic" else (each[0] * 0.25 + each[1] * 0.75).softmax(-1)
+    torch.testing.assert_close(fused.dense().exp(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_student_learns_by_a_policy_and_a_loss_from_outside(added: dict[str, Any], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def _attention(
     window_size: Any = (-1, -1),
     softcap: float = 0.0,
 ) -> Any:
-    """Of [B, S, H, E] and keys and values [B, S, K, E]."""
+    """Attention of queries [B, S, H, E], and keys and values [B, S, K, E]."""
     groups, length = query.shape[2] // key.shape[2], query.shape[1]
     key, value = (each.repeat_interleave(groups, dim=2).transpose(1, 2) for each in (key, value))
     scores = query.transpose(1, 2) @ key.mT * softmax_scale

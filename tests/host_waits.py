@@ -47,7 +47,7 @@ class HostWaits(TorchFunctionMode):
 
     @property
     def total(self) -> int:
-        """Of all."""
+        """Waits of all."""
         return sum(self.counts.values())
 
 

@@ -39,7 +39,7 @@ def links(page: Path) -> list[str]:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """What `#…` may name on a page: its headings, as GitHub and the site write them."""
+    """Headings of a page, which `#…` may name, as GitHub and the site write them."""
     text = re.sub(r"`([^`\n]+)`", r"\1", _FENCE.sub("", text_of(page)))
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}

@@ -94,7 +94,7 @@ class Server:
         return json.loads(urllib.request.urlopen(f"http://127.0.0.1:{self.proxy_port}{CONTROL}").read())
 
     def downloads(self, match: str) -> int:
-        """How many requests asked for the bytes of objects whose path holds `match`."""
+        """The number of requests that asked for the bytes of objects whose path holds `match`."""
         return sum(entry["method"] == "GET" and match in entry["path"] for entry in self.log())
 
     def _post(self, data: dict[str, Any]) -> None:

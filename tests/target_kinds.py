@@ -1,4 +1,4 @@
-"""What the tests of target kinds share: logits, stored arrays as a reader sees them, and a walk through a whole cache."""
+"""Parts that the tests of target kinds share: logits, stored arrays as a reader sees them, and a walk through a whole cache."""
 
 from __future__ import annotations
 

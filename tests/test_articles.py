@@ -56,7 +56,7 @@ def test_the_numbers_are_the_articles() -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
-    """What puts tiny models and a small corpus into a smoke recipe; everything else is the recipe's."""
+    """Overrides that put tiny models and a small corpus into a smoke recipe; everything else is the recipe's."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", sentences(40))
     return [
         f"cache={tmp_path / 'cache'}", f"teacher.model={tiny_teacher(tmp_path / 'teacher', layers=12, context=1024)}",

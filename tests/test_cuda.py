@@ -1,4 +1,4 @@
-"""What runs in other kernels on a GPU gives what the CPU gives: the capture's logits, calibration, the training losses."""
+"""Kernels of a GPU give what the CPU gives: the capture's logits, calibration, the training losses."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import teachercache
 
 PACKAGE = Path(teachercache.__file__).parent
+TESTS = Path(__file__).parent
 NO_BEGINNINGS = {"What", "Of", "Whether", "How", "Which", "Where", "Who", "Why"}
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -24,8 +25,9 @@ def wrong_in(text: str) -> Iterator[str]:
 def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
     assert list(wrong_in('def f():\n    "Of a thing."')) == ["f"]
     wrong = {
-        f"{path.relative_to(PACKAGE)}: {name}"
-        for path in PACKAGE.rglob("*.py")
+        f"{path}: {name}"
+        for folder in (PACKAGE, TESTS, TESTS.parent / "infra")
+        for path in folder.rglob("*.py")
         for name in wrong_in(path.read_text(encoding="utf-8"))
     }
     assert not wrong

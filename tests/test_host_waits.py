@@ -1,4 +1,4 @@
-"""How often the host waits for the device in a micro-batch of training and in a block of a capture, counted without a GPU."""
+"""Waits of the host for the device in a micro-batch of training and in a block of a capture, counted without a GPU."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def named_in(path: Path) -> set[str]:
 
 
 def exists(name: str) -> bool:
-    """Whether it is a module, or a word of the module that its beginning names."""
+    """Tells whether it is a module, or a word of the module that its beginning names."""
     place = PACKAGE
     for part in name.split(".")[1:]:
         if (place / part).is_dir():

@@ -93,7 +93,7 @@ def test_mistake_02_fewer_candidates_than_k_leave_no_uninitialised_ids():
 
 
 class Wrapper(torch.nn.Module):
-    """What DeepSpeed and DDP put around a student: gradients synchronise only if *its* forward is called."""
+    """A wrapper such as DeepSpeed and DDP put around a student: gradients synchronise only if *its* forward is called."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()

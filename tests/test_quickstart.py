@@ -1,4 +1,4 @@
-"""What the quickstart writes and decides before its stages run; the stages have tests of their own."""
+"""Files and choices of the quickstart before its stages run; the stages have tests of their own."""
 
 import json
 from pathlib import Path

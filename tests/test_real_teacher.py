@@ -69,7 +69,7 @@ def test_gemma_is_cached_with_what_it_needs_in_front_of_a_window(tmp_path):
 
 
 def _loss(teacher, rows, *, skip=0):
-    """Of the rows' positions, each row run alone; without its first tokens, and then without the position that they are."""
+    """Losses at the rows' positions, each row run alone; without its first tokens, then without the position that they are."""
     model, losses = load_causal_lm(str(teacher)), []
     for stored in rows:
         ids_S = torch.from_numpy(stored.row.input_ids_S[skip:].astype(np.int64))

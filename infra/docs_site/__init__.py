@@ -1,4 +1,4 @@
-"""What makes the documentation: pages that are generated from the code and from recorded results, and the site.
+"""Generators of the documentation: pages that are generated from the code and from recorded results, and the site.
 
 recipe.py      docs/reference/recipe.md from the sections of the config
 commands.py    docs/reference/commands.md from the command line's own help

@@ -1,4 +1,4 @@
-"""What the site adds to docs/: files of the repository that pages link to become pages of the site, as code or Markdown."""
+"""Additions of the site to docs/: files of the repository that pages link to become pages of the site, as code or Markdown."""
 
 from __future__ import annotations
 

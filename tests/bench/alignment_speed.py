@@ -1,4 +1,4 @@
-"""How fast do the tokens of two tokenizers align, tokenisation apart?
+"""The speed at which the tokens of two tokenizers align, tokenisation apart.
 
     python tests/bench/alignment_speed.py [--documents 200] [--out results/alignment_speed.json] [--json]
 

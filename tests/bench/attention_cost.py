@@ -1,4 +1,4 @@
-"""What a loss between attention maps costs a block, forward and backward, and how much memory it holds.
+"""The cost of a loss between attention maps for a block, forward and backward, and how much memory it holds.
 
     python tests/bench/attention_cost.py [--rows 4] [--length 256] [--window N] [--rounds 15] [--json]
 

@@ -36,7 +36,7 @@ TARGETS = {
 
 @dataclass
 class Parts:
-    """What consumers work with: `whole` is the undamaged cache; students share the teacher's tokenizer, or have another."""
+    """Caches that consumers work with: `whole` is the undamaged one; students share the teacher's tokenizer, or have another."""
 
     folder: Path
     whole: Path
@@ -100,7 +100,7 @@ def training_across(parts: Parts, cache: Path) -> str:
 
 
 def evaluation(parts: Parts, cache: Path) -> str:
-    """What `evaluate` measures of a student on the held-out rows."""
+    """Measures that `evaluate` takes of a student on the held-out rows."""
     from teachercache.cache import Cache
     from teachercache.evaluation.quality import held_out_rows, quality
 

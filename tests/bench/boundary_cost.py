@@ -1,4 +1,4 @@
-"""What boundary mass costs a capture: its reduction beside the whole capture of the same rows, with and without it.
+"""The cost of boundary mass in a capture: its reduction beside the whole capture of the same rows, with and without it.
 
     python tests/bench/boundary_cost.py RECIPE [--positions 1000] [--repeats 5] [-s KEY=VALUE …] [--out FILE] [--json]
 

@@ -1,4 +1,4 @@
-"""What capturing the top-k targets costs per position, by the size of a block of positions.
+"""The cost of capturing top-k targets per position, by the size of a block of positions.
 
     python tests/bench/capture_cost.py [--vocabulary 49152] [--k 64] [--threads 2] [--json]
 

@@ -1,4 +1,4 @@
-"""How faithful is what each kind of targets stores, and how many bytes does it take? One teacher pass serves them all.
+"""Fidelity of each kind of targets, and the bytes that it takes. One teacher pass serves them all.
 
     python tests/bench/codec_fidelity.py [--teacher ID] [--positions 4096] [--calibration 16384] [--only NAME …]
                                          [--briefly] [--out results/codec_fidelity.json] [--json]
@@ -95,7 +95,7 @@ class Bench:
 
     @property
     def observed(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """Of each row the teacher's logits, the student's, and what entered the student's output layer."""
+        """The teacher's logits of each row, the student's, and what entered the student's output layer."""
         return self._observe(0.0) if self._kept is None else self._kept
 
     @property
@@ -147,7 +147,7 @@ class Bench:
         return {"bytes": round(sum(columns.values()) / info.positions, 2), "columns": each, "decode": round(rate)}
 
     def _decode_rate(self, kind: TargetKind, captured: list[Any], folder: Path) -> float:
-        """Of a shard as large as shards are: the rows `COPIES` times, with ids of their own."""
+        """Bytes of a shard as large as shards are: the rows `COPIES` times, with ids of their own."""
         repeats = [(row, repeat) for repeat in range(COPIES) for row in self.rows]
         rows = [replace(row, row_id=row_id(row.segments, repeat=repeat)) for row, repeat in repeats]
         payload = captured * COPIES

@@ -1,4 +1,4 @@
-"""What a teacher costs beside plain cross-entropy: a whole training step, and the loss alone.
+"""The cost of a teacher beside plain cross-entropy: a whole training step, and the loss alone.
 
     python tests/bench/divergence_step.py [--layers 8] [--rows 4] [--length 256] [--rounds 9] [--json]
 

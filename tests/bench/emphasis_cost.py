@@ -1,4 +1,4 @@
-"""What emphasis of hard positions costs: a whole training step, and the loss with its output layer alone.
+"""The cost of emphasis of hard positions: a whole training step, and the loss with its output layer alone.
 
     python tests/bench/emphasis_cost.py [--layers 8] [--rows 4] [--length 256] [--rounds 9] [--json]
 
@@ -31,7 +31,7 @@ CONTESTANTS = ("none", "student-entropy", "teacher-entropy", "entropy-gap", "stu
 
 
 def losses(options: argparse.Namespace, labels_N: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Of hidden states [N, D] and the output matrix, a mean over positions, by score."""
+    """Losses of hidden states [N, D] and the output matrix, a mean over positions, by score."""
     softened, sharp = (teacher(len(labels_N), temperature, sketch=True) for temperature in (2.0, 1.0))
     segment_N = torch.arange(options.rows).repeat_interleave(options.length)
 

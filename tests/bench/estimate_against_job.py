@@ -1,4 +1,4 @@
-"""What `estimate` says of a job, beside what the job then takes.
+"""The prediction of `estimate` beside what the job then takes.
 
     python tests/bench/estimate_against_job.py WORK_FOLDER [--recipe FILE …] [--seconds 30] [--out FILE] [--json]
 

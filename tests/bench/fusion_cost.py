@@ -1,4 +1,4 @@
-"""What a second teacher costs: the loss of a training step, inside the output layer, with one teacher and with two.
+"""The cost of a second teacher: the loss of a training step, inside the output layer, with one teacher and with two.
 
     python tests/bench/fusion_cost.py [--rows 4] [--length 256] [--rounds 9] [--json]
 

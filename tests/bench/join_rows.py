@@ -1,4 +1,4 @@
-"""How long it takes, and how much memory, to find each row of one cache in another.
+"""Time and memory that it takes to find each row of one cache in another.
 
     python tests/bench/join_rows.py [--rows 1000000] [--length 64] [--json]
 

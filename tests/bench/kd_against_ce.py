@@ -111,7 +111,7 @@ def summarise(results: list[dict]) -> dict:
 
 
 def margin(chosen: dict[str, list[dict]]) -> dict:
-    """How much better KD is, and the larger spread over seeds; `beats` wants more than that spread."""
+    """The lead of KD, and the larger spread over seeds; `beats` wants more than that spread."""
     arms = {arm: summarise(results) for arm, results in chosen.items()}
     margins = {}
     for name, sign in (("loss", -1), ("top1_agreement", 1)):

@@ -1,4 +1,4 @@
-"""How faithful are stored layers, and how many bytes do they take? Hidden states by codec and step, attention by kind.
+"""Fidelity of stored layers, and the bytes that they take: hidden states by codec and step, attention by kind.
 
     python tests/bench/layer_fidelity.py [--teacher ID] [--length 256] [--positions 4096] [--calibration 4096]
                                          [--hidden 0 8 15 22 29] [--attention 9 16 23 30]

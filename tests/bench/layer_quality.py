@@ -162,7 +162,7 @@ def train(output: Path, recipe_file: Path, arm: str, seed: int, options: argpars
 def runs(
     model: Any, cache: Cache, split: Split, *, hidden: Collection[int] = (), attention: Collection[int] = ()
 ) -> Iterator[Activations]:
-    """Of each row: rows spread over the training split, all held-out ones."""
+    """Maps of each row: rows spread over the training split, all held-out ones."""
     count = cache.rows_of(split)
     for index in np.linspace(0, count - 1, min(count, FITTED_ROWS) if split == "train" else count, dtype=int):
         row = cache.read_row(split, int(index), columns=()).row
@@ -185,7 +185,7 @@ def states(model: Any, cache: Cache, layers: Collection[int]) -> dict[Split, dic
 
 
 class Scores(NamedTuple):
-    """What a row's maps are made of: linear in its length, as maps are not."""
+    """Parts that a row's maps are made of: linear in its length, as maps are not."""
 
     queries_BHSE: Tensor
     keys_BKSE: Tensor
@@ -198,7 +198,7 @@ class Scores(NamedTuple):
 
 
 def scores(model: Any, cache: Cache, layers: Collection[int]) -> Iterator[dict[int, Scores]]:
-    """Of each held-out row."""
+    """Maps of each held-out row."""
     for activations in runs(model, cache, "held-out", attention=layers):
         heads = activations.attention
         yield {layer: Scores(of.queries_BHSE, of.keys_BKSE, of.scaling) for layer, of in heads.items()}
@@ -215,7 +215,7 @@ def ridge(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
 
 
 class Teacher:
-    """What the teacher's layers hold; kept from the first arm that asks for the others."""
+    """Values of the teacher's layers; kept from the first arm that asks for the others."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -273,7 +273,7 @@ def resemblance(cache: Cache, run: Path, teacher: Teacher) -> dict[str, Any]:
 def of_arm(
     arm: str, seed: int, recipe_file: Path, cache: Cache, teacher: Teacher, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Of one run. Finished ones are read back."""
+    """Figures of one run. Finished ones are read back."""
     name = f"{arm}-{options.steps}-steps-{options.rows}-rows-lr{options.learning_rate:g}-seed{seed}"
     kept = options.work / "results" / f"{name}.json"
     if not kept.is_file():

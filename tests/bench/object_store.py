@@ -1,4 +1,4 @@
-"""What reading a cache from an object store costs over reading it from a folder.
+"""The cost of reading a cache from an object store over reading it from a folder.
 
     python tests/bench/object_store.py CACHE [--rows 2000] [--latency 0.2] [--repeats 3] [--json]
 

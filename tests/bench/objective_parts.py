@@ -1,4 +1,4 @@
-"""What the parts of the objective are worth, each against the same fixed run: same student, same steps, three seeds.
+"""The worth of the objective's parts, each against the same fixed run: same student, same steps, three seeds.
 
     python tests/bench/objective_parts.py WORK_FOLDER [--steps 150] [--seeds 0 1 2] [--arms …] [--out FILE] [--json]
 
@@ -41,7 +41,7 @@ COMMON = ["train.trackers=[]", "train.keep_checkpoints=1", "train.save_every=100
 
 
 def arms(work: Path) -> dict[str, list[str]]:
-    """What each changes of the fixed run."""
+    """Overrides by which each differs from the fixed run."""
     mixed = f"stream.mix=[{{cache: {work / 'general'}}}]"
     phase = "{{name: {0}, share: {1}, temperature: {2}, mix: {{{3}: 1.0}}}}"
     phases = [("general", 0.4, 3, "general"), ("domain", 0.4, 2, "cache"), ("detail", 0.2, 1, "cache")]

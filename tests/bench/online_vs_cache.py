@@ -1,4 +1,4 @@
-"""What does a cache save over a live teacher? The same student, rows, order and steps, the same loss in the output layer.
+"""Time that a cache saves over a live teacher: the same student, rows, order and steps, the same loss in the output layer.
 
     python tests/bench/online_vs_cache.py WORK_FOLDER [--steps 40] [--layers 4] [--rows 4] [--out FILE] [--json]
 
@@ -121,7 +121,7 @@ class SideBySide(Bench):
         return Online(hidden_BSD.flatten(0, 1)[positions_N], weight_VD)
 
     def flops(self) -> dict[str, float]:
-        """Of a position in a step, in millions: multiplications and additions in matrices, attention apart."""
+        """Operations of a position in a step, in millions: multiplications and additions in matrices, attention apart."""
         student, teacher = (2 * matrix_elements(model) / 1e6 for model in (self.students["ce"], self.teacher))
         basis = self.cache.kind.basis  # type: ignore[attr-defined]
         sketch = 2 * basis.rank * basis.vocabulary_size / 1e6

@@ -1,4 +1,4 @@
-"""How long from nothing to the first batch, and how much memory, when a cache has very many shards?
+"""Time and memory from nothing to the first batch, when a cache has very many shards.
 
     python tests/bench/open_cache.py CACHE [--shards 100000] [--json]
 

@@ -1,4 +1,4 @@
-"""What half precision saves in memory and time: steps of a student in fp32, bf16 and fp16, as the training job runs them.
+"""Memory and time that half precision saves: steps of a student in fp32, bf16 and fp16, as the training job runs them.
 
     python tests/bench/precision_memory.py WORK_FOLDER [--layers 8] [--rows 4] [--length 512] [--zero 1] [--steps 8] [--json]
 
@@ -137,7 +137,7 @@ class StepMeter:
 
 
 def bytes_of(engine: Any) -> tuple[int, int]:
-    """Of the model's weights, and of all that the optimizer keeps besides."""
+    """Bytes of the model's weights, and of all that the optimizer keeps besides."""
     seen = {
         parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
         for parameter in engine.module.parameters()

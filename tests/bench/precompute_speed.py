@@ -1,4 +1,4 @@
-"""How much of the bare teacher's speed does the whole precompute job keep?
+"""The share of the bare teacher's speed that the whole precompute job keeps.
 
     python tests/bench/precompute_speed.py WORK_FOLDER [--repeats 3] [-s KEY=VALUE …] [--out FILE] [--json]
 

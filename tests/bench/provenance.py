@@ -1,4 +1,4 @@
-"""What every recorded result says about itself, the code that made it and the machine that it ran on; and where it goes."""
+"""Facts that every recorded result has about itself, the code that made it and its machine; and where it goes."""
 
 from __future__ import annotations
 

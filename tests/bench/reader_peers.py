@@ -165,7 +165,7 @@ def from_bytes(row: dict[str, bytes]) -> dict[str, np.ndarray]:
 
 
 def joined(taken: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """What `Collator` makes of the same rows."""
+    """Batches that `Collator` makes of the same rows."""
     input_ids_BS = np.stack([row["input_ids"] for row in taken]).astype(np.int64)
     mask_BS = np.stack([row["target_mask"] for row in taken]).astype(bool)
     labels_BS = np.full(input_ids_BS.shape, -100, dtype=np.int64)

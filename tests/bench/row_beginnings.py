@@ -1,4 +1,4 @@
-"""What a teacher makes of the beginnings of rows: a cache of a text by each of them, and the same windows with each in front.
+"""The teacher's losses by the beginnings of rows: a cache of a text by each of them, and the same windows with each in front.
 
     python tests/bench/row_beginnings.py MODEL [--text FILE] [--length 256] [--characters 12000] [--context 64]
                                          [--out FILE] [--json]

@@ -73,7 +73,7 @@ def _shards(cache: Path) -> dict[str, str]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """What a run logged, but for times, and its student's weights."""
+    """The log of a run, but for times, and its student's weights."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     logged = {
         f"record {number} {key}": value

@@ -65,7 +65,7 @@ class LiveTail:
         return self.logits_NV[part].clone()
 
     def at(self, part: slice) -> LiveTail:
-        """Of some of the positions."""
+        """Targets of some of the positions."""
         return LiveTail(self.logits_NV[part])
 
 

@@ -46,7 +46,7 @@ def rows(count: int, *, length: int) -> Iterator[TokenRow]:
 
 
 def top_k_arrays(positions: int, *, seed: int) -> Arrays:
-    """What a teacher's capture gives for kind `top-k`."""
+    """Arrays as a teacher's capture gives them for kind `top-k`."""
     generator = np.random.default_rng([1, seed])
     gaps_Nk = generator.exponential(size=(positions, HEAD - 1)) * 4 / np.arange(1, HEAD)
     logits_Nk = np.concatenate([np.zeros((positions, 1)), -np.cumsum(gaps_Nk, axis=1)], axis=1)

@@ -1,4 +1,4 @@
-"""What a training step from the cache costs over plain fine-tuning: same student, same rows, in turn.
+"""The cost of a training step from the cache over plain fine-tuning: same student, same rows, in turn.
 
     python tests/bench/train_step.py CACHE STUDENT [--steps 12] [--batch 8] [--json]
 

@@ -73,7 +73,7 @@ class Chosen(BatchPlan):
 
 
 class Setting:
-    """What all arms have in common: made by the first call, found by the others."""
+    """Parts that all arms have in common: made by the first call, found by the others."""
 
     def __init__(self, work: Path, *, steps: int, rows: int) -> None:
         recipe_file, self.recipe = write_recipe(work / "sketch", ["targets.logits={preset: compact}"])

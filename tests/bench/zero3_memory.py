@@ -1,4 +1,4 @@
-"""What a student under ZeRO 3 takes of each process's memory before and in its first step, loaded whole and loaded in parts.
+"""Memory that a student under ZeRO 3 takes of each process before and in its first step, loaded whole and loaded in parts.
 
     python tests/bench/zero3_memory.py WORK_FOLDER [--processes 4] [--width 1024] [--layers 8] [--json] [--out FILE]
 

@@ -213,7 +213,7 @@ def _basis(folder: Path, arrays: dict[str, Any], said: dict[str, str] | None = N
 
 
 def tokenizers() -> Iterator[tuple[str, Forge]]:
-    """What tests/tokens tries, in a cache and in an alignment."""
+    """Claims that tests/tokens tries, in a cache and in an alignment."""
     for name, edit in DESCRIPTIONS.items():
         yield f"tokenizer: {name}", lambda folder, edit=edit: _tokenizer(folder, edit)
     for name in ("a file of its own", "a vocabulary of its own", "an added id of 2^31"):

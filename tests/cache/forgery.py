@@ -199,5 +199,5 @@ def read_everything(folder: Path) -> None:
 
 
 def problems(folder: Path) -> list[str]:
-    """What `verify` says: it never raises."""
+    """Problems that `verify` finds: it never raises."""
     return [problem.reason for problem in verify(folder)]

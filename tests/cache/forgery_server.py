@@ -47,7 +47,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def verified(folder: Path) -> dict[str, Any]:
-    """What `verify --deep` finds."""
+    """Problems that `verify --deep` finds."""
     return {"problems": [f"{problem.file}: {problem.reason}" for problem in verify(folder, deep=True)]}
 
 
@@ -94,7 +94,7 @@ def _is_temporary(place: str, details: Any) -> bool:
 
 
 def forked(work: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """What `work` comes to in a fork: its exit status and JSON, or the signal that ended it."""
+    """The result of `work` in a fork: its exit status and JSON, or the signal that ended it."""
     source, sink = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -113,7 +113,7 @@ def _write_expected(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def reading(cache: Cache) -> dict[str, Any]:
-    """What a reader sees: rows by id, the digest of every stored array, means of decoded ones, the order of training."""
+    """All that a reader sees: rows by id, the digest of every stored array, means of decoded ones, the order of training."""
     rows = {split: [cache.read_row(split, index) for index in range(cache.rows_of(split))] for split in SPLITS}
     digest, sums = hashlib.sha256(), dict[str, float]()
     for stored in (stored for split in SPLITS for stored in rows[split]):

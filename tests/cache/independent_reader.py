@@ -183,7 +183,7 @@ class Column:
     said: Json
 
     def entries(self, counts: dict[str, int]) -> int:
-        """Of a row with so many positions, tokens and pairs."""
+        """Decodes a row with so many positions, tokens and pairs."""
         return -(-counts[self.said.get("of", "position")] // self.said.get("every", 1))
 
     def decoded(self, data: bytes, counts: dict[str, int]) -> Array:
@@ -320,7 +320,7 @@ class IndependentCache:
         return {"position": row["positions"], "token": len(row["input_ids"]), "pair": pairs}
 
     def head_log_probs(self, columns: dict[str, Array]) -> dict[float, Array]:
-        """Of kind `top-k`: log-probabilities of the head's tokens, [positions, k], by temperature."""
+        """Reads kind `top-k`: log-probabilities of the head's tokens, [positions, k], by temperature."""
         logits, tails = (columns[name].astype(np.float64) for name in ("head_logits", "tail_log_partition"))
         found = {}
         for tail, temperature in zip(tails.T, self.manifest["targets"]["logits"]["temperatures"], strict=True):

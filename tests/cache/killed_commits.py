@@ -29,12 +29,12 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")
 
 
 def of_cache(folder: Path) -> Manifest:
-    """What a reader finds."""
+    """The cache as a reader finds it."""
     return read_manifest(folder)
 
 
 def of_alignment(folder: Path) -> AlignmentManifest:
-    """What a reader finds."""
+    """The cache as a reader finds it."""
     [alignment] = CacheAlignment.all_of(Cache.open(folder))
     return alignment.manifest
 

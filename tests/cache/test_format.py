@@ -1,4 +1,4 @@
-"""What format 2 promises: parts of a cache stand by themselves, and later versions may add keys without moving anything."""
+"""Promises of format 2: parts of a cache stand by themselves, and later versions may add keys without moving anything."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_target_is_taken_out_without_touching_the_rest(layers: Path) -> None:
 
 @pytest.mark.parametrize("section", ["hidden", "attention"])
 def test_layers_are_added_beside_others_of_the_same_rows(layers: Path, section: str) -> None:
-    """What each section is read by is a file of its own: none of the others' bytes or digests knows of it."""
+    """The file that each section is read by is one of its own: none of the others' bytes or digests knows of it."""
     before, whole = reading(Cache.open(layers)), manifest_of(layers)
     without_group(layers, section)
     fewer = manifest_of(layers)

@@ -1,4 +1,4 @@
-"""Where a recipe's cache is: a folder or a URL, and what reads it how."""
+"""Location of a recipe's cache: a folder or a URL, and how it is read."""
 
 from __future__ import annotations
 

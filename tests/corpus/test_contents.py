@@ -1,4 +1,4 @@
-"""Where the messages of a conversation stand in its text, whatever the template does to them."""
+"""Places of a conversation's messages in its text, whatever the template does to them."""
 
 import numpy as np
 import pytest
@@ -169,7 +169,7 @@ def test_windows_and_packed_rows_hold_the_contents_that_lie_in_them(build_tokeni
 
 
 def test_all_messages_at_once_are_found_as_one_by_one(build_tokenizer):
-    """Where the one rendering shows the places, they are those that a rendering for each message shows."""
+    """Places that the one rendering shows are those that a rendering for each message shows."""
     from teachercache.corpus.contents import found_together, span_of
 
     taken = 0

@@ -1,4 +1,4 @@
-"""How rows begin: every window, in every layout, with what the tokenizer puts before a text, and never as a target."""
+"""Beginnings of rows: every window, in every layout, has what the tokenizer puts before a text, and never as a target."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rows_of(texts: list[str], tokenizer: Any, **sequence: Any) -> Tokenised:
 
 
 def segments_of(rows: list[TokenRow]) -> dict[str, list[tuple[Any, list[int], list[bool]]]]:
-    """Of each document its segments in the order of the text: the segment, its ids and its target mask."""
+    """Segments of each document in the order of the text: the segment, its ids and its target mask."""
     found: dict[str, list[tuple[Any, list[int], list[bool]]]] = {}
     for row in rows:
         ends = [*(segment.start for segment in row.segments[1:]), row.length]

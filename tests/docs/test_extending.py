@@ -1,4 +1,4 @@
-"""What the page on extending says works: its blocks run, and what they add is captured, trained from and refused as said."""
+"""The page on extending: its blocks run, and what they add is captured, trained from and refused as it says."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from teachercache.config.layer_losses import LAYER_LOSSES
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.objective.ensemble import EnsembleMember, FusedTeacher, TeacherWeights
 from teachercache.objective.objective_schedule import ObjectiveSchedule
+from teachercache.registry import Registry
 from teachercache.schedules import SCHEDULES
 from teachercache.targets import KINDS, TAIL_POLICIES
 from teachercache.targets.layers.kinds import LAYER_KINDS
@@ -40,8 +41,11 @@ def added() -> Iterator[dict[str, Any]]:
     for block in blocks(PAGE, "python"):
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)
     yield names
-    lists = ((KINDS, "rounded"), (TAIL_POLICIES, "by-id"), (LAYER_LOSSES, "norms"), (LAYER_KINDS, "scaled"), (COMMANDS, "longest-row"))
-    for registry, name in (*lists, (SCHEDULES, "halving"), (SCHEDULES, "task")):
+    lists: dict[str, Registry[Any]] = {
+        "rounded": KINDS, "by-id": TAIL_POLICIES, "norms": LAYER_LOSSES, "scaled": LAYER_KINDS, "halving": SCHEDULES,
+        "task": SCHEDULES, "longest-row": COMMANDS,
+    }  # fmt: skip
+    for name, registry in lists.items():
         registry.remove(name)
 
 

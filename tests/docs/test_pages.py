@@ -1,4 +1,4 @@
-"""What the pages say holds: links lead somewhere, YAML is a recipe, commands and benchmarks exist, and README stays short."""
+"""Claims of the pages hold: links lead somewhere, YAML is a recipe, commands and benchmarks exist, and README stays short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timed and weighed. No test depends on how fast the machine is."""
+"""Times and weights that a summary has. No test depends on how fast the machine is."""
 
 from __future__ import annotations
 

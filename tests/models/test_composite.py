@@ -39,7 +39,7 @@ def saved(name: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a teacher of this kind; its rows are shorter than 48 tokens."""
+    """A cache of a teacher of this kind; its rows are shorter than 48 tokens."""
     folder = tmp_path_factory.mktemp("cache")
     return tiny_cache(folder, teacher=saved("gemma3", folder / "teacher"))
 

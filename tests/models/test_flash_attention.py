@@ -67,7 +67,7 @@ def test_a_row_has_the_targets_that_it_has_alone(architecture: str) -> None:
 
 
 def test_rows_in_a_batch_of_several_would_see_each_other() -> None:
-    """What transformers does, and why rows are put into one: if this changes, they need not be."""
+    """The way of transformers, and the reason why rows are put into one: if this changes, they need not be."""
     model = with_flash(model_of("llama"))
     inputs = {name: torch.from_numpy(array) for name, array in model_inputs(ROWS, pad_id=0, layout="packed").items()}
     with flash_kernels(), torch.no_grad():
@@ -98,7 +98,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(cache: Path, model: Any, run: Path, *, pack: bool) -> list[float]:
-    """Of some steps, and of the held-out rows behind them."""
+    """Losses of some steps, and of the held-out rows behind them."""
     args = TrainingArguments(
         str(run), max_steps=3, per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=3e-3, use_cpu=True,
         report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,

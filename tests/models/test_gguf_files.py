@@ -1,4 +1,4 @@
-"""What a GGUF file says of its tokenizer is what the converted one does: real files, written by llama.cpp's own package."""
+"""The converted tokenizer of a GGUF file does what the file says: real files, written by llama.cpp's own package."""
 
 from __future__ import annotations
 

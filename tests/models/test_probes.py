@@ -1,4 +1,4 @@
-"""What a few tokens tell of a loaded model, over architectures that differ in it."""
+"""Probes of a loaded model on a few tokens, over architectures that differ in it."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_models_without_such_factors_are_left_as_they_are() -> None:
 
 
 def test_a_model_that_chooses_by_the_batch_in_code_of_its_own_is_found_out() -> None:
-    """What this project does not know of: here transformers' own way, before it is mended."""
+    """An embedding that this project does not know of: here transformers' own way, before it is mended."""
     model = model_of("longrope")
     assert not computes_rows_alone(model, vocabulary_size=VOCABULARY, longest=60)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What a resumed job finds of an earlier run: as that run wrote it, or refused in a line with what to do."""
+"""Files that a resumed job finds of an earlier run: as that run wrote it, or refused in a line with what to do."""
 
 from __future__ import annotations
 

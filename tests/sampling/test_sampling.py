@@ -1,4 +1,4 @@
-"""What a student writes by itself becomes a corpus that a teacher can be asked about."""
+"""Text that a student writes by itself becomes a corpus that a teacher can be asked about."""
 
 from __future__ import annotations
 

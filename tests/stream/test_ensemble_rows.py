@@ -29,7 +29,7 @@ TOP_K = {"logits": {"kind": "top-k", "k": 16, "dtype": "float32"}}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Of two teachers; the second one's has other shards, other held-out rows, lacks some and has some of its own."""
+    """Caches of two teachers; the second one's has other shards, other held-out rows, lacks some and has some of its own."""
     made = []
     texts = sentences(24)
     for name, seed, own, corpus in (("a", 0, texts, {"held_out": 0.2}), ("b", 5, texts[::-1][:16], {"held_out": 0.5})):
@@ -49,7 +49,7 @@ def caches(folders: tuple[Path, Path]) -> tuple[Cache, Cache]:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Of the first cache's text in other tokens, aligned with it."""
+    """A cache of the first one's text in other tokens, aligned with it."""
     folder = tmp_path_factory.mktemp("foreign")
     tokenizer = other_tokenizer()
     tiny_model(vocabulary=len(tokenizer), seed=7).save_pretrained(folder / "teacher")
@@ -164,7 +164,7 @@ def test_a_batch_holds_what_further_teachers_have_of_its_rows(
 
 
 def _starts(rows: list[EnsembleRow], head_logits_Nk: np.ndarray[Any, Any]) -> list[int]:
-    """Where each row's positions begin in a batch, found by what they hold."""
+    """Places at which each row's positions begin in a batch, found by what they hold."""
     starts = []
     for row in rows:
         wanted = row.targets["head_logits"].astype(np.float32)
@@ -179,7 +179,7 @@ def _starts(rows: list[EnsembleRow], head_logits_Nk: np.ndarray[Any, Any]) -> li
 
 
 def _check_foreign(rows: list[EnsembleRow], starts: list[int], batch: Any, foreign: Cache) -> None:
-    """Where a chunk begins, the teacher's distribution over the token that it gives next to the same bytes."""
+    """The teacher's distribution at the beginning of a chunk, over the token that it gives next to the same bytes."""
     checked = 0
     at = batch["teacher2/at"].tolist()
     for row, start in zip(rows, starts, strict=True):

@@ -70,7 +70,7 @@ MODELS = {
 def observe(
     model: Any, *, rows: int = 24, length: int = 48, seed: int = 0
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What enters the output layer, and the model's own logits over V tokens, row by row."""
+    """Hidden states that enter the output layer, and the model's own logits over V tokens, row by row."""
     ids = torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode(), recorded_input(model) as inputs:
         logits = model(input_ids=ids).logits[..., :V].float()

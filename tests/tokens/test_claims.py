@@ -109,7 +109,7 @@ def test_large_tokenizer_files_are_refused(cache: Path) -> None:
 
 
 def test_a_panic_of_the_library_is_an_error_of_one_line(cache: Path, tmp_path: Path) -> None:
-    """What Rust raises where it gives up is no `Exception`."""
+    """An error of Rust where it gives up is no `Exception`."""
     folder = Path(shutil.copytree(cache / "teacher", tmp_path / "teacher"))
     data = json.loads((folder / "tokenizer.json").read_text())
     data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}

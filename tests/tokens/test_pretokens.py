@@ -1,4 +1,4 @@
-"""Which tokens begin a new pre-token, by tokenizers of several families."""
+"""Tokens that begin a new pre-token, by tokenizers of several families."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_added_tokens_begin_and_numbers_without_a_token_do_not() -> None:
 
 
 def test_a_text_is_cut_before_just_these_tokens() -> None:
-    """What the set says of a token, the tokenizer does with it in a text: it starts a pre-token after a letter."""
+    """A token of the set does so in a text: it starts a pre-token after a letter."""
     tokenizer = tiny_tokenizer()
     begins_V = begins_pretoken(tokenizer)
     own = tokenizer.backend_tokenizer.pre_tokenizer

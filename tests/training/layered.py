@@ -1,4 +1,4 @@
-"""What the tests of layers share: what their cache holds, and one term of every kind."""
+"""Parts that the tests of layers share: targets of their cache, and one term of every kind."""
 
 from __future__ import annotations
 

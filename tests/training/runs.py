@@ -52,7 +52,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def cut_back(run: Path, step: int) -> None:
-    """What a finished run was when the checkpoint of a step had just become whole."""
+    """The folder of a finished run as it was when the checkpoint of a step had just become whole."""
     (run / "summary.json").unlink()
     shutil.rmtree(run / "student")
     for checkpoint in run.glob("checkpoint-*"):
@@ -66,7 +66,7 @@ def cut_copy(run: Path, copy: Path, step: int) -> None:
 
 
 def modules_of(_: Any) -> set[str]:
-    """What the process that runs this has imported; in the place of a collator."""
+    """Modules that the process which runs this has imported; in the place of a collator."""
     return set(sys.modules)
 
 

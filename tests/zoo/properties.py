@@ -1,4 +1,4 @@
-"""What is asked of every architecture. Each property works, or the package refuses it in a line that names the remedy.
+"""Properties of every architecture. Each property works, or the package refuses it in a line that names the remedy.
 
 A property is a function of a `Subject`; it may return a few words about how it works. `AssertionError` means that the package
 accepts what it then does wrongly: the one outcome that must not be.
@@ -48,7 +48,7 @@ def assert_close(found: Any, expected: Any, *, unit: float, what: str) -> None:
 
 
 def label_shift(subject: Subject) -> None:
-    """What is stored of the token that follows has the mean which transformers calls the loss."""
+    """The stored log-probabilities of tokens that follow have the mean which transformers calls the loss."""
     for one, item in zip(DOCUMENTS, subject.captured, strict=True):
         assert item.columns is not None
         stored = -float(item.columns["actual_log_prob"].astype(np.float64).mean())
@@ -108,7 +108,7 @@ def sketch(subject: Subject) -> None:
 
 
 def hidden_states(subject: Subject) -> None:
-    """What enters the first block, and what it gives, are those of the row alone."""
+    """Hidden states that enter and leave the first block are those of the row alone."""
     kinds = subject.layers(hidden={"layers": [0, 1], "codec": "bf16"})
     teacher = subject.teacher(**kinds)
     teacher.prepare(SAMPLE, positions_per_batch=PER_BATCH, longest=LONGEST)

@@ -57,7 +57,7 @@ def examine_all(architectures: Sequence[Architecture], folder: Path) -> Iterator
 
 
 def in_two_processes(subjects: Sequence[Subject]) -> dict[str, Outcome]:
-    """Whether two processes under ZeRO 2 learn what one learns, step by step."""
+    """Tells whether two processes under ZeRO 2 learn what one learns, step by step."""
     recipes = []
     for subject in subjects:
         path = subject.folder / "two.yaml"
@@ -77,7 +77,7 @@ def _compare(subject: Subject) -> Outcome:
 
 
 def _losses(log: Path) -> list[float]:
-    """Of every step, and of the held-out rows."""
+    """Losses of every step, and of the held-out rows."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     records = [json.loads(line) for line in lines]
     return [value for record in records for name, value in record.items() if name in ("loss", "eval_loss")]
@@ -91,7 +91,7 @@ def written(results: Results) -> str:
 
 
 def read() -> Results:
-    """What results.json holds."""
+    """The contents of results.json."""
     data = json.loads(RESULTS.read_text(encoding="utf-8"))
     return {name: {key: Outcome(**outcome) for key, outcome in found.items()} for name, found in data.items()}
 

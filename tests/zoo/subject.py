@@ -97,7 +97,7 @@ class Subject:
         return self._caches[layout]
 
     def recipe(self, name: str) -> Any:
-        """Of the training run with that name."""
+        """The log of the training run with that name."""
         return train_recipe(self.cache("documents"), self.student, self.folder / name)
 
     def run(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Subject:
         return torch.cat(parts)[:, :VOCABULARY].float().log_softmax(-1).numpy()
 
     def around_first_block(self, one: TokenRow) -> tuple[Any, Any]:
-        """What enters the first block and what it gives, of a document alone, [S, D] each.
+        """Hidden states that enter and leave the first block, of a document alone, [S, D] each.
 
         By hooks: transformers' `output_hidden_states` begins behind the first block for some (Mamba, RWKV).
         """

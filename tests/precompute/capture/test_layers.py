@@ -1,4 +1,4 @@
-"""What recipes ask for of layers: numbers by rule, refusals in a line, and caches that hold them whole."""
+"""Layers that recipes ask for: numbers by rule, refusals in a line, and caches that hold them whole."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_a_job_killed_while_planning_starts_over(tmp_path, teacher, left):
 
 
 def test_a_batch_size_may_change_between_runs(tmp_path, teacher):
-    """What the advice after a batch that did not fit asks for."""
+    """The setting that the advice after a batch that did not fit asks for."""
     build_cache(tiny_recipe(tmp_path, teacher=teacher), units=1)
     smaller = tiny_recipe(tmp_path, teacher=teacher, precompute={"positions_per_batch": 64})
     assert make_plan(smaller).pending() == [1, 2]

@@ -1,4 +1,4 @@
-"""How rows begin, from the corpus to both sides of an alignment: caches made by the real stages."""
+"""Beginnings of rows, from the corpus to both sides of an alignment: caches made by the real stages."""
 
 from __future__ import annotations
 

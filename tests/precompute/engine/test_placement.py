@@ -1,4 +1,4 @@
-"""Where a teacher runs, chosen from what a cluster has."""
+"""Placement of a teacher, chosen from what a cluster has."""
 
 from __future__ import annotations
 

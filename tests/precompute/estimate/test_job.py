@@ -1,4 +1,4 @@
-"""What an estimate says, beside the cache that the job's stages then make."""
+"""Estimates, beside the cache that the job's stages then make."""
 
 from __future__ import annotations
 

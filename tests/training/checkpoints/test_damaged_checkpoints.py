@@ -53,7 +53,7 @@ def _assert_as_if_whole(recipe: Recipe, written: Path) -> None:
 
 
 def _ends_well_or_in_a_line(recipe: Recipe, written: Path) -> str:
-    """What happened: the same weights as if nothing had been damaged, or an error of one line."""
+    """The outcome: the same weights as if nothing had been damaged, or an error of one line."""
     console = Console(file=io.StringIO())
     try:
         run_training(recipe, console=console)
@@ -170,7 +170,7 @@ def test_checkpoints_of_an_earlier_version_are_resumed_from_with_a_line(stopped:
 
 
 def test_weights_that_are_to_be_exported_are_checked(stopped: Recipe, written: Path) -> None:
-    """Of a run that was killed between its last step and its export."""
+    """Checkpoints of a run that was killed between its last step and its export."""
     run = stopped.train.output
     shutil.copytree(written / "whole" / "checkpoint-9", run / "checkpoint-9")
     _flip(run / "checkpoint-9" / "model.safetensors", random.Random(1))

@@ -1,4 +1,4 @@
-"""What does not fit is refused before the first step, in one line that names the remedy."""
+"""Settings that do not fit are refused before the first step, in one line that names the remedy."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_weights_follow_the_students_distance_from_each_teacher(make_recipe: Any
 
 
 def test_weights_that_follow_evaluations_ask_for_the_same_evaluations(make_recipe: Any, second: Path) -> None:
-    """Where they do not, how often a run evaluates decides nothing of what is learned."""
+    """Weights that do not follow evaluations: how often a run evaluates decides nothing of what is learned."""
     teachers = _teachers(second, weights="validation-student", tau=0.1)
     run_training(_taught(make_recipe, teachers, evaluate_every=4))
     with pytest.raises(RecipeError, match=r"train.evaluate_every was 4, now 3"):

@@ -72,7 +72,7 @@ def losses_of(run: Path) -> list[float]:
 
 
 def falls(records: list[dict[str, Any]], name: str) -> bool:
-    """Whether a loss is less in the last steps than in the first: those of single batches differ by as much as is learned."""
+    """Tells whether a loss falls from the first steps to the last: those of single batches differ by as much as is learned."""
     values = [record[name] for record in records]
     return float(np.mean(values[-4:])) < float(np.mean(values[:4]))
 

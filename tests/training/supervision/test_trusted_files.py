@@ -1,4 +1,4 @@
-"""What training takes from a cache beside its rows: listed files alone, and the tokenizer that the manifest means."""
+"""Files that training takes from a cache beside its rows: listed files alone, and the tokenizer that the manifest means."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ STORED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of one teacher, which is gone; the packed one has several segments in a row."""
+    """Caches of one teacher, which is gone; the packed one has several segments in a row."""
     folder = tmp_path_factory.mktemp("maps")
     teacher = tiny_teacher(folder / "teacher", layers=4, hidden=48)
     made = {

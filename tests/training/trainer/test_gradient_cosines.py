@@ -154,7 +154,7 @@ def test_terms_between_layers_are_compared_with_what_comes_from_above(
 def _own_gradients(
     objective: Any, activations: Any, layers: Any, labels: Any, name: str, weights: dict[str, float]
 ) -> dict[Any, torch.Tensor]:
-    """Of one term alone, with respect to what was recorded, as if that had come from nowhere."""
+    """Gradients of one term alone, with respect to what was recorded, as if that had come from nowhere."""
     leaf = replace(
         activations,
         hidden={layer: tensor.detach().requires_grad_() for layer, tensor in activations.hidden.items()},
@@ -180,7 +180,7 @@ MEASURED = {"layers": LAYERS, "gradient_cosines": 2}
 
 
 def measured_of(run: Path) -> list[dict[str, Any]]:
-    """What the log of a run holds of gradients, by record that has any."""
+    """Cosines in the log of a run, by record that has any."""
     records = [
         {name: each for name, each in record.items() if name.startswith(("cosine_", "gradient_"))}
         for record in log_of(run)

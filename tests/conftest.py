@@ -24,8 +24,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries_out_of_collections() -> None:
-    """Objects that live before a file's first test, of torch and transformers above all, are not looked at again by each garbage
-    collection: trainers call for one at the end of each run, which took half of a tiny run's time."""
+    """Objects that live before a file's first test, of torch and transformers above all, are not looked at again by each
+    garbage collection: trainers call for one at the end of each run, which took half of a tiny run's time."""
     gc.collect()
     gc.freeze()
 

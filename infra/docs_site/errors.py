@@ -19,11 +19,12 @@ ERRORS = {
     ),
 }
 STAGES = (
-    ("config", "Recipes"), ("schedules", "Schedules"), ("corpus", "Corpus"), ("tokens", "Tokens"), ("bounded", "Chat templates"),
+    ("config", "Recipes"), ("corpus", "Corpus"), ("tokens", "Tokens"), ("bounded", "Chat templates"),
     ("models", "Models"), ("teacher", "Teacher"),
     ("targets", "Targets"), ("precompute", "Precompute"), ("cache", "The cache on disk"), ("stream", "Reading a cache"),
     ("objective", "Objective"), ("training", "Training"), ("evaluation", "Evaluation"), ("sampling", "Sampling"),
 )  # fmt: skip
+SETTINGS = ("config", "schedules")  # what is a `ValueError` there is a mistake in a recipe
 HEAD = """# Errors
 
 Every mistake that the code expects is one readable line: what is wrong, where, and the remedy. The classes are in
@@ -67,7 +68,7 @@ def messages_of(sources: Path) -> Iterator[Message]:
         settings = {id(node) for section in ast.walk(tree) if _is_section(section) for node in ast.walk(section)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
-                of_recipes = node.func.id == "ValueError" and (stage == "config" or id(node) in settings)
+                of_recipes = node.func.id == "ValueError" and (stage in SETTINGS or id(node) in settings)
                 error, text = "RecipeError" if of_recipes else node.func.id, _text(node.args[0])
                 if error in ERRORS and len(text.replace("…", "")) > 12:
                     yield Message(error, "config" if of_recipes else stage, text)
@@ -75,7 +76,7 @@ def messages_of(sources: Path) -> Iterator[Message]:
 
 def _is_section(node: ast.AST) -> bool:
     """Tells whether it is the class of a recipe's section, which may stand beside what it sets."""
-    return isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+    return isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Choice"))
 
 
 def _text(node: ast.expr) -> str:

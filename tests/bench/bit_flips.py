@@ -36,7 +36,7 @@ TARGETS = {
 
 @dataclass
 class Parts:
-    """Caches that consumers work with: `whole` is the undamaged one; students share the teacher's tokenizer, or have another."""
+    """Caches that consumers work with: `whole` is the undamaged one; students have the teacher's tokenizer, or another."""
 
     folder: Path
     whole: Path

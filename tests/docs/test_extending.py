@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cache.forgery import sign
 from teachercache import Cache, DistillationTrainer, ObjectiveConfig
 from teachercache.cache.storage.store import LocalStore
 from teachercache.cache.verify import verify
@@ -26,7 +27,6 @@ from teachercache.schedules import SCHEDULES
 from teachercache.targets import KINDS, TAIL_POLICIES
 from teachercache.targets.layers.kinds import LAYER_KINDS
 
-from cache.forgery import sign
 from builders import tiny_cache, tiny_teacher
 from pages import ROOT, blocks
 from target_kinds import as_tensors, stored_arrays, walk_through_a_cache
@@ -132,8 +132,7 @@ def test_a_tail_policy_from_outside_spreads_the_tails_of_several_teachers(added:
 def test_a_student_learns_by_a_policy_and_a_loss_from_outside(added: dict[str, Any], tmp_path: Path) -> None:
     path = tiny_cache(tmp_path, targets={"logits": {"kind": "top-k", "k": 8}, "hidden": {"layers": [1, 2]}})
     config = {
-        "alpha": 0.8,
-        "temperature": {"schedule": "halving", "start": 3, "end": 1},
+        "alpha": {"schedule": "halving", "start": 0.9, "end": 0.5},
         "tail": "by-id",
         "layers": [{"match": "norms", "power": 1.5, "pairs": {1: 2}, "centred": False}],
     }
@@ -174,7 +173,9 @@ def test_a_kind_of_hidden_states_from_outside_is_stored_checked_and_learned_from
     for name in ("hidden_1", "hidden_2"):
         np.testing.assert_allclose(rows[0][name], rows[1][name], atol=0.2 * float(np.abs(rows[1][name]).mean()))
     config = {"layers": [{"match": "hidden-mse", "pairs": {1: 2}}, {"match": "attention-kl", "pairs": {1: 3}}]}
-    losses = trained(tmp_path, cache, config, student=tiny_teacher(tmp_path / "student", seed=5, layers=1))["hidden-mse"]
+    losses = trained(tmp_path, cache, config, student=tiny_teacher(tmp_path / "student", seed=5, layers=1))[
+        "hidden-mse"
+    ]
     assert losses[-1] < losses[0]
     sign(path, lambda data: data["targets"]["hidden"].update(most=0.0))
     with pytest.raises(CacheDamaged, match="most: Input should be greater than 0"):
@@ -188,7 +189,9 @@ def test_a_kind_of_hidden_states_from_outside_is_stored_checked_and_learned_from
 def test_a_schedule_from_outside_sets_temperatures_weights_and_alpha(added: dict[str, Any]) -> None:
     halving = {"schedule": "halving", "start": 5, "end": 1, "halvings": 2}
     objective = {"temperature": halving, "alpha": {**halving, "start": 1, "end": 0}}
-    recipe = parse_recipe({"cache": "c", "objective": objective, "phases": [{"name": "a", "share": 1}]}, origin="r.yaml")
+    recipe = parse_recipe(
+        {"cache": "c", "objective": objective, "phases": [{"name": "a", "share": 1}]}, origin="r.yaml"
+    )
     again = ObjectiveConfig.model_validate(recipe.objective.model_dump(mode="json"))
     assert again == recipe.objective and type(again.temperature) is added["HalvingSchedule"]
     schedule = ObjectiveSchedule(again, steps=10)
@@ -206,7 +209,9 @@ def test_a_balance_from_outside_follows_the_losses(added: dict[str, Any]) -> Non
     other.load_state_dict(one.state_dict())
     assert other.at(1).alpha == 0.25
     with pytest.raises(RecipeError, match="a balance belongs into objective.alpha"):
-        parse_recipe({"cache": "c", "phases": [{"name": "a", "share": 1, "alpha": {"balance": "task"}}]}, origin="r.yaml")
+        parse_recipe(
+            {"cache": "c", "phases": [{"name": "a", "share": 1, "alpha": {"balance": "task"}}]}, origin="r.yaml"
+        )
 
 
 def test_a_command_from_outside_is_listed_and_runs(added: dict[str, Any], tmp_path: Path) -> None:

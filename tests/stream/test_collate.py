@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from teachercache.cache import Cache, StoredRow
 from teachercache.stream.cache_rows import OwnRows, OwnTensors
 from teachercache.stream.collate import Collator, collate
-from teachercache.tasks.contract import NO_TARGET
 from teachercache.stream.dataset import CacheDataset
 from teachercache.stream.packing import first_fit
 from teachercache.targets import StoredTargets, TopK
+from teachercache.tasks.contract import NO_TARGET
 from teachercache.tokens.rows import Segment, TokenRow
 
 from builders import tiny_cache

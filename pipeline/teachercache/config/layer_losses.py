@@ -1,7 +1,7 @@
 """`LAYER_LOSSES`: the losses between layers that a recipe may ask for.
 
-Another loss is a module in `objective/layers/` and a line here; from outside the package, `LAYER_LOSSES.register(LayerLoss(…))`.
-A line names the class and does not import it: recipes are read without torch.
+Another loss is a module in `objective/layers/` and a line here; from outside the package,
+`LAYER_LOSSES.register(LayerLoss(…))`. A line names the class and does not import it: recipes are read without torch.
 """
 
 from __future__ import annotations
@@ -47,8 +47,17 @@ LAYER_LOSSES: Registry[LayerLoss] = Registry(
     (
         *_of("hidden:HiddenTerm", "hidden-cosine", "hidden-mse", takes=("centred", "adapter")),
         *_of("attention:AttentionTerm", "attention-kl", "attention-mse", takes=("heads", "first_key")),
-        *_of("relations:RelationTerm", "query-relations", "key-relations", "value-relations", takes=("relation_heads",)),
-        *_of("structure:StructureTerm", "distances", "angles", "sample-distances", "channel-correlation", takes=("centred",)),
+        *_of(
+            "relations:RelationTerm", "query-relations", "key-relations", "value-relations", takes=("relation_heads",)
+        ),
+        *_of(
+            "structure:StructureTerm",
+            "distances",
+            "angles",
+            "sample-distances",
+            "channel-correlation",
+            takes=("centred",),
+        ),
     ),
     name_of=lambda loss: loss.name,
 )

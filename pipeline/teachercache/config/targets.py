@@ -17,7 +17,9 @@ class TargetsConfig(Section):
         description="next-token distributions: one of the kinds below",
     )
     hidden: HiddenTargets | None = Field(None, description="hidden states of chosen layers; default: none")
-    attention: AttentionTargets | None = Field(None, description="attention of chosen blocks: one of the kinds below; default: none")
+    attention: AttentionTargets | None = Field(
+        None, description="attention of chosen blocks: one of the kinds below; default: none"
+    )
     boundary_mass: bool = Field(
         True,
         description="keep how probable it is that a new pre-token begins (about 1.1 bytes a position): students with other "

@@ -45,6 +45,8 @@ def _number_or(sets: str) -> Any:
 
 
 if TYPE_CHECKING:
-    Scheduled = Temperature = Alpha = float | Schedule
+    Scheduled = float | Schedule
+    Temperature = float | Schedule
+    Alpha = float | Schedule
 else:
     Scheduled, Temperature, Alpha = _number_or(WEIGHT), _number_or(TEMPERATURE), _number_or(ALPHA)

@@ -119,7 +119,9 @@ def make_layer_files(
     if (hidden := targets.hidden) is not None:
         arrays: dict[str, NDArray[Any]] = {}
         for layer in hidden.layers:
-            arrays |= hidden_arrays(sample.of("hidden", layer), layer, rotated=f"hidden.{layer}.rotation" in hidden.arrays())
+            arrays |= hidden_arrays(
+                sample.of("hidden", layer), layer, rotated=f"hidden.{layer}.rotation" in hidden.arrays()
+            )
         files["hidden"] = LayerFile(arrays)
     if targets.attention is not None:
         files["attention"] = of_attention(targets.attention, sample, longest=longest)

@@ -1,4 +1,4 @@
-"""The term that a recipe describes, for one cache and student. The list of losses is `LAYER_LOSSES` in config/layer_losses.py."""
+"""The term that a recipe describes, for one cache and student. The losses are listed in config/layer_losses.py."""
 
 from __future__ import annotations
 

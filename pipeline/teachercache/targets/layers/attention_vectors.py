@@ -1,6 +1,6 @@
 """Attention as queries and keys, linear in the length of a row: after rotation, in steps of each channel's own spread.
 
-For architectures whose queries and keys cannot be rebuilt from hidden states. Values can be kept too, for relations among values
+For architectures whose queries and keys cannot be rebuilt from hidden states. Values can be kept too, for relations among them
 (Wang et al., "MiniLMv2", 2021).
 
 Shapes: B rows, S tokens, H heads of queries, K of keys and values, E a head's width.

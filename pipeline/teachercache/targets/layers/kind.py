@@ -114,8 +114,9 @@ class HiddenKind(LayerKind, Protocol):
 
 
 class AttentionKind(LayerKind, Protocol):
-    """A kind of attention. The layer file describes the shape of each block's heads; it has what `arrays` names: `query_spread`,
-    `key_spread` and `value_spread` of each channel, and with `from_hidden` the arrays by which blocks make queries."""
+    """A kind of attention. The layer file describes the shape of each block's heads; it has what `arrays` names:
+    `query_spread`, `key_spread` and `value_spread` of each channel, and with `from_hidden` the arrays by which blocks make
+    their queries."""
 
     keeps_vectors: ClassVar[bool]  # queries and keys, and not maps alone
     holds_sinks: ClassVar[bool]  # logits that belong to no key are in it

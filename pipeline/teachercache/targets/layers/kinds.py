@@ -66,6 +66,7 @@ def _settings_of(section: str) -> Any:
 
 
 if TYPE_CHECKING:
-    HiddenTargets = AttentionTargets = LayerSettings
+    HiddenTargets = LayerSettings
+    AttentionTargets = LayerSettings
 else:
     HiddenTargets, AttentionTargets = _settings_of("hidden"), _settings_of("attention")

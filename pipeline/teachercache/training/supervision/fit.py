@@ -4,7 +4,6 @@ remedy."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachercache.cache import Cache, Manifest
@@ -14,8 +13,6 @@ from teachercache.errors import CacheError, ModelError
 from teachercache.models.loading import (
     find_model,
     load_config,
-    load_tokenizer,
-    save_tokenizer,
     takes_one_row,
     weights_identity,
 )

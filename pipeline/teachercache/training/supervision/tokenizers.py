@@ -35,7 +35,8 @@ def alignments_of(student: StudentConfig, caches: Sequence[Cache]) -> list[Cache
 
 @contextmanager
 def teachers_tokenizer(student: StudentConfig, cache: Cache) -> Iterator[Path]:
-    """A folder with the tokenizer files of a student that leaves a run and reads the teacher's tokens: those that made its rows.
+    """A folder with the tokenizer files of a student that leaves a run and reads the teacher's tokens: those that made
+    its rows.
 
     They are the teacher's, with its chat template and end token, also where the student has the same tokens and ends
     otherwise, as base models do. One that has further tokens keeps its own, with the teacher's template and end. All begin as

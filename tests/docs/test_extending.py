@@ -19,15 +19,16 @@ from teachercache.cache.verify import verify
 from teachercache.cli import COMMANDS, app
 from teachercache.config import TeachersConfig, parse_recipe
 from teachercache.config.layer_losses import LAYER_LOSSES
-from teachercache.errors import CacheDamaged, CacheError, RecipeError
+from teachercache.errors import CacheDamaged, CacheError, ModelError, RecipeError
 from teachercache.objective.ensemble import EnsembleMember, FusedTeacher, TeacherWeights
 from teachercache.objective.objective_schedule import ObjectiveSchedule
 from teachercache.registry import Registry
 from teachercache.schedules import SCHEDULES
 from teachercache.targets import KINDS, TAIL_POLICIES
 from teachercache.targets.layers.kinds import LAYER_KINDS
+from teachercache.teacher import BACKENDS
 
-from builders import tiny_cache, tiny_teacher
+from builders import build_cache, tiny_cache, tiny_recipe, tiny_teacher
 from pages import ROOT, blocks
 from target_kinds import as_tensors, stored_arrays, walk_through_a_cache
 
@@ -43,6 +44,7 @@ def added() -> Iterator[dict[str, Any]]:
     yield names
     lists: dict[str, Registry[Any]] = {
         "rounded": KINDS, "by-id": TAIL_POLICIES, "norms": LAYER_LOSSES, "scaled": LAYER_KINDS, "halving": SCHEDULES,
+        "one-by-one": BACKENDS,
         "task": SCHEDULES, "longest-row": COMMANDS,
     }  # fmt: skip
     for name, registry in lists.items():
@@ -225,6 +227,40 @@ def test_a_command_from_outside_is_listed_and_runs(added: dict[str, Any], tmp_pa
     assert "--split" in CliRunner().invoke(app, ["longest-row", "--help"], color=False).output
     missing = CliRunner().invoke(app, ["longest-row", str(tmp_path / "nothing")])
     assert missing.exit_code == 2 and "error:" in missing.stderr
+
+
+def cache_by(backend: str, folder: Path, teacher: Path, **sections: Any) -> Cache:
+    """A cache whose teacher ran by this backend, each row in a pass of its own."""
+    small = {"positions_per_batch": 1, "threads_per_actor": 1}
+    recipe = tiny_recipe(folder, teacher=teacher, precompute=small, **sections)
+    assert recipe.teacher is not None
+    named = recipe.teacher.model_copy(update={"backend": backend})
+    return Cache.open(build_cache(recipe.model_copy(update={"teacher": named})))
+
+
+@pytest.mark.parametrize("logits", [{"kind": "top-k", "k": 8}, {"kind": "head+sketch", "k": 6, "rank": 8}])
+def test_a_backend_from_outside_captures_what_the_reference_does(
+    added: dict[str, Any], tmp_path: Path, logits: dict[str, Any]
+) -> None:
+    """To the last bit."""
+    teacher = tiny_teacher(tmp_path / "teacher")
+    caches = [cache_by(name, tmp_path / name, teacher, targets={"logits": logits}) for name in BACKENDS]
+    assert [cache.manifest.model["backend"] for cache in caches] == ["transformers", "one-by-one"]
+    reference, other = (cache.manifest for cache in caches)
+    assert reference.fingerprint == other.fingerprint
+    assert reference.shards == other.shards  # by the sha256 of their files
+
+
+def test_a_backend_says_what_it_cannot_store_and_one_that_nobody_has_is_refused(
+    added: dict[str, Any], tmp_path: Path
+) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    with pytest.raises(ModelError, match="one-by-one shows no layers; leave out targets.hidden"):
+        cache_by("one-by-one", tmp_path / "layers", teacher, targets={"hidden": {"layers": [1]}})
+    with pytest.raises(
+        RecipeError, match="teacher.backend is 'two-by-two'; there is transformers, one-by-one; install"
+    ):
+        cache_by("two-by-two", tmp_path / "nobody", teacher)
 
 
 def test_a_store_from_outside_keeps_the_same_word(added: dict[str, Any], tmp_path: Path) -> None:

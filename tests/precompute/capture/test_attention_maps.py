@@ -101,7 +101,10 @@ def test_the_longest_rows_that_fit_are_planned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ({"kind": "maps", "values": True}, "`targets.attention.values` is of kind: relations or kind: queries-keys; leave it out, or choose that"),
+        (
+            {"kind": "maps", "values": True},
+            "`targets.attention.values` is of kind: relations or kind: queries-keys",
+        ),
         ({"top": 4}, "`targets.attention.top` is of kind: maps; leave it out, or choose that"),
         ({"kind": "queries-keys", "heads": 4}, "`targets.attention.heads` is of kind: maps"),
         ({"kind": "maps", "top": 0}, "top"),

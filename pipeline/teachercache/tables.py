@@ -63,6 +63,9 @@ def fidelity_table(result: dict[str, Any]) -> Table:
         if name in result:
             listed = ", ".join(f"{layer}: {value:.5f}" for layer, value in result[name].items())
             table.caption += f"\n{what} by layer: {listed}"
+    if "ok" in result:
+        verdict = "at no temperature" if result["ok"] else "at some temperature: the cache is not accepted"
+        table.caption += f"\nKL above {result['at_most']:g} {verdict}"
     return table
 
 

@@ -100,6 +100,37 @@ def test_the_command_prints_one_document(tmp_path: Path, teacher: Path, capsys: 
     assert printed["basis_bytes"] > 0 and printed["positions"] > 0
 
 
+def test_a_receiver_draws_rows_and_accepts_or_does_not(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = made(tmp_path, teacher, {"kind": "top-k", "k": 8, "temperatures": [1, 2]})
+    command = [
+        "fidelity",
+        str(cache.folder),
+        "--teacher",
+        str(teacher),
+        "--rows",
+        "3",
+        "--temperatures",
+        "1,2",
+        "--json",
+    ]
+
+    def answer(*options: str) -> tuple[Any, dict[str, Any]]:
+        with pytest.raises(SystemExit) as end:
+            main([*command, *options])
+        return end.value.code, json.loads(capsys.readouterr().out)
+
+    _, plain = answer()
+    largest = max(figures["kl"] for figures in plain["temperatures"].values())
+    assert answer("--at-most", str(largest))[0] == 0
+    status, refused = answer("--at-most", str(largest * 0.999))
+    assert status == 1 and refused["ok"] is False and refused["temperatures"] == plain["temperatures"]
+    assert "not accepted" in str(fidelity_table(refused).caption)
+    drawn = {str(answer("--seed", str(seed))[1]["temperatures"]) for seed in range(4)}
+    assert len(drawn) > 1 and answer("--seed", "0")[1]["temperatures"] == plain["temperatures"]
+
+
 def test_another_teacher_is_refused_unless_it_is_wanted(tmp_path: Path, teacher: Path) -> None:
     cache = made(tmp_path / "made", teacher, FULL)
     other = tiny_teacher(tmp_path / "other", seed=5)

@@ -6,6 +6,8 @@ fetched, past the local copies and one file at a time; `quick` compares the name
 `deep` reads every row as training does, so that values are checked as well: ids within the vocabulary, heads sorted, numbers
 finite, row ids unique, an alignment's chunks over all tokens. It decodes all of a cache, which takes minutes a GB.
 
+`workers` files are checked at a time, in threads; `deep` reads rows in as many processes.
+
 Names that are reserved (`is_reserved`) belong to people and to later steps: they are not listed, never read as data, and
 bounded.
 """
@@ -15,15 +17,15 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
+from teachercache.cache.checking import Checks, Expected, NoProgress, Progress
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.digests import hash_file
-from teachercache.cache.files.entries import FileInfo, ShardInfo
+from teachercache.cache.files.entries import ShardInfo
 from teachercache.cache.files.regular_files import (
     MOST_MANIFEST_BYTES,
     NoRegularFile,
@@ -36,7 +38,6 @@ from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, read_lis
 from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.problem import Problem
 from teachercache.cache.reader import groups_of_cache
-from teachercache.cache.row_values import wrong_rows
 from teachercache.cache.shards.one_column import batches_of_columns, hashes_of
 from teachercache.cache.shards.row_batch import numbers
 from teachercache.cache.shards.row_ids import check_same_rows
@@ -56,34 +57,28 @@ FETCH = "fetch this file again, or delete the cache and precompute it again"
 ALIGN = "delete its folder and run `teachercache align` again"
 
 
-@dataclass(frozen=True)
-class Expected:
-    """A file that a manifest lists; of a shard's, its group and how many rows and positions it has."""
-
-    info: FileInfo
-    group: Group | None = None
-    shard: ShardInfo | None = None
-
-
-def verify(location: str | Path, *, quick: bool = False, deep: bool = False) -> list[Problem]:
+def verify(
+    location: str | Path, *, quick: bool = False, deep: bool = False, workers: int = 1, progress: Progress | None = None
+) -> list[Problem]:
     """Check the cache in a folder or at a URL; an empty list means that it is whole.
 
     `quick` compares sizes, schemas and counts without hashing; `deep` reads every row too, once all files are as they should
-    be. Raises `CacheError` when there is no finished cache, and for a
-    URL what `ObjectStore.pieces` does.
+    be. `workers` files are hashed at a time; rows are read in as many processes. Raises `CacheError` when there is no finished
+    cache, and for a URL what `ObjectStore.pieces` does.
     """
+    checks = Checks(workers, progress or NoProgress())
     try:
-        problems = _verify_files(location, quick=quick)
+        problems = _verify_files(location, checks, quick=quick)
     except CacheDamaged as error:  # of a manifest that describes no cache
         return [Problem(MANIFEST, str(error), "fetch the cache again, or precompute it again")]
-    return list(wrong_rows(location)) if deep and not problems else problems
+    return checks.of_rows(location) if deep and not problems else problems
 
 
-def _verify_files(location: str | Path, *, quick: bool) -> list[Problem]:
+def _verify_files(location: str | Path, checks: Checks, *, quick: bool) -> list[Problem]:
     try:
         if is_url(location):
             store = ObjectStore(str(location))
-            return list(_wrong_objects(remote_manifest(store), store, quick=quick))
+            return list(_wrong_objects(remote_manifest(store), store, checks, quick=quick))
         folder = Path(location)
         manifest = read_manifest(folder)
     except CacheDamaged as error:
@@ -92,7 +87,9 @@ def _verify_files(location: str | Path, *, quick: bool) -> list[Problem]:
     sizes = {name: _size(path) if is_reserved(name) else 0 for name, path in names.items()}
     read = partial(read_regular, folder, most=MOST_MANIFEST_BYTES)
     why = partial(_why_wrong, folder, quick=quick)
-    return list(_problems(manifest, sizes, read=read, listed=partial(read_listed, folder), why=why, remedy=FETCH))
+    return list(
+        _problems(manifest, sizes, checks, read=read, listed=partial(read_listed, folder), why=why, remedy=FETCH)
+    )
 
 
 def is_reserved(name: str) -> bool:
@@ -104,6 +101,7 @@ def is_reserved(name: str) -> bool:
 def _problems(
     manifest: Manifest,
     sizes: Mapping[str, int],
+    checks: Checks,
     *,
     read: Callable[[str], bytes],
     listed: Callable[[str, int], bytes],
@@ -113,10 +111,12 @@ def _problems(
     """Everything that is wrong; `sizes` are the files that are there, by name; of reserved names it tells the size, -1 of one
     that is no regular file."""
     others = dict.fromkeys(name for name in sizes if name != MANIFEST)
-    for expected in _expected(manifest):
-        others.pop(expected.info.file, None)
-        if reason := why(expected):
-            yield Problem(expected.info.file, reason, remedy)
+    expected_files = list(_expected(manifest))
+    checks.progress.begin("bytes", sum(expected.info.bytes for expected in expected_files))
+    for info, reason in checks.of_files(expected_files, why):
+        others.pop(info.file, None)
+        if reason:
+            yield Problem(info.file, reason, remedy)
     for name in [name for name in others if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{ALIGNMENT}")]:
         del others[name]
         try:
@@ -124,10 +124,12 @@ def _problems(
         except (CacheDamaged, CacheError, ValueError, OSError) as error:
             yield Problem(name, str(error), remedy if remedy == AGAIN else ALIGN)
             continue
-        for expected in _expected_of_alignment(alignment):
-            others.pop(expected.info.file, None)
-            if reason := why(expected):
-                yield Problem(expected.info.file, reason, remedy if remedy == AGAIN else ALIGN)
+        listed_files = list(_expected_of_alignment(alignment))
+        checks.progress.begin("bytes", sum(expected.info.bytes for expected in listed_files))
+        for info, reason in checks.of_files(listed_files, why):
+            others.pop(info.file, None)
+            if reason:
+                yield Problem(info.file, reason, remedy if remedy == AGAIN else ALIGN)
     yield from (_unlisted(name) for name in others if not is_reserved(name))
     yield from _wrong_reserved({name: sizes[name] for name in others if is_reserved(name)})
 
@@ -174,7 +176,7 @@ def _unlisted(name: str) -> Problem:
     return Problem(name, NOT_LISTED, LEAVE_OUT)
 
 
-def _wrong_objects(manifest: Manifest, store: ObjectStore, *, quick: bool) -> Iterator[Problem]:
+def _wrong_objects(manifest: Manifest, store: ObjectStore, checks: Checks, *, quick: bool) -> Iterator[Problem]:
     sizes = store.sizes()
 
     def why(expected: Expected) -> str | None:
@@ -187,7 +189,13 @@ def _wrong_objects(manifest: Manifest, store: ObjectStore, *, quick: bool) -> It
 
     listed = partial(read_listed_object, store)
     yield from _problems(
-        manifest, sizes, read=partial(store.read, most=MOST_MANIFEST_BYTES), listed=listed, why=why, remedy=AGAIN
+        manifest,
+        sizes,
+        checks,
+        read=partial(store.read, most=MOST_MANIFEST_BYTES),
+        listed=listed,
+        why=why,
+        remedy=AGAIN,
     )
 
 

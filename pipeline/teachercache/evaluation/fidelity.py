@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from teachercache.cache import Cache, Manifest, StoredRow
+from teachercache.cache.checking import NoProgress, Progress
 from teachercache.cache.reader import Split
 from teachercache.errors import CacheError, ModelError, UserError
 from teachercache.evaluation.layer_fidelity import LayerComparison
@@ -59,8 +60,14 @@ def run_fidelity(
     device: str | None = None,
     trust_remote_code: bool = False,
     other_weights: bool = False,
+    seed: int = 0,
+    at_most: float | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare `rows` rows of a cache, spread over both splits, with the teacher; what `teachercache fidelity` prints.
+
+    `seed` draws the rows: whoever made a cache cannot know which ones a receiver's seed draws. With `at_most` the result's `ok`
+    tells whether the KL divergence is no larger, in nats, at any of the temperatures.
 
     `teacher` says where it is, by default where the manifest says. `tail` is the policy by which targets are read, by
     default the first of the kind's that gives every token a probability. Raises `CacheError` when there is no row to
@@ -71,7 +78,7 @@ def run_fidelity(
     policy = tail or dense_policy(cache.kind)
     for temperature in temperatures:
         cache.kind.check_temperature(temperature)
-    chosen = _rows(cache, rows)
+    chosen = _rows(cache, rows, seed=seed)
     named = teacher or manifest.teacher["model"]
     _check_weights(manifest.teacher, teacher, other_weights=other_weights)
     model = _load_teacher(manifest, named, trust_remote_code=trust_remote_code)
@@ -79,6 +86,8 @@ def run_fidelity(
     vocabulary = manifest.vocabulary_size
     layer = layer_after_body(model, vocabulary_size=vocabulary)
     comparison, layers = Comparison(temperatures), LayerComparison(cache.targets)
+    progress = progress or NoProgress()
+    progress.begin("rows", len(chosen))
     for stored in chosen:
         layers.add(model, stored, pad_id=manifest.pad_id, layout=manifest.layout)
         logits_NV, student_NV, input_ND = observe(
@@ -94,14 +103,19 @@ def run_fidelity(
             input_ND,
             labels_N,
         )
+        progress.advance(1)
+    measured = comparison.result()
+    accepted = {} if at_most is None else {"ok": _largest_kl(measured) <= at_most, "at_most": at_most}
     return {
+        **accepted,
         "cache": cache.name,
         "teacher": named,
         "targets": manifest.logits,
         "tail": policy,
+        "seed": seed,
         "rows": len(chosen),
         "positions": comparison.positions,
-        "temperatures": comparison.result(),
+        "temperatures": measured,
         **layers.result(),
         "bytes_per_position": manifest.bytes_per_position(),
         "basis_bytes": sum(info.bytes for info in manifest.files if info.file.endswith(".safetensors")),
@@ -177,15 +191,23 @@ def read(kind: TargetKind, stored: Mapping[str, Any], temperature: float, tail: 
     return softened
 
 
-def _rows(cache: Cache, count: int) -> list[StoredRow]:
-    """Drawn from the whole cache, the same at every call, without those of a document that the sketch was fitted to."""
+def _largest_kl(measured: Mapping[str, Mapping[str, float]]) -> float:
+    """Over the temperatures; infinite where one of them is no number."""
+    largest = max(figures["kl"] for figures in measured.values())
+    return largest if all(math.isfinite(figures["kl"]) for figures in measured.values()) else math.inf
+
+
+def _rows(cache: Cache, count: int, *, seed: int) -> list[StoredRow]:
+    """Drawn from the whole cache, the same ones for a seed, without those of a document that the sketch was fitted to."""
     seen = set(cache.manifest.calibration.get("sources", ()))
     train = cache.rows_of("train")
     total = train + cache.rows_of("held-out")
     chosen: list[StoredRow] = []
     for start in range(0, total, DRAWN_AT_ONCE):
         drawn = np.arange(start, min(start + DRAWN_AT_ONCE, total), dtype=np.int64)
-        for index in permuted(drawn, size=total, key=order_key(cache.manifest.fingerprint, seed=0, epoch=0)).tolist():
+        for index in permuted(
+            drawn, size=total, key=order_key(cache.manifest.fingerprint, seed=seed, epoch=0)
+        ).tolist():
             place: tuple[Split, int] = ("train", index) if index < train else ("held-out", index - train)
             if not seen or not seen & _sources(cache.read_row(*place, columns=())):
                 chosen.append(cache.read_row(*place))

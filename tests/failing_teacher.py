@@ -23,6 +23,7 @@ class FailingLM(LlamaForCausalLM):
         self.model.register_forward_pre_hook(self.fail, with_kwargs=True)
 
     def fail(self, module, arguments, named):
+        time.sleep(self.config.seconds)
         seen = set(named["input_ids"].flatten().tolist())
         fails_on = self.config.fails_on
         if fails_on["exits"] in seen:
@@ -38,8 +39,8 @@ class FailingLM(LlamaForCausalLM):
 """
 
 
-def failing_teacher(folder: Path) -> Path:
-    """A folder with the model, its code and its tokenizer."""
+def failing_teacher(folder: Path, *, seconds: float = 0.0) -> Path:
+    """A folder with the model, its code and its tokenizer; a forward pass takes at least so many seconds."""
     from transformers import AutoTokenizer
 
     tiny_teacher(folder, layers=1)
@@ -47,6 +48,7 @@ def failing_teacher(folder: Path) -> Path:
     words = {"exits": EXITS, "raises": RAISES, "hangs": HANGS, "poisons": POISONS}
     config = json.loads((folder / "config.json").read_text())
     config["fails_on"] = {name: tokenizer(word)["input_ids"][0] for name, word in words.items()}
+    config["seconds"] = seconds
     config["auto_map"] = {"AutoModelForCausalLM": "failing.FailingLM"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "failing.py").write_text(CODE)

@@ -26,6 +26,7 @@ from teachercache.errors import CacheError, JobFailed
 from teachercache.files import locked
 from teachercache.precompute.align.plan import AlignPlan, make_plan
 from teachercache.precompute.engine.progress import progress_bar
+from teachercache.precompute.engine.termination import ending_in_a_line
 from teachercache.targets.coding.chunk_columns import ChunkColumns
 from teachercache.version import __version__
 
@@ -48,7 +49,8 @@ def run_align(
     console.print(
         f"planning: the tokenizer of {student} against that of {cache.manifest.teacher['model']} …", markup=False
     )
-    with locked(cache.folder.parent / f".{cache.folder.name}.align.lock", job="align job", folder=cache.folder):
+    lock = cache.folder.parent / f".{cache.folder.name}.align.lock"
+    with ending_in_a_line(), locked(lock, job="align job", folder=cache.folder):
         plan = make_plan(cache, student, revision=revision)
         seconds = 0.0
         if plan.is_finished():

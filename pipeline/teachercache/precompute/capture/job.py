@@ -24,6 +24,7 @@ from teachercache.precompute.capture.input_form import input_warning
 from teachercache.precompute.capture.plan import Plan, make_plan
 from teachercache.precompute.engine.placement import placed
 from teachercache.precompute.engine.progress import progress_bar
+from teachercache.precompute.engine.termination import ending_in_a_line
 from teachercache.tokens.fingerprint import require_fast, tokenizer_fingerprint
 
 
@@ -39,7 +40,7 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     _check_paths(recipe)
     _check_backend(recipe)
     _check_students(recipe)
-    with locked(_lock_file(recipe.cache_folder), job="precompute job", folder=recipe.cache_folder):
+    with ending_in_a_line(), locked(_lock_file(recipe.cache_folder), job="precompute job", folder=recipe.cache_folder):
         result = _run_locked(recipe, console, start)
     if recipe.align:
         from teachercache.precompute.align.job import run_align

@@ -36,6 +36,11 @@ KEEP_FREED_MEMORY = {
 }
 
 
+# Times that Ray starts an actor again, by default without end. A unit has a bound of its own (supervisor.py): this one is for
+# actors that die before they take any.
+RESTARTS = 16
+
+
 class TeacherActor:
     """Ray Data's callable of the teacher stage: one supervisor, whose process holds one model."""
 
@@ -94,12 +99,22 @@ def run_units(job: Job, pending: list[int]) -> Iterator[UnitReport | GivenUp]:
     tokenise, compute = cast(Any, _tokenise), cast(Any, TeacherActor)
     pool = ray.data.ActorPoolStrategy(size=min(job.placement.actors, len(pending)), max_tasks_in_flight_per_actor=2)
     stages = units.map(tokenise, fn_args=(job,), num_cpus=TASK_CPUS).map(
-        compute, fn_constructor_args=(job,), compute=pool, **resources_of(job.placement)
+        compute,
+        fn_constructor_args=(job,),
+        compute=pool,
+        max_restarts=RESTARTS,
+        max_task_retries=-1,
+        **resources_of(job.placement),
     )
     try:
         for row in stages.iter_rows():
             if row["problem"] is not None:
                 raise pickle.loads(row["problem"])
             yield pickle.loads(row["payload"])
+    except ray.exceptions.RayActorError as error:
+        raise JobFailed(
+            f"the job stopped: an actor died {RESTARTS + 1} times, or with its node; what it said last is in Ray's logs on its "
+            "node (/tmp/ray/session_latest/logs); finished units are kept: run the same command again to go on"
+        ) from error
     except ray.exceptions.RayError as error:
         raise stopped(error) from error

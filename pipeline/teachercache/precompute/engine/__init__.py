@@ -5,6 +5,7 @@ local_ray.py  a cluster on this machine for one job: nobody else can speak to it
 placement.py  where the teacher runs: how many actors, and whether each has a GPU
 fork_server.py   processes that may die without harm to the one that asks them
 forks.py      the server that they are forked from
+termination.py  ends that come from outside: SIGTERM, and the death of Ray's own processes
 carried_errors.py  exceptions of stages, as a part of rows
 records.py    what a job finds of an earlier run of itself, or refuses in one line
 progress.py   what users see meanwhile

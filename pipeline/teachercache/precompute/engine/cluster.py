@@ -16,6 +16,7 @@ from teachercache.files import SOURCES
 from teachercache.precompute.engine.carried_errors import Row, carrying_errors, stopped
 from teachercache.precompute.engine.local_ray import local_cluster
 from teachercache.precompute.engine.placement import Node, actor_cpus
+from teachercache.precompute.engine.termination import kept_handler
 
 
 def run_tasks(work: Callable[[Any, int], Any], plan: Any, pending: list[int], *, what: str) -> Iterator[Any]:
@@ -56,7 +57,10 @@ def connected(settings: PrecomputeConfig) -> Iterator[None]:
 @contextmanager
 def _cluster_at(address: str) -> Iterator[None]:
     package = str(SOURCES / "teachercache")
-    ray.init(address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False)
+    with kept_handler():
+        ray.init(
+            address=address, runtime_env={"py_modules": [package]}, logging_level=logging.ERROR, log_to_driver=False
+        )
     try:
         yield
     finally:

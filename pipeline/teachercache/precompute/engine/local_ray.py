@@ -23,8 +23,13 @@ from ray._private import ray_constants
 
 from teachercache.errors import RecipeError
 from teachercache.files import SOURCES
+from teachercache.precompute.engine.termination import kept_handler, watched
 
 FIRST_WITH_TOKENS = "2.52"
+NODE_ENDED = (
+    "the job stopped: the Ray node that it had started was killed, for want of memory or by somebody; finished units are kept: "
+    "run the same command again to go on"
+)
 # Printed by Ray's core, once it is told to print nothing but what is fatal.
 LEVEL_NOTICE = b"Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL"
 
@@ -33,13 +38,14 @@ LEVEL_NOTICE = b"Set ray log level from environment variable RAY_BACKEND_LOG_LEV
 def local_cluster(*, cpus: int, gpus: int | None = None) -> Iterator[None]:
     """A connection to a new local cluster, which ends with it. `gpus` are by default those that Ray finds.
 
-    Raises `RecipeError` for a Ray that knows no tokens.
+    Raises `RecipeError` for a Ray that knows no tokens, `JobFailed` where it dies meanwhile.
     """
     with tempfile.TemporaryDirectory(prefix="teachercache-ray-") as folder, _own_token(Path(folder)):
         try:
-            with _on_loopback(), _without_notice():
+            with _on_loopback(), _without_notice(), kept_handler():
                 _start(cpus, gpus)
-            yield
+            with watched(_is_alive, said=NODE_ENDED):
+                yield
         finally:
             ray.shutdown()
 
@@ -58,6 +64,14 @@ def _start(cpus: int, gpus: int | None) -> None:
             log_to_driver=False,
             runtime_env={"env_vars": {"PYTHONPATH": python_path}},
         )
+
+
+def _is_alive() -> bool:
+    node: Any = ray._private.worker._global_node
+    return not any(kind in _NEEDED for kind, _ in node.dead_processes())
+
+
+_NEEDED = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,10 @@ class RunningJob:
         """Names of the records of finished units."""
         return {path.name for path in self.cache.glob(".work/done/*.json")}
 
+    def wait_for_more(self, known: set[str]) -> bool:
+        """Wait for records beside those that are known."""
+        return self.wait_for(lambda: self.records() > known)
+
     def send(self, kind: str, number: signal.Signals = signal.SIGKILL) -> bool:
         """Send a signal to its `driver`, an `actor`, the `teacher`'s process or the `raylet`, once there is one; tells whether
         there was."""

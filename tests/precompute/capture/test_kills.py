@@ -1,4 +1,4 @@
-"""A job whose processes are killed at any moment: the same command goes on, and in the end nothing is lost and nothing twice."""
+"""A job whose processes are killed at any moment: the same command goes on; nothing is lost in the end, and nothing twice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_undisturbed(cache: Path, alone: Recipe) -> None:
 
 
 def test_a_job_goes_on_after_deaths_of_the_teacher_the_actor_and_the_node(tmp_path, teacher):
-    """The first two are mended while it runs. SIGTERM, and the death of Ray's node, end it in one line; the next run goes on."""
+    """The first two are mended while it runs; SIGTERM, and the death of Ray's node, end it in one line."""
     recipe = recipe_of(tmp_path / "killed", teacher, rows=80)
     with RunningJob(recipe) as job:
         assert job.wait_for(lambda: len(job.records()) >= 1)
@@ -62,7 +62,7 @@ def test_a_job_goes_on_after_deaths_of_the_teacher_the_actor_and_the_node(tmp_pa
         assert told["error"].startswith("stopped by SIGTERM; finished units are kept")
         kept = job.records()
     with RunningJob(recipe) as job:
-        assert job.wait_for(lambda: job.records() > kept)
+        assert job.wait_for_more(kept)
         assert job.send("raylet")
         status, out, _ = job.end()
         assert status == 1
@@ -76,15 +76,15 @@ def test_a_job_goes_on_after_deaths_of_the_teacher_the_actor_and_the_node(tmp_pa
 
 @pytest.mark.slow
 def test_twenty_kills_in_a_row_lose_nothing_and_do_nothing_twice(tmp_path, teacher):
-    """Of driver, actor, teacher's process and raylet, at random moments, each followed by the same command where it ended the
-    job; new records are waited for, so that there is something to lose."""
+    """Driver, actor, teacher's process and raylet are killed at random moments, each followed by the same command where that
+    ended the job; new records are waited for, so that there is something to lose."""
     recipe, generator = recipe_of(tmp_path / "killed", teacher, rows=480), random.Random(0)
     left = [KINDS[number % len(KINDS)] for number in range(KILLS)]
     generator.shuffle(left)
     kept: set[str] = set()
     while left:
         with RunningJob(recipe) as job:
-            while left and job.wait_for(lambda: job.records() > kept):
+            while left and job.wait_for_more(kept):
                 kept = job.records()
                 time.sleep(generator.uniform(0, 1))
                 kind = left[-1]

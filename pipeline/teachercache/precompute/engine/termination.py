@@ -20,7 +20,7 @@ WATCH_SECONDS = 0.5
 
 
 class Terminated(BaseException):
-    """What the main thread raises; no `Exception`, so that libraries do not take it for one of their own."""
+    """Raised in the main thread; no `Exception`, so that libraries do not take it for one of their own."""
 
 
 @contextmanager

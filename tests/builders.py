@@ -141,7 +141,7 @@ def aligned(cache: Path, student: Path) -> Path:
     for unit in plan.pending():
         align_shard(plan, unit)
     commit(plan, opened)
-    return plan.folder
+    return cache / plan.within
 
 
 def tiny_student(folder: Path, *, layers: int = 1, dropout: float = 0.1) -> Path:

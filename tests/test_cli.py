@@ -324,7 +324,7 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
     with (tmp_path / "said").open("w") as stream:
         print_closing(Console(file=stream, width=1000), result, manifest)
     assert ", 1 windows of other rows quarantined," in (tmp_path / "said").read_text()
-    told = CliRunner().invoke(cli.app, ["verify", str(plan.folder), "--json"])
+    told = CliRunner().invoke(cli.app, ["verify", str(recipe.cache), "--json"])
     assert json.loads(told.stdout)["windows_quarantined"] == 1 and told.exit_code == 0
-    shown = CliRunner().invoke(cli.app, ["verify", str(plan.folder)])
+    shown = CliRunner().invoke(cli.app, ["verify", str(recipe.cache)])
     assert "1 windows of stored rows have no targets: quarantine/" in " ".join(shown.output.split())

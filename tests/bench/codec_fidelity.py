@@ -41,6 +41,7 @@ from teachercache.cache.shards.decompressed import Decompressed
 from teachercache.cache.shards.shard import Shard
 from teachercache.cache.shards.shard_set import KEPT_BYTES
 from teachercache.cache.shards.writer import write_shard
+from teachercache.cache.stores.local import LocalStore
 from teachercache.config import CorpusConfig, SequenceConfig, parse_recipe
 from teachercache.corpus.documents import Document, documents
 from teachercache.corpus.readers import read_rows
@@ -140,7 +141,9 @@ class Bench:
     def _stored(self, kind: TargetKind, captured: list[Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            info, column_bytes = write_shard(folder, 0, rows=self.rows, payload=captured, groups=_groups(kind))
+            info, column_bytes = write_shard(
+                LocalStore(folder), 0, rows=self.rows, payload=captured, groups=_groups(kind)
+            )
             columns = {name: size for name, size in column_bytes.items() if name not in ROW_COLUMNS}
             each = {name: round(size / info.positions, 2) for name, size in columns.items()}
             rate = self._decode_rate(kind, captured, folder)
@@ -151,7 +154,7 @@ class Bench:
         repeats = [(row, repeat) for repeat in range(COPIES) for row in self.rows]
         rows = [replace(row, row_id=row_id(row.segments, repeat=repeat)) for row, repeat in repeats]
         payload = captured * COPIES
-        info, _ = write_shard(folder, 1, rows=rows, payload=payload, groups=_groups(kind))
+        info, _ = write_shard(LocalStore(folder), 1, rows=rows, payload=payload, groups=_groups(kind))
         names = [column.name for column in kind.columns]
         start = time.process_time()
         hash_file(folder / info.file)

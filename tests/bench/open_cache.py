@@ -31,6 +31,7 @@ def multiply(cache: Path, folder: Path, shards: int) -> None:
 
     from teachercache.cache.files.entries import ShardTable
     from teachercache.cache.manifest.manifest import commit_manifest, read_manifest
+    from teachercache.cache.stores.local import LocalStore
 
     manifest = read_manifest(cache)
     shutil.copytree(cache / "teacher", folder / "teacher")
@@ -44,7 +45,7 @@ def multiply(cache: Path, folder: Path, shards: int) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.link(cache / info.file, path)
         entries.append(replace(shard, files=files))
-    commit_manifest(replace(manifest, shards=ShardTable.of(entries)), folder)
+    commit_manifest(replace(manifest, shards=ShardTable.of(entries)), LocalStore(folder))
 
 
 def measure(folder: Path) -> dict[str, float]:

@@ -22,6 +22,7 @@ from teachercache.cache.files.entries import ShardTable, file_info
 from teachercache.cache.manifest.manifest import commit_manifest
 from teachercache.cache.manifest.model import Audit, Manifest, cache_fingerprint
 from teachercache.cache.shards.writer import write_shard
+from teachercache.cache.stores.local import LocalStore
 from teachercache.config import HeadSketchConfig
 from teachercache.targets import StoredTargets, TargetKind, target_kind
 from teachercache.targets.logits.basis import SketchBasis
@@ -138,7 +139,7 @@ def _write(folder: Path, kind: TargetKind, *, count: int, length: int, payload: 
     for start in range(0, count, ROWS_PER_SHARD):
         part = made[start : start + ROWS_PER_SHARD]
         arrays = [payload(row, start + index) for index, row in enumerate(part)]
-        info, sizes = write_shard(folder, start // ROWS_PER_SHARD, rows=part, payload=arrays, groups=groups)
+        info, sizes = write_shard(LocalStore(folder), start // ROWS_PER_SHARD, rows=part, payload=arrays, groups=groups)
         shards.append(info)
         column_bytes.update(sizes)
     manifest = Manifest(
@@ -159,4 +160,4 @@ def _write(folder: Path, kind: TargetKind, *, count: int, length: int, payload: 
         read_by=read_by,
         created_by=f"teachercache {__version__}",
     )
-    commit_manifest(manifest, folder)
+    commit_manifest(manifest, LocalStore(folder))

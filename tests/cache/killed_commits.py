@@ -23,6 +23,8 @@ from teachercache.cache.files.entries import ShardTable
 from teachercache.cache.manifest.alignment_manifest import AlignmentManifest, commit_alignment
 from teachercache.cache.manifest.manifest import commit_manifest, read_manifest
 from teachercache.cache.manifest.model import Manifest
+from teachercache.cache.stores.local import LocalStore
+from teachercache.cache.stores.store import Store
 from teachercache.errors import CacheError
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")
@@ -77,7 +79,7 @@ def killed(commit: Callable[[], None], folder: Path, number: int) -> str:
 def main(what: str, folder: Path) -> list[dict[str, str]]:
     """Every kill, and what was found after it."""
     read: Callable[[Path], Any] = of_cache if what == "cache" else of_alignment
-    commit: Callable[[Any, Path], None] = commit_manifest if what == "cache" else commit_alignment
+    commit: Callable[[Any, Store], None] = commit_manifest if what == "cache" else commit_alignment
     first, found = read(folder), list[dict[str, str]]()
     following = another(first)
     with tempfile.TemporaryDirectory() as name:
@@ -85,7 +87,7 @@ def main(what: str, folder: Path) -> list[dict[str, str]]:
         while not found or found[-1]["killed_before"] != "nothing":
             shutil.rmtree(folder)
             shutil.copytree(saved, folder)
-            event = killed(lambda: commit(following, folder), folder, len(found))
+            event = killed(lambda: commit(following, LocalStore(folder)), folder, len(found))
             try:
                 told = "before" if read(folder).shards == first.shards else "after"
             except CacheError as error:

@@ -20,13 +20,14 @@ from cache.golden_caches import GOLDEN, reading, recipe
 from teachercache.cache import SPLITS, Cache, FileInfo, ShardInfo, verify
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.files.column_groups import groups_of
-from teachercache.cache.files.content_files import write_named
 from teachercache.cache.files.entries import ShardTable
 from teachercache.cache.inspection import describe
 from teachercache.cache.manifest.card import render_card
 from teachercache.cache.manifest.index import INDEX_SHARDS, read_index, write_index
 from teachercache.cache.manifest.manifest import MANIFEST, commit_manifest, read_listed, read_manifest
 from teachercache.cache.shards.writer import write_shard
+from teachercache.cache.stores.local import LocalStore
+from teachercache.cache.stores.named import put_named
 from teachercache.errors import CacheDamaged, CacheError
 from teachercache.training.supervision.fit import check_cache
 
@@ -163,7 +164,7 @@ def _rewritten_without(folder: Path, data: dict[str, Any], sections: set[str]) -
     groups = [Group(folder="shards", columns=(), settings=cache.manifest.settings_fingerprint)]
     for number, shard in enumerate(data["shards"]):
         rows = [cache.shard(number).read_row(index, (), cache.recent).row for index in range(shard["rows"])]
-        info, _ = write_shard(folder, number, rows=rows, payload=[{}] * len(rows), groups=groups)
+        info, _ = write_shard(LocalStore(folder), number, rows=rows, payload=[{}] * len(rows), groups=groups)
         (folder / shard["files"]["shards"]["file"]).unlink()
         shard["files"]["shards"] = vars(info.rows_file)
     data["groups"]["shards"] = [name for name in data["groups"]["shards"] if name not in sections]
@@ -193,7 +194,9 @@ def test_a_boundary_mass_that_is_added_later_has_files_of_its_own(layers: Path, 
     for number, shard in enumerate(data["shards"]):
         stored = [cache.shard(number).read_row(index, None, cache.recent) for index in range(shard["rows"])]
         payload = [row.targets for row in stored]
-        info, _ = write_shard(layers, number, rows=[row.row for row in stored], payload=payload, groups=groups)
+        info, _ = write_shard(
+            LocalStore(layers), number, rows=[row.row for row in stored], payload=payload, groups=groups
+        )
         (layers / shard["files"].pop("shards")["file"]).unlink()
         shard["files"] = {**{group: vars(file) for group, file in info.files.items()}, **shard["files"]}
     data["groups"] = {**layout, **{name: held for name, held in data["groups"].items() if name != "shards"}}
@@ -336,7 +339,9 @@ def test_a_further_target_that_it_does_not_know_is_left_alone_and_still_verified
     data["groups"]["targets/gradients"] = ["gradients"]
     for number, shard in enumerate(data["shards"]):
         shard["files"]["targets/gradients"] = vars(
-            write_named(layers, "targets/gradients", f"part-{number:05d}", ".arrow", b"what a later version writes")
+            put_named(
+                LocalStore(layers), "targets/gradients", f"part-{number:05d}", ".arrow", b"what a later version writes"
+            )
         )
     write_signed(layers, data)
     assert problems(layers) == []
@@ -463,7 +468,7 @@ def _shards(count: int) -> ShardTable:
 def test_a_long_list_is_read_in_parts_and_growth_leaves_full_ones_alone(tmp_path: Path) -> None:
     many, more = _shards(2 * INDEX_SHARDS + 5), _shards(3 * INDEX_SHARDS)
     files = [FileInfo(f"quarantine/part-{number}.jsonl", 3, "0" * 64) for number in range(7)]
-    first, later = write_index(tmp_path, many, files), write_index(tmp_path, more, files)
+    first, later = (write_index(LocalStore(tmp_path), lists, files) for lists in (many, more))
     assert [entry["shards"] for entry in first] == [INDEX_SHARDS, INDEX_SHARDS, 5]
     assert first[:2] == later[:2] and first[2] != later[2]
     read: list[str] = []
@@ -514,7 +519,7 @@ def test_a_snapshot_is_read_as_the_manifest_that_it_was(layers: Path) -> None:
     shutil.copytree(layers / "index", kept / "index")
     shutil.copy(layers / MANIFEST, kept / MANIFEST)
     fewer = ShardTable.of(list(first.shards)[:-1])
-    commit_manifest(replace(first, shards=fewer), layers)
+    commit_manifest(replace(first, shards=fewer), LocalStore(layers))
     now, then = read_manifest(layers), read_manifest(kept)
     assert then == first and len(now.shards) == len(first.shards) - 1
     assert not {info.file for info in now.index} & {info.file for info in then.index}
@@ -529,7 +534,7 @@ def test_two_writers_of_one_shard_never_meet(teacher: Path, tmp_path: Path) -> N
     made = tiny_recipe(tmp_path, teacher=teacher, texts=sentences(20), precompute={"unit_rows": 10})
     build_cache(made, units=1)
     own = part(made.cache, 0)
-    rival = write_named(made.cache, "shards", "part-00000", ".arrow", own.read_bytes()[:-1] + b"?")
+    rival = put_named(LocalStore(made.cache), "shards", "part-00000", ".arrow", own.read_bytes()[:-1] + b"?")
     build_cache(made)
     assert verify(made.cache) == [] and not (made.cache / rival.file).exists()
     digest = Cache.open(made.cache).manifest.shards[0].rows_file.sha256

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cache.forgery import sign
 from teachercache import Cache, DistillationTrainer, ObjectiveConfig
-from teachercache.cache.storage.store import LocalStore
+from teachercache.cache.stores.local import LocalStore
 from teachercache.cache.verify import verify
 from teachercache.cli import COMMANDS, app
 from teachercache.config import TeachersConfig, parse_recipe
@@ -267,7 +267,7 @@ def test_a_store_from_outside_keeps_the_same_word(added: dict[str, Any], tmp_pat
     for store in (added["MemoryStore"](), LocalStore(tmp_path)):
         assert store.put_if_absent("done/1", b"a") and not store.put_if_absent("done/1", b"b")
         store.put("done/2", b"c")
-        assert (store.get("done/1"), store.list("done/")) == (b"a", ["done/1", "done/2"])
+        assert (store.get("done/1"), store.list("done/")) == (b"a", {"done/1": 1, "done/2": 1})
         store.delete("done/1")
         with pytest.raises(FileNotFoundError):
             store.get("done/1")

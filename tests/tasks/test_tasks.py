@@ -20,6 +20,7 @@ from teachercache.cache.files.entries import ShardTable
 from teachercache.cache.manifest.manifest import commit_manifest
 from teachercache.cache.manifest.model import Audit, Manifest, cache_fingerprint
 from teachercache.cache.shards.writer import write_shard
+from teachercache.cache.stores.local import LocalStore
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import CacheError, ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
@@ -91,14 +92,14 @@ def write_cache(folder: Path, teacher: Any, task: Task) -> Path:
     corpus = {"source": "seeded", "rows": len(made), "held_out": 0.25}
     fingerprint, digests, layout = fingerprint_of(settings), target_digests(targets, {}), layout_of(StoredTargets(kind))
     groups = groups_of(StoredTargets(kind), layout=layout, settings=fingerprint, digests=digests, read_by={})
-    info, sizes = write_shard(folder, 0, rows=made, payload=payload, groups=groups)
+    info, sizes = write_shard(LocalStore(folder), 0, rows=made, payload=payload, groups=groups)
     manifest = Manifest(
         fingerprint=cache_fingerprint(fingerprint, digests, corpus, units), settings_fingerprint=fingerprint,
         settings=settings, targets=targets, target_digests=digests, groups=layout, described_teacher={"model": "none"},
         model={}, corpus=corpus, units=units, audit=Audit(len(made), len(made), 0, 0, 0, 0, 0, 0),
         shards=ShardTable.of([info]), files=[], column_bytes=dict(Counter(sizes)), created_by=f"teachercache {__version__}",
     )  # fmt: skip
-    commit_manifest(manifest, folder)
+    commit_manifest(manifest, LocalStore(folder))
     return folder
 
 

@@ -1,8 +1,9 @@
 """The cache on disk: what is written, how it is found again, and how it is trusted. FORMAT.md beside this is the contract.
 
     files/          names, digests and schemas of files, and opening them safely
+    stores/         where a cache is written: a folder or an object store, by the same few verbs
     manifest/       what a cache says of itself: manifest.json, alignment.json, their lists, and checks of what they claim
-    storage/        where files are: a folder, or an object store read through local copies
+    storage/        how its files are read: from a folder, or from an object store through local copies
     shards/         rows on disk: writing a shard, reading its rows
     reader.py       `Cache`: rows by (split, index), digests checked before the first row is handed out
     alignment.py    a cache's rows in the tokens of another student, aligned with its own
@@ -16,7 +17,7 @@
     problem.py      what checks find
     composition/    caches made of rows of other caches: merge, split, filter
 
-Folders are in the order in which they may import: files, manifest, storage, shards, then the modules here, then
+Folders are in the order in which they may import: files, stores, manifest, storage, shards, then the modules here, then
 composition.
 Needs pyarrow and numpy; neither torch nor ray.
 """

@@ -140,7 +140,7 @@ def test_equal_shards_give_equal_files_and_a_killed_job_resumes(made: tuple[Path
     found = Cache.open(copy)
     plan = make_plan(found, str(student))
     align_shard(plan, 1)
-    (plan.folder / ".part-00000.arrow.tmp").write_bytes(b"half")
+    (copy / plan.within / ".part-00000.arrow.tmp").write_bytes(b"half")
     with pytest.raises(JobFailed, match="shards have no alignment"):
         commit(plan, found)
     assert verify(copy)  # nobody takes it for a finished one

@@ -88,7 +88,7 @@ def test_what_is_found_is_there_for_the_next_run(tmp_path, teacher):
     that does not read the row that fails at all."""
     recipe = recipe_with(tmp_path, teacher, [*sentences(8), f"one {EXITS} ends"])
     supervisor, plan = supervised(recipe)
-    attempts = Attempts.of(plan.work, 0, run="killed before")
+    attempts = Attempts.of(plan.store, 0, run="killed before")
     attempts.begun = 1
     attempts.write()
     asked = 0
@@ -107,12 +107,12 @@ def test_what_is_found_is_there_for_the_next_run(tmp_path, teacher):
         supervisor.compute(0, tokens)
     supervisor._end()
     assert asked == 1
-    suspects = json.loads((plan.work / "attempts" / "00000.json").read_text())["suspects"]
+    suspects = json.loads(plan.store.get(".work/attempts/00000.json"))["suspects"]
     assert 0 < len(suspects) < 9
     supervisor, again = supervised(recipe)
     assert again.pending() == [0]
     report = supervisor.compute(0, tokens)
     supervisor._end()
     assert report.positions > 0
-    lost = json.loads((plan.work / "attempts" / "00000.json").read_text())["lost"]
+    lost = json.loads(plan.store.get(".work/attempts/00000.json"))["lost"]
     assert len(lost) == 1 and set(lost) <= set(suspects)

@@ -112,7 +112,7 @@ def test_a_job_that_has_computed_nothing_can_be_mended_in_place(tmp_path, teache
     assert verify(build_cache(mended)) == []
 
 
-@pytest.mark.parametrize("left", ["plan.json", "units", "done"])
+@pytest.mark.parametrize("left", ["plan.json", "units", "sample.jsonl.zst"])
 def test_a_job_killed_while_planning_starts_over(tmp_path, teacher, left):
     """Whatever is there of `.work` and `teacher/` at the kill."""
     recipe = tiny_recipe(tmp_path, teacher=teacher)

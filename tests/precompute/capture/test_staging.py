@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from teachercache.cache.stores.local import LocalStore
 from teachercache.config import CorpusConfig, PrecomputeConfig
-from teachercache.precompute.capture.staging import SAMPLED_BYTES, SAMPLED_DOCUMENTS, read_unit, sample_file, stage
+from teachercache.precompute.capture.staging import SAMPLED_BYTES, SAMPLED_DOCUMENTS, read_sample, stage
 
 
 def sampled(folder: Path, texts: list[str], *, positions: int = 0) -> list[str]:
     """Texts of the documents that are kept for calibration, in their order."""
-    corpus, units = folder / "corpus.jsonl", folder / "work" / "units"
-    units.mkdir(parents=True)
+    corpus, store = folder / "corpus.jsonl", LocalStore(folder / "cache")
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    stage(CorpusConfig(source=str(corpus), held_out=0), PrecomputeConfig(), units, calibration_positions=positions)
-    return [document.text or "" for document in read_unit(sample_file(units))]
+    stage(CorpusConfig(source=str(corpus), held_out=0), PrecomputeConfig(), store, calibration_positions=positions)
+    return [document.text or "" for document in read_sample(store)]
 
 
 def test_short_documents_are_sampled_until_they_hold_enough(tmp_path: Path) -> None:

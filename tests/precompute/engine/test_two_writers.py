@@ -3,6 +3,7 @@ what its record says."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 from multiprocessing.queues import SimpleQueue
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 
 from teachercache.cache import verify
-from teachercache.cache.files.digests import hash_file
 from teachercache.corpus.sequences import Quarantined
 from teachercache.precompute.capture import units
 from teachercache.precompute.capture.commit import commit
@@ -41,9 +41,11 @@ def write(plan: Plan, written: dict[str, Any], seed: int, races: int, start: Bar
 
 def mismatches(plan: Plan) -> list[str]:
     """Files of the unit's record that hold something else than it says."""
-    record = json.loads(plan.record_file(0).read_text())
+    record = json.loads(plan.store.get(plan.records().name(0)))
     files = [*record["shard"]["files"].values(), record["quarantine"]]
-    return [info["file"] for info in files if hash_file(plan.folder / info["file"]) != info["sha256"]]
+    return [
+        info["file"] for info in files if hashlib.sha256(plan.store.get(info["file"])).hexdigest() != info["sha256"]
+    ]
 
 
 @pytest.mark.parametrize("races", [50, pytest.param(1000, marks=pytest.mark.slow)])
@@ -62,13 +64,13 @@ def test_a_record_names_what_its_writer_published(tmp_path: Path, races: int) ->
     writers = [context.Process(target=write, args=(plan, written, seed, races, start, wrong)) for seed in (0, 100)]
     for writer in writers:
         writer.start()
-    found, winners = list[str](), set[str]()
+    found, winners = list[str](), set[bytes]()
     for _ in range(races):
         start.wait()
         start.wait()
         found += mismatches(plan)
-        winners.add(plan.record_file(0).read_text())
-        plan.record_file(0).unlink()
+        winners.add(plan.store.get(plan.records().name(0)))
+        plan.store.delete(plan.records().name(0))
         start.wait()
     for writer in writers:
         writer.join()
@@ -88,7 +90,7 @@ def test_what_the_second_writer_made_is_collected(tmp_path: Path) -> None:
         ]
         for written in (captured, later):
             units.write_unit(plan, unit, tokenised, written, documents=documents, teacher=teacher)
-    assert len(list((plan.folder / "shards").iterdir())) == 2 * plan.units
+    assert len(plan.store.list("shards/")) == 2 * plan.units
     manifest = commit(plan)
-    assert len(list((plan.folder / "shards").iterdir())) == plan.units == len(manifest.shards)
-    assert verify(plan.folder) == []
+    assert len(plan.store.list("shards/")) == plan.units == len(manifest.shards)
+    assert verify(recipe.cache) == []

@@ -18,7 +18,7 @@ from teachercache.cache.manifest.card import render_card
 from teachercache.cache.manifest.manifest import COMPOSITION, MANIFEST, WORK_FOLDER, commit_manifest, read_manifest
 from teachercache.cache.manifest.model import QUARANTINE, Audit, Manifest
 from teachercache.cache.reader import Cache
-from teachercache.cache.storage.store import LocalStore
+from teachercache.cache.stores.local import LocalStore
 from teachercache.cache.verify import CARD
 from teachercache.errors import CacheError
 from teachercache.files import sync_folder
@@ -130,5 +130,5 @@ def _commit(manifest: Manifest, folder: Path) -> None:
         if (folder / within).is_dir():
             sync_folder(folder / within)
     LocalStore(folder).put(CARD, render_card(manifest).encode())
-    commit_manifest(manifest, folder)
+    commit_manifest(manifest, LocalStore(folder))
     shutil.rmtree(folder / WORK_FOLDER)

@@ -23,6 +23,7 @@ from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.reader import Cache
 from teachercache.cache.shards.writer import write_shard
 from teachercache.cache.storage.source import LocalFiles, Source
+from teachercache.cache.stores.local import LocalStore
 from teachercache.errors import CacheError
 
 COPY_BYTES = 2**22
@@ -119,7 +120,7 @@ def _written(cache: Cache, part: Part, folder: Path, number: int) -> Placed:
     shard = cache.shard(part.shard)
     stored = [shard.read_row(int(index), None, cache.recent) for index in np.flatnonzero(part.rows)]
     info, sizes = write_shard(
-        folder,
+        LocalStore(folder),
         number,
         rows=[item.row for item in stored],
         payload=[item.targets for item in stored],

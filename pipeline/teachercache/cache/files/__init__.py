@@ -4,7 +4,6 @@ bounds.py          how large what a cache says may be
 digests.py         of values, by one byte string for equal ones, and of files
 entries.py         what a manifest lists: files, and shards by the hundred thousand
 regular_files.py   opening regular files below a folder, and nothing else
-content_files.py   files that are hashed while they are written, and named by it
 column_groups.py   which file of a shard holds which columns
 schema.py          columns of a shard's files, and rows to them
 """

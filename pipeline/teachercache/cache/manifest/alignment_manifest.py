@@ -1,7 +1,7 @@
 """alignment.json: what one alignment of a cache with a student's tokenizer holds, and the digest of each of its files.
 
     alignments/ID/
-      alignment.json         written last, by temp file and rename; carries the digest of itself
+      alignment.json         written last, and whole; carries the digest of itself
       tokenizer/             the student's tokenizer files
       vocabulary-*.safetensors   which of its tokens stand for which of the teacher's
       part-00000-*.arrow …   one for each shard of the cache, its rows in the same order
@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -40,8 +39,8 @@ from teachercache.cache.manifest import manifest_v1
 from teachercache.cache.manifest.index import INDEX, Indexed, Read, read_index, remove_others, write_index
 from teachercache.cache.manifest.manifest import UPGRADE, check_requires
 from teachercache.cache.manifest.model import Manifest
+from teachercache.cache.stores.store import Store
 from teachercache.errors import CacheDamaged, CacheError
-from teachercache.files import write_whole
 from teachercache.targets.coding.chunk_columns import ChunkColumns
 
 ALIGNMENTS = "alignments"
@@ -132,11 +131,11 @@ class AlignmentManifest:
         return json.dumps({"format": FORMAT, **data, "digest": fingerprint_of(data)}, indent=1, sort_keys=True) + "\n"
 
 
-def commit_alignment(manifest: AlignmentManifest, cache: Path) -> None:
-    """Write the index files, then alignment.json of an alignment of the cache in a folder; see `commit_manifest`."""
+def commit_alignment(manifest: AlignmentManifest, cache: Store) -> None:
+    """Write the index files, then alignment.json of an alignment of the cache in a store; see `commit_manifest`."""
     within = f"{manifest.folder}/{INDEX}"
     index = write_index(cache, manifest.shards, [], within=within)
-    write_whole(cache / manifest.folder / ALIGNMENT, manifest.to_json(index))
+    cache.put(f"{manifest.folder}/{ALIGNMENT}", manifest.to_json(index).encode())
     remove_others(cache, index, within=within)
 
 

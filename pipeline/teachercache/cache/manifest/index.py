@@ -8,14 +8,13 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from teachercache.bounded.strangers_json import parse_json, values_of
-from teachercache.cache.files.content_files import write_named
 from teachercache.cache.files.digests import canonical_json
 from teachercache.cache.files.entries import FileInfo, FileTable, ShardTable, check_inside
-from teachercache.files import sync_folder
+from teachercache.cache.stores.named import put_named
+from teachercache.cache.stores.store import Store
 
 INDEX = "index"
 FORMAT = "teachercache-index"
@@ -38,9 +37,9 @@ class Indexed:
 
 
 def write_index(
-    folder: Path, shards: ShardTable, files: Sequence[FileInfo], *, within: str = INDEX
+    store: Store, shards: ShardTable, files: Sequence[FileInfo], *, within: str = INDEX
 ) -> list[dict[str, Any]]:
-    """Write the index files of a cache at `folder`; returns their entries for the manifest. Equal lists give equal files, and
+    """Write the index files of a cache; returns their entries for the manifest. Equal lists give equal files, and
     shards that are added later leave full files as they are."""
     table, entries = FileTable.of(files), []
     for number in range(-(-max(len(shards), len(table)) // INDEX_SHARDS)):
@@ -50,20 +49,17 @@ def write_index(
             "shards": shards.to_columns(chosen),
             "files": table.to_columns(chosen),
         }
-        info = write_named(folder, within, f"part-{number:05d}", ".json", canonical_json(columns) + b"\n")
+        info = put_named(store, within, f"part-{number:05d}", ".json", canonical_json(columns) + b"\n")
         entries.append({**vars(info), "first": chosen.start, "shards": len(columns["shards"]["rows"])})
-    if entries:
-        sync_folder(folder / within)  # the manifest that names them must not reach the disk before
     return entries
 
 
-def remove_others(folder: Path, entries: Iterable[dict[str, Any]], *, within: str = INDEX) -> None:
+def remove_others(store: Store, entries: Iterable[dict[str, Any]], *, within: str = INDEX) -> None:
     """Remove index files that a manifest, which is in place by now, does not name: those of the one before it, and what killed
     attempts left."""
     kept = {entry["file"] for entry in entries}
-    for path in (folder / within).glob("*"):
-        if path.relative_to(folder).as_posix() not in kept:
-            path.unlink(missing_ok=True)
+    store.delete(*(name for name in store.list(f"{within}/") if name not in kept))
+    store.sweep(f"{within}/")
 
 
 def read_index(entries: Iterable[dict[str, Any]], read: Read, *, groups: Sequence[str]) -> Indexed:

@@ -1,6 +1,6 @@
 """manifest.json: everything that a reader needs to know, and the digest of every file.
 
-It is a small head, written last by temp file and rename: a folder without it is no cache. It carries the digest of itself,
+It is a small head, written last and whole: a folder without it is no cache. It carries the digest of itself,
 and names the index files that list the shards (index.py). Nothing in it is trusted further than it can be checked: file
 names are relative and stay inside the cache; format versions, and features in `requires`, that this version does not know
 are refused. Keys that it does not know are ignored: they are optional.
@@ -37,25 +37,26 @@ from teachercache.cache.manifest.model import (
     cache_fingerprint,
     is_indexed,
 )
+from teachercache.cache.stores.store import Store, place
 from teachercache.errors import CacheDamaged, CacheError
-from teachercache.files import write_whole
 from teachercache.targets.stored import why_unknown
 from teachercache.tasks.known import TASKS
 from teachercache.version import __version__
 
 FEATURES = frozenset(task.name for task in TASKS)  # what a manifest may require of a reader beside its format version
 MANIFEST = "manifest.json"
+AGAIN = "fetch it again, or precompute the cache again"
 WORK_FOLDER = ".work"  # plan, staged units and records of finished ones; gone when the manifest is committed
 COMPOSITION = f"{WORK_FOLDER}/composition.json"  # of a cache that is being made of others
 
 
-def commit_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write the index files, then manifest.json by temp file and rename: from here on the folder is this cache. A manifest
-    that was there before stays readable until then; its index files go last."""
+def commit_manifest(manifest: Manifest, store: Store) -> None:
+    """Write the index files, then manifest.json: from here on the store holds this cache. A manifest that was there before
+    stays readable until then; its index files go last."""
     indexed = [info for info in manifest.files if is_indexed(info)]
-    index = write_index(folder, manifest.shards, indexed)
-    write_whole(folder / MANIFEST, manifest.to_json(index))
-    remove_others(folder, index)
+    index = write_index(store, manifest.shards, indexed)
+    store.put(MANIFEST, manifest.to_json(index).encode())
+    remove_others(store, index)
 
 
 def read_manifest(folder: Path, *, knows: frozenset[str] = FEATURES) -> Manifest:
@@ -70,14 +71,27 @@ def read_manifest(folder: Path, *, knows: frozenset[str] = FEATURES) -> Manifest
     return parse_manifest(read, partial(read_listed, folder), name=str(path), knows=knows)
 
 
+def manifest_in(store: Store) -> Manifest:
+    """The manifest in a store that a cache is written to. Raises `FileNotFoundError` where there is none, otherwise as
+    `read_manifest` does."""
+
+    def listed(name: str, size: int) -> bytes:
+        with refused_in_a_line(place(store, name), remedy=AGAIN):
+            data = store.get(name)
+        if len(data) != size:
+            raise CacheDamaged(f"{place(store, name)} holds {len(data)} bytes, the manifest says {size}; {AGAIN}")
+        return data
+
+    return parse_manifest(partial(store.get, MANIFEST), listed, name=place(store, MANIFEST))
+
+
 def read_listed(folder: Path, file: str, size: int) -> bytes:
     """The bytes of a small file of a cache that a manifest lists, so many; not hashed. Raises `CacheDamaged` where it is not
     there, is no regular file or has another size."""
-    again = "fetch it again, or precompute the cache again"
-    with refused_in_a_line(str(folder / file), remedy=again), open_regular(folder, file) as stream:
+    with refused_in_a_line(str(folder / file), remedy=AGAIN), open_regular(folder, file) as stream:
         reason = why_different(stream, expected_bytes=size, sha256=None)
         if reason is not None:
-            raise CacheDamaged(f"{folder / file} {reason}; {again}")
+            raise CacheDamaged(f"{folder / file} {reason}; {AGAIN}")
         return stream.read(size)
 
 

@@ -1,7 +1,7 @@
 """One work unit to one shard: an Arrow IPC file for each column group, zstd, several record batches each.
 
 A pure function of its rows: equal rows and targets give equal bytes, whoever writes them and when. A file's name holds the
-beginning of its sha256, which is taken while it is written: what two writers of one shard make never meets under one name,
+beginning of its sha256. It is made in memory and then put whole: what two writers of one shard make never meets under one name,
 and only the record of a finished unit says which of them counts.
 """
 
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachercache.cache.files.column_groups import Group
-from teachercache.cache.files.content_files import NamedByContent
 from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.files.schema import file_schema, table_metadata, to_batch
 from teachercache.cache.shards.row_ids import row_ids_digest
+from teachercache.cache.stores.named import put_named
+from teachercache.cache.stores.store import Store
 from teachercache.tokens.rows import TokenRow
 
 # A row is read by decompressing its record batch: about 1 MiB keeps that near a millisecond and still compresses well.
@@ -27,14 +27,14 @@ BATCH_BYTES = 2**20  # of a file's targets, or four times that of ids and text w
 
 
 def write_shard(
-    folder: Path,
+    store: Store,
     number: int,
     *,
     rows: Sequence[TokenRow],
     payload: Sequence[Mapping[str, NDArray[Any]]],
     groups: Sequence[Group],
 ) -> tuple[ShardInfo, dict[str, int]]:
-    """Write `rows` with the columns of all `groups` to a cache at `folder`, training rows first; returns the shard's entry
+    """Write `rows` with the columns of all `groups` to a cache in a store, training rows first; returns the shard's entry
     and the compressed bytes of each column.
 
     `payload[i]` holds the arrays of `rows[i]`. A file appears under its name only when it is whole.
@@ -44,7 +44,7 @@ def write_shard(
     column_bytes: Counter[str] = Counter()
     files = {}
     for group in groups:
-        files[group.folder], sizes = _write_file(folder, number, group, rows, payload)
+        files[group.folder], sizes = _write_file(store, number, group, rows, payload)
         column_bytes.update(sizes)
     held_out = [row for row in rows if row.held_out]
     info = ShardInfo(
@@ -60,7 +60,7 @@ def write_shard(
 
 
 def _write_file(
-    folder: Path,
+    store: Store,
     number: int,
     group: Group,
     rows: Sequence[TokenRow],
@@ -77,17 +77,15 @@ def _write_file(
     column_bytes = dict.fromkeys(schema.names, 0)
     for name, shared in tables.items():  # the schema stands at both ends of the file
         column_bytes[name] = 2 * len(table_metadata(shared).get("tables", ""))
-    with (
-        NamedByContent(folder, group.folder, f"part-{number:05d}", ".arrow") as sink,
-        _open_writer(sink, schema) as writer,
-    ):
+    sink = pa.BufferOutputStream()
+    with _open_writer(sink, schema) as writer:
         for start in range(0, len(rows), rows_per_batch):
             chosen = slice(start, start + rows_per_batch)
             batch = to_batch(rows[chosen], [column[chosen] for column in pages], schema)
             writer.write_batch(batch)
             for name in schema.names:
                 column_bytes[name] += _compressed_bytes(batch.column(name))
-    return sink.info, column_bytes
+    return put_named(store, group.folder, f"part-{number:05d}", ".arrow", sink.getvalue()), column_bytes
 
 
 def _open_writer(sink: Any, schema: pa.Schema) -> pa.RecordBatchFileWriter:

@@ -43,6 +43,7 @@ class Source(Protocol):
     """Files of one cache."""
 
     name: str  # what messages call the cache
+    location: str  # what opens it again
 
     def manifest(self, *, knows: frozenset[str] = FEATURES) -> Manifest:
         """Read and check manifest.json. Raises `CacheError` when there is none, `CacheDamaged` when it was changed."""
@@ -140,6 +141,7 @@ class LocalFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = str(folder)
+        self.location = str(folder.absolute())
         self._checked: dict[str, tuple[int, ...]] = {}  # which file it was, by name
 
     def manifest(self, *, knows: frozenset[str] = FEATURES) -> Manifest:
@@ -203,6 +205,7 @@ class RemoteFiles:
         self.store = store
         self.copies = copies
         self.name = store.name
+        self.location = store.url
         self._prefetcher: Prefetcher | None = None
 
     def manifest(self, *, knows: frozenset[str] = FEATURES) -> Manifest:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from teachercache.cache import Cache
-from teachercache.cache.files.entries import ShardInfo, ShardTable, file_info
+from teachercache.cache.files.entries import FileInfo, ShardInfo, ShardTable
 from teachercache.cache.manifest.alignment_manifest import (
     ALIGNMENT,
     AlignmentManifest,
     commit_alignment,
     parse_alignment,
 )
-from teachercache.cache.manifest.manifest import WORK_FOLDER
+from teachercache.cache.stores.store import place
 from teachercache.config import PrecomputeConfig, is_url
 from teachercache.errors import CacheError, JobFailed
 from teachercache.files import locked
@@ -54,12 +52,14 @@ def run_align(
         plan = make_plan(cache, student, revision=revision)
         seconds = 0.0
         if plan.is_finished():
-            console.print(f"{plan.folder} is complete: nothing to do", markup=False)
+            console.print(f"{plan.name} is complete: nothing to do", markup=False)
         else:
             seconds = _run(plan, address, console)
             commit(plan, cache)
-    file = plan.folder / ALIGNMENT
-    manifest = parse_alignment(file.read_bytes(), cache.source.read_listed, cache=cache.manifest, name=str(file))
+    file = f"{plan.within}/{ALIGNMENT}"
+    manifest = parse_alignment(
+        plan.store.get(file), cache.source.read_listed, cache=cache.manifest, name=place(plan.store, file)
+    )
     result = summary(plan, manifest, working_seconds=seconds, seconds=time.perf_counter() - began)
     print_closing(console, result)
     return result
@@ -93,7 +93,7 @@ def _align_unit(plan: AlignPlan, unit: int) -> Any:
 def commit(plan: AlignPlan, cache: Cache) -> None:
     """Write alignment.json, once every shard has its record; then the records go. Raises `JobFailed` where some have none,
     `CacheError` where no row could be aligned."""
-    records = [record for unit in range(plan.units) if (record := plan.record(unit)) is not None]
+    records = [record for _, record in sorted(plan.records().finished().items())]
     if len(records) < plan.units:
         raise JobFailed(
             f"{plan.units - len(records)} of {plan.units} shards have no alignment; run the same command again"
@@ -105,8 +105,7 @@ def commit(plan: AlignPlan, cache: Cache) -> None:
         sizes.update(record["column_bytes"])
     shards = [ShardInfo.from_json(record["shard"]) for record in records]
     _check_rows(totals, shards, unaligned, plan, cache)
-    kept = {plan.cache / shard.file for shard in shards}
-    others = sorted(_others(plan.folder, kept))
+    _remove_leftovers(plan, {shard.file for shard in shards})
     manifest = AlignmentManifest(
         cache=plan.settings,
         tokenizer=plan.tokenizer,
@@ -115,12 +114,13 @@ def commit(plan: AlignPlan, cache: Cache) -> None:
         totals=dict(totals),
         unaligned=dict(unaligned),
         shards=ShardTable.of(shards, groups=[plan.within]),
-        files=[file_info(plan.cache, path) for path in others],
+        files=[FileInfo(**info) for info in plan.files],
         column_bytes=dict(sizes),
         created_by=f"teachercache {__version__}",
     )
-    commit_alignment(manifest, plan.cache)
-    shutil.rmtree(plan.work)
+    commit_alignment(manifest, plan.store)
+    plan.store.delete(*plan.store.list(f"{plan.work}/"))
+    plan.store.sweep(f"{plan.within}/")
 
 
 def _check_rows(
@@ -129,9 +129,7 @@ def _check_rows(
     """Every row of the cache is in the alignment; a cache of which no row could be aligned is the user's to know of."""
     rows = sum(shard.rows for shard in shards)
     if rows != cache.manifest.rows:
-        raise JobFailed(
-            f"{cache.manifest.rows} rows, but shards account for {rows}; delete {plan.folder} and run again"
-        )
+        raise JobFailed(f"{cache.manifest.rows} rows, but shards account for {rows}; delete {plan.name} and run again")
     if unaligned.total() == totals["rows"]:
         reason, count = unaligned.most_common(1)[0]
         raise CacheError(
@@ -140,15 +138,11 @@ def _check_rows(
         )
 
 
-def _others(folder: Path, kept: set[Path]) -> Iterator[Path]:
-    """Files of the alignment beside its parts and records; what killed writers left is removed."""
-    for path in folder.rglob("*"):
-        if not path.is_file() or path in kept or WORK_FOLDER in path.relative_to(folder).parts:
-            continue
-        if path.name.endswith(".tmp") or path.name.startswith("part-"):
-            path.unlink()
-        else:
-            yield path
+def _remove_leftovers(plan: AlignPlan, kept: set[str]) -> None:
+    """Remove what killed writers left, and parts of those that came second: whatever neither plan nor record names."""
+    kept = kept | {info["file"] for info in plan.files}
+    found = plan.store.list(f"{plan.within}/")
+    plan.store.delete(*(name for name in found if name not in kept and not name.startswith(f"{plan.work}/")))
 
 
 def summary(plan: AlignPlan, manifest: AlignmentManifest, *, working_seconds: float, seconds: float) -> dict[str, Any]:
@@ -158,8 +152,8 @@ def summary(plan: AlignPlan, manifest: AlignmentManifest, *, working_seconds: fl
     tokens = max(1, totals["student_tokens"])
     beside = sum(manifest.column_bytes.get(column.name, 0) for column in ChunkColumns.columns)
     return {
-        "cache": str(plan.cache),
-        "alignment": str(plan.folder),
+        "cache": plan.store.name,
+        "alignment": plan.name,
         "student": manifest.tokenizer["name"],
         "rows": totals["rows"],
         "rows_without_chunks": sum(manifest.unaligned.values()),

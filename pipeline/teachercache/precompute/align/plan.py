@@ -6,10 +6,8 @@ committed."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
@@ -28,16 +26,17 @@ from teachercache.cache.manifest.alignment_manifest import (
 )
 from teachercache.cache.manifest.manifest import WORK_FOLDER
 from teachercache.cache.shards.shard_set import Split
+from teachercache.cache.stores.copies import put_folder, scratch_folder
+from teachercache.cache.stores.local import LocalStore
+from teachercache.cache.stores.store import Store, holds, place
 from teachercache.errors import CacheDamaged, CacheError, ModelError
-from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer, portable_name, save_tokenizer
 from teachercache.precompute.align.turns import with_turn_ends
 from teachercache.precompute.engine.records import (
     File,
+    Records,
     Shard,
     check_unchanged,
-    described,
-    pending_units,
     read_json,
     read_shaped,
 )
@@ -97,11 +96,13 @@ RECORD: TypeAdapter[Any] = TypeAdapter(Record)
 class AlignPlan:
     """A planned job; travels to the workers."""
 
-    cache: Path  # folder of the cache
+    store: Store  # of the cache
+    location: str  # of the cache, as `Cache.open` takes it
     tokenizer: dict[str, Any]  # as alignment.json has it
     vocabulary: dict[str, Any]
     units: int  # shards
     settings: str  # settings_fingerprint of the cache
+    files: list[dict[str, Any]] = field(default_factory=list)  # that all shards share: file, bytes, sha256
 
     @property
     def within(self) -> str:
@@ -109,9 +110,9 @@ class AlignPlan:
         return alignment_folder(self._reader)
 
     @property
-    def folder(self) -> Path:
-        """The same on this machine."""
-        return self.cache / self.within
+    def name(self) -> str:
+        """The name by which messages call that folder."""
+        return place(self.store, self.within)
 
     @property
     def group(self) -> Group:
@@ -123,41 +124,37 @@ class AlignPlan:
         return reader_of(self.tokenizer["fingerprint"], self.tokenizer["chat_template"])
 
     @property
-    def work(self) -> Path:
-        """Records of an unfinished job."""
-        return self.folder / WORK_FOLDER
+    def work(self) -> str:
+        """Folder of the records of an unfinished job, inside the cache."""
+        return f"{self.within}/{WORK_FOLDER}"
 
-    def record_file(self, unit: int) -> Path:
-        """Written once the shard's file is in place."""
-        return self.work / f"{unit:05d}.json"
+    def records(self) -> Records:
+        """Records of shards that are done, each written once the shard's file is in place."""
 
-    def record(self, unit: int) -> dict[str, Any] | None:
-        """Returns the record of a shard that is done, if its file is there in full."""
-        source = self.record_file(unit)
-        remedy = f"delete it (rm {source}) and run the same command again: this shard is aligned again"
-        record = read_shaped(source, RECORD, remedy=remedy)
-        if record is None:
-            return None
-        if set(record["shard"]["files"]) != {self.within}:
-            raise CacheDamaged(f"{source} is of another alignment; {remedy}")
-        file = record["shard"]["files"][self.within]
-        path = self.cache / file["file"]
-        return record if path.is_file() and path.stat().st_size == file["bytes"] else None
+        def counts(name: str, record: dict[str, Any]) -> bool:
+            if set(record["shard"]["files"]) != {self.within}:
+                raise CacheDamaged(
+                    f"{place(self.store, name)} is of another alignment; delete it and run the same command again: this "
+                    "shard is aligned again"
+                )
+            return True
+
+        return Records(self.store, self.work, self.units, RECORD, counts)
 
     def pending(self) -> list[int]:
         """Shards that are still to be aligned; records that do not count are removed, so that others can take their place."""
-        return pending_units(self)
+        return self.records().pending()
 
     def is_finished(self) -> bool:
         """Tells whether alignment.json is there."""
-        return (self.folder / ALIGNMENT).is_file()
+        return holds(self.store, f"{self.within}/{ALIGNMENT}")
 
 
 def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> AlignPlan:
     """Check what can be known before any work, and write what all shards share: tokenizer files and the vocabulary map.
 
     Raises `ModelError` for a tokenizer that cannot be used, `CacheError` for a cache without text, for the teacher's own
-    tokenizer, and for a cache in an object store.
+    tokenizer, and where a link would lead what is written out of the cache.
     """
     chats = bool(cache.manifest.corpus.get("messages_field"))
     tokenizer = require_fast(load_tokenizer(student, revision=revision))
@@ -183,10 +180,8 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
             f"{cache.name} does not say where messages stand in its conversations (an earlier version made it), so that "
             "no other chat template can be applied; precompute it again"
         )
-    plan = AlignPlan(cache.folder.resolve(), settings, {}, len(cache.infos), cache.manifest.settings_fingerprint)
-    for path in (plan.folder.parent, plan.folder):
-        if path.is_symlink():
-            raise CacheError(f"{path} is a link, which would lead what is written out of the cache; delete it")
+    store, units = LocalStore(cache.folder), len(cache.infos)
+    plan = AlignPlan(store, cache.source.location, settings, {}, units, cache.manifest.settings_fingerprint)
     if plan.is_finished():
         return plan
     return _prepared(plan, cache, tokenizer)
@@ -215,31 +210,35 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: PreTrainedTokenizerBase)
     """With the files that all shards share; what an earlier job left is kept if it was the same."""
     versions = {"format_version": FORMAT_VERSION, "records": RECORDS}
     identity = {"cache": cache.manifest.fingerprint, "tokenizer": plan.tokenizer, **versions}
-    file = plan.work / "plan.json"
-    remedy = f"delete {plan.folder} and run this command again"
-    known = None if _is_another_job(file, identity) else read_shaped(file, PLANNED, remedy=remedy)
+    file, remedy = f"{plan.work}/plan.json", f"delete {plan.name} and run this command again"
+    another = _is_another_job(read_json(plan.store, file), identity)
+    known = None if another else read_shaped(plan.store, file, PLANNED, remedy=remedy)
     if known is None:
-        shutil.rmtree(plan.folder, ignore_errors=True)
-        plan.work.mkdir(parents=True)
-        save_tokenizer(plan.folder / TOKENIZER, tokenizer, fingerprint=plan.tokenizer["fingerprint"])
-        teacher = teacher_tokenizer(cache)
-        mapped = vocabulary_map(teacher, tokenizer)
-        if plan.tokenizer["chat_template"] is not None:
-            mapped = with_turn_ends(mapped, teacher, tokenizer)
-        mapped.save(plan.folder / VOCABULARY)
-        begins = BoundaryMass.of(begins_pretoken(tokenizer, cut_as=teacher))
-        begins.save(plan.folder)
-        files = described(plan.cache, plan.folder.rglob("*"))
-        known = {"identity": identity, "vocabulary": _describe(plan, mapped, begins), "files": files}
-        write_whole(file, json.dumps(known, sort_keys=True))
-    check_unchanged(plan.cache, known["files"], remedy=remedy)
-    return AlignPlan(plan.cache, plan.tokenizer, known["vocabulary"], plan.units, plan.settings)
+        plan.store.delete(*plan.store.list(f"{plan.within}/"))
+        known = {"identity": identity, **_shared(plan, cache, tokenizer)}
+        plan.store.put(file, json.dumps(known, sort_keys=True).encode())
+    check_unchanged(plan.store, known["files"], remedy=remedy)
+    return replace(plan, vocabulary=known["vocabulary"], files=known["files"])
 
 
-def _is_another_job(file: Path, identity: Mapping[str, Any]) -> bool:
+def _shared(plan: AlignPlan, cache: Cache, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Write what all shards share; returns it as plan.json has it."""
+    teacher = teacher_tokenizer(cache)
+    mapped = vocabulary_map(teacher, tokenizer)
+    if plan.tokenizer["chat_template"] is not None:
+        mapped = with_turn_ends(mapped, teacher, tokenizer)
+    begins = BoundaryMass.of(begins_pretoken(tokenizer, cut_as=teacher))
+    with scratch_folder() as folder:
+        save_tokenizer(folder / TOKENIZER, tokenizer, fingerprint=plan.tokenizer["fingerprint"])
+        mapped.save(folder / VOCABULARY)
+        begins.save(folder)
+        files = put_folder(plan.store, folder, plan.within)
+    return {"vocabulary": _describe(plan, mapped, begins), "files": [vars(info) for info in files]}
+
+
+def _is_another_job(known: Any, identity: Mapping[str, Any]) -> bool:
     """Tells whether a plan.json is of another job, or of an earlier version, which had it in another shape: no teacher
     was run for it, so that it is begun anew."""
-    known = read_json(file)
     found = known.get("identity") if isinstance(known, dict) else None
     return isinstance(found, dict) and found != identity
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 
 from teachercache.cache import Cache, write_shard
 from teachercache.cache.alignment import TOKENIZER
+from teachercache.cache.stores.copies import folder_of
+from teachercache.cache.stores.store import Store
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.align.plan import AlignPlan
 from teachercache.precompute.align.rows import AlignedRow, Aligner
@@ -29,17 +31,15 @@ class AlignReport:
 def align_shard(plan: AlignPlan, unit: int) -> AlignReport:
     """Write the alignment of a shard's rows and, last, its record."""
     started = time.time()
-    cache, aligner = (
-        _opened(str(plan.cache)),
-        _aligner(str(plan.cache), str(plan.folder / TOKENIZER), tuple(plan.tokenizer["prefix_ids"])),
-    )
+    cache = _opened(plan.location)
+    aligner = _aligner(plan.store, plan.location, plan.within, tuple(plan.tokenizer["prefix_ids"]))
     info = cache.manifest.shards[unit]
     rows: list[AlignedRow] = []
     for first in range(0, info.rows, BATCH):
         chosen = range(first, min(first + BATCH, info.rows))
         rows += aligner.aligned([cache.shard(unit).read_row(index, (), cache.recent) for index in chosen])
     shard, column_bytes = write_shard(
-        plan.cache,
+        plan.store,
         unit,
         rows=[item.row for item in rows],
         payload=[item.columns for item in rows],
@@ -55,23 +55,24 @@ def align_shard(plan: AlignPlan, unit: int) -> AlignReport:
         "unaligned": dict(Counter(item.problem for item in rows if item.problem)),
         "longest": max(item.row.length for item in rows),
     }
-    put_record(plan.record_file(unit), record)
+    put_record(plan.store, plan.records().name(unit), record)
     return AlignReport(totals["student_tokens"], started)
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: str) -> Cache:
-    return Cache.open(folder)
+def _opened(location: str) -> Cache:
+    return Cache.open(location)
 
 
 @lru_cache(maxsize=1)
-def _aligner(cache: str, student: str, student_prefix: tuple[int, ...]) -> Aligner:
-    opened = _opened(cache)
-    chats = bool(opened.manifest.corpus.get("messages_field"))
+def _aligner(store: Store, location: str, alignment: str, student_prefix: tuple[int, ...]) -> Aligner:
+    cache = _opened(location)
+    with folder_of(store, f"{alignment}/{TOKENIZER}") as folder:
+        student = load_tokenizer(str(folder))
     return Aligner(
-        teacher_tokenizer(opened),
-        load_tokenizer(student),
-        chats=chats,
-        teacher_prefix=opened.manifest.prefix_ids,
+        teacher_tokenizer(cache),
+        student,
+        chats=bool(cache.manifest.corpus.get("messages_field")),
+        teacher_prefix=cache.manifest.prefix_ids,
         student_prefix=student_prefix,
     )

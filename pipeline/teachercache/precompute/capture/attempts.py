@@ -1,7 +1,7 @@
 """Attempts: how often a unit was begun, and what was found out meanwhile: `.work/attempts/`, one small file a unit.
 
 Whoever goes on with a unit after a death, of the teacher's process, its actor, the node or the driver, begins where the search
-for the row that is to blame was. The files need not survive a power cut, and are not synced.
+for the row that is to blame was.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from teachercache.cache.files.bounds import Count
-from teachercache.files import write_whole
+from teachercache.cache.manifest.manifest import WORK_FOLDER
+from teachercache.cache.stores.store import Store
 from teachercache.precompute.engine.records import read_shaped
 
+ATTEMPTS = f"{WORK_FOLDER}/attempts"
 CERTAIN = 2  # times that a row fails alone before it is to blame: whatever ends a process from outside does so once
 
 
@@ -40,7 +41,8 @@ class Attempts:
     """Attempts at one unit. `suspects` are rows that were being read when whoever read them ended without a word; `lost` are
     rows that fail alone, `documents` such documents (`units.document_key`), by reason."""
 
-    file: Path
+    store: Store  # of the cache
+    file: str
     run: str  # of the job
     begun: int = 0  # times in this run; more than once where whoever did it died
     suspects: list[str] = field(default_factory=list)
@@ -48,38 +50,34 @@ class Attempts:
     documents: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, work: Path, unit: int, *, run: str) -> Attempts:
+    def of(cls, store: Store, unit: int, *, run: str) -> Attempts:
         """Reads the unit's file, or begins one; a new run counts anew."""
-        file = work / "attempts" / f"{unit:05d}.json"
-        known = read_shaped(file, SHAPE, remedy="delete it and run the same command again")
+        file = f"{ATTEMPTS}/{unit:05d}.json"
+        known = read_shaped(store, file, SHAPE, remedy="delete it and run the same command again")
         if known is None:
-            return cls(file, run)
-        found = cls(file, **known)
+            return cls(store, file, run)
+        found = cls(store, file, **known)
         if found.run != run:
             found.run, found.begun = run, min(found.begun, 1)
         return found
 
     def write(self) -> None:
         """Replace the file."""
-        values = {name: value for name, value in asdict(self).items() if name != "file"}
-        self.file.parent.mkdir(exist_ok=True)
-        write_whole(self.file, json.dumps(values), durable=False)
+        values = {name: getattr(self, name) for name in Written.__annotations__}
+        self.store.put(self.file, json.dumps(values).encode())
 
 
 @contextmanager
-def marked(work: Path, unit: int) -> Iterator[bool]:
+def marked(store: Store, unit: int) -> Iterator[bool]:
     """False where a task that tokenised this unit ended without a word, so that the unit had better be handed on."""
-    mark = work / "attempts" / f"{unit:05d}.tokenising"
-    mark.parent.mkdir(exist_ok=True)
-    try:
-        mark.touch(exist_ok=False)
-    except FileExistsError:
+    mark = f"{ATTEMPTS}/{unit:05d}.tokenising"
+    if not store.put_if_absent(mark, b""):
         yield False
         return
     try:
         yield True
     finally:  # not where the process dies
-        mark.unlink(missing_ok=True)
+        store.delete(mark)
 
 
 def isolated(

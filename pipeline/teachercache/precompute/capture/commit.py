@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from teachercache.cache import Audit, FileInfo, Manifest, ShardInfo
 from teachercache.cache.files.column_groups import layout_of
 from teachercache.cache.files.digests import fingerprint_of
-from teachercache.cache.files.entries import ShardTable, file_info
+from teachercache.cache.files.entries import ShardTable
 from teachercache.cache.manifest.card import render_card
-from teachercache.cache.manifest.manifest import commit_manifest
+from teachercache.cache.manifest.manifest import WORK_FOLDER, commit_manifest
 from teachercache.cache.manifest.model import QUARANTINE, TEACHER_IDENTITY, cache_fingerprint
+from teachercache.cache.stores.store import Store, place
 from teachercache.cache.verify import CARD
 from teachercache.errors import JobFailed
-from teachercache.precompute.capture.plan import Plan, check_teacher_files
+from teachercache.precompute.capture.plan import TEACHER, Plan, check_teacher_files, made_file
 from teachercache.version import __version__
 
 
 def commit(plan: Plan) -> Manifest:
     """Commit the cache. Raises `JobFailed` when rows are unaccounted for, a unit is missing, or nothing was stored."""
-    records = [record for unit in range(plan.units) if (record := plan.record(unit)) is not None]
+    records = [record for _, record in sorted(plan.records().finished().items())]
     if len(records) < plan.units:
         missing = plan.units - len(records)
         raise JobFailed(f"{missing} of {plan.units} units have no result; run the same command again to do them")
@@ -30,13 +29,19 @@ def commit(plan: Plan) -> Manifest:
     if not manifest.shards:
         raise JobFailed(
             f"all {plan.rows_in} rows were quarantined, so there is nothing to store; "
-            f"their reasons are in {plan.folder / 'quarantine'}"
+            f"their reasons are in {place(plan.store, QUARANTINE)}"
         )
-    (plan.folder / CARD).write_text(render_card(manifest), encoding="utf-8")
+    plan.store.put(CARD, render_card(manifest).encode())
     _remove_leftovers(plan, manifest)
-    commit_manifest(manifest, plan.folder)
-    shutil.rmtree(plan.work)
+    commit_manifest(manifest, plan.store)
+    remove_work(plan.store)
     return manifest
+
+
+def remove_work(store: Store) -> None:
+    """Remove what the job worked with, once the manifest is there: plan, staged units, records."""
+    store.delete(*store.list(f"{WORK_FOLDER}/"))
+    store.sweep()
 
 
 def _manifest(plan: Plan, records: list[dict[str, Any]]) -> Manifest:
@@ -84,7 +89,7 @@ def _loaded_teacher(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _teacher_files(plan: Plan) -> list[FileInfo]:
     """Those that the job wrote, as it wrote them; whatever else lies there is none of the cache's."""
     check_teacher_files(plan)
-    files = [file_info(plan.folder, plan.folder / name) for name in plan.made_files()]
+    files = [made_file(plan.store, name) for name in plan.made_files()]
     return sorted([*(FileInfo(**info) for info in plan.files), *files], key=lambda info: info.file)
 
 
@@ -93,7 +98,7 @@ def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
     staged = plan.rows_in - plan.deduplicated
     if total["documents"] != staged:
         raise JobFailed(
-            f"{staged} rows were staged, but units account for {total['documents']}; delete {plan.folder} and run again"
+            f"{staged} rows were staged, but units account for {total['documents']}; delete {plan.store.name} and run again"
         )
     return Audit(
         rows_in=plan.rows_in,
@@ -145,9 +150,8 @@ _COUNTED = (
 
 
 def _remove_leftovers(plan: Plan, manifest: Manifest) -> None:
-    """Temp files of killed writers: everything in the data folders that no record names."""
+    """Files of writers that were killed or came second: everything in the data folders that no record names."""
     listed = {info.file for info in manifest.all_files}
-    for folder in (*manifest.groups, QUARANTINE, "teacher"):
-        for path in Path(plan.folder / folder).glob("*"):
-            if path.relative_to(plan.folder).as_posix() not in listed:
-                path.unlink()
+    folders = (*manifest.groups, QUARANTINE, TEACHER)
+    others = [name for name in plan.store.list() if name.startswith(tuple(f"{folder}/" for folder in folders))]
+    plan.store.delete(*(name for name in others if name not in listed))

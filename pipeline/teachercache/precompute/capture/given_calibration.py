@@ -14,10 +14,8 @@ from teachercache.cache import Cache, Manifest
 from teachercache.cache.composition.compatible import check_same_files, check_version, first_difference
 from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
 from teachercache.cache.storage.source import read_checked
-from teachercache.cache.storage.store import LocalStore
 from teachercache.errors import CacheError
-from teachercache.files import write_whole
-from teachercache.precompute.capture.plan import Plan
+from teachercache.precompute.capture.plan import CALIBRATION_FILE, Plan
 
 KEY = "targets.calibration_from"
 AUTO = "auto"
@@ -38,11 +36,11 @@ def take_calibration(plan: Plan, location: str) -> None:
     known = plan.calibration()
     if known is None:
         _copy_files(plan, source)
-        write_whole(plan.calibration_file, json.dumps(_record(source.manifest), sort_keys=True))
+        plan.store.put(CALIBRATION_FILE, json.dumps(_record(source.manifest), sort_keys=True).encode())
     elif known["read_by"] != source.manifest.read_by:
         raise CacheError(
-            f"the job in {plan.folder} was begun with another calibration than that of {source.name} ({KEY}); delete "
-            f"{plan.folder} to start over, or leave the key as it was"
+            f"the job in {plan.store.name} was begun with another calibration than that of {source.name} ({KEY}); delete "
+            f"{plan.store.name} to start over, or leave the key as it was"
         )
 
 
@@ -60,7 +58,7 @@ def check_loaded(plan: Plan, described: Mapping[str, Any]) -> None:
     if wanted is not None and described["dtype"] != wanted:
         raise CacheError(
             f"the teacher is loaded in {described['dtype']}, that of the cache in {KEY} was in {wanted}; set teacher.dtype: "
-            f"{wanted}, and delete {plan.folder}"
+            f"{wanted}, and delete {plan.store.name}"
         )
 
 
@@ -77,9 +75,9 @@ def _check_settings(plan: Plan, other: Manifest, *, name: str) -> None:
 
 
 def _copy_files(plan: Plan, source: Cache) -> None:
-    store, listed = LocalStore(plan.folder), {info.file: info for info in source.manifest.files}
+    listed = {info.file: info for info in source.manifest.files}
     for name in sorted({name for files in source.manifest.read_by.values() for name in files.values()}):
-        store.put(name, read_checked(source.source, listed[name], most=MOST_CALIBRATION_BYTES))
+        plan.store.put(name, read_checked(source.source, listed[name], most=MOST_CALIBRATION_BYTES))
 
 
 def _record(other: Manifest) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.cache.stores.copies import folder_of
+from teachercache.cache.stores.store import holds
 from teachercache.config import RowPrefix, SequenceConfig
 from teachercache.corpus.sequences import tokenise
 from teachercache.errors import RecipeError
 from teachercache.models.loading import load_tokenizer
-from teachercache.precompute.capture.plan import Plan
-from teachercache.precompute.capture.staging import read_unit, salted_hash, sample_file
+from teachercache.precompute.capture.plan import INPUT_FILE, TEACHER, Plan
+from teachercache.precompute.capture.staging import read_sample, salted_hash
 from teachercache.precompute.engine.records import put_record
 from teachercache.tokens.prefix import begins_with, row_prefix
 from teachercache.tokens.rows import TokenRow
@@ -44,17 +46,17 @@ Forms = dict[RowPrefix, tuple[int, ...]]
 
 def check_input(teacher: Teacher, plan: Plan, *, positions_per_batch: int) -> None:
     """Measure, once a job, and write the record that `Plan.input_form` reads; an empty one if there is nothing to measure."""
-    if plan.input_file.is_file() or not sample_file(plan.unit_file(0).parent).is_file():
+    if holds(plan.store, INPUT_FILE):
         return
     sequence = SequenceConfig.model_validate(plan.identity["sequence"])
-    tokenizer = load_tokenizer(str(plan.folder / "teacher"))
+    with folder_of(plan.store, TEACHER) as folder:
+        tokenizer = load_tokenizer(str(folder))
     chats = plan.identity["corpus"].get("messages_field") is not None
     forms = _forms(tokenizer, sequence.prefix, plan.prefix_ids, chats=chats)
     rows = _sample(plan, tokenizer, forms, longest=sequence.length)
     nats_N = {name: _nats(teacher, rows, prefix, positions_per_batch) for name, prefix in forms.items()}
-    put_record(
-        plan.input_file, compared(sequence.prefix, nats_N)
-    )  # several actors may measure at once: the first one counts
+    # Several actors may measure at once: the first one counts.
+    put_record(plan.store, INPUT_FILE, compared(sequence.prefix, nats_N))
 
 
 def _forms(tokenizer: PreTrainedTokenizerBase, chosen: RowPrefix, prefix: tuple[int, ...], *, chats: bool) -> Forms:
@@ -75,7 +77,7 @@ def _sample(plan: Plan, tokenizer: PreTrainedTokenizerBase, forms: Forms, *, lon
     length = min(WINDOW, longest - max(map(len, forms.values())))
     if length < 2:
         return []
-    documents = read_unit(sample_file(plan.unit_file(0).parent))[:DOCUMENTS]
+    documents = read_sample(plan.store)[:DOCUMENTS]
     tokenised = tokenise(
         documents, tokenizer=tokenizer, sequence=SequenceConfig(length=length), store_text=False, prefix=()
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from teachercache.cache import Manifest
-from teachercache.cache.manifest.manifest import MANIFEST, read_manifest
+from teachercache.cache.manifest.manifest import MANIFEST, manifest_in
+from teachercache.cache.stores.store import holds
 from teachercache.config import Recipe, TeacherConfig
 from teachercache.errors import JobFailed, RecipeError
 from teachercache.files import locked
 from teachercache.models.loading import load_tokenizer
-from teachercache.precompute.capture.commit import DRIFT_AT, commit
+from teachercache.precompute.capture.commit import DRIFT_AT, commit, remove_work
 from teachercache.precompute.capture.given_calibration import check_calibration, take_calibration
 from teachercache.precompute.capture.input_form import input_warning
 from teachercache.precompute.capture.plan import Plan, make_plan
@@ -97,12 +97,13 @@ def _lock_file(cache: Path) -> Path:
 def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any]:
     plan = make_plan(recipe)
     given = recipe.targets.calibration_from
-    if (plan.folder / MANIFEST).is_file():
+    if holds(plan.store, MANIFEST):
+        manifest = manifest_in(plan.store)
         if given is not None:
-            check_calibration(read_manifest(plan.folder), given, name=str(plan.folder))
-        console.print(f"{plan.folder} is complete: nothing to do", markup=False)
-        shutil.rmtree(plan.work, ignore_errors=True)  # of a job that was killed between its last two steps
-        return summary(plan, read_manifest(plan.folder), Timing(), seconds=time.perf_counter() - start)
+            check_calibration(manifest, given, name=plan.store.name)
+        console.print(f"{plan.store.name} is complete: nothing to do", markup=False)
+        remove_work(plan.store)  # of a job that was killed between its last two steps
+        return summary(plan, manifest, Timing(), seconds=time.perf_counter() - start)
     if given is not None:
         take_calibration(plan, given)
         console.print(f"calibration: that of {given}", markup=False)
@@ -199,7 +200,7 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
     """Sums up the job's result; `positions_per_second` leaves start-up out."""
     working = timing.working_seconds
     return {
-        "cache": str(plan.folder),
+        "cache": plan.store.name,
         "rows": manifest.rows,
         "positions": manifest.positions,
         "quarantined": manifest.audit.quarantined,

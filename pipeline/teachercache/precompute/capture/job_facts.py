@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,5 +35,4 @@ class Job:
             teacher = teacher.model_copy(update={"model": str(Path(teacher.model).expanduser().resolve())})
         commit = plan.identity["teacher"].get("commit")
         teacher = teacher.model_copy(update={"revision": commit or teacher.revision})
-        absolute = dataclasses.replace(plan, folder=plan.folder.resolve())
-        return cls(absolute, teacher, recipe.corpus, recipe.sequence, recipe.precompute, placement)
+        return cls(plan, teacher, recipe.corpus, recipe.sequence, recipe.precompute, placement)

@@ -7,24 +7,28 @@ its teacher, reads the corpus once (staging.py), and decides between a new job, 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachercache.cache.files.column_groups import Group, ReadBy, groups_of, layout_of, target_digests
-from teachercache.cache.files.digests import fingerprint_of, hash_file
+from teachercache.cache.files.digests import fingerprint_of
+from teachercache.cache.files.entries import FileInfo
 from teachercache.cache.manifest import manifest_v1
-from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, read_manifest
+from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, manifest_in
 from teachercache.cache.manifest.model import TEACHER_IDENTITY, Manifest
+from teachercache.cache.stores.copies import file_of, put_folder, scratch_folder
+from teachercache.cache.stores.local import LocalStore
+from teachercache.cache.stores.store import Store, place
 from teachercache.config import PrecomputeConfig, Recipe
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.windows import check_room
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
-from teachercache.files import write_whole
 from teachercache.models.loading import (
     find_model,
     load_config,
@@ -33,14 +37,14 @@ from teachercache.models.loading import (
     weights_identity,
     without_paths,
 )
+from teachercache.precompute.capture.attempts import ATTEMPTS
 from teachercache.precompute.capture.layers import layer_kinds
 from teachercache.precompute.capture.shapes import CALIBRATION, INPUT_FORM, PLANNED, RECORD
-from teachercache.precompute.capture.staging import Staged, empty_folder, stage, unit_name
+from teachercache.precompute.capture.staging import Staged, stage
 from teachercache.precompute.engine.records import (
+    Records,
     check_named_by_content,
     check_unchanged,
-    described,
-    pending_units,
     read_json,
     read_shaped,
 )
@@ -54,19 +58,23 @@ from teachercache.tokens.pretokens import begins_pretoken
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLAN = "plan.json"
+TEACHER = "teacher"
+PLAN = f"{WORK_FOLDER}/plan.json"
+CALIBRATION_FILE = f"{WORK_FOLDER}/calibration.json"  # written once basis and layer files are in place
+INPUT_FILE = f"{WORK_FOLDER}/input.json"  # written once it is measured how the teacher takes the rows' beginnings
 PLAN_VERSION = 2  # of the format that an unfinished job writes; the plans of format 1 say none
 LOGIT_BYTES = 64  # about what a token's logits take, which the defaults of `unit_rows` and `unit_bytes` are chosen for
 ALWAYS = {"layout", "length", "add_eos"}  # settings of `sequence` that every manifest has
-# What an unfinished job may leave in the cache's folder.
-OURS = {WORK_FOLDER, "teacher", "shards", "targets", "quarantine", "index"}
+# What an unfinished job may leave where the cache is to be.
+OURS = {WORK_FOLDER, TEACHER, "shards", "targets", "quarantine", "index"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned job. `identity` is all that decides what the cache will hold; `units` counts the staged files."""
+    """A planned job. `identity` is all that decides what the cache will hold; `units` counts the staged files. Everything
+    below `.work/` is gone once the manifest is committed."""
 
-    folder: Path
+    store: Store
     identity: dict[str, Any]
     targets: StoredTargets
     units: int
@@ -77,42 +85,25 @@ class Plan:
     )  # in teacher/, as planning wrote them: file, bytes, sha256
 
     @property
-    def work(self) -> Path:
-        """Folder of everything that is gone once the manifest is committed."""
-        return self.folder / WORK_FOLDER
-
-    @property
     def prefix_ids(self) -> tuple[int, ...]:
         """The tokens that every row and every packed segment begins with."""
         return tuple(self.identity["tokenizer"].get("prefix_ids", ()))
 
-    def unit_file(self, unit: int) -> Path:
-        """The staged documents of a unit."""
-        return self.work / "units" / unit_name(unit)
+    def records(self) -> Records:
+        """Records of finished units, each written once the unit's shard is in place."""
+        layout, read_by = set(layout_of(self.targets)), self.read_by()
 
-    def record_file(self, unit: int) -> Path:
-        """Written once the unit's shard is in place."""
-        return self.work / "done" / f"{unit:05d}.json"
+        def counts(name: str, record: dict[str, Any]) -> bool:
+            if record["shard"] and set(record["shard"]["files"]) != layout:
+                raise CacheDamaged(
+                    f"{place(self.store, name)} is of other column groups than this job has; delete it and run the same "
+                    "command again: this unit is computed again"
+                )
+            return bool(
+                record["read_by"] == read_by
+            )  # prepared anew: other files would read its codes as other numbers
 
-    def record(self, unit: int) -> dict[str, Any] | None:
-        """The unit's record, if there is one and the files that it names are there in full."""
-        file = self.record_file(unit)
-        remedy = f"delete it (rm {file}) and run the same command again: this unit is computed again"
-        record = read_shaped(file, RECORD, remedy=remedy)
-        if record is None:
-            return None
-        if record["shard"] and set(record["shard"]["files"]) != set(layout_of(self.targets)):
-            raise CacheDamaged(f"{file} is of other column groups than this job has; {remedy}")
-        if record["read_by"] != self.read_by():
-            return None  # prepared anew: other files would read its codes as other numbers
-        shard, quarantine = record["shard"], record["quarantine"]
-        files = [*(shard["files"].values() if shard else ()), *([quarantine] if quarantine else ())]
-        return record if all(_is_there(self.folder, file["file"], file["bytes"]) for file in files) else None
-
-    @property
-    def calibration_file(self) -> Path:
-        """Written once basis and layer files are in place."""
-        return self.work / "calibration.json"
+        return Records(self.store, f"{WORK_FOLDER}/done", self.units, RECORD, counts)
 
     def calibration(self) -> dict[str, Any] | None:
         """Returns the rows that basis and layer files were made from, and these files; {} for targets without, None
@@ -120,20 +111,19 @@ class Plan:
         if not self.targets.needs_preparation:
             return {}
         record = read_shaped(
-            self.calibration_file, CALIBRATION, remedy="delete it and run the same command again: it calibrates anew"
+            self.store,
+            CALIBRATION_FILE,
+            CALIBRATION,
+            remedy="delete it and run the same command again: it calibrates anew",
         )
         if record is None:
             return None
-        return record if all((self.folder / name).is_file() for name in _made(record)) else None
-
-    @property
-    def input_file(self) -> Path:
-        """Written once it is measured how the teacher takes the rows' beginnings."""
-        return self.work / "input.json"
+        return record if set(_made(record)) <= self.store.list(f"{TEACHER}/").keys() else None
 
     def input_form(self) -> dict[str, Any]:
         """Returns the measured losses of input forms (input_form.py); {} before they are measured."""
-        return read_shaped(self.input_file, INPUT_FORM, remedy="delete it and run the same command again") or {}
+        remedy = "delete it and run the same command again"
+        return read_shaped(self.store, INPUT_FILE, INPUT_FORM, remedy=remedy) or {}
 
     def read_by(self) -> dict[str, dict[str, str]]:
         """Files that targets are read by, as far as they are made, by section and role."""
@@ -147,14 +137,14 @@ class Plan:
     def loaded_targets(self) -> StoredTargets:
         """The targets with their files, if these have been made."""
         read_by, kind = self.read_by(), self.targets.logits
-        basis = read_by.get(LOGITS, {}).get("basis")
-        path = None if basis is None else self.folder / basis
-        targets = self.targets.with_logits(
-            target_kind(kind.settings(), vocabulary_size=kind.vocabulary_size, basis=path)
-        )
+        name = read_by.get(LOGITS, {}).get("basis")
+        with nullcontext() if name is None else file_of(self.store, name) as basis:
+            loaded = target_kind(kind.settings(), vocabulary_size=kind.vocabulary_size, basis=basis)
+        targets = self.targets.with_logits(loaded)
         for section, files in read_by.items():
             if "layers" in files:
-                layers = LayerFile.load(self.folder / files["layers"])
+                with file_of(self.store, files["layers"]) as path:
+                    layers = LayerFile.load(path)
                 targets = targets.with_layer_file(section, layers, longest=self.identity["sequence"]["length"])
         return targets
 
@@ -172,7 +162,7 @@ class Plan:
     def target_digests(self) -> dict[str, str]:
         """See `Manifest.target_digests`; of targets whose files are made."""
         read_by: ReadBy = {
-            section: {role: _sha256_of(self.folder / name) for role, name in files.items()}
+            section: {role: made_file(self.store, name).sha256 for role, name in files.items()}
             for section, files in self.read_by().items()
         }
         return target_digests(self.identity["targets"], read_by)
@@ -190,7 +180,7 @@ class Plan:
 
     def pending(self) -> list[int]:
         """Units that are still to be computed; records that do not count are removed, so that others can take their place."""
-        return pending_units(self)
+        return self.records().pending()
 
 
 def _made(calibration: Mapping[str, Any]) -> list[str]:
@@ -198,9 +188,10 @@ def _made(calibration: Mapping[str, Any]) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _sha256_of(path: Path) -> str:
-    """Hashes a file that is named by its content; cached, because every unit of a process asks for it."""
-    return hash_file(path)
+def made_file(store: Store, name: str) -> FileInfo:
+    """Size and digest of a file that is named by its content; cached, because every unit of a process asks for it."""
+    data = store.get(name)
+    return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -289,7 +280,7 @@ def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> Target
 def _find_or_begin(
     recipe: Recipe, identity: dict[str, Any], targets: StoredTargets, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> Plan:
-    folder, corpus, settings = recipe.cache_folder, recipe.corpus, _smaller_units(recipe.precompute, targets)
+    store, corpus, settings = LocalStore(recipe.cache_folder), recipe.corpus, _smaller_units(recipe.precompute, targets)
     assert corpus is not None
     # Where a corpus comes from is no part of its identity: what it holds is.
     corpus_settings = corpus.model_dump(exclude={"limit", "format", "streaming"})
@@ -297,29 +288,36 @@ def _find_or_begin(
 
     def planned(staged: Staged) -> Plan:
         whole = {**identity, "corpus": {**corpus_settings, "digest": staged.digest}}
-        return Plan(folder, whole, targets, staged.units, staged.rows_in, staged.deduplicated)
+        return Plan(store, whole, targets, staged.units, staged.rows_in, staged.deduplicated)
 
-    known = _known_job(folder)
+    known = _known_job(store)
     if known is not None:
         plan = planned(stage(corpus, settings, None))
         if known.has_nothing and known.job != json.loads(json.dumps(plan.identity)):
-            _clear(folder)
+            _clear(store)
             known = None
     if known is not None:
-        _check_same_job(known, plan.identity, folder)
+        _check_same_job(known, plan.identity, store)
         plan = replace(plan, files=known.files)
         check_teacher_files(plan)
         return plan
-    with empty_folder(folder / WORK_FOLDER / "units") as staging:
-        positions = targets.calibration_positions
-        plan = planned(stage(corpus, settings, staging, calibration_positions=positions))
-        save_teacher_files(folder / "teacher", tokenizer, config, fingerprint=identity["tokenizer"]["fingerprint"])
-        if targets.boundary is not None:
-            targets.boundary.save(folder / "teacher")
-        (plan.work / "done").mkdir()
-        plan = replace(plan, files=described(folder, (folder / "teacher").iterdir()))
-        job = {"format_version": PLAN_VERSION, "identity": plan.identity, "files": plan.files}
-        write_whole(plan.work / PLAN, json.dumps(job, indent=1, sort_keys=True))  # last: now there is a job
+    try:
+        staged = stage(corpus, settings, store, calibration_positions=targets.calibration_positions)
+        return _begun(planned(staged), tokenizer, config)
+    except BaseException:  # nothing is left of what was no job yet
+        _clear(store)
+        raise
+
+
+def _begun(plan: Plan, tokenizer: PreTrainedTokenizerBase, config: Any) -> Plan:
+    """The plan of a job whose corpus is staged: with the files that all shards share, and written down last."""
+    with scratch_folder() as folder:
+        save_teacher_files(folder, tokenizer, config, fingerprint=plan.identity["tokenizer"]["fingerprint"])
+        if plan.targets.boundary is not None:
+            plan.targets.boundary.save(folder)
+        plan = replace(plan, files=[vars(info) for info in put_folder(plan.store, folder, TEACHER)])
+    job = {"format_version": PLAN_VERSION, "identity": plan.identity, "files": plan.files}
+    plan.store.put(PLAN, json.dumps(job, indent=1, sort_keys=True).encode())
     return plan
 
 
@@ -340,76 +338,80 @@ class _Known:
     has_nothing: bool = False  # computed; but rows to blame may have been found
 
 
-def _known_job(folder: Path) -> _Known | None:
-    """The job that the folder holds; refuses folders that hold something else.
+def _known_job(store: Store) -> _Known | None:
+    """The job that the store holds; refuses what holds something else.
 
     A job that was planned and has computed nothing yet holds nothing that could be lost: it is cleared away, so that a
     recipe can be mended in place. What was found out about rows that fail is kept for the same recipe.
     """
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
-        _check_files(folder, manifest)
+    sizes = store.list()
+    if MANIFEST in sizes:
+        manifest = manifest_in(store)
+        _check_files(store, manifest, sizes)
         return _Known(manifest.job, manifest.format_version == manifest_v1.FORMAT_VERSION)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not sizes:
         return None
-    work = folder / WORK_FOLDER
-    if not work.is_dir() or any(path.name not in OURS for path in folder.iterdir()):
-        raise CacheError(f"{folder} exists and holds no cache of ours; choose another `cache:` or empty it")
-    plan = work / PLAN
-    has_nothing = not any((folder / "shards").glob("part-*"))
-    if plan.is_file() and not (has_nothing and not any((work / "attempts").glob("*.json"))):
+    if (
+        not any(name.startswith(f"{WORK_FOLDER}/") for name in sizes)
+        or {name.partition("/")[0] for name in sizes} - OURS
+    ):
+        raise CacheError(f"{store.name} exists and holds no cache of ours; choose another `cache:` or empty it")
+    has_nothing = not any(name.startswith("shards/part-") for name in sizes)
+    if PLAN in sizes and not (has_nothing and not any(map(_is_attempt, sizes))):
         with contextlib.suppress(*((CacheError, CacheDamaged) if has_nothing else ())):
-            job = _read_plan(plan, folder)
+            job = _read_plan(store)
             return _Known(job["identity"], files=job["files"], has_nothing=has_nothing)
-    _clear(folder)
+    _clear(store)
     return None
 
 
-def _clear(folder: Path) -> None:
-    for name in OURS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+def _is_attempt(name: str) -> bool:
+    return name.startswith(f"{ATTEMPTS}/") and name.endswith(".json")
 
 
-def _read_plan(file: Path, folder: Path) -> dict[str, Any]:
+def _clear(store: Store) -> None:
+    ours = [name for name in store.list() if name.partition("/")[0] in OURS]
+    work = [name for name in ours if name.startswith(f"{WORK_FOLDER}/")]
+    store.delete(*(set(ours) - set(work)))
+    store.delete(*work)  # last: by it the rest is known to be ours
+    store.sweep()
+
+
+def _read_plan(store: Store) -> dict[str, Any]:
     """plan.json of an unfinished job; raises `CacheError` for that of another version, `CacheDamaged` for one that is none."""
-    content = read_json(file)
+    content = read_json(store, PLAN)
     if isinstance(content, dict) and content.get("format_version") != PLAN_VERSION:
         raise CacheError(
-            f"the job in {folder} was begun by another version of teachercache, whose cache has another format; finish it "
-            f"with that version, or {_start_over(folder)}"
+            f"the job in {store.name} was begun by another version of teachercache, whose cache has another format; finish it "
+            f"with that version, or {_start_over(store)}"
         )
-    job = read_shaped(file, PLANNED, remedy=_start_over(folder))
+    job = read_shaped(store, PLAN, PLANNED, remedy=_start_over(store))
     if job is None:
-        raise CacheDamaged(f"{file} is no JSON; {_start_over(folder)}")
+        raise CacheDamaged(f"{place(store, PLAN)} is no JSON; {_start_over(store)}")
     return job
 
 
 def check_teacher_files(plan: Plan) -> None:
     """Raise `CacheDamaged` where a file in teacher/, by which units of an unfinished job were made, has changed since."""
-    check_unchanged(plan.folder, plan.files, remedy=_start_over(plan.folder))
+    check_unchanged(plan.store, plan.files, remedy=_start_over(plan.store))
     for name in plan.made_files():
-        check_named_by_content(plan.folder, name, remedy="delete it and run this command again: it is made anew")
+        check_named_by_content(plan.store, name, remedy="delete it and run this command again: it is made anew")
 
 
-def _start_over(folder: Path) -> str:
-    return f"delete {folder} and run this command again"
+def _start_over(store: Store) -> str:
+    return f"delete {store.name} and run this command again"
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
+def _check_files(store: Store, manifest: Manifest, sizes: Mapping[str, int]) -> None:
     for info in manifest.all_files:
-        if not _is_there(folder, info.file, info.bytes):
+        if sizes.get(info.file) != info.bytes:
             raise CacheDamaged(
-                f"the cache at {folder} is finished, but {info.file} is missing or has another size; fetch that file "
-                f"again, or delete {folder} and run this command again (`teachercache verify` lists everything)"
+                f"the cache at {store.name} is finished, but {info.file} is missing or has another size; fetch that file "
+                f"again, or delete {store.name} and run this command again (`teachercache verify` lists everything)"
             )
 
 
-def _is_there(folder: Path, file: str, size: int) -> bool:
-    path = folder / file
-    return path.is_file() and path.stat().st_size == size
-
-
-def _check_same_job(known: _Known, identity: dict[str, Any], folder: Path) -> None:
+def _check_same_job(known: _Known, identity: dict[str, Any], store: Store) -> None:
     if known.is_of_format_1:  # it says less of what pins a teacher
         known_teacher = known.job["teacher"]
         identity = {
@@ -420,8 +422,8 @@ def _check_same_job(known: _Known, identity: dict[str, Any], folder: Path) -> No
     if different:
         rows = " (other rows: corpus.limit, or the data itself)" if "corpus.digest" in different else ""
         raise CacheError(
-            f"the cache at {folder} was made with other settings or data; different: {', '.join(different)}{rows}; "
-            "choose another `cache:`, or delete that folder to start over"
+            f"the cache at {store.name} was made with other settings or data; different: {', '.join(different)}{rows}; "
+            "choose another `cache:`, or delete that one to start over"
         )
 
 
@@ -439,7 +441,6 @@ def _portable_source(source: str) -> str:
 
 def save_teacher_files(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any, *, fingerprint: str) -> None:
     """Tokenizer and config.json of the teacher, without paths of this machine; checks that the tokenizer survives saving."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.to_json_string(use_diff=False), encoding="utf-8")
     without_paths(folder / "config.json")
     save_tokenizer(folder, tokenizer, fingerprint=fingerprint)

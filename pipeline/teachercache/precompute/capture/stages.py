@@ -74,7 +74,7 @@ def _tokenise(row: Row, job: Job) -> Row:
     def stage(row: Row) -> tuple[Tokenised, int]:
         return tokenise_unit(job.plan, int(row["unit"]), sequence=job.sequence, store_text=job.corpus.store_text)
 
-    with marked(job.plan.work, int(row["unit"])) as is_first:
+    with marked(job.plan.store, int(row["unit"])) as is_first:
         done = carrying_errors(stage, row) if is_first else row
     return {**row, "payload": b""} if isinstance(_problem(done), JobFailed) else done
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
+from teachercache.cache.manifest.manifest import WORK_FOLDER
+from teachercache.cache.stores.store import Store
 from teachercache.config import CorpusConfig, PrecomputeConfig
 from teachercache.corpus.documents import Document, Duplicate, documents
 from teachercache.corpus.readers import read_rows
@@ -42,33 +40,30 @@ BYTES_PER_CALIBRATION_POSITION = 2 * 32
 MOST_SAMPLED_BYTES = 256 * 2**20
 
 
+SAMPLE = f"{WORK_FOLDER}/sample.jsonl.zst"  # documents drawn from the whole corpus by content hash
+
+
 def unit_name(unit: int) -> str:
-    """File name of a staged unit."""
-    return f"{unit:05d}.jsonl.zst"
+    """File of a staged unit, in the cache's store."""
+    return f"{WORK_FOLDER}/units/{unit:05d}.jsonl.zst"
 
 
 def stage(
-    corpus: CorpusConfig, settings: PrecomputeConfig, folder: Path | None, *, calibration_positions: int = 0
+    corpus: CorpusConfig, settings: PrecomputeConfig, store: Store | None, *, calibration_positions: int = 0
 ) -> Staged:
-    """Cut the corpus into units and write them to `folder`, with a sample that holds text for so many positions; without a
-    folder, only count and hash.
+    """Cut the corpus into units and write them to the cache's store, with a sample that holds text for so many positions;
+    without a store, only count and hash.
 
     Raises `CorpusError` when the corpus cannot be read or holds no row.
     """
     sampled = max(SAMPLED_BYTES, BYTES_PER_CALIBRATION_POSITION * calibration_positions)
-    counts = _Counts(least_bytes=None if folder is None else sampled)
-    units = _write_units(counts.of(documents(read_rows(corpus), corpus)), settings, folder)
+    counts = _Counts(least_bytes=None if store is None else sampled)
+    units = _write_units(counts.of(documents(read_rows(corpus), corpus)), settings, store)
     if counts.rows_in == 0:
         raise CorpusError(f"the corpus {corpus.source} is empty: check corpus.source, split and text_field")
-    if folder is not None:
-        with _open_unit(sample_file(folder)) as sink:
-            sink.write("".join(document.to_json() + "\n" for document in counts.sample()).encode())
+    if store is not None:
+        store.put(SAMPLE, _compressed([(document.to_json() + "\n").encode() for document in counts.sample()]))
     return Staged(units, counts.rows_in, counts.deduplicated, counts.held_out, counts.digest.hexdigest())
-
-
-def sample_file(units: Path) -> Path:
-    """Documents drawn from the whole corpus by content hash, beside the folder of units; `read_unit` reads it."""
-    return units.parent / "sample.jsonl.zst"
 
 
 def salted_hash(identity: str) -> str:
@@ -76,9 +71,18 @@ def salted_hash(identity: str) -> str:
     return hashlib.blake2b(identity.encode(), digest_size=16, salt=b"calibration").hexdigest()
 
 
-def read_unit(path: Path) -> list[Document]:
+def read_unit(store: Store, unit: int) -> list[Document]:
     """The staged documents of a unit."""
-    with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
+    return _read(store, unit_name(unit))
+
+
+def read_sample(store: Store) -> list[Document]:
+    """The documents of the sample."""
+    return _read(store, SAMPLE)
+
+
+def _read(store: Store, name: str) -> list[Document]:
+    with pa.CompressedInputStream(pa.BufferReader(store.get(name)), "zstd") as stream:
         return [Document.from_json(line) for line in stream.read().splitlines()]
 
 
@@ -122,36 +126,31 @@ class _Counts:
         return [entry[-1] for entry in sorted(self._kept, key=lambda entry: (-entry[0], entry[1]))]
 
 
-def _write_units(items: Iterable[Document], settings: PrecomputeConfig, folder: Path | None) -> int:
-    units = rows = size = 0
-    sink: Any = None
-    for document in items:
-        line = (document.to_json() + "\n").encode()
-        if units == 0 or rows >= settings.unit_rows or size >= settings.unit_bytes:
-            if sink is not None:
-                sink.close()
-            sink = _open_unit(folder / unit_name(units)) if folder is not None else None
-            units, rows, size = units + 1, 0, 0
-        if sink is not None:
-            sink.write(line)
-        rows, size = rows + 1, size + len(line)
-    if sink is not None:
-        sink.close()
+def _write_units(items: Iterable[Document], settings: PrecomputeConfig, store: Store | None) -> int:
+    units = 0
+    for lines in _cut(items, settings):
+        if store is not None:
+            store.put(unit_name(units), _compressed(lines))
+        units += 1
     return units
 
 
-def _open_unit(path: Path) -> Any:
-    return pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd")
+def _cut(items: Iterable[Document], settings: PrecomputeConfig) -> Iterator[list[bytes]]:
+    """Documents, a line each, unit after unit."""
+    lines: list[bytes] = []
+    size = 0
+    for document in items:
+        if len(lines) >= settings.unit_rows or size >= settings.unit_bytes:
+            yield lines
+            lines, size = [], 0
+        lines.append((document.to_json() + "\n").encode())
+        size += len(lines[-1])
+    if lines:
+        yield lines
 
 
-@contextmanager
-def empty_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that goes, with the parents that had to be made for it, when the block fails."""
-    shutil.rmtree(folder, ignore_errors=True)
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(missing[-1] if missing else folder, ignore_errors=True)
-        raise
+def _compressed(lines: Sequence[bytes]) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(b"".join(lines))
+    return sink.getvalue()

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from teachercache.cache.storage.store import LocalStore
+from teachercache.cache.stores.store import holds
 from teachercache.errors import JobFailed
 from teachercache.precompute.capture.attempts import Attempts, isolated
 from teachercache.precompute.capture.job_facts import Job
+from teachercache.precompute.capture.plan import INPUT_FILE
 from teachercache.precompute.engine.fork_server import Ended, Fork, ForkServer, Silent
 
 FRUITLESS = 3  # failures of one unit without a row that fails alone, after which it is given up for this run
@@ -85,7 +86,7 @@ class Supervisor:
         raise JobFailed(f"calibrating failed: {said}; run the same command again to try once more")
 
     def _begun(self, unit: int) -> Attempts:
-        attempts = Attempts.of(self.job.plan.work, unit, run=self.job.run)
+        attempts = Attempts.of(self.job.plan.store, unit, run=self.job.run)
         self._tells = attempts.begun > 0
         attempts.begun += 1
         attempts.write()
@@ -146,14 +147,14 @@ class Supervisor:
 
     def _check_input(self) -> None:
         """It only warns: a teacher that fails at it goes on without."""
-        plan = self.job.plan
-        if plan.input_file.is_file():
+        store = self.job.plan.store
+        if holds(store, INPUT_FILE):
             return
         try:
             self._ask("check_input")
         except Failed:
             self._settle()
-            LocalStore(plan.work).put(plan.input_file.name, b"{}")
+            store.put(INPUT_FILE, b"{}")
 
     def _failure_of(self, name: str, *arguments: Any) -> Failed | None:
         """The way in which the process fails at this, or none."""

@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 
 from teachercache.cache import write_shard
-from teachercache.cache.files.content_files import write_named
 from teachercache.cache.manifest.model import QUARANTINE
+from teachercache.cache.stores.copies import folder_of, put_folder, scratch_folder
+from teachercache.cache.stores.named import put_named
+from teachercache.cache.stores.store import Store
 from teachercache.config import PrecomputeConfig, SequenceConfig
 from teachercache.corpus.documents import Document
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
-from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.input_form import check_input
-from teachercache.precompute.capture.plan import Plan
-from teachercache.precompute.capture.staging import read_unit, salted_hash, sample_file
+from teachercache.precompute.capture.plan import CALIBRATION_FILE, TEACHER, Plan
+from teachercache.precompute.capture.staging import read_sample, read_unit, salted_hash
 from teachercache.precompute.engine.records import put_record
 from teachercache.targets import LayerFile, SketchBasis, calibrates
 from teachercache.targets.stored import LOGITS
@@ -38,7 +39,7 @@ from teachercache.tokens.rows import TokenRow
 
 def staged_documents(plan: Plan, unit: int) -> list[Document]:
     """The documents of a unit, as they were staged."""
-    return read_unit(plan.unit_file(unit))
+    return read_unit(plan.store, unit)
 
 
 def document_key(document: Document) -> str:
@@ -56,7 +57,7 @@ def tokenise_unit(
 ) -> tuple[Tokenised, int]:
     """Token rows of the staged documents whose keys are to be kept, and how many documents there were."""
     staged = staged_documents(plan, unit)
-    tokenizer = _tokenizer(str(plan.folder / "teacher"))
+    tokenizer = _tokenizer(plan.store)
     kept = [document for document in staged if keep(document_key(document))]
     tokenised = tokenise(kept, tokenizer=tokenizer, sequence=sequence, store_text=store_text, prefix=plan.prefix_ids)
     return tokenised, len(staged)
@@ -84,25 +85,30 @@ def calibrate(
     files = [(section, "layers", file) for section, file in layers.items()]
     files += [(LOGITS, "basis", basis)] if basis is not None else []
     record: dict[str, Any] = {
-        "read_by": {
-            section: {role: file.save(plan.folder / "teacher").relative_to(plan.folder).as_posix()}
-            for section, role, file in files
-        },
+        "read_by": {section: {role: _put_made(plan, file)} for section, role, file in files},
         "positions": sum(row.positions for row in rows),
         "rows": sorted(row.row_id for row in rows),
         "sources": sorted({segment.source_id for row in rows for segment in row.segments}),
     }
     if basis is not None and basis.chosen is not None:
         record["chosen"] = basis.chosen
-    write_whole(plan.calibration_file, json.dumps(record, sort_keys=True))
+    plan.store.put(CALIBRATION_FILE, json.dumps(record, sort_keys=True).encode())
+
+
+def _put_made(plan: Plan, file: LayerFile | SketchBasis) -> str:
+    """Write a file that targets are read by; returns its name in the cache."""
+    with scratch_folder() as folder:
+        file.save(folder)
+        [info] = put_folder(plan.store, folder, TEACHER)
+    return info.file
 
 
 def calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
     """The rows that calibration draws."""
-    documents = read_unit(sample_file(plan.unit_file(0).parent))
+    documents = read_sample(plan.store)
     tokenised = tokenise(
         documents,
-        tokenizer=_tokenizer(str(plan.folder / "teacher")),
+        tokenizer=_tokenizer(plan.store),
         sequence=sequence,
         store_text=False,
         prefix=plan.prefix_ids,
@@ -114,8 +120,9 @@ def calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: str) -> Any:
-    return load_tokenizer(folder)
+def _tokenizer(store: Store) -> Any:
+    with folder_of(store, TEACHER) as folder:
+        return load_tokenizer(str(folder))
 
 
 def actor_threads(settings: PrecomputeConfig) -> int:
@@ -181,7 +188,7 @@ def write_unit(
     }
     if stored:
         shard, record["column_bytes"] = write_shard(
-            plan.folder,
+            plan.store,
             unit,
             rows=[item.row for item in stored],
             payload=[item.columns or {} for item in stored],
@@ -190,7 +197,7 @@ def write_unit(
         record["shard"] = shard.to_json()
     if quarantined:
         record["quarantine"] = vars(_write_quarantine(plan, unit, quarantined))
-    put_record(plan.record_file(unit), record)
+    put_record(plan.store, plan.records().name(unit), record)
     return record
 
 
@@ -220,4 +227,4 @@ def _quarantined_rows(captured: list[Captured]) -> list[Quarantined]:
 
 def _write_quarantine(plan: Plan, unit: int, quarantined: list[Quarantined]) -> Any:
     lines = "".join(json.dumps(vars(item), sort_keys=True) + "\n" for item in quarantined)
-    return write_named(plan.folder, QUARANTINE, f"part-{unit:05d}", ".jsonl", lines.encode())
+    return put_named(plan.store, QUARANTINE, f"part-{unit:05d}", ".jsonl", lines.encode())

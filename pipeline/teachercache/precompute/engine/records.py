@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from teachercache.cache.files.bounds import Count, validated
-from teachercache.cache.files.entries import check_inside, file_info
-from teachercache.cache.files.regular_files import open_regular, refused_in_a_line, why_different
-from teachercache.cache.storage.store import LocalStore
+from teachercache.cache.files.entries import check_inside
+from teachercache.cache.files.regular_files import NoRegularFile, refused_in_a_line
+from teachercache.cache.stores.store import Store, place
 from teachercache.errors import CacheDamaged
 
+AT_ONCE = 16  # small objects that are read at a time
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -48,93 +50,132 @@ class Shard(TypedDict):
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
 
 
-def read_shaped(file: Path, shape: TypeAdapter[Any], *, remedy: str) -> dict[str, Any] | None:
+def read_shaped(store: Store, name: str, shape: TypeAdapter[Any], *, remedy: str) -> dict[str, Any] | None:
     """A JSON file of this shape; None where there is none, or no JSON.
 
     Raises `CacheDamaged`, which says the `remedy`, for one of another shape, or that names files outside the cache.
     """
-    record: dict[str, Any] | None = read_json(file)
-    if record is None:
+    return _shaped(store, name, read_json(store, name), shape, remedy=remedy)
+
+
+def _shaped(store: Store, name: str, found: Any, shape: TypeAdapter[Any], *, remedy: str) -> dict[str, Any] | None:
+    if found is None:
         return None
+    record: dict[str, Any] = found
     try:
         validated(partial(shape.validate_python, strict=True), record)  # "3" and true are no counts
-        for name in _names(record):
-            check_inside(name)
+        for file in _files(record):
+            check_inside(file)
     except ValueError as error:
-        raise CacheDamaged(f"{file} is not as a job writes it ({error}); {remedy}") from None
+        raise CacheDamaged(f"{place(store, name)} is not as a job writes it ({error}); {remedy}") from None
     return record
 
 
-class Recorded(Protocol):
-    """A plan whose units leave records."""
+@dataclass(frozen=True)
+class Records:
+    """Records of the units of a job, one a unit, in the folder `within` of a store."""
 
-    @property
-    def units(self) -> int:
-        """Number of units."""
+    store: Store
+    within: str
+    units: int
+    shape: TypeAdapter[Any]
+    counts: Callable[[str, dict[str, Any]], bool]  # by its name: whether it is of this job; raises `CacheDamaged`
 
-    def record_file(self, unit: int) -> Path:
-        """Returns the place of a unit's record, whether or not it is there."""
+    def name(self, unit: int) -> str:
+        """Written once what the unit made is in place."""
+        return f"{self.within}/{unit:05d}.json"
 
-    def record(self, unit: int) -> dict[str, Any] | None:
-        """The record, if there is one that counts."""
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """Records that count, by unit: the files that they name are there in full."""
+        sizes = self.store.list()
+        return self._counting([unit for unit in range(self.units) if self.name(unit) in sizes], sizes)
+
+    def pending(self) -> list[int]:
+        """Units without a record that counts. One that does not is removed, so that another can take its place."""
+        done = self.finished()
+        without = [unit for unit in range(self.units) if unit not in done]
+        sizes = self.store.list()
+        wrong = [unit for unit in without if self.name(unit) in sizes]
+        meanwhile = self._counting(wrong, sizes)  # put by a straggler of an earlier job
+        self.store.delete(*(self.name(unit) for unit in wrong if unit not in meanwhile))
+        return [unit for unit in without if unit not in meanwhile]
+
+    def _counting(self, units: Sequence[int], sizes: Mapping[str, int]) -> dict[int, dict[str, Any]]:
+        found = {}
+        for unit, text in zip(units, texts(self.store, map(self.name, units)), strict=True):
+            name, record = self.name(unit), _parsed(text)
+            remedy = f"delete it and run the same command again: unit {unit} is done again"
+            record = _shaped(self.store, name, record, self.shape, remedy=remedy)
+            if record is not None and self.counts(name, record) and _are_there(record, sizes):
+                found[unit] = record
+        return found
 
 
-def pending_units(plan: Recorded) -> list[int]:
-    """Units without a record that counts; one that does not is removed."""
-    without = [unit for unit in range(plan.units) if plan.record(unit) is None]
-    return [unit for unit in without if not _is_done_meanwhile(plan, unit)]
+def _are_there(record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+    shard, quarantine = record["shard"], record.get("quarantine")
+    files = [*(shard["files"].values() if shard else ()), *([quarantine] if quarantine else ())]
+    return all(sizes.get(file["file"]) == file["bytes"] for file in files)
 
 
-def _is_done_meanwhile(plan: Recorded, unit: int) -> bool:
-    """Tells whether a straggler of an earlier job has put a record since; removes one that does not count."""
-    file = plan.record_file(unit)
-    if not file.is_file():
-        return False
-    if plan.record(unit) is not None:
-        return True
-    file.unlink(missing_ok=True)
-    return False
-
-
-def put_record(file: Path, record: Mapping[str, Any]) -> bool:
+def put_record(store: Store, name: str, record: Mapping[str, Any]) -> bool:
     """Write the record of a unit that is done, unless there is one; True where this call wrote it. Of several writers of one
     unit the first one counts: what the others wrote has names that no record says, and goes when the job is committed."""
-    data = json.dumps(record, sort_keys=True).encode()
-    return LocalStore(file.parent).put_if_absent(file.name, data)
+    return store.put_if_absent(name, json.dumps(record, sort_keys=True).encode())
 
 
-def read_json(file: Path) -> Any:
-    """Reads JSON of any shape; None where there is no file, or no JSON in it."""
+def texts(store: Store, names: Iterable[str]) -> Iterator[bytes | None]:
+    """The bytes of many small objects, in order, several at a time: a store far away answers each after a while. None for one
+    that is not there, or is no regular file."""
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield from pool.map(partial(_text, store), names)
+
+
+def _text(store: Store, name: str) -> bytes | None:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return store.get(name)
+    except (FileNotFoundError, NoRegularFile):
         return None
 
 
-def described(folder: Path, paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Files of the cache at `folder` as a plan lists them, by name."""
-    return [vars(file_info(folder, path)) for path in sorted(paths) if path.is_file()]
+def read_json(store: Store, name: str) -> Any:
+    """Reads JSON of any shape; None where there is no file, or no JSON in it."""
+    return _parsed(_text(store, name))
 
 
-def check_unchanged(folder: Path, files: Iterable[Mapping[str, Any]], *, remedy: str) -> None:
+def _parsed(text: bytes | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def check_unchanged(store: Store, files: Iterable[Mapping[str, Any]], *, remedy: str) -> None:
     """Raise `CacheDamaged`, in a line with the `remedy`, where one of these files is missing, is no regular file or has other
     bytes than when it was described."""
     for info in files:
-        place = f"{folder / info['file']}, which an unfinished job goes on from,"
-        with refused_in_a_line(place, remedy=remedy), open_regular(folder, info["file"]) as stream:
-            if why_different(stream, expected_bytes=info["bytes"], sha256=info["sha256"]):
-                raise CacheDamaged(f"{place} has other bytes than the job wrote; {remedy}")
+        data = _read_again(store, info["file"], remedy=remedy)
+        if (len(data), hashlib.sha256(data).hexdigest()) != (info["bytes"], info["sha256"]):
+            raise CacheDamaged(f"{_going_on(store, info['file'])} has other bytes than the job wrote; {remedy}")
 
 
-def check_named_by_content(folder: Path, name: str, *, remedy: str) -> None:
+def check_named_by_content(store: Store, name: str, *, remedy: str) -> None:
     """The same of a file whose name ends with the beginning of its sha256."""
-    place = f"{folder / name}, which an unfinished job goes on from,"
-    with refused_in_a_line(place, remedy=remedy), open_regular(folder, name) as stream:
-        if not hashlib.file_digest(stream, "sha256").hexdigest().startswith(Path(name).stem.rpartition("-")[2]):
-            raise CacheDamaged(f"{place} has other bytes than its name says; {remedy}")
+    digest = hashlib.sha256(_read_again(store, name, remedy=remedy)).hexdigest()
+    if not digest.startswith(name.rpartition(".")[0].rpartition("-")[2]):
+        raise CacheDamaged(f"{_going_on(store, name)} has other bytes than its name says; {remedy}")
 
 
-def _names(record: Mapping[str, Any]) -> list[str]:
+def _read_again(store: Store, name: str, *, remedy: str) -> bytes:
+    with refused_in_a_line(_going_on(store, name), remedy=remedy):
+        return store.get(name)
+
+
+def _going_on(store: Store, name: str) -> str:
+    return f"{place(store, name)}, which an unfinished job goes on from,"
+
+
+def _files(record: Mapping[str, Any]) -> list[str]:
     """Lists the files that a record or a plan names."""
     shard, others = record.get("shard"), [record.get("quarantine"), *record.get("files", ())]
     files = [*(shard["files"].values() if shard else ()), *(other for other in others if other)]

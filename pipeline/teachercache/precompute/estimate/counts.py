@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from teachercache.cache.stores.copies import folder_of
 from teachercache.config import Recipe
 from teachercache.corpus.documents import Document, documents
 from teachercache.corpus.sample import CorpusSample
 from teachercache.corpus.sequences import Tokenised, tokenise
 from teachercache.errors import CorpusError
 from teachercache.models.loading import load_tokenizer
-from teachercache.precompute.capture.plan import Plan
+from teachercache.precompute.capture.plan import TEACHER, Plan
 from teachercache.precompute.capture.staging import read_unit
 from teachercache.precompute.estimate.measured import Amount
 from teachercache.tokens.rows import TokenRow
@@ -38,7 +39,8 @@ class Counts:
 def count(recipe: Recipe, plan: Plan, sample: CorpusSample) -> Counts:
     """Tokenise the sample of the recipe's corpus, which `plan` is of. Raises `CorpusError` where no row of it is usable."""
     assert recipe.corpus is not None
-    tokenizer = load_tokenizer(str(plan.folder / "teacher"))
+    with folder_of(plan.store, TEACHER) as folder:
+        tokenizer = load_tokenizer(str(folder))
     groups = [*_groups(recipe, plan, sample)]
     parts = [
         tokenise(
@@ -67,7 +69,7 @@ def _groups(recipe: Recipe, plan: Plan, sample: CorpusSample) -> Iterator[list[D
     """The documents of the job's units, or of the blocks of a sample."""
     assert recipe.corpus is not None
     if sample.is_whole:
-        yield from (read_unit(plan.unit_file(unit)) for unit in range(plan.units))
+        yield from (read_unit(plan.store, unit) for unit in range(plan.units))
         return
     for block in sample.blocks:
         yield [item for item in documents(block.rows, recipe.corpus) if isinstance(item, Document)]

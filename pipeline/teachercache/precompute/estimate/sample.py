@@ -18,6 +18,7 @@ import torch
 
 from teachercache.cache import Cache
 from teachercache.cache.reader import Split
+from teachercache.cache.stores.local import LocalStore
 from teachercache.config import Recipe
 from teachercache.corpus.sample import CorpusSample
 from teachercache.corpus.sequences import Tokenised
@@ -125,10 +126,9 @@ class SampleRun:
         assert corpus is not None
         with self._watch.of("planning"):
             plan = make_plan(self._small)
-        again.mkdir()
         with self._watch.of("staging"):  # once more, alone: it is what planning takes longer for on a larger corpus
             stage(
-                corpus, self._small.precompute, again, calibration_positions=plan.targets.calibration_positions
+                corpus, self._small.precompute, LocalStore(again), calibration_positions=plan.targets.calibration_positions
             )  # fmt: skip
         with self._watch.of("tokenising"):
             return plan, count(self._recipe, plan, self._sample)
@@ -167,7 +167,7 @@ class SampleRun:
         writing_seconds = self._watch.costs["capturing"].seconds - report.teacher_seconds
         with self._watch.of("committing"):
             commit(replace(plan, units=1, rows_in=documents, deduplicated=0))
-        return Cache.open(plan.folder), writing_seconds
+        return Cache.open(plan.store.name), writing_seconds
 
     def _aligned(self, cache: Cache, student: str) -> SampleBytes:
         with self._watch.of("planning alignments"):
@@ -175,7 +175,7 @@ class SampleRun:
         with self._watch.of("aligning"):
             align_shard(plan, 0)
         commit_alignment(plan, cache)
-        return sizes_of_alignment(plan.folder, student=student)
+        return sizes_of_alignment(cache.folder / plan.within, student=student)
 
 
 def _of_sample(recipe: Recipe, sample: CorpusSample, folder: Path) -> Recipe:

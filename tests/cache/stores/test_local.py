@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from teachercache.cache.files.regular_files import NoRegularFile
-from teachercache.cache.storage.store import LocalStore, Store
+from teachercache.cache.stores.local import LocalStore
+from teachercache.cache.stores.store import Store
+from teachercache.errors import CacheError
 
 RACES = 40
 WRITERS = 2
@@ -38,20 +40,21 @@ def test_an_object_that_is_there_stays(store: Store) -> None:
 
 
 def test_list_names_what_begins_with_a_prefix(store: Store) -> None:
-    assert store.list() == store.list("done/") == []
-    for name in ("done/00001.json", "done/00000.json", "done-so/x", "plan.json"):
-        store.put(name, b"")
-    assert store.list("done/") == ["done/00000.json", "done/00001.json"]
-    assert store.list("done") == ["done-so/x", "done/00000.json", "done/00001.json"]
-    assert store.list("done/00001") == ["done/00001.json"]
-    assert store.list() == ["done-so/x", "done/00000.json", "done/00001.json", "plan.json"]
+    assert store.list() == store.list("done/") == {}
+    for size, name in enumerate(("done/00001.json", "done/00000.json", "done-so/x", "plan.json")):
+        store.put(name, bytes(size))
+    assert store.list("done/") == {"done/00000.json": 1, "done/00001.json": 0}
+    assert list(store.list("done")) == ["done-so/x", "done/00000.json", "done/00001.json"]
+    assert list(store.list("done/00001")) == ["done/00001.json"]
+    assert list(store.list()) == ["done-so/x", "done/00000.json", "done/00001.json", "plan.json"]
 
 
 def test_deleted_is_gone_and_twice_is_no_fault(store: Store) -> None:
     store.put("plan.json", b"")
+    store.put("done/00000.json", b"")
+    store.delete("plan.json", "done/00000.json", "never/there.json")
     store.delete("plan.json")
-    store.delete("plan.json")
-    assert store.list() == []
+    assert store.list() == {}
     with pytest.raises(FileNotFoundError):
         store.get("plan.json")
 
@@ -70,6 +73,40 @@ def test_a_link_is_no_object(store: LocalStore) -> None:
         store.get("link.json")
 
 
+@pytest.mark.parametrize("verb", ["put", "delete", "list", "sweep"])
+def test_a_link_leads_nothing_out_of_the_folder(store: LocalStore, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "thesis.tex").write_text("precious")
+    store.put("plan.json", b"")
+    (store.folder / "done").symlink_to(tmp_path / "outside")
+    calls = {
+        "put": lambda: store.put("done/thesis.tex", b""),
+        "delete": lambda: store.delete("done/thesis.tex"),
+        "list": lambda: store.list("done/"),
+        "sweep": lambda: store.sweep("done/"),
+    }
+    with pytest.raises(CacheError, match="is a link, which would lead"):
+        calls[verb]()
+    assert list(store.list()) == ["done", "plan.json"]
+    assert [path.read_text() for path in (tmp_path / "outside").iterdir()] == ["precious"]
+
+
+def test_folders_that_hold_nothing_go(store: LocalStore) -> None:
+    store.put("a/b/c.json", b"")
+    store.put("a/d.json", b"")
+    store.delete("a/b/c.json")
+    assert [path.name for path in (store.folder / "a").iterdir()] == ["d.json"]
+    store.delete("a/d.json")
+    assert store.folder.is_dir() and not list(store.folder.iterdir())
+
+
+def test_another_process_finds_it_wherever_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    travelling = pickle.dumps(LocalStore(Path("cache")))
+    monkeypatch.chdir("/")
+    assert pickle.loads(travelling).folder == tmp_path / "cache"
+
+
 def test_a_write_that_fails_leaves_nothing(store: LocalStore) -> None:
     (store.folder / "done" / "00000.json").mkdir(parents=True)
     with pytest.raises(OSError):
@@ -83,7 +120,9 @@ def test_what_a_killed_writer_leaves_is_no_object(store: LocalStore) -> None:
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGXFSZ
-    assert len(list(store.folder.iterdir())) == 1 and store.list() == []
+    assert len(list(store.folder.iterdir())) == 1 and store.list() == {}
+    store.sweep()
+    assert not list(store.folder.iterdir())
 
 
 def _die_while_writing(store: LocalStore) -> None:

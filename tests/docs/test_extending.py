@@ -26,6 +26,7 @@ from teachercache.registry import Registry
 from teachercache.schedules import SCHEDULES
 from teachercache.targets import KINDS, TAIL_POLICIES
 from teachercache.targets.layers.kinds import LAYER_KINDS
+from teachercache.targets.logits.tails.policy import HEAD, MASS, offered
 from teachercache.teacher import BACKENDS
 
 from builders import build_cache, tiny_cache, tiny_recipe, tiny_teacher
@@ -37,10 +38,12 @@ PAGE = ROOT / "docs" / "design" / "extending.md"
 
 @pytest.fixture(scope="module")
 def added() -> Iterator[dict[str, Any]]:
-    """Names that the page's blocks define, one after the other; afterwards nothing of them is on any list."""
-    names: dict[str, Any] = {"__name__": "extension"}
+    """Names that the page's blocks define, each run by itself; afterwards nothing of them is on any list."""
+    names: dict[str, Any] = {}
     for block in blocks(PAGE, "python"):
-        exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)
+        alone: dict[str, Any] = {"__name__": "extension"}
+        exec(compile(block, str(PAGE), "exec", dont_inherit=True), alone)
+        names |= alone
     yield names
     lists: dict[str, Registry[Any]] = {
         "rounded": KINDS, "by-id": TAIL_POLICIES, "norms": LAYER_LOSSES, "scaled": LAYER_KINDS, "halving": SCHEDULES,
@@ -106,6 +109,11 @@ def test_a_tail_policy_from_outside_gives_each_token_its_share(added: dict[str, 
     for given, xp in ((arrays, np), ({name: torch.from_numpy(values) for name, values in arrays.items()}, torch)):
         dense_NV = np.exp(np.asarray(kind.softened(given, 1.0, tail="by-id", xp=xp).dense()))
         np.testing.assert_allclose(dense_NV[0], expected, rtol=1e-5)
+
+
+def test_a_line_in_the_list_of_policies_is_enough(added: dict[str, Any]) -> None:
+    policies = (TAIL_POLICIES["sketch"], added["ById"](), TAIL_POLICIES["ghost"])
+    assert offered(("ghost",), policies, known=frozenset((HEAD, MASS))) == ("ghost", "by-id")
 
 
 @pytest.mark.parametrize("fusion", ["arithmetic", "geometric"])

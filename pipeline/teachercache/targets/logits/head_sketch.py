@@ -47,7 +47,7 @@ from teachercache.targets.logits.kind import NOTHING, KindSettings, hidden_size
 from teachercache.targets.logits.softened import Softened, Tail
 from teachercache.targets.logits.tail import NODES, decode_nodes, node_sums, quantise_nodes, tail_at
 from teachercache.targets.logits.tails.policies import TAIL_POLICIES
-from teachercache.targets.logits.tails.policy import HEAD, MASS, SKETCH, TailContext, with_added
+from teachercache.targets.logits.tails.policy import HEAD, MASS, SKETCH, TailContext, offered
 
 HEAD_STEP = 1 / 32  # of a logit
 LEAST_HEAD_LOGIT = -2000.0  # relative to the largest; what 16 bits of steps hold
@@ -127,7 +127,7 @@ class HeadSketch:
     kind = "head+sketch"
     needs_calibration = True
     config = HeadSketchConfig
-    own_tails: ClassVar[tuple[str, ...]] = ("sketch", "ghost", "uniform", "renormalise")
+    preferred_tails: ClassVar[tuple[str, ...]] = ("sketch", "ghost", "uniform", "renormalise")
 
     k: int
     rank: int
@@ -270,7 +270,7 @@ class HeadSketch:
     @property
     def tail_policies(self) -> tuple[str, ...]:
         """Names of what `softened` accepts."""
-        return with_added(self.own_tails, TAIL_POLICIES.added, known=frozenset((HEAD, MASS, SKETCH)))
+        return offered(self.preferred_tails, TAIL_POLICIES.values(), known=frozenset((HEAD, MASS, SKETCH)))
 
     @staticmethod
     def check_temperature(temperature: float) -> None:

@@ -28,7 +28,7 @@ from teachercache.targets.logits.head_checks import check_distinct, check_fallin
 from teachercache.targets.logits.kind import NOTHING, KindSettings
 from teachercache.targets.logits.softened import Softened
 from teachercache.targets.logits.tails.policies import TAIL_POLICIES
-from teachercache.targets.logits.tails.policy import HEAD, MASS, TailContext, with_added
+from teachercache.targets.logits.tails.policy import HEAD, MASS, TailContext, offered
 from teachercache.targets.logits.temperature import grid_index, softened
 
 
@@ -63,7 +63,7 @@ class TopK:
     kind = "top-k"
     needs_calibration = False
     config: ClassVar[type[GridConfig]] = TopKConfig
-    own_tails: ClassVar[tuple[str, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
+    preferred_tails: ClassVar[tuple[str, ...]] = ("ghost", "uniform", "renormalise")  # the first is the default
 
     k: int
     temperatures: tuple[float, ...]
@@ -100,7 +100,7 @@ class TopK:
     @property
     def tail_policies(self) -> tuple[str, ...]:
         """Names of what `softened` accepts."""
-        return with_added(self.own_tails, TAIL_POLICIES.added, known=frozenset((HEAD, MASS)))
+        return offered(self.preferred_tails, TAIL_POLICIES.values(), known=frozenset((HEAD, MASS)))
 
     def check_temperature(self, temperature: float) -> None:
         """Raise `CacheError` when the cache does not hold this temperature."""

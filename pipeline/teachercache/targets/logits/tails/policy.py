@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,7 @@ def is_dense(policy: TailPolicy) -> bool:
     return policy.tells_tokens_apart and policy.keeps_mass
 
 
-def with_added(names: Sequence[str], added: Sequence[TailPolicy], *, known: frozenset[str]) -> tuple[str, ...]:
-    """Names of a kind's own policies, then those from outside for which it knows enough."""
-    return (*names, *(policy.name for policy in added if policy.needs <= known))
+def offered(preferred: Sequence[str], policies: Iterable[TailPolicy], *, known: frozenset[str]) -> tuple[str, ...]:
+    """Names of the policies that a kind offers: those that it prefers in their order, then all others for which it knows
+    enough."""
+    return (*preferred, *(policy.name for policy in policies if policy.name not in preferred and policy.needs <= known))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import subprocess
 import sys
@@ -53,6 +54,20 @@ def test_errors_are_printed_plain(capfd: pytest.CaptureFixture[str]) -> None:
 
     assert run_command(fail, as_json=False, show=lambda result: None) == 1
     assert "\x1b[31m" not in capfd.readouterr().err
+
+
+def test_a_library_that_is_not_installed_is_the_users_to_install(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(_: object) -> dict[str, object]:
+        return vars(importlib.import_module("ray.data"))
+
+    monkeypatch.setitem(sys.modules, "ray", None)  # Python's own way to say that there is none
+    monkeypatch.delitem(sys.modules, "ray.data", raising=False)
+    assert run_command(work, as_json=False, show=lambda result: None) == 2
+    told = capfd.readouterr().err
+    assert "needs ray, which is not installed" in told and '"teachercache[precompute]"' in told
+    assert "Traceback" not in told
 
 
 def test_a_traceback_is_printed_plain(capfd: pytest.CaptureFixture[str]) -> None:

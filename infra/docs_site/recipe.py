@@ -20,7 +20,9 @@ HEAD = """# Recipe keys
 
 A recipe is one YAML file for a precompute job, a training job, or both. Unknown keys are refused with the nearest valid
 one. Any key can be given on the command line as well: `-s train.learning_rate=1e-4`, `-s 'targets.hidden={layers: [4, 8]}'`
-(the value is YAML). Complete recipes, with a comment at each key, are in [`jobs/recipes/`](../../jobs/recipes).
+(the value is YAML). Complete recipes, with a comment at each key, are in [`jobs/recipes/`](../../jobs/recipes). Guides say
+what to choose: [own data](../guides/own-data.md), [targets](targets.md), [α and temperature at each
+step](../guides/schedules.md), [layers](../guides/layers.md), [another tokenizer](../guides/other-tokenizer.md).
 
 This page is generated from the classes in `teachercache.config` by `python infra/docs_site/generate.py`.
 """

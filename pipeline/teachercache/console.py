@@ -24,6 +24,9 @@ from teachercache.errors import TeachercacheError, UserError
 
 BUG = 1
 INTERRUPTED = 130
+# What a command imports beyond the base install, and the extra that brings it.
+EXTRAS = dict.fromkeys(("ray", "datasets"), "precompute") | dict.fromkeys(("deepspeed", "peft", "tensorboard"), "train")
+EXTRAS |= dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "jinja2"), "all")
 
 
 def run_command(
@@ -51,6 +54,8 @@ def run_command(
         if isinstance(error, OSError) and error.filename is not None:
             reason = f"{_text(error.filename)}: {error.strerror}; check the path and its permissions"
             result, status = _failed(console, reason, status=UserError.exit_status)
+        elif (missing := _missing_extra(error)) is not None:
+            result, status = _failed(console, str(missing), status=missing.exit_status)
         else:
             sys.stderr.write(without_controls(traceback.format_exc()))
             what = f"unexpected {type(error).__name__}: {error}"
@@ -103,6 +108,14 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 def _failed(console: Console, message: str, *, status: int) -> tuple[dict[str, Any], int]:
     console.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
     return {"error": message, "exit_status": status}, status
+
+
+def _missing_extra(error: Exception) -> UserError | None:
+    """The mistake of asking for a command whose libraries are not installed; None for any other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in EXTRAS:
+        return None
+    return UserError(f'this command needs {name}, which is not installed; pip install "teachercache[{EXTRAS[name]}]"')
 
 
 def _text(name: str | bytes | int) -> str:

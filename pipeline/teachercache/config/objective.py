@@ -135,7 +135,7 @@ class ObjectiveConfig(Section):
         "auto",
         description="tokens outside the head: one bucket with their exact mass (ghost), alike (uniform), dropped "
         "(renormalise) or each with its own share (sketch); auto: sketch, ghost "
-        "or renormalise, the first that the targets allow",
+        "or renormalise, the first that the targets allow; or a policy that an installed extension registers",
     )
 
     layers: tuple[LayerTerm, ...] = Field((), description="losses between layers, added to the ones above")

@@ -29,7 +29,9 @@ class PhaseConfig(Section):
     global_batch: int | None = Field(None, ge=1, description="rows in an optimizer step")
     learning_rate_factor: float = Field(1.0, gt=0, description="multiplies what train.schedule gives")
     temperature: Temperature | None = Field(None, description="in the place of objective.temperature")
-    alpha: Alpha | None = Field(None, description="in the place of objective.alpha; not a balance")
+    alpha: Alpha | None = Field(
+        None, description="in the place of objective.alpha: a number or a schedule; a balance is refused here"
+    )
     weights: dict[str, Scheduled] = Field(
         {}, description="of terms of objective.layers or .across, by their names in logs"
     )

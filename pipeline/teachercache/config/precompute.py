@@ -69,7 +69,11 @@ class SequenceConfig(Section):
         "documents",
         description="documents: a row is one document, or a window of it; packed: several, isolated from each other",
     )
-    length: int = Field(512, ge=2, description="most tokens in a sequence; longer documents are windowed, never cut")
+    length: int = Field(
+        512,
+        ge=2,
+        description="most tokens in a sequence; longer documents are split into several rows; no text is lost",
+    )
     add_eos: bool = Field(True, description="end every text document with the tokenizer's end-of-sequence token")
     prefix: RowPrefix = Field(
         "auto",

@@ -119,7 +119,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}; mend that line") from None
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(data).__name__}")
     for override in overrides:
@@ -149,12 +149,12 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: `{part}` is a value, not a section")
+            raise RecipeError(f"override {override!r}: `{part}` is a value, not a section; end the path there")
         node = child
     try:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not YAML") from None
+        raise RecipeError(f"override {override!r}: the value is not YAML; put quotes around it") from None
 
 
 def _explain(item: Any) -> str:
@@ -163,7 +163,7 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return _unknown_key(location, str(item["loc"][-1]), sections, others)
     if item["type"] == "missing":
-        return f"`{location}` is missing"
+        return f"`{location}` is missing; add it"
     if item["type"] == "union_tag_invalid":
         first, _, tags = item["ctx"]["expected_tags"].partition(", ")
         if first != f"'{NUMBER}'":

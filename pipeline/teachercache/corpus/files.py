@@ -59,7 +59,9 @@ def open_bytes(path: Path) -> io.BufferedReader:
         # a pyarrow stream is a raw stream in all but its declared type
         return io.BufferedReader(pa.input_stream(str(path)))
     except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"corpus file {path} cannot be opened: {' '.join(str(error).split())}") from None
+        raise CorpusError(
+            f"corpus file {path} cannot be opened: {' '.join(str(error).split())}; check its permissions and its suffix"
+        ) from None
 
 
 def jsonl_count(paths: Sequence[Path]) -> int:
@@ -87,7 +89,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line:
                     yield number, line
         except (OSError, pa.ArrowException) as error:
-            raise CorpusError(f"corpus file {path} is damaged: {' '.join(str(error).split())}") from None
+            raise CorpusError(
+                f"corpus file {path} is damaged: {' '.join(str(error).split())}; fetch it again"
+            ) from None
 
 
 def parse_line(line: bytes, *, origin: str) -> Row:
@@ -113,7 +117,9 @@ def text_rows(paths: Sequence[Path], *, field: str, start: int = 0, stop: int | 
             try:
                 content = file.read()
             except (OSError, pa.ArrowException) as error:
-                raise CorpusError(f"corpus file {path} is damaged: {' '.join(str(error).split())}") from None
+                raise CorpusError(
+                    f"corpus file {path} is damaged: {' '.join(str(error).split())}; fetch it again"
+                ) from None
         try:
             yield {field: content.decode("utf-8").removeprefix("\ufeff")}
         except UnicodeDecodeError as error:
@@ -153,7 +159,10 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
         # pre-buffering would hold a whole row group; these may be gigabytes
         return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"corpus file {path} is not readable Parquet: {' '.join(str(error).split())}") from None
+        raise CorpusError(
+            f"corpus file {path} is not readable Parquet: {' '.join(str(error).split())}; fetch it again, or say what it is "
+            "with corpus.format"
+        ) from None
 
 
 def _row_group(file: pq.ParquetFile, group: int, *, path: Path, field: str) -> Iterator[Row]:
@@ -161,7 +170,7 @@ def _row_group(file: pq.ParquetFile, group: int, *, path: Path, field: str) -> I
         for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[field]):
             yield from _values(batch.column(0), field=field, origin=path.name)
     except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"corpus file {path} is damaged: {' '.join(str(error).split())}") from None
+        raise CorpusError(f"corpus file {path} is damaged: {' '.join(str(error).split())}; fetch it again") from None
 
 
 def _values(column: pa.Array, *, field: str, origin: str) -> Iterator[Row]:

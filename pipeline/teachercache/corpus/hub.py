@@ -79,7 +79,9 @@ def _load(source: Path, config: CorpusConfig) -> Any:
         )
     kind = format_of(config.source)
     if kind is None:
-        raise CorpusError(f"dataset {config.source}: the suffix names no known format (.parquet, .jsonl, .txt)")
+        raise CorpusError(
+            f"dataset {config.source}: the suffix names no known format (.parquet, .jsonl, .txt); name a file with one of these"
+        )
     options = {"sample_by": "document"} if kind == "text" else {}
     files = config.source if "://" in config.source else str(source)
     return load_dataset(BUILDERS[kind], data_files=files, split=config.split, streaming=config.streaming, **options)

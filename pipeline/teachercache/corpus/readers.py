@@ -50,11 +50,16 @@ def read_rows(config: CorpusConfig) -> Iterator[Row]:
 
 def _check_head(head: Sequence[Row], config: CorpusConfig) -> None:
     if not head:
-        raise CorpusError(f"corpus {config.source} holds no rows (corpus.split: {config.split})")
+        raise CorpusError(
+            f"corpus {config.source} holds no rows (corpus.split: {config.split}); check corpus.source and corpus.split"
+        )
     readable = [row for row in head if "_unreadable" not in row]
     if not readable:
         reason = head[0]["_unreadable"]
-        raise CorpusError(f"corpus {config.source}: none of the first {len(head)} rows can be read: {reason}")
+        raise CorpusError(
+            f"corpus {config.source}: none of the first {len(head)} rows can be read: {reason}; say what the files "
+            "are with corpus.format, or mend them"
+        )
     field = config.messages_field or config.text_field
     if not any(field in row for row in readable):
         check_field(field, sorted({key for row in readable for key in row}), origin=f"corpus {config.source}")
@@ -88,7 +93,7 @@ def kind_of(config: CorpusConfig) -> str:
     if path.is_file() or glob.has_magic(config.source):
         return _kind_of_files(paths_of(config.source, kind=None), config.source)
     if _names_a_path(config.source):
-        raise CorpusError(f"corpus {config.source} does not exist")
+        raise CorpusError(f"corpus {config.source} does not exist; check corpus.source")
     return "datasets"
 
 
@@ -130,7 +135,7 @@ def paths_of(source: str, *, kind: str | None) -> list[Path]:
     if not files:
         if path.is_dir():
             raise CorpusError(f"corpus {source} is an empty folder; put files there, or set another corpus.source")
-        raise CorpusError(f"corpus {source} does not exist")
+        raise CorpusError(f"corpus {source} does not exist; check corpus.source")
     matching = [file for file in files if kind is None or format_of(file) == kind]
     return _documents(matching or files)
 

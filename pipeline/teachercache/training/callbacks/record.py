@@ -11,7 +11,7 @@ from teachercache.training.callbacks.meter import LoggingWindow
 def training_record(
     window: LoggingWindow, schedule: Mapping[str, Any], *, divergence_name: str | None
 ) -> dict[str, Any]:
-    """Losses by term, means over positions; `schedule` is what held in the window's last step. Without a name
+    """Losses by term, means over positions; `schedule` holds the values of the window's last step. Without a name
     there is no divergence beside the terms."""
     divergence = {} if divergence_name is None or schedule["alpha"] == 0 else {divergence_name: window.divergence}
     return {

@@ -5,7 +5,7 @@ run.json        whose run this is: the cache's fingerprint, the weights that it 
 checkpoint-N/   see checkpoints/completion.py
 damaged-checkpoint-N/   the last one whose bytes were not those that were written, kept for whoever needs it
 log.jsonl       log records
-course.jsonl    what alpha, temperature and weights were at each step, where they change
+course.jsonl    alpha, temperature and weights of each step, where any of them changes during the run
 runs/           trackers' files
 student/        the exported student
 adapters/       its adapters by themselves, where `student.lora` trained them

@@ -27,7 +27,8 @@ STAGES = (
     ("installation", "Installation"),
     ("config", "Recipes"), ("corpus", "Corpus"), ("tokens", "Tokens"), ("bounded", "Chat templates"),
     ("models", "Models"), ("teacher", "Teacher"),
-    ("targets", "Targets"), ("precompute", "Precompute"), ("cache", "The cache on disk"), ("stream", "Reading a cache"),
+    ("targets", "Targets"), ("precompute", "Precompute"), ("cache", "The cache on disk"),
+    ("sharing", "Caches of other people"), ("stream", "Reading a cache"),
     ("objective", "Objective"), ("training", "Training"), ("evaluation", "Evaluation"), ("sampling", "Sampling"),
 )  # fmt: skip
 SETTINGS = ("config", "schedules")  # what is a `ValueError` there is a mistake in a recipe

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from teachercache.cli.commands.align import align
-from teachercache.cli.commands.estimate import estimate
-from teachercache.cli.commands.evaluate import evaluate
-from teachercache.cli.commands.fidelity import fidelity
-from teachercache.cli.commands.filter import filter_
-from teachercache.cli.commands.init_student import init_student
-from teachercache.cli.commands.inspect import inspect
-from teachercache.cli.commands.merge import merge
-from teachercache.cli.commands.precompute import precompute
-from teachercache.cli.commands.quickstart import quickstart
-from teachercache.cli.commands.sample import sample
-from teachercache.cli.commands.split import split
-from teachercache.cli.commands.train import train
-from teachercache.cli.commands.verify import verify
+from teachercache.cli.commands.caches.diff import diff
+from teachercache.cli.commands.caches.fidelity import fidelity
+from teachercache.cli.commands.caches.filter import filter_
+from teachercache.cli.commands.caches.inspect import inspect
+from teachercache.cli.commands.caches.ls import ls
+from teachercache.cli.commands.caches.merge import merge
+from teachercache.cli.commands.caches.split import split
+from teachercache.cli.commands.caches.verify import verify
+from teachercache.cli.commands.jobs.align import align
+from teachercache.cli.commands.jobs.estimate import estimate
+from teachercache.cli.commands.jobs.evaluate import evaluate
+from teachercache.cli.commands.jobs.init_student import init_student
+from teachercache.cli.commands.jobs.precompute import precompute
+from teachercache.cli.commands.jobs.quickstart import quickstart
+from teachercache.cli.commands.jobs.sample import sample
+from teachercache.cli.commands.jobs.train import train
 from teachercache.registry import Registry
 
 Command = Callable[..., None]  # its parameters are typer's, its docstring is its help
@@ -44,6 +46,8 @@ COMMANDS: Registry[Command] = Registry(
         evaluate,
         fidelity,
         inspect,
+        ls,
+        diff,
         merge,
         filter_,
         split,

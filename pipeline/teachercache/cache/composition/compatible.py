@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from teachercache.cache.manifest.manifest_v1 import FORMAT_VERSION as FORMAT_1
 from teachercache.cache.manifest.model import Manifest
 from teachercache.errors import CacheError
-
-MOST_SHOWN = 80  # characters of a value in a message
-NOTHING = object()
+from teachercache.nested import differences, shortened
 
 
 def check_compatible(first: Manifest, other: Manifest, *, name: str, of: str) -> None:
@@ -51,21 +49,8 @@ def check_version(manifest: Manifest, *, name: str) -> None:
 
 def first_difference(left: Any, right: Any, path: str = "") -> str | None:
     """The first key, in order, that two nested mappings differ in, with both values; None where they are equal."""
-    return next(_differences(left, right, path), None)
-
-
-def _differences(left: Any, right: Any, path: str) -> Iterator[str]:
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        for key in sorted(left.keys() | right.keys()):
-            place = f"{path}.{key}" if path else str(key)
-            yield from _differences(left.get(key, NOTHING), right.get(key, NOTHING), place)
-    elif type(left) is not type(right) or left != right:
-        yield f"{path} is {_shown(right)}, not {_shown(left)}"
-
-
-def _shown(value: Any) -> str:
-    text = "absent" if value is NOTHING else repr(value)
-    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
+    first = next(differences(left, right, path), None)
+    return None if first is None else f"{first.key} is {shortened(first.right)}, not {shortened(first.left)}"
 
 
 def _plain(groups: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -25,6 +25,7 @@ from teachercache.config import PhaseConfig, Recipe, parse_recipe
 from teachercache.config.location import folder_name
 from teachercache.errors import RecipeError
 from teachercache.files import locked, write_whole
+from teachercache.nested import ABSENT, differences
 from teachercache.stream.order.shuffle_windows import ORDER
 from teachercache.training.checkpoints.completion import Checkpoint, complete_checkpoints
 
@@ -170,9 +171,9 @@ class RunFolder:
                 f"{path} is damaged: nothing says with which settings {self.path} was begun; restore it from a backup, or "
                 f"{remedy}"
             ) from None
-        differences = list(_differences(before.decisive(), identity.decisive()))
-        if differences:
-            shown = "; ".join(differences[:4])
+        differing = list(differences(before.decisive(), identity.decisive()))
+        if differing:
+            shown = "; ".join(f"{one.key} was {_short(one.left)}, now {_short(one.right)}" for one in differing[:4])
             raise RecipeError(f"{self.path} holds a run with other settings ({shown}); {remedy}")
 
     def claim(self, identity: RunIdentity) -> None:
@@ -194,19 +195,8 @@ class RunFolder:
         return next(reversed(complete_checkpoints(self.path)), None)
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for number, (one, other) in enumerate(zip(before, now, strict=True)):
-            yield from _differences(one, other, f"{name}.{number}")
-    elif before != now:
-        yield f"{name} was {_short(before)}, now {_short(now)}"
-
-
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = "absent" if value is ABSENT else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "…"
 
 

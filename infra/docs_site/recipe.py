@@ -76,8 +76,16 @@ def _table(section: type[BaseModel]) -> str:
     rows = ["| key | type | default | what it is |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         default = _by_preset(section, name) or _default(field)
-        rows.append(f"| `{name}` | {_type(field.annotation)} | {default} | {_cell(field.description or '')} |")
+        rows.append(f"| `{name}` | {_allowed(field)} | {default} | {_cell(field.description or '')} |")
     return "\n".join(rows)
+
+
+def _allowed(field: FieldInfo) -> str:
+    """Gives the type of a field, without sections that a check of its own refuses there."""
+    extra = field.json_schema_extra
+    refused = extra.get("refused") if isinstance(extra, dict) else None
+    parts = _type(field.annotation).split(" or ")
+    return " or ".join(part for part in parts if not part.startswith(f"`{refused}:"))
 
 
 def _by_preset(section: type[BaseModel], name: str) -> str | None:

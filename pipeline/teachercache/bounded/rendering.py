@@ -80,7 +80,9 @@ class ChatTemplate:
         if isinstance(answer, list):
             return [_text(item) for item in answer]
         if "syntax" in answer:
-            raise ModelError(f"the tokenizer's chat template does not parse: {answer['syntax']}")
+            raise ModelError(
+                f"the tokenizer's chat template does not parse: {answer['syntax']}; take the tokenizer from who made the model"
+            )
         raise _too_much(answer["exhausted"], max(sizes, default=0), seconds=self._seconds)
 
 

@@ -30,7 +30,9 @@ class PhaseConfig(Section):
     learning_rate_factor: float = Field(1.0, gt=0, description="multiplies what train.schedule gives")
     temperature: Temperature | None = Field(None, description="in the place of objective.temperature")
     alpha: Alpha | None = Field(
-        None, description="in the place of objective.alpha: a number or a schedule; a balance is refused here"
+        None,
+        description="in the place of objective.alpha; balances are for that one alone",
+        json_schema_extra={"refused": "balance"},
     )
     weights: dict[str, Scheduled] = Field(
         {}, description="of terms of objective.layers or .across, by their names in logs"

@@ -121,7 +121,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}; mend that line") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(data).__name__}")
+        raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(data).__name__}; see jobs/recipes/")
     for override in overrides:
         _apply_override(data, override)
     return parse_recipe(data, origin=str(path))

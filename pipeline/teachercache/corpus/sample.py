@@ -217,7 +217,7 @@ def _compressed_lines(path: Path, *, block_bytes: int) -> Block:
                 text, length = text + chunk if len(text) < block_bytes else text, length + len(chunk)
             compressed = raw.tell()
     except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"corpus file {path} is damaged: {' '.join(str(error).split())}") from None
+        raise CorpusError(f"corpus file {path} is damaged: {' '.join(str(error).split())}; fetch it again") from None
     end = text.find(b"\n", block_bytes) + 1
     whole = text[:end] if end else text if len(text) == length else text[: text.rfind(b"\n") + 1] or text
     return Block(_parsed(whole.splitlines(), path), len(whole) * compressed / max(1, length))

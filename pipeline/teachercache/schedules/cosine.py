@@ -15,7 +15,7 @@ class CosineSchedule(StepSchedule):
 
     schedule: Literal["cosine"] = Field(description="half a cosine")
     start: float = Field(description="the value at the first step")
-    end: float = Field(description="the value at the last step")
+    end: float = Field(description="the value at t_max, one step after the last")
 
     @property
     def extremes(self) -> tuple[float, ...]:

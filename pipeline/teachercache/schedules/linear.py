@@ -15,7 +15,7 @@ class LinearSchedule(StepSchedule):
     schedule: Literal["linear"] = Field(description="a line")
     start: float = Field(description="the value at the first step")
     rate: float | None = Field(None, ge=0, le=1, description="share of start that is gone in the end")
-    end: float | None = Field(None, description="in the place of rate: the value in the end")
+    end: float | None = Field(None, description="in the place of rate: the value at t_max, one step after the last")
     floor: float | None = Field(None, description="never below this")
 
     @model_validator(mode="after")

@@ -125,7 +125,7 @@ def numbered(key: str, layers: tuple[int, ...] | LayerChoice, *, count: int, fir
             start = "0 (the embeddings)" if first == 0 else str(first)
             raise RecipeError(f"{key}: there is no layer {layer}; the teacher has layers {start} to {count}")
     if len(set(layers)) < len(layers):
-        raise RecipeError(f"{key}: a layer is there twice")
+        raise RecipeError(f"{key}: a layer is there twice; name it once")
     return tuple(sorted(layers))
 
 

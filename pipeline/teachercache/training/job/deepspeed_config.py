@@ -100,7 +100,7 @@ def own_deepspeed_settings(config: TrainConfig) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RecipeError(f"train.deepspeed: {path} is not JSON: {error}") from None
+        raise RecipeError(f"train.deepspeed: {path} is not JSON: {error}; mend that line") from None
     if not isinstance(data, dict):
         raise RecipeError(f"train.deepspeed: {path} must hold an object, not {type(data).__name__}")
     _check_offloading(data, path)

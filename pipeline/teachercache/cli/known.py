@@ -13,7 +13,9 @@ from teachercache.cli.commands.caches.filter import filter_
 from teachercache.cli.commands.caches.inspect import inspect
 from teachercache.cli.commands.caches.ls import ls
 from teachercache.cli.commands.caches.merge import merge
+from teachercache.cli.commands.caches.pack import pack
 from teachercache.cli.commands.caches.split import split
+from teachercache.cli.commands.caches.unpack import unpack
 from teachercache.cli.commands.caches.verify import verify
 from teachercache.cli.commands.jobs.align import align
 from teachercache.cli.commands.jobs.estimate import estimate
@@ -51,6 +53,8 @@ COMMANDS: Registry[Command] = Registry(
         merge,
         filter_,
         split,
+        pack,
+        unpack,
         verify,
     ),
     name_of=name_of,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from teachercache.config import Recipe
 from teachercache.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = ["run_sampling"]
 
@@ -42,28 +45,13 @@ def run_sampling(
 
     recipe.require("corpus")
     assert recipe.corpus is not None
-    if student is None:
-        recipe.require("train")
-        student = str(recipe.train.output / "student") if recipe.train else ""
-    if out.exists():
-        raise RecipeError(f"{out} exists; give another --out, or delete it")
-    if not temperature > 0:
-        raise RecipeError(f"--temperature {temperature:g} is not positive; use 1 to sample what the student would say")
+    student = _trained_student(recipe) if student is None else student
+    _check_arguments(out, temperature)
     shown, began = console or Console(stderr=True), time.perf_counter()
     tokenizer, model = load_tokenizer(student), load_causal_lm(student, dtype="auto")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and prompt_tokens + new_tokens > longest:
-        raise RecipeError(
-            f"--prompt-tokens and --new-tokens add up to {prompt_tokens + new_tokens}, and {student} takes at most {longest} "
-            "tokens; lower one of them"
-        )
+    _check_length(model.config, student, prompt_tokens + new_tokens)
     chosen = prompts(
-        recipe.corpus,
-        tokenizer,
-        rows=rows,
-        prompt_tokens=prompt_tokens,
-        seed=seed,
-        prefix=recipe.sequence.prefix,
+        recipe.corpus, tokenizer, rows=rows, prompt_tokens=prompt_tokens, seed=seed, prefix=recipe.sequence.prefix
     )
     shown.print(
         f"{student} goes on from {len(chosen):,} beginnings of {recipe.corpus.source} …", markup=False, soft_wrap=True
@@ -72,8 +60,29 @@ def run_sampling(
         model, tokenizer, chosen, out, field=recipe.corpus.messages_field or recipe.corpus.text_field,
         new_tokens=new_tokens, temperature=temperature, batch=batch, seed=seed, console=shown,
     )  # fmt: skip
-    seconds = round(time.perf_counter() - began, 3)
     shown.print(
         f"wrote {len(chosen):,} samples, {tokens:,} tokens of the student's → {out}", markup=False, soft_wrap=True
     )
+    seconds = round(time.perf_counter() - began, 3)
     return {"corpus": str(out), "rows": len(chosen), "tokens": tokens, "seconds": seconds}
+
+
+def _trained_student(recipe: Recipe) -> str:
+    recipe.require("train")
+    return str(recipe.train.output / "student") if recipe.train else ""
+
+
+def _check_arguments(out: Path, temperature: float) -> None:
+    if out.exists():
+        raise RecipeError(f"{out} exists; give another --out, or delete it")
+    if not temperature > 0:
+        raise RecipeError(f"--temperature {temperature:g} is not positive; use 1 to sample what the student would say")
+
+
+def _check_length(config: PretrainedConfig, student: str, tokens: int) -> None:
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise RecipeError(
+            f"--prompt-tokens and --new-tokens add up to {tokens}, and {student} takes at most {longest} tokens; lower one of "
+            "them"
+        )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -18,6 +19,9 @@ from teachercache.targets.logits.boundary_mass import BOUNDARY_MASS, BoundaryMas
 from teachercache.targets.logits.boundary_mass import SECTION as BOUNDARY
 from teachercache.targets.logits.kind import TargetKind, calibrates
 from teachercache.targets.logits.kinds import KINDS, target_kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOGITS = "logits"
 REMEDY = "install a newer version of teachercache"
@@ -179,7 +183,12 @@ class StoredTargets:
             raise no_layer_file(name, error) from None
 
     def capture(
-        self, torch: Any, logits_NV: Any, labels_N: Any, hidden_ND: Any = None, seeds_N: Any = None
+        self,
+        torch: ModuleType,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        hidden_ND: Tensor | None = None,
+        seeds_N: NDArray[Any] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Takes the targets of N positions while their logits are at hand, which are overwritten; as
         `TargetKind.capture`."""

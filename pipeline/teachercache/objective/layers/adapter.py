@@ -9,7 +9,7 @@ the teacher's own layers has states in the teacher's coordinates, and would firs
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,12 +29,15 @@ class Adapter(torch.nn.Module):
 
     def zero_contribution(self, like: Tensor) -> Tensor:
         """Zero, of no states at all: a process that has none gathers and reduces the weights all the same."""
-        return self(like.new_zeros(0, self.linear.in_features)).sum()
+        states_ND: Tensor = self(like.new_zeros(0, self.linear.in_features))
+        return states_ND.sum()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.linear(hidden.to(self.linear.weight.dtype))).float()
+        normed: Tensor = self.norm(self.linear(hidden.to(self.linear.weight.dtype)))
+        return normed.float()
 
 
-def zero_contribution_of_all(adapters: Any, like: Tensor) -> Tensor:
+def zero_contribution_of_all(adapters: torch.nn.ModuleList, like: Tensor) -> Tensor:
     """Zero, by all of them in their order."""
-    return sum((adapter.zero_contribution(like) for adapter in adapters), like.new_zeros(()))
+    zeros = (cast(Adapter, adapter).zero_contribution(like) for adapter in adapters)
+    return sum(zeros, like.new_zeros(()))

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from teachercache.errors import ModelError
+
+if TYPE_CHECKING:
+    from teachercache.models.activations import Heads
 
 # Of aligned tokens: index in the student's row; place in the teacher's segment; whether it is the first of either's segment.
 STUDENT, PLACES, FIRST = "student", "teacher", "first"
@@ -33,14 +36,16 @@ def at_tokens(values: Tensor, index_BA: Tensor, *, dim: int) -> Tensor:
     return values.gather(2, index)
 
 
-def aligned_heads(heads: Any, index_BA: Tensor, *, layer: int) -> Any:
+def aligned_heads(heads: Heads, index_BA: Tensor, *, layer: int) -> Heads:
     """The student's attention among aligned tokens. Raises `ModelError` for one with a window, which counts tokens."""
     if heads.window is not None and heads.window < heads.queries_BHSE.shape[2]:
         raise ModelError(
             f"attention {layer} of the student sees a window of {heads.window} tokens, which are not the teacher's; match "
             "hidden states across tokenizers, or layers whose attention sees all"
         )
-    vectors = {
-        name: at_tokens(getattr(heads, name), index_BA, dim=2) for name in ("queries_BHSE", "keys_BKSE", "values_BKSE")
-    }
-    return replace(heads, **vectors, window=None, output_BSHE=None)
+    queries_BHAE, keys_BKAE, values_BKAE = (
+        at_tokens(vectors, index_BA, dim=2) for vectors in (heads.queries_BHSE, heads.keys_BKSE, heads.values_BKSE)
+    )
+    return replace(
+        heads, queries_BHSE=queries_BHAE, keys_BKSE=keys_BKAE, values_BKSE=values_BKAE, window=None, output_BSHE=None
+    )

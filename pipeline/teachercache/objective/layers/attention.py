@@ -14,7 +14,7 @@ Shapes: B rows, S tokens, C queries of a chunk, T keys of it, H heads of the tea
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from teachercache.objective.layers.map_loss import Comparison, Distance, map_los
 from teachercache.objective.layers.term import LayerBatch, StudentShape
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import TaughtAttention, sees
+
+if TYPE_CHECKING:
+    from teachercache.models.activations import Heads
 
 DISTANCES: dict[str, Distance] = {"attention-kl": "kl", "attention-mse": "mse"}
 
@@ -77,7 +80,7 @@ class AttentionTerm(torch.nn.Module):
         """Zero, by all weights: see `LayerTerm`."""
         return sum((mixture(like).sum() * 0.0 for mixture in self.mixtures), like.new_zeros(()))
 
-    def _pair(self, batch: LayerBatch, mixture: Any, student: Any, teacher: TaughtAttention) -> Tensor:
+    def _pair(self, batch: LayerBatch, mixture: torch.nn.Module, student: Heads, teacher: TaughtAttention) -> Tensor:
         weights_hH = mixture(student.queries_BHSE)
         windows = [window for window in (student.window, teacher.window) if window is not None]
         window = min(windows) if windows else None
@@ -87,7 +90,14 @@ class AttentionTerm(torch.nn.Module):
             sees_BCT: Tensor = sees(torch, batch.segment_BS, window=window, queries=queries, keys=keys)
             return sees_BCT if others_BS is None else sees_BCT & others_BS[:, None, keys]
 
-        distance, scores = DISTANCES[self.match], {"scaling": student.scaling, "softcap": student.softcap}
-        what = Comparison(distance, teacher, seen, batch.mask_BS, **scores, window=window)
+        what = Comparison(
+            DISTANCES[self.match],
+            teacher,
+            seen,
+            batch.mask_BS,
+            scaling=student.scaling,
+            softcap=student.softcap,
+            window=window,
+        )
         mixing = None if mixture.is_identity else weights_hH
         return map_loss(student.queries_BHSE, student.keys_BKSE, mixing, what)

@@ -9,10 +9,14 @@ there."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from teachercache.models.activations import Activations
+    from teachercache.objective.layers.term import LayerTerm
 
 VECTORS = ("queries_BHSE", "keys_BKSE", "values_BKSE")
 Place = tuple[str, int, int]  # hidden or attention, the student's layer, which of its tensors
@@ -31,7 +35,7 @@ class GradientTaps:
         """`total` is the sum over positions that training scales before its backward pass; gradients are taken without that."""
         total.register_hook(self._scale.append)
 
-    def apart(self, name: str, term: Any, activations: Any) -> Any:
+    def apart(self, name: str, term: LayerTerm, activations: Activations) -> Activations:
         """The activations, with tensors of the term's own for what it matches."""
         layers = sorted({student for student, _ in term.pairs})
         gradients = self._own.setdefault(name, {})
@@ -49,7 +53,7 @@ class GradientTaps:
                 recorded[layer] = replace(recorded[layer], **kept)
         return replace(activations, **{term.of: recorded})
 
-    def _watch(self, of: str, layer: int, activations: Any) -> None:
+    def _watch(self, of: str, layer: int, activations: Activations) -> None:
         for number, tensor in enumerate(activations.onward[of, layer]):
             if (of, layer, number) not in self._watched:
                 self._watched.add((of, layer, number))

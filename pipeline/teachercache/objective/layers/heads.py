@@ -39,7 +39,7 @@ def _groups(teacher: int, student: int) -> Tensor:
             "interpolate or heads: mix"
         )
     block = torch.ones(1, large // small)
-    spread = torch.block_diag(*[block] * small)  # [small, large]
+    spread: Tensor = torch.block_diag(*[block] * small)  # [small, large]
     return spread / spread.sum(1, keepdim=True) if student <= teacher else spread.T.contiguous()
 
 

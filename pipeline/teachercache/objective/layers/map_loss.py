@@ -65,7 +65,7 @@ class _MapLoss(torch.autograd.Function):
         to_queries = torch.zeros_like(queries_BKGSE) if of_states else None
         to_keys = torch.zeros_like(keys_BKSE_float) if of_states else None
         to_weights = torch.zeros_like(weights_hH) if weights_hH is not None and ctx.needs_input_grad[2] else None
-        total = queries_BKGSE.new_zeros(())
+        total: Tensor = queries_BKGSE.new_zeros(())
         for part, reach in _parts(queries_BhSE, what):
             few_BKXE = queries_BKGSE[:, :, :, part].flatten(2, 3)
             reached_BKTE = keys_BKSE_float[:, :, reach]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import TaughtAttention
 from teachercache.targets.layers.hidden_states import column_of
 from teachercache.tasks.contract import NO_TARGET
+
+if TYPE_CHECKING:
+    from teachercache.models.activations import Activations
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class LayerObjective(torch.nn.Module):
 
     def loss(
         self,
-        activations: Any,
+        activations: Activations,
         layers: Mapping[str, Tensor],
         shift_labels_BS: Tensor,
         *,
@@ -92,7 +95,7 @@ class LayerObjective(torch.nn.Module):
 
     def _loss(
         self,
-        activations: Any,
+        activations: Activations,
         layers: Mapping[str, Tensor],
         shift_labels_BS: Tensor,
         weights: Mapping[str, float],
@@ -115,7 +118,7 @@ class LayerObjective(torch.nn.Module):
         return LayerLossSums(total, terms, similarity)
 
     def _batch(
-        self, activations: Any, layers: Mapping[str, Tensor], shift_labels_BS: Tensor, centred: bool
+        self, activations: Activations, layers: Mapping[str, Tensor], shift_labels_BS: Tensor, centred: bool
     ) -> LayerBatch:
         segment_BS = layers["segment"]
         hidden = {}
@@ -165,7 +168,7 @@ def names_of(terms: Sequence[LayerTermConfig]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_gradients(activations: Any) -> None:
+def _check_gradients(activations: Activations) -> None:
     hidden = [values.requires_grad for values in activations.hidden.values()]
     attention = [heads.queries_BHSE.requires_grad for heads in activations.attention.values()]
     if torch.is_grad_enabled() and not (any(hidden or [True]) and any(attention or [True])):

@@ -11,8 +11,6 @@ Shapes: B rows, S tokens, C of them with T keys, H heads, E a head's width, r re
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -71,7 +69,8 @@ class RelationTerm(torch.nn.Module):
         return like.new_zeros(())
 
     def _cut(self, vectors_BHSE: Tensor) -> Tensor:
-        return vectors_BHSE.transpose(1, 2).flatten(2).unflatten(-1, (self._heads, -1)).transpose(1, 2)
+        cut_BSrE: Tensor = vectors_BHSE.transpose(1, 2).flatten(2).unflatten(-1, (self._heads, -1))
+        return cut_BSrE.transpose(1, 2)
 
     def _pair(self, batch: LayerBatch, student_BrSE: Tensor, teacher_BrSE: Tensor) -> Tensor:
         def seen(queries: slice, keys: slice) -> Tensor:
@@ -85,10 +84,9 @@ class RelationTerm(torch.nn.Module):
         return map_loss(student_BrSE, student_BrSE, None, what)
 
 
-def _heads_of(match: str, shape: Any) -> int:
+def _heads_of(match: str, shape: StudentShape | AttentionKind) -> int:
     """Counts the heads whose vectors a loss relates."""
-    heads: int = shape.heads if match == "query-relations" else shape.key_heads
-    return heads
+    return shape.heads if match == "query-relations" else shape.key_heads
 
 
 def _check_vectors(match: str, kind: AttentionKind) -> None:

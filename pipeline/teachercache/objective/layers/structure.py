@@ -100,7 +100,8 @@ def _segment_means(hidden_BSD: Tensor, batch: LayerBatch) -> Tensor:
     _, place_N, count_M = number_N.unique(return_inverse=True, return_counts=True)
     hidden_ND = hidden_BSD[batch.mask_BS].float()
     sums_MD = hidden_ND.new_zeros(len(count_M), hidden_ND.shape[-1]).index_add(0, place_N, hidden_ND)
-    return sums_MD / count_M[:, None]
+    means_MD: Tensor = sums_MD / count_M[:, None]
+    return means_MD
 
 
 def _distances(states_MD: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from teachercache.config import LayerTermConfig
 from teachercache.targets import StoredTargets
 from teachercache.targets.layers.attention import TaughtAttention
+
+if TYPE_CHECKING:
+    from teachercache.models.activations import Heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,7 @@ class LayerBatch:
     segment_BS: Tensor  # of each token in its row, -1 for padding
     first_BS: Tensor  # bool: first tokens of segments
     hidden: Mapping[int, Tensor]  # of the student, [B, S, Ds]
-    attention: Mapping[int, Any]  # of the student, `activations.Heads`
+    attention: Mapping[int, Heads]  # of the student
     teacher_hidden: Mapping[int, Tensor]  # [B, S, Dt], float32, less the corpus mean where a term asks for that
     teacher_attention: Mapping[int, TaughtAttention]  # `StoredHeads` where the cache keeps vectors
     similarity: dict[int, Tensor] = field(

@@ -8,10 +8,14 @@ Shapes: N positions, V vocabulary, k wanted, W tokens of a group, G groups, E to
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def largest(torch: Any, values_NV: Any, k: int) -> tuple[Any, Any]:
+def largest(torch: ModuleType, values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `torch.topk(values, k, dim=-1)`: values, largest first (NaN before all), and their indices, [N, k] each.
 
     Among equal values any may be taken.
@@ -20,7 +24,7 @@ def largest(torch: Any, values_NV: Any, k: int) -> tuple[Any, Any]:
     width = 1 << (vocabulary // max(k, 1)).bit_length() // 2  # about sqrt(V / k): the two selections cost alike
     groups = vocabulary // width
     if width == 1 or groups < k:
-        largest: tuple[Any, Any] = torch.topk(values_NV, k, dim=-1)
+        largest: tuple[Tensor, Tensor] = torch.topk(values_NV, k, dim=-1)
         return largest
     maxima_NG = values_NV[:, : groups * width].view(-1, width, groups).amax(1)
     chosen_Nk = torch.topk(maxima_NG, k, dim=-1, sorted=False)[1]

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def to_host(torch: Any, taken: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+
+def to_host(torch: ModuleType, taken: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     """Tensors of one device, [N, …] each, as numpy arrays. From a GPU they come packed, through pinned memory."""
     if all(values.device.type == "cpu" for values in taken.values()):
         return {name: values.numpy() for name, values in taken.items()}
@@ -24,14 +28,14 @@ def to_host(torch: Any, taken: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     return unpacked(_fetched(torch, packed), {name: taken[name] for name in names})
 
 
-def _fetched(torch: Any, packed: Any) -> Any:
-    on_host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+def _fetched(torch: ModuleType, packed: Tensor) -> Tensor:
+    on_host: Tensor = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     on_host.copy_(packed, non_blocking=True)
     torch.cuda.current_stream(packed.device).synchronize()
     return on_host
 
 
-def unpacked(on_host: Any, like: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+def unpacked(on_host: Tensor, like: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     """Arrays that lie one after the other, as those of `like`."""
     arrays, start = {}, 0
     for name, values in like.items():

@@ -11,18 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = tuple["Tensor", "Tensor", "Tensor | None"]  # queries, keys, values
 
 
 def log_attention(
-    queries_BHCE: Any,
-    keys_BKSE: Any,
-    sees_BCS: Any,
+    queries_BHCE: Tensor,
+    keys_BKSE: Tensor,
+    sees_BCS: Tensor,
     *,
     scaling: float,
     softcap: float | None = None,
-    sinks_H: Any = None,
-) -> Any:
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Log-probabilities of keys, float32 [B, H, C, S]; -inf where a query does not see.
 
     With sinks they sum up to less than 1: the rest belongs to no key (as in what transformers returns as attention). A
@@ -44,11 +50,13 @@ def log_attention(
 ALL = slice(None)
 
 
-def sees(torch: Any, segment_BS: Any, *, window: int | None, queries: slice = ALL, keys: slice = ALL) -> Any:
+def sees(
+    torch: ModuleType, segment_BS: Tensor, *, window: int | None, queries: slice = ALL, keys: slice = ALL
+) -> Tensor:
     """Marks the keys that queries see, bool [B, C, T]. `segment_BS` numbers the segments of each row; padding is -1,
     sees nothing and is not seen."""
     queries_BC1, keys_B1T = segment_BS[:, queries, None], segment_BS[:, None, keys]
-    place_S = torch.arange(segment_BS.shape[1], device=segment_BS.device)
+    place_S: Tensor = torch.arange(segment_BS.shape[1], device=segment_BS.device)
     distance_CT = place_S[queries, None] - place_S[keys]
     near_CT = distance_CT >= 0
     if window is not None:
@@ -67,7 +75,7 @@ class TaughtAttention(Protocol):
     def window(self) -> int | None:
         """Keys that a query sees, itself included."""
 
-    def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
+    def probabilities(self, part: slice, sees_BCT: Tensor, *, first: int = 0, sinks: bool = False) -> Tensor:
         """Returns the attention of the queries `part`, float32 [B, H, C, T]: 0 where `sees_BCT` (bool) is not, and
         elsewhere a distribution over keys. The keys are as many as that has, from the row's token `first` on. With
         `sinks` it is what is left of a distribution by logits that belong to no key, where the teacher has them."""
@@ -118,7 +126,14 @@ class BlockEntry:
     epsilon: float
     head_epsilon: float = 0.0
 
-    def apply(self, torch: Any, arrays: Mapping[str, Any], hidden_BSD: Any, position_BS: Any, shape: HeadShape) -> Any:
+    def apply(
+        self,
+        torch: ModuleType,
+        arrays: Mapping[str, Tensor],
+        hidden_BSD: Tensor,
+        position_BS: Tensor,
+        shape: HeadShape,
+    ) -> Parts:
         """(queries [B, H, S, E], keys [B, K, S, E], values [B, K, S, E] or None), float32, after rotation.
 
         `arrays`: `norm` [D] and `norm_bias` [D], `query` [H·E, D], `key` [K·E, D], `value` [K·E, D] with `…_bias`,
@@ -143,7 +158,7 @@ class BlockEntry:
                 projected[name] = _rotated(torch, projected[name], cos_BSR[:, None], sin_BSR[:, None])
         return projected["query"], projected["key"], projected.get("value")
 
-    def _normed(self, arrays: Mapping[str, Any], hidden_BSD: Any) -> Any:
+    def _normed(self, arrays: Mapping[str, Tensor], hidden_BSD: Tensor) -> Tensor:
         if self.norm == "none":
             return hidden_BSD
         if self.norm == "layer":
@@ -152,14 +167,15 @@ class BlockEntry:
         return normed_BSD + arrays["norm_bias"] if "norm_bias" in arrays else normed_BSD
 
 
-def _rms(values: Any, epsilon: float) -> Any:
+def _rms(values: Tensor, epsilon: float) -> Tensor:
     return values * (values.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
-def _rotated(torch: Any, heads_BHSE: Any, cos_B1SR: Any, sin_B1SR: Any) -> Any:
+def _rotated(torch: ModuleType, heads_BHSE: Tensor, cos_B1SR: Tensor, sin_B1SR: Tensor) -> Tensor:
     """Su et al., "RoFormer", 2021, with a head's two halves rotated into each other; what lies beyond R stays."""
     width = cos_B1SR.shape[-1]
     turned, kept = heads_BHSE[..., :width], heads_BHSE[..., width:]
     low, high = turned[..., : width // 2], turned[..., width // 2 :]
     turned = turned * cos_B1SR + torch.cat([-high, low], dim=-1) * sin_B1SR
-    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
+    whole: Tensor = torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
+    return whole

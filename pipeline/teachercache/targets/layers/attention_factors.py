@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from numpy.typing import NDArray
 
@@ -18,6 +18,9 @@ from teachercache.errors import CacheError
 from teachercache.targets.layers.attention import HeadShape, log_attention
 from teachercache.targets.layers.claims import AttentionClaim
 from teachercache.targets.layers.layer_file import LayerFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 PARTS = ("query", "key", "value")
@@ -34,11 +37,11 @@ class FactorsClaim(AttentionClaim):
 class StoredHeads:
     """Queries and keys of a batch [B, H or K, S, E], values where they are kept, and how scores are formed."""
 
-    queries_BHSE: Any
-    keys_BKSE: Any
-    values_BKSE: Any
+    queries_BHSE: Tensor
+    keys_BKSE: Tensor
+    values_BKSE: Tensor | None
     shape: HeadShape
-    sinks_H: Any
+    sinks_H: Tensor | None
 
     @property
     def heads(self) -> int:
@@ -50,7 +53,7 @@ class StoredHeads:
         """Keys that a query sees, itself included."""
         return self.shape.window
 
-    def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
+    def probabilities(self, part: slice, sees_BCT: Tensor, *, first: int = 0, sinks: bool = False) -> Tensor:
         """Returns the attention of some queries, float32 [B, H, C, T], over the keys that `sees_BCT` lets them see;
         with `sinks` these have the rest."""
         log_BHCT = log_attention(
@@ -81,7 +84,9 @@ class AttentionFactors:
     values: bool = False
     layer_file: LayerFile | None = None
     shapes: Mapping[int, HeadShape] = field(default_factory=dict)
-    copies: dict[Any, Any] = field(default_factory=dict, repr=False)  # of arrays, by layer and device
+    copies: dict[tuple[int, str], dict[str, Tensor]] = field(
+        default_factory=dict, repr=False
+    )  # of arrays, by layer and device
 
     @property
     def teacher_heads(self) -> int:
@@ -101,7 +106,7 @@ class AttentionFactors:
         """Returns the shapes of the blocks' heads. Raises `ValueError` for heads that are not those of the settings."""
         return layers.head_shapes(self.layers, (self.heads, self.key_heads, self.head_width))
 
-    def arrays_of(self, layer: int, like: Any) -> dict[str, Any]:
+    def arrays_of(self, layer: int, like: Tensor) -> dict[str, Tensor]:
         """Returns the arrays of a layer, on the device of a tensor; made once for each."""
         if self.layer_file is None:
             raise CacheError("attention is read with the layer file in the cache's teacher/ folder")

@@ -23,9 +23,10 @@ Shapes: S tokens, P pairs, C queries of a chunk, H heads of the teacher, h heads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,9 @@ from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.targets.layers.settings import BLOCKS, AttentionSettings, Layers, LayerSettings, TeacherShape
 from teachercache.targets.layers.stored_maps import LEVELS, LargestShares, Maps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 MOST_CODES = 2**29  # of a row: all layers' squares [S, S, h]; half of them are stored, in one record batch
@@ -177,7 +181,7 @@ class AttentionMaps:
         wanted = (self.teacher_heads, self.key_heads, self.head_width)
         return replace(self, shapes=layers.head_shapes(self.layers, wanted))
 
-    def capture(self, torch: Any, row: RowActivations) -> dict[str, Array]:
+    def capture(self, torch: ModuleType, row: RowActivations) -> dict[str, Array]:
         """Codes of one row, [P, h]; or with `top` [S, m + 1, h] and distances [S, m, h]. Raises `ValueError` for what is no
         number."""
         segment_BS = torch.from_numpy(np.asarray(row.segment_S))[None]
@@ -188,7 +192,9 @@ class AttentionMaps:
             captured |= {column.name: array for column, array in zip(self._columns(layer), arrays, strict=True)}
         return captured
 
-    def _chunks(self, torch: Any, layer: int, row: RowActivations, segment_BS: Any) -> Any:
+    def _chunks(
+        self, torch: ModuleType, layer: int, row: RowActivations, segment_BS: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
         """(first query, probabilities [h, C, S]) after one another."""
         shape, queries_HSE, keys_KSE = row.shapes[layer], row.queries[layer], row.keys[layer]
         length = segment_BS.shape[1]
@@ -204,7 +210,7 @@ class AttentionMaps:
                 raise ValueError(f"the teacher's attention of block {layer} is not finite")
             yield start, shares_HCS.unflatten(0, (self.heads, -1)).mean(1)
 
-    def _pairs(self, torch: Any, layer: int, row: RowActivations, segment_BS: Any) -> tuple[Array]:
+    def _pairs(self, torch: ModuleType, layer: int, row: RowActivations, segment_BS: Tensor) -> tuple[Array]:
         before_h1S, parts = None, []
         for start, shares_hCS in self._chunks(torch, layer, row, segment_BS):
             codes_hCS = _coded(torch, shares_hCS)
@@ -216,7 +222,7 @@ class AttentionMaps:
             parts.append(differences_hCS.permute(1, 2, 0)[pairs_CS].cpu().numpy())
         return (np.concatenate(parts),)
 
-    def _largest(self, torch: Any, layer: int, row: RowActivations, segment_BS: Any) -> tuple[Array, Array]:
+    def _largest(self, torch: ModuleType, layer: int, row: RowActivations, segment_BS: Tensor) -> tuple[Array, Array]:
         assert self.top is not None
         codes, keys = [], []
         for start, shares_hCS in self._chunks(torch, layer, row, segment_BS):
@@ -262,7 +268,9 @@ class AttentionMaps:
         """Columns that a block's attention is read from."""
         return tuple(column.name for column in self._columns(layer))
 
-    def stored_heads(self, torch: Any, layer: int, arrays: Mapping[str, Any], position_BS: Any) -> Maps | LargestShares:
+    def stored_heads(
+        self, torch: ModuleType, layer: int, arrays: Mapping[str, Tensor], position_BS: Tensor
+    ) -> Maps | LargestShares:
         """Maps of a block, from `arrays`: what is decoded of `columns_of`, as [B, S, S, h], or with `top` as [B, S, …]."""
         if layer not in self.shapes:
             raise CacheError("attention is read with the layer file in the cache's teacher/ folder")
@@ -287,7 +295,7 @@ def check_length(length: int, *, heads: int, layers: int, top: int | None) -> No
         raise ValueError(f"the keys of {length} tokens are more than {MOST_DISTANCE} apart")
 
 
-def _coded(torch: Any, shares: Any) -> Any:
+def _coded(torch: ModuleType, shares: Tensor) -> Tensor:
     return (shares.sqrt().sqrt() * LEVELS).round().to(torch.uint8)
 
 

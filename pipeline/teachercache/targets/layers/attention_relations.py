@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from numpy.typing import NDArray
 from pydantic import Field
@@ -23,6 +24,9 @@ from teachercache.targets.layers.hidden_states import column_of as hidden_column
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.targets.layers.settings import BLOCKS, AttentionSettings, Layers, LayerSettings, TeacherShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 
@@ -113,7 +117,7 @@ class Relations(AttentionFactors):
         sizes |= {"cos": (None, None), "sin": (None, None), "sinks": (self.heads,)}
         return {f"attention.{layer}.{name}": size for name, size in sizes.items()}
 
-    def capture(self, torch: Any, row: RowActivations) -> dict[str, Array]:
+    def capture(self, torch: ModuleType, row: RowActivations) -> dict[str, Array]:
         """Nothing but hidden states, which are a kind of their own."""
         return {}
 
@@ -125,7 +129,9 @@ class Relations(AttentionFactors):
         """Columns that a block's attention is read from."""
         return (hidden_column(layer - 1),)
 
-    def stored_heads(self, torch: Any, layer: int, arrays: Mapping[str, Any], position_BS: Any) -> StoredHeads:
+    def stored_heads(
+        self, torch: ModuleType, layer: int, arrays: Mapping[str, Tensor], position_BS: Tensor
+    ) -> StoredHeads:
         """Queries and keys of a block, from `arrays`: what is decoded of `columns_of`, as [B, S, …]."""
         hidden_BSD = arrays[hidden_column(layer - 1)]
         read_by = self.arrays_of(layer, hidden_BSD)

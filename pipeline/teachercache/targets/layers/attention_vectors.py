@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from teachercache.targets.layers.claims import Count, LayerClaim, Step
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.targets.layers.settings import BLOCKS, AttentionSettings, Layers, LayerSettings, TeacherShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 
@@ -128,7 +132,7 @@ class QueriesKeys(AttentionFactors):
                 raise ValueError(f"{name} holds what is no spread")
         return replace(self, layer_file=layers, shapes=self.shapes_of(layers), copies={})
 
-    def capture(self, torch: Any, row: RowActivations) -> dict[str, Array]:
+    def capture(self, torch: ModuleType, row: RowActivations) -> dict[str, Array]:
         """Codes of one row, [S, H·E] or [S, K·E] each. Raises `ValueError` for what is no number."""
         captured = {}
         for layer in self.layers:
@@ -138,7 +142,7 @@ class QueriesKeys(AttentionFactors):
                     captured[f"{part}_{layer}"] = self._coded(torch, layer, part, flat_SX)
         return captured
 
-    def _coded(self, torch: Any, layer: int, part: str, flat_SX: Any) -> Array:
+    def _coded(self, torch: ModuleType, layer: int, part: str, flat_SX: Tensor) -> Array:
         spread_X = self.arrays_of(layer, flat_SX)[f"{part}_spread"]
         codes_SX = (flat_SX / (self.step * spread_X)).round()
         if not float(codes_SX.abs().max()) < 2**31 - 128:  # float32 next to 2³¹; NaN is not below it either
@@ -164,13 +168,12 @@ class QueriesKeys(AttentionFactors):
         """Columns that a block's attention is read from."""
         return tuple(f"{part}_{layer}" for part in self.parts)
 
-    def stored_heads(self, torch: Any, layer: int, arrays: Mapping[str, Any], position_BS: Any) -> StoredHeads:
+    def stored_heads(
+        self, torch: ModuleType, layer: int, arrays: Mapping[str, Tensor], position_BS: Tensor
+    ) -> StoredHeads:
         """Queries and keys of a block, from `arrays`: what is decoded of `columns_of`, as [B, S, …]."""
-        queries, keys, values = (
-            arrays[f"{part}_{layer}"].unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            if part in self.parts
-            else None
-            for part in PARTS
-        )
+        heads = {
+            part: arrays[f"{part}_{layer}"].unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in self.parts
+        }
         sinks_H = self.arrays_of(layer, arrays[f"query_{layer}"]).get("sinks")
-        return StoredHeads(queries, keys, values, self.shapes[layer], sinks_H)
+        return StoredHeads(heads["query"], heads["key"], heads.get("value"), self.shapes[layer], sinks_H)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,9 @@ from teachercache.targets.layers.claims import Count, LayerClaim
 from teachercache.targets.layers.kind import RowActivations
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.targets.layers.settings import Layers, LayerSettings, TeacherShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 # Steps by codec, in units of a channel's spread; of projected in those of all channels.
@@ -165,11 +169,11 @@ class HiddenStates:
                 raise ValueError(f"{name} holds what is no spread")
         return replace(self, layer_file=layers)
 
-    def capture(self, torch: Any, row: RowActivations) -> dict[str, Array]:
+    def capture(self, torch: ModuleType, row: RowActivations) -> dict[str, Array]:
         """Codes of one row, [S, D] each. Raises `ValueError` for what is no number."""
         return {column_of(layer): self._coded(torch, layer, row.hidden[layer]) for layer in self.layers}
 
-    def _coded(self, torch: Any, layer: int, hidden_SD: Any) -> Array:
+    def _coded(self, torch: ModuleType, layer: int, hidden_SD: Tensor) -> Array:
         if not bool(hidden_SD.isfinite().all()):
             raise ValueError(f"the teacher's hidden states of layer {layer} are not finite")
         if self.codec == "bf16":
@@ -187,7 +191,8 @@ class HiddenStates:
         codes_SD = (centred_SD / (self.step * spread_D)).round()
         if float(codes_SD.abs().max()) >= 2**31 - 128:  # float32 next to 2³¹
             raise ValueError(f"hidden states of layer {layer} are too large for codes of 32 bits")
-        return codes_SD.to(torch.int32).cpu().numpy()
+        codes: Array = codes_SD.to(torch.int32).cpu().numpy()
+        return codes
 
     def check_stored(self, stored: Mapping[str, Array]) -> None:
         """Raise `CacheDamaged` for a bfloat16 that is no number; codes can be any."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
@@ -21,6 +22,9 @@ from teachercache.targets.layers.claims import LayerClaim
 from teachercache.targets.layers.layer_file import LayerFile
 from teachercache.targets.layers.settings import LayerSettings
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Arrays = Mapping[str, Any]
 
 
@@ -28,12 +32,12 @@ Arrays = Mapping[str, Any]
 class RowActivations:
     """Activations of the teacher's layers at the tokens of one row; torch's tensors."""
 
-    hidden: Mapping[int, Any]  # [S, D]
-    queries: Mapping[int, Any]  # [H, S, E]
-    keys: Mapping[int, Any]  # [K, S, E]
-    values: Mapping[int, Any]  # [K, S, E]
+    hidden: Mapping[int, Tensor]  # [S, D]
+    queries: Mapping[int, Tensor]  # [H, S, E]
+    keys: Mapping[int, Tensor]  # [K, S, E]
+    values: Mapping[int, Tensor]  # [K, S, E]
     shapes: Mapping[int, HeadShape]
-    sinks: Mapping[int, Any]  # [H], of attention that has them
+    sinks: Mapping[int, Tensor]  # [H], of attention that has them
     segment_S: NDArray[Any]  # number of each token's segment
 
 
@@ -94,7 +98,7 @@ class LayerKind(Protocol):
         """The kind with the cache's layer file (`LayerFile`), ready to capture and to read; raises `ValueError` where arrays
         are missing or of other sizes."""
 
-    def capture(self, torch: Any, row: RowActivations) -> dict[str, NDArray[Any]]:
+    def capture(self, torch: ModuleType, row: RowActivations) -> dict[str, NDArray[Any]]:
         """One row's columns. Raises `ValueError` for numbers that cannot be stored."""
 
     def check_stored(self, stored: Arrays) -> None:
@@ -145,6 +149,8 @@ class AttentionKind(LayerKind, Protocol):
     def columns_of(self, layer: int) -> tuple[str, ...]:
         """Columns that a block's attention is read from."""
 
-    def stored_heads(self, torch: Any, layer: int, arrays: Arrays, position_BS: Any) -> TaughtAttention:
+    def stored_heads(
+        self, torch: ModuleType, layer: int, arrays: Mapping[str, Tensor], position_BS: Tensor
+    ) -> TaughtAttention:
         """One block's attention of a batch, from `arrays`: what is decoded of `columns_of`, as [B, S, …], of columns by pair
         [B, S, S, …]. `position_BS` counts from each segment's first token."""

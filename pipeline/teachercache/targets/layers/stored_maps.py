@@ -8,14 +8,17 @@ Shapes: B rows, S tokens, C queries of a chunk, T keys of it, h heads that are s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEVELS = 255
 ZERO = 0.25  # what a code of 0 stands for
 SMALLEST = 1e-30  # sum of shares: of a query that sees nothing
 
 
-def shares_of(codes: Any) -> Any:
+def shares_of(codes: Tensor) -> Tensor:
     """Shares, not yet divided by their sum: the fourth power."""
     levels = codes.float()
     return (levels.masked_fill(levels == 0, ZERO) / LEVELS).square().square()
@@ -25,11 +28,11 @@ def shares_of(codes: Any) -> Any:
 class Maps:
     """Codes of every pair, uint8 [B, S, S, h]."""
 
-    codes_BSSh: Any
+    codes_BSSh: Tensor
     window: int | None
 
     @classmethod
-    def of(cls, differences_BSSh: Any, *, window: int | None) -> Maps:
+    def of(cls, differences_BSSh: Tensor, *, window: int | None) -> Maps:
         """From codes less those of the query before, modulo 256, uint8; 0 where a query does not see."""
         return cls(differences_BSSh.cumsum(1, dtype=differences_BSSh.dtype), window)
 
@@ -38,7 +41,7 @@ class Maps:
         """That are stored."""
         return int(self.codes_BSSh.shape[-1])
 
-    def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
+    def probabilities(self, part: slice, sees_BCT: Tensor, *, first: int = 0, sinks: bool = False) -> Tensor:
         """Returns the attention of some queries, float32 [B, h, C, T], over the keys that `sees_BCT` lets them see."""
         codes_BCTh = self.codes_BSSh[:, part, first : first + sees_BCT.shape[-1]]
         return _normalised(shares_of(codes_BCTh.permute(0, 3, 1, 2)).masked_fill(~sees_BCT[:, None], 0.0))
@@ -49,9 +52,9 @@ class LargestShares:
     """The m largest keys of each query with their codes, and the rest that all others have together, spread evenly over
     them."""
 
-    codes_BSmh: Any  # uint8 [B, S, m + 1, h], 0 for no key; the last one is what all others have
-    distance_BSmh: Any  # int32 [B, S, m, h]
-    position_BS: Any  # of each token in its segment
+    codes_BSmh: Tensor  # uint8 [B, S, m + 1, h], 0 for no key; the last one is what all others have
+    distance_BSmh: Tensor  # int32 [B, S, m, h]
+    position_BS: Tensor  # of each token in its segment
     window: int | None
 
     @property
@@ -59,7 +62,7 @@ class LargestShares:
         """That are stored."""
         return int(self.codes_BSmh.shape[-1])
 
-    def probabilities(self, part: slice, sees_BCT: Any, *, first: int = 0, sinks: bool = False) -> Any:
+    def probabilities(self, part: slice, sees_BCT: Tensor, *, first: int = 0, sinks: bool = False) -> Tensor:
         """Returns the attention of some queries, float32 [B, h, C, T], over the keys that `sees_BCT` lets them see."""
         codes_BhCm = self.codes_BSmh[:, part].permute(0, 3, 1, 2)
         distance_BhCm = self.distance_BSmh[:, part].permute(0, 3, 1, 2)
@@ -79,5 +82,5 @@ class LargestShares:
         return _normalised(shares_BhCT.masked_fill(~sees_BCT[:, None], 0.0))
 
 
-def _normalised(shares_BhCT: Any) -> Any:
+def _normalised(shares_BhCT: Tensor) -> Tensor:
     return shares_BhCT / shares_BhCT.sum(-1, keepdim=True).clamp_min(SMALLEST)

@@ -29,7 +29,8 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,9 @@ from numpy.typing import NDArray
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.safetensors_file import load_named, save_named
 from teachercache.targets.logits.softened import SketchTail
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 PREFIX = "sketch-"
@@ -97,12 +101,12 @@ class SketchBasis:
             return SketchTail(coefficients_Nr, basis_Vr, base_V, self.softcap, temperature, bias_V)
         return SketchTail(coefficients_Nr / temperature, basis_Vr, base_V / temperature + bias_V)
 
-    def capturing_arrays(self, torch: Any, device: Any) -> tuple[Any, Any]:
+    def capturing_arrays(self, torch: ModuleType, device: Any) -> tuple[Tensor, Tensor]:
         """`mean_D` and `analysis_Dr` where they are used; brought there once."""
         key = ("capture", str(device))
         if key not in self.copies:
             self.copies[key] = tuple(torch.from_numpy(array).to(device) for array in (self.mean_D, self.analysis_Dr))
-        copies: tuple[Any, Any] = self.copies[key]
+        copies: tuple[Tensor, Tensor] = self.copies[key]
         return copies
 
     def _reading_arrays(self, like: Any) -> tuple[Any, Any, Any, Any]:

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,9 @@ from teachercache.targets.coding.columns import Column
 from teachercache.targets.coding.pco import NAME as PCO
 from teachercache.targets.coding.safetensors_file import load_named, save_named
 from teachercache.targets.coding.transfer import to_host
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BOUNDARY_MASS = "boundary_log_mass"  # its column
 SECTION = "boundary_mass"
@@ -101,11 +105,11 @@ class BoundaryMass:
         """Its payload column."""
         return (Column(BOUNDARY_MASS, "<u2", (), PCO, groups=(1,), within=(0, int(_codes(np.array([LEAST]))[0]))),)
 
-    def capture(self, torch: Any, logits_NV: Any) -> dict[str, Array]:
+    def capture(self, torch: ModuleType, logits_NV: Tensor) -> dict[str, Array]:
         """As `log_masses`, on the host."""
         return to_host(torch, self.log_masses(torch, logits_NV))
 
-    def log_masses(self, torch: Any, logits_NV: Any) -> dict[str, Any]:
+    def log_masses(self, torch: ModuleType, logits_NV: Tensor) -> dict[str, Any]:
         """Log-masses of N positions, float32 [N], from float32 logits [N, V or more], which stay as they are.
 
         One softmax and one product with the set (tests/bench/boundary_cost.py measures what that costs). Rows are

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,9 @@ from teachercache.targets.logits.basis import SketchBasis
 from teachercache.targets.logits.kind import NOTHING, KindSettings, hidden_size
 from teachercache.targets.logits.softened import Softened
 from teachercache.targets.logits.temperature import check_positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 
@@ -118,15 +122,16 @@ class FinalHidden:
 
     def capture(
         self,
-        torch: Any,
-        logits_NV: Any,
-        labels_N: Any,
-        hidden_ND: Any = None,
-        seeds_N: Any = None,
+        torch: ModuleType,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        hidden_ND: Tensor | None = None,
+        seeds_N: NDArray[np.uint64] | None = None,
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
         """Coefficients of N positions, float32 [N, D]; of the logits only the label's log-probability is taken."""
+        assert hidden_ND is not None
         basis = self._basis()
         mean_D, per_unit_D = basis.capturing_arrays(torch, hidden_ND.device)
         logits_NV = logits_NV[:, : self.vocabulary_size]
@@ -169,7 +174,7 @@ class FinalHidden:
         return arrays
 
     def softened(
-        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "sketch", xp: Any = np
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "sketch", xp: ModuleType = np
     ) -> Softened:
         """The distribution at any T > 0, from what `decoded` gives (numpy's or torch's): an empty head, all mass outside."""
         self.objective_columns(tail)

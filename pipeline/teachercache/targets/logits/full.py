@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ from teachercache.targets.logits.softened import Softened
 from teachercache.targets.logits.tails.policies import TAIL_POLICIES
 from teachercache.targets.logits.tails.policy import TailContext
 from teachercache.targets.logits.temperature import check_positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 4096  # tokens: 8 KiB a position
 
@@ -83,11 +87,11 @@ class Full:
 
     def capture(
         self,
-        torch: Any,
-        logits_NV: Any,
-        labels_N: Any,
-        hidden_ND: Any = None,
-        seeds_N: Any = None,
+        torch: ModuleType,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        hidden_ND: Tensor | None = None,
+        seeds_N: NDArray[np.uint64] | None = None,
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
@@ -123,7 +127,9 @@ class Full:
         """Columns as arrays ready for a batch, float32."""
         return {name: float32_of(values) for name, values in stored.items()}
 
-    def softened(self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "ghost", xp: Any = np) -> Softened:
+    def softened(
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "ghost", xp: ModuleType = np
+    ) -> Softened:
         """The distribution at any T > 0, from what `decoded` gives (numpy's or torch's): a head of all V tokens."""
         self.objective_columns(tail)
         scaled_NV = arrays["log_probs"] / temperature

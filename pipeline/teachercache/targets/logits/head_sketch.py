@@ -30,7 +30,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,9 @@ from teachercache.targets.logits.softened import Softened, Tail
 from teachercache.targets.logits.tail import NODES, decode_nodes, node_sums, quantise_nodes, tail_at
 from teachercache.targets.logits.tails.policies import TAIL_POLICIES
 from teachercache.targets.logits.tails.policy import HEAD, MASS, SKETCH, TailContext, offered
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD_STEP = 1 / 32  # of a logit
 LEAST_HEAD_LOGIT = -2000.0  # relative to the largest; what 16 bits of steps hold
@@ -212,11 +216,11 @@ class HeadSketch:
 
     def capture(
         self,
-        torch: Any,
-        logits_NV: Any,
-        labels_N: Any,
-        hidden_ND: Any = None,
-        seeds_N: Any = None,
+        torch: ModuleType,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        hidden_ND: Tensor | None = None,
+        seeds_N: NDArray[np.uint64] | None = None,
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
@@ -224,6 +228,7 @@ class HeadSketch:
 
         `logits_NV` are float32 [N, V >= vocabulary], overwritten; `hidden_ND` is what entered the output layer.
         """
+        assert hidden_ND is not None
         basis = self._basis()
         logits_NV = logits_NV[:, : self.vocabulary_size]
         head_Nk, ids_Nk = largest(torch, logits_NV, self.k)
@@ -308,7 +313,7 @@ class HeadSketch:
         return arrays
 
     def softened(
-        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "sketch", xp: Any = np
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "sketch", xp: ModuleType = np
     ) -> Softened:
         """The distribution at any T >= 1, from what `decoded` gives (numpy's or torch's, any device).
 

@@ -7,8 +7,8 @@ argument: a reader of caches needs no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Protocol, TypeGuard
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from numpy.typing import NDArray
 
@@ -18,6 +18,9 @@ from teachercache.targets.logits.basis import SketchBasis
 from teachercache.targets.logits.softened import Softened
 from teachercache.targets.logits.tails.policies import TAIL_POLICIES
 from teachercache.targets.logits.tails.policy import SKETCH
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Arrays = Mapping[str, Any]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -90,11 +93,11 @@ class TargetKind(Protocol):
 
     def capture(
         self,
-        torch: Any,
-        logits_NV: Any,
-        labels_N: Any,
-        hidden_ND: Any = None,
-        seeds_N: Any = None,
+        torch: ModuleType,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        hidden_ND: Tensor | None = None,
+        seeds_N: NDArray[Any] | None = None,
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, NDArray[Any]]:
@@ -121,7 +124,7 @@ class TargetKind(Protocol):
     def decoded(self, stored: Arrays) -> dict[str, NDArray[Any]]:
         """One row's columns, those that are there, as arrays [N, …] ready for a batch: ids int32, other numbers float32."""
 
-    def softened(self, arrays: Arrays, temperature: float, *, tail: str = ..., xp: Any = ...) -> Softened:
+    def softened(self, arrays: Arrays, temperature: float, *, tail: str = ..., xp: ModuleType = ...) -> Softened:
         """The distribution at a temperature, from what `decoded` gives (numpy's or torch's)."""
 
 
@@ -151,7 +154,7 @@ def first_choice_tail(kind: TargetKind) -> str:
     return next((name for name in policies if SKETCH not in TAIL_POLICIES[name].needs), policies[0])
 
 
-def first_choices(kind: TargetKind, arrays: Arrays, *, xp: Any) -> Any:
+def first_choices(kind: TargetKind, arrays: Arrays, *, xp: ModuleType) -> Any:
     """The teacher's most probable token at each position at T = 1, [N], from what `decoded` gives of the columns
     `objective_columns(first_choice_tail(kind))`."""
     return kind.softened(arrays, 1.0, tail=first_choice_tail(kind), xp=xp).topk(1)[0][:, 0]

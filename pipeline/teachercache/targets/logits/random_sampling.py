@@ -28,7 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,9 @@ from teachercache.targets.coding.transfer import to_host
 from teachercache.targets.logits.kind import NOTHING, KindSettings
 from teachercache.targets.logits.softened import Softened
 from teachercache.targets.logits.temperature import check_positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 
@@ -105,15 +109,16 @@ class RandomSampling:
 
     def capture(
         self,
-        torch: Any,
-        logits_NV: Any,
-        labels_N: Any,
-        hidden_ND: Any = None,
-        seeds_N: Any = None,
+        torch: ModuleType,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        hidden_ND: Tensor | None = None,
+        seeds_N: NDArray[np.uint64] | None = None,
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Array]:
         """Draws of N positions by inverting the distribution function, in float64: rising ids, [N, draws]."""
+        assert seeds_N is not None
         logits_NV = logits_NV[:, : self.vocabulary_size]
         actual_N = (logits_NV.gather(1, labels_N[:, None]) - logits_NV.logsumexp(-1, keepdim=True))[:, 0]
         logits_NV.sub_(logits_NV.amax(-1, keepdim=True)).div_(self.draw_temperature).exp_()
@@ -186,7 +191,7 @@ class RandomSampling:
         return arrays
 
     def softened(
-        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "renormalise", xp: Any = np
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "renormalise", xp: ModuleType = np
     ) -> Softened:
         """The estimate at any T > 0, from what `decoded` gives (numpy's or torch's): unbiased at `draw_temperature` alone."""
         self.objective_columns(tail)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 class Tail(Protocol):
     """The shape of a tail. `temperature` and biases are already inside."""
 
-    def logits(self, part: slice, xp: Any) -> Any:
+    def logits(self, part: slice, xp: ModuleType) -> Any:
         """Unnormalised log-probabilities of all V tokens at some of the positions, [C, V], the caller's to overwrite.
 
         Entries of the head are there and mean nothing.
@@ -37,7 +38,7 @@ class UniformTail:
     vocabulary_size: int
     like: Any  # an array of the wanted type and device, [N, …]
 
-    def logits(self, part: slice, xp: Any) -> Any:
+    def logits(self, part: slice, xp: ModuleType) -> Any:
         """Zeros, [C, V]."""
         positions = len(self.like[part])
         if xp is np:
@@ -63,7 +64,7 @@ class SketchTail:
     temperature: float = 1.0
     bias_V: Any = None  # added after the soft cap; None without one
 
-    def logits(self, part: slice, xp: Any) -> Any:
+    def logits(self, part: slice, xp: ModuleType) -> Any:
         """One matmul and an addition, [C, V]."""
         logits_CV = self.coefficients_Nr[part] @ self.basis_Vr.T
         logits_CV += self.offset_V

@@ -11,12 +11,16 @@ The temperatures are such that one exponential serves all nodes: exp(z/4) is exp
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.errors import CacheError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NODES = (1.0, 8 / 7, 4 / 3, 2.0, 4.0, 8.0)  # temperatures
 CODED_ORDER = (0, 5, 3, 4, 2, 1)  # indices into NODES: each is predicted from those before it
@@ -26,7 +30,7 @@ STEP = 0.006  # nats; a node is off by half of it at most
 Array = NDArray[Any]
 
 
-def node_sums(torch: Any, relative_NV: Any, head_ids_Nk: Any) -> Any:
+def node_sums(torch: ModuleType, relative_NV: Tensor, head_ids_Nk: Tensor) -> Tensor:
     """log Σ exp(z / T) over tokens outside the head at the nodes' temperatures, [N, 6]; overwrites its argument."""
     eighth_NV = relative_NV.mul_(1 / 8).exp_()
     eighth_NV.scatter_(1, head_ids_Nk, 0.0)
@@ -36,7 +40,8 @@ def node_sums(torch: Any, relative_NV: Any, head_ids_Nk: Any) -> Any:
     sums.insert(0, quarter_NV.mul_(half_NV).sum(-1))  # 4/3
     sums.insert(0, eighth_NV.mul_(quarter_NV).sum(-1))  # 8/7
     sums.insert(0, half_NV.square_().sum(-1))  # 1
-    return torch.stack(sums, dim=-1).log().clamp_min_(LEAST)
+    nodes_NG: Tensor = torch.stack(sums, dim=-1).log().clamp_min_(LEAST)
+    return nodes_NG
 
 
 def quantise_nodes(nodes_NG: Array, head_logits_Nk: Array, weights_GF: Array) -> Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def check_positive(temperature: float) -> None:
 
 
 def softened(
-    head_logits_Nk: Any, tail_log_partition_NG: Any, grid: Sequence[float], temperature: float, xp: Any = np
+    head_logits_Nk: Any, tail_log_partition_NG: Any, grid: Sequence[float], temperature: float, xp: ModuleType = np
 ) -> tuple[Any, Any]:
     """The teacher's distribution at `temperature`: log-probabilities of the head [N, k] and of the whole tail [N].
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,9 @@ from teachercache.targets.logits.softened import Softened
 from teachercache.targets.logits.tails.policies import TAIL_POLICIES
 from teachercache.targets.logits.tails.policy import HEAD, MASS, TailContext, offered
 from teachercache.targets.logits.temperature import grid_index, softened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GridConfig(KindSettings):
@@ -108,11 +112,11 @@ class TopK:
 
     def capture(
         self,
-        torch: Any,
-        logits_NV: Any,
-        labels_N: Any,
-        hidden_ND: Any = None,
-        seeds_N: Any = None,
+        torch: ModuleType,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        hidden_ND: Tensor | None = None,
+        seeds_N: NDArray[np.uint64] | None = None,
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, NDArray[Any]]:
@@ -173,7 +177,9 @@ class TopK:
             for name, values in stored.items()
         }
 
-    def softened(self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "ghost", xp: Any = np) -> Softened:
+    def softened(
+        self, arrays: Mapping[str, Any], temperature: float, *, tail: str = "ghost", xp: ModuleType = np
+    ) -> Softened:
         """The distribution at a temperature of the grid, from what `decoded` gives (numpy's or torch's).
 
         Raises `CacheError`, naming the grid, for any other temperature.
@@ -197,7 +203,9 @@ def top_k_fields(settings: Mapping[str, Any], vocabulary_size: int) -> dict[str,
     return {**fields, "vocabulary_size": vocabulary_size}
 
 
-def tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatures: Sequence[float]) -> Any:
+def tail_log_partition(
+    torch: ModuleType, relative_NV: Tensor, head_ids_Nk: Tensor, temperatures: Sequence[float]
+) -> Tensor:
     """log Σ exp(z / T) over tokens outside the head, for each T: [N, G]. Expects logits relative to the largest.
 
     From the highest temperature down: where one is half of the one before, exp(z / T) is the square of what is at hand.
@@ -212,4 +220,5 @@ def tail_log_partition(torch: Any, relative_NV: Any, head_ids_Nk: Any, temperatu
             powers_NV.scatter_(1, head_ids_Nk, 0.0)
         at = temperature
         sums_N.append(powers_NV.sum(-1))
-    return torch.stack(sums_N[::-1], dim=-1).log()
+    sums_NG: Tensor = torch.stack(sums_N[::-1], dim=-1)
+    return sums_NG.log()

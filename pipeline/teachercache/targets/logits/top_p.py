@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,9 @@ from teachercache.targets.coding.transfer import to_host
 from teachercache.targets.logits.head_checks import check_ragged
 from teachercache.targets.logits.kind import NOTHING
 from teachercache.targets.logits.top_k import GridConfig, TopK, tail_log_partition, top_k_fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TopPConfig(GridConfig):
@@ -78,11 +82,11 @@ class TopP(TopK):
 
     def capture(
         self,
-        torch: Any,
-        logits_NV: Any,
-        labels_N: Any,
-        hidden_ND: Any = None,
-        seeds_N: Any = None,
+        torch: ModuleType,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        hidden_ND: Tensor | None = None,
+        seeds_N: NDArray[np.uint64] | None = None,
         *,
         beside: Mapping[str, Any] = NOTHING,
     ) -> dict[str, NDArray[Any]]:

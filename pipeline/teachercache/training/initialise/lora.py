@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def with_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Any:
+def with_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PreTrainedModel:
     """The model with trainable adapters in the layers that `config.target_modules` names, and everything else frozen.
     `seed` decides what the adapters begin with.
 
@@ -52,7 +52,7 @@ def with_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> A
         message = re.sub(r"\(.*\)(?= is not supported)", "", " ".join(str(error).split()))
         raise ModelError(f"student.lora.target_modules: {message}") from None
     _check_not_shared(adapted, places)
-    return adapted
+    return cast("PreTrainedModel", adapted)  # it passes on what it does not have itself
 
 
 Places = dict[int, dict[tuple[int, str], str]]  # of each weight: its layers, by what holds them, and their names

@@ -6,8 +6,8 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,11 +144,17 @@ class _Job:
 
     def _train(self, identity: RunIdentity) -> Checkpoint | None:
         """Train to the end; returns the checkpoint that it went on from."""
-
-        from teachercache.models.loading import load_causal_lm
-
         self.supervision.check_tokenizers()
         args = self._arguments()  # first: under ZeRO 3 they decide how a model is loaded
+        model = self._model()
+        for line in self._notes():
+            self._say(line)
+        with self._failures_in_a_line():
+            return self._run_trainer(model, args, identity)
+
+    def _model(self) -> PreTrainedModel:
+        from teachercache.models.loading import load_causal_lm
+
         student = self.student
         model = load_causal_lm(
             student.model,
@@ -157,35 +163,36 @@ class _Job:
             attention=student.attention,
             task=self.supervision.task,
         )
-        if self.student.lora is not None:
-            from teachercache.training.initialise.lora import with_adapters
+        if student.lora is None:
+            return model
+        from teachercache.training.initialise.lora import with_adapters
 
-            model = with_adapters(model, self.student.lora, seed=self.config.seed)
-        needed, room = (
-            windows_bytes(self._caches, window=self.recipe.stream.window, layers=bool(self.recipe.objective.layers))
-            + windows_bytes(self.supervision.other_caches, window=self.recipe.stream.window, layers=False),
-            self.recipe.stream.local_bytes,
-        )
+        return with_adapters(model, student.lora, seed=self.config.seed)
+
+    def _notes(self) -> Iterator[str]:
+        """Yields lines for people, before training."""
+        window, room = self.recipe.stream.window, self.recipe.stream.local_bytes
+        needed = windows_bytes(self._caches, window=window, layers=bool(self.recipe.objective.layers))
+        needed += windows_bytes(self.supervision.other_caches, window=window, layers=False)
         if needed > room:
-            self._say(
+            yield (
                 f"two windows of shards take up to {needed:,} bytes, stream.local_bytes is {room:,}: shards may be fetched "
                 "more than once an epoch; raise it, or lower stream.window"
             )
         if self.config.deepspeed is None and self.zero_stage != self.config.zero_stage:
-            self._say(
+            yield (
                 f"bf16 is trained under ZeRO {self.zero_stage}: under ZeRO {self.config.zero_stage} gradients would be summed "
                 "in bf16, which loses small ones"
             )
         if not self._evaluates:
-            self._say("the cache has no held-out rows: no evaluation, and the last checkpoint is exported")
-        for line in (
-            *self.supervision.warnings(),
-            *self.trained.lines,
-            *self.supervision.lines(),
-        ):
-            self._say(line)
+            yield "the cache has no held-out rows: no evaluation, and the last checkpoint is exported"
+        yield from (*self.supervision.warnings(), *self.trained.lines, *self.supervision.lines())
+
+    @contextmanager
+    def _failures_in_a_line(self) -> Iterator[None]:
+        """Raises what training can fail by as our own errors, with the remedy."""
         try:
-            return self._run_trainer(model, args, identity)
+            yield
         except TeachercacheError as error:
             raise type(error)(_own_message(error)) from error
         except RuntimeError as error:

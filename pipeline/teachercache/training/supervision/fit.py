@@ -4,7 +4,7 @@ remedy."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from teachercache.cache import Cache, Manifest
 from teachercache.cache.manifest.alignment_manifest import AlignmentManifest
@@ -20,6 +20,8 @@ from teachercache.models.probes import check_sight, isolates_packed_segments
 from teachercache.training.initialise.partitioned import rows_of, runnable
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from teachercache.training.supervision.contract import Supervision
 
 REMEDY = "use a student of the teacher's family, e.g. one that `teachercache init-student` makes"
@@ -49,7 +51,7 @@ class Fit:
     pack: bool
     _ran: bool = False
 
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Raise `ModelError` for a vocabulary or positions that are too few, nothing that is aligned, and, where the model can
         run, for what `check_wrapped` refuses; also where each process holds a part of it (ZeRO 3)."""
         self.supervision.check_student(_name_of(model))
@@ -59,7 +61,7 @@ class Fit:
             with runnable(model):
                 self.check_wrapped(model, model)
 
-    def check_wrapped(self, model: Any, student: Any) -> None:
+    def check_wrapped(self, model: PreTrainedModel, student: PreTrainedModel) -> None:
         """Raise `ModelError` for a student that sees later tokens, or other documents of a packed row. It runs on a few tokens,
         once; `model` is `student` as training wraps it."""
         if self._ran:
@@ -72,14 +74,14 @@ class Fit:
         self._ran = True
 
 
-def check_shapes(model: Any, tokens: Manifest | AlignmentManifest) -> None:
+def check_shapes(model: PreTrainedModel, tokens: Manifest | AlignmentManifest) -> None:
     """Raise `ModelError` when the student cannot read the tokens of a cache, or of its alignment, as far as its shapes tell."""
     name = _name_of(model)
     check_vocabulary(model, name, tokens)
     check_length(model, name, tokens)
 
 
-def _name_of(model: Any) -> str:
+def _name_of(model: PreTrainedModel) -> str:
     return getattr(model.config, "name_or_path", None) or type(model).__name__
 
 
@@ -95,7 +97,7 @@ def initial_weights(student: StudentConfig) -> dict[str, str | None]:
     return weights_identity(student.model, revision=student.revision, commit=commit)
 
 
-def check_vocabulary(model: Any, name: str, manifest: Manifest | AlignmentManifest) -> None:
+def check_vocabulary(model: PreTrainedModel, name: str, manifest: Manifest | AlignmentManifest) -> None:
     """The student's embeddings must hold every token that it reads; more rows than that are padding and allowed."""
     parts = {"input embedding": model.get_input_embeddings(), "output embedding": model.get_output_embeddings()}
     for part, module in parts.items():
@@ -113,7 +115,7 @@ def _whose(manifest: Manifest | AlignmentManifest) -> str:
     return "the cache's" if isinstance(manifest, Manifest) else "its own"
 
 
-def check_length(model: Any, name: str, manifest: Manifest | AlignmentManifest) -> None:
+def check_length(model: PreTrainedModel, name: str, manifest: Manifest | AlignmentManifest) -> None:
     """The student must have positions for the longest row."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and longest < manifest.sequence_length:
@@ -125,7 +127,9 @@ def check_length(model: Any, name: str, manifest: Manifest | AlignmentManifest) 
         )
 
 
-def check_packing(model: Any, name: str, manifest: Manifest, *, vocabulary_size: int, pack: bool = False) -> None:
+def check_packing(
+    model: PreTrainedModel, name: str, manifest: Manifest, *, vocabulary_size: int, pack: bool = False
+) -> None:
     """In packed rows a document must not see the one before it: the teacher's did not. `vocabulary_size` is of the tokens that
     the student reads."""
     if manifest.layout != "packed" and not pack:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ from teachercache.models.loading import runnable_here
 from teachercache.objective.layers.objective import LayerLossSums, LayerObjective, StudentShape
 from teachercache.training.initialise.partitioned import rows_of, runnable
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def layer_objectives(
-    model: Any, config: ObjectiveConfig, caches: Sequence[Cache], *, seed: int
+    model: PreTrainedModel, config: ObjectiveConfig, caches: Sequence[Cache], *, seed: int
 ) -> Sequence[LayerObjective]:
     """One for each cache, which are now a part of the model; none without terms between layers. `seed` decides what adapters
     begin with.
@@ -44,7 +47,7 @@ def layer_objectives(
     return objectives
 
 
-def student_shape(model: Any) -> StudentShape:
+def student_shape(model: PreTrainedModel) -> StudentShape:
     """From its config. Raises `ModelError` where that does not say."""
     text = model.config.get_text_config()
     try:
@@ -58,7 +61,7 @@ def student_shape(model: Any) -> StudentShape:
         ) from None
 
 
-def _try(model: Any, objectives: Sequence[LayerObjective], *, longest: int) -> None:
+def _try(model: PreTrainedModel, objectives: Sequence[LayerObjective], *, longest: int) -> None:
     """Tries to record the student's layers, on as many tokens as a row can have, before anything is trained."""
     layers = {
         what: sorted({layer for objective in objectives for layer in getattr(objective, f"{what}_layers")})
@@ -103,7 +106,7 @@ def check_trainer(trainer: Any, objectives: Sequence[LayerObjective]) -> None:
         )
 
 
-def check_formed_outside(model: Any, objective: LayerObjective | None) -> None:
+def check_formed_outside(model: PreTrainedModel, objective: LayerObjective | None) -> None:
     """Raise `ModelError` where adapters would run outside of the forward pass that DDP wraps."""
     if objective is not None and isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ModelError(
@@ -113,7 +116,9 @@ def check_formed_outside(model: Any, objective: LayerObjective | None) -> None:
 
 
 @contextmanager
-def watched(model: Any, objective: LayerObjective | None, *, apart: bool = False) -> Iterator[Activations | None]:
+def watched(
+    model: PreTrainedModel, objective: LayerObjective | None, *, apart: bool = False
+) -> Iterator[Activations | None]:
     """While it is open, what the objective compares of the student is recorded, `apart` from what the student itself goes on
     with if gradients are to be told apart; None where there is no objective."""
     if objective is None:

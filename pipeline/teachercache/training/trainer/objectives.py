@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from teachercache.objective import Objective
 from teachercache.objective.layers.objective import LayerObjective
@@ -12,6 +12,9 @@ from teachercache.objective.objective_schedule import ScheduleRange
 from teachercache.objective.token_weighting.weights import EFFECTIVE
 from teachercache.training.supervision.contract import Columns, Supervision
 from teachercache.training.trainer.layers import layer_objectives, names_logged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,9 @@ class Objectives:
     of_layers: Sequence[LayerObjective]
 
     @classmethod
-    def of(cls, model: Any, supervision: Supervision, schedule_range: ScheduleRange, *, seed: int) -> Objectives:
+    def of(
+        cls, model: PreTrainedModel, supervision: Supervision, schedule_range: ScheduleRange, *, seed: int
+    ) -> Objectives:
         """Makes the objectives of a run. Adapters between layers become a part of the model; `seed` decides what they
         begin with.
 

@@ -17,7 +17,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from teachercache.errors import RecipeError
 from teachercache.models.activations import ADAPTERS, blocks_of
 from teachercache.objective import LossTerms
 from teachercache.objective.logits.operands import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
 
 RoutingPass = Literal["distillation", "task"]
 ROUTING_PASSES: tuple[RoutingPass, ...] = get_args(RoutingPass)
@@ -39,7 +42,7 @@ class Routing:
     Raises `RecipeError` for a block or name that the model does not have, and for a parameter that is in both lists.
     """
 
-    def __init__(self, model: Any, config: RoutingConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: RoutingConfig) -> None:
         self.routing_pass: RoutingPass | None = None
         for routing_pass, parameters in routed_parameters(model, config).items():
             for parameter in parameters:
@@ -76,7 +79,7 @@ class Routing:
         return replace(terms, total=total, divergence=nothing, weighed=nothing, positions=0, named={}, counts={})
 
 
-def routing_of(model: Any, config: RoutingConfig | None, args: Any) -> Routing | None:
+def routing_of(model: PreTrainedModel, config: RoutingConfig | None, args: TrainingArguments) -> Routing | None:
     """Returns the routing of a recipe that has one, and tells its training loop of the passes."""
     if config is None:
         return None
@@ -84,7 +87,7 @@ def routing_of(model: Any, config: RoutingConfig | None, args: Any) -> Routing |
     return Routing(model, config)
 
 
-def present_twice(args: Any) -> None:
+def present_twice(args: TrainingArguments) -> None:
     """To the training loop, and to DeepSpeed, a micro-batch in each pass is one of accumulation."""
     args.gradient_accumulation_steps *= len(ROUTING_PASSES)
     if args.deepspeed:
@@ -93,7 +96,7 @@ def present_twice(args: Any) -> None:
         settings["train_batch_size"] = args.world_size * args.per_device_train_batch_size * steps
 
 
-def routed_parameters(model: Any, config: RoutingConfig) -> dict[RoutingPass, list[torch.nn.Parameter]]:
+def routed_parameters(model: PreTrainedModel, config: RoutingConfig) -> dict[RoutingPass, list[torch.nn.Parameter]]:
     """The parameters of each list, those that learn at all."""
     names = _names_of(model)
     chosen: dict[RoutingPass, dict[int, str]] = {routing_pass: {} for routing_pass in ROUTING_PASSES}
@@ -109,13 +112,15 @@ def routed_parameters(model: Any, config: RoutingConfig) -> dict[RoutingPass, li
     return {routing_pass: [names[name] for name in weights.values()] for routing_pass, weights in chosen.items()}
 
 
-def _names_of(model: Any) -> dict[str, torch.nn.Parameter]:
+def _names_of(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """All names of what learns, a shared weight under each of its own; adapters are no part of the student."""
     named = model.named_parameters(remove_duplicate=False)
     return {name: weights for name, weights in named if weights.requires_grad and name.partition(".")[0] != ADAPTERS}
 
 
-def _matching(model: Any, item: int | str, names: dict[str, torch.nn.Parameter], *, where: str) -> list[str]:
+def _matching(
+    model: PreTrainedModel, item: int | str, names: dict[str, torch.nn.Parameter], *, where: str
+) -> list[str]:
     if isinstance(item, int):
         owned = {id(weights) for weights in _layer(model, item, where=where).parameters()}
         parameters = [name for name, weights in names.items() if id(weights) in owned]
@@ -128,7 +133,7 @@ def _matching(model: Any, item: int | str, names: dict[str, torch.nn.Parameter],
     raise RecipeError(f"{where}: nothing that learns matches {item}; the nearest name is {near[0]}")
 
 
-def _layer(model: Any, number: int, *, where: str) -> Any:
+def _layer(model: PreTrainedModel, number: int, *, where: str) -> torch.nn.Module:
     blocks = blocks_of(model)
     if not 0 <= number <= len(blocks):
         raise RecipeError(

@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -62,6 +62,9 @@ from teachercache.training.trainer.layers import check_trainer
 from teachercache.training.trainer.learning_rate import with_factors
 from teachercache.training.trainer.objectives import Objectives
 from teachercache.training.trainer.routing import ROUTING_PASS, ROUTING_PASSES, routing_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +223,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the global batch's mean loss. Calls the wrapped model, never `model.module`."""
-        self.fit.check_wrapped(model, self.model)
+        self.fit.check_wrapped(model, cast("PreTrainedModel", self.model))
         inputs = dict(inputs)
         if self.routing is not None:
             self.routing.routing_pass = inputs.pop(ROUTING_PASS)

@@ -30,10 +30,10 @@ def answer(request: dict[str, Any]) -> Any:
     answers: list[dict[str, Any]] = []
     for variables in request["conversations"]:
         left = request["most"] - sum(len(answered.get("text", "")) for answered in answers)
-        one = _rendered(template, {**request["variables"], **variables}, most=left)
-        if one is None:
+        rendered = _rendered(template, {**request["variables"], **variables}, most=left)
+        if rendered is None:
             return {"exhausted": "text"}
-        answers.append(one)
+        answers.append(rendered)
     return answers
 
 

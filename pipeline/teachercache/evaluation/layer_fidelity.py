@@ -61,8 +61,8 @@ class LayerComparison:
         self._tokens += len(later_S)
         decoded = targets.decoded(stored.targets)
         for layer in hidden:
-            found_SD = torch.from_numpy(decoded[column_of(layer)])
-            self._hidden(layer, exact.hidden[layer].float().cpu()[later_S], found_SD[later_S])
+            stored_SD = torch.from_numpy(decoded[column_of(layer)])
+            self._hidden(layer, exact.hidden[layer].float().cpu()[later_S], stored_SD[later_S])
         for layer in blocks:
             divergence_S = attention_divergence(targets, layer, stored, exact)
             self._sums["attention_kl"][layer] += float(divergence_S[later_S].sum())
@@ -93,10 +93,10 @@ def attention_divergence(targets: StoredTargets, layer: int, stored: StoredRow, 
     queries_BHSE, keys_BKSE = (part[layer].float().cpu()[None] for part in (exact.queries, exact.keys))
     exact_heads = StoredHeads(queries_BHSE, keys_BKSE, None, shape, None if sinks_H is None else sinks_H.cpu())
     sees_BSS = sees(torch, batch["segment"], window=shape.window)
-    exact_HSS, found_HSS = (
+    exact_HSS, stored_HSS = (
         heads.probabilities(slice(None), sees_BSS, sinks=True)[0] for heads in (exact_heads, stored_heads)
     )
     if stored_heads.heads < shape.heads:
         exact_HSS = exact_HSS.unflatten(0, (stored_heads.heads, -1)).mean(1)
-    apart_HSS = (maps_HSS.clamp_min(torch.finfo(maps_HSS.dtype).tiny).log() for maps_HSS in (exact_HSS, found_HSS))
+    apart_HSS = (maps_HSS.clamp_min(torch.finfo(maps_HSS.dtype).tiny).log() for maps_HSS in (exact_HSS, stored_HSS))
     return torch.where(sees_BSS, exact_HSS * torch.sub(*apart_HSS), 0.0).sum(-1).mean(0)

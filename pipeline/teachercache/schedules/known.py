@@ -40,8 +40,8 @@ def _number_or(sets: str) -> Any:
     def added() -> dict[str, type[Schedule]]:
         return {name_of(schedule): schedule for schedule in SCHEDULES.added if sets in schedule.sets}
 
-    own = {name_of(schedule): schedule for schedule in SCHEDULES.own if sets in schedule.sets}
-    return one_of({NUMBER: float, **own}, tag_of=_tag, added=added)
+    schedules = {name_of(schedule): schedule for schedule in SCHEDULES.own if sets in schedule.sets}
+    return one_of({NUMBER: float, **schedules}, tag_of=_tag, added=added)
 
 
 if TYPE_CHECKING:

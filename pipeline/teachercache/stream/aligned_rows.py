@@ -136,6 +136,6 @@ def aligned_tokens(stored: AlignedPair) -> tuple[Array, Array]:
     """(student's, teacher's) token that each aligned chunk ends with, [A] each: there both have read the same bytes."""
     teacher = Side.of(stored.teacher.row, stored.alignment["teacher_counts"])
     student = Side.of(stored.row, stored.alignment["student_counts"])
-    both = (stored.alignment["aligned"] > 0) & (teacher.count_M > 0) & (student.count_M > 0)
-    chosen = np.flatnonzero(both)
+    is_chunk_M = (stored.alignment["aligned"] > 0) & (teacher.count_M > 0) & (student.count_M > 0)
+    chosen = np.flatnonzero(is_chunk_M)
     return student.last_M(chosen), teacher.last_M(chosen)

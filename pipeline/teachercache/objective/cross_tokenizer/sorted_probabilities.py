@@ -33,9 +33,9 @@ class SortedProbabilities:
             return _with_bucket(student_PV, teacher), {}
         sorted_PV = student_PV.sort(dim=-1, descending=True).values
         teacher_PW = teacher.dense().exp().sort(dim=-1, descending=True).values.to(student_PV)
-        both = min(sorted_PV.shape[1], teacher_PW.shape[1])
-        values_P = (sorted_PV[:, :both] - teacher_PW[:, :both]).abs().sum(-1)
-        return values_P + sorted_PV[:, both:].sum(-1) + teacher_PW[:, both:].sum(-1), {}
+        ranks = min(sorted_PV.shape[1], teacher_PW.shape[1])
+        values_P = (sorted_PV[:, :ranks] - teacher_PW[:, :ranks]).abs().sum(-1)
+        return values_P + sorted_PV[:, ranks:].sum(-1) + teacher_PW[:, ranks:].sum(-1), {}
 
 
 def _with_bucket(student_PV: Tensor, teacher: Softened) -> Tensor:

@@ -93,14 +93,14 @@ class FusedTeacher:
         teacher_views = self._teacher_views(self._own(targets, like=like, dtype=dtype), temperature)
         all_N = _speaking(teacher_views).all(-1)
         weight_N1 = all_N[:, None].to(dtype)
-        every = [self._fused(teacher_views[:1], weight_N1)]
+        completed = [self._fused(teacher_views[:1], weight_N1)]
         for teacher_view in teacher_views[1:]:
-            every.append(
+            completed.append(
                 self._fused(
                     [teacher_views[0], teacher_view], torch.cat([torch.zeros_like(weight_N1), weight_N1], dim=1)
                 )
             )
-        return every, all_N
+        return completed, all_N
 
     def _teacher_views(self, teacher_arrays: Sequence[Mapping[str, Tensor]], temperature: float) -> list[TeacherView]:
         first = self._read(0, teacher_arrays[0], temperature)

@@ -109,8 +109,8 @@ class LayerObjective(torch.nn.Module):
         for name, term, centred in zip(self.names, self._made, self._centred, strict=True):
             batch = batches[centred]
             if taps is not None:
-                own = self._batch(taps.apart(name, term, activations), layers, shift_labels_BS, centred)
-                batch = replace(own, similarity=batch.similarity)
+                term_batch = self._batch(taps.apart(name, term, activations), layers, shift_labels_BS, centred)
+                batch = replace(term_batch, similarity=batch.similarity)
             values.append(term.loss(batch))
         total = torch.stack([weights[name] * value for name, value in zip(self.names, values, strict=True)]).sum()
         similarity = {layer: sums for batch in batches.values() for layer, sums in batch.similarity.items()}
@@ -131,7 +131,9 @@ class LayerObjective(torch.nn.Module):
         if are_aligned(layers):
             index_BA = layers[STUDENT]
             mask_BS = mask_BS.gather(1, index_BA) & (segment_BS >= 0)
-            student_hidden = {layer: at_tokens(found, index_BA, dim=1) for layer, found in student_hidden.items()}
+            student_hidden = {
+                layer: at_tokens(hidden_BSD, index_BA, dim=1) for layer, hidden_BSD in student_hidden.items()
+            }
             student_heads = {
                 layer: aligned_heads(heads, index_BA, layer=layer) for layer, heads in student_heads.items()
             }

@@ -239,8 +239,8 @@ def _shared(plan: AlignPlan, cache: Cache, tokenizer: PreTrainedTokenizerBase) -
 def _is_another_job(known: Any, identity: Mapping[str, Any]) -> bool:
     """Tells whether a plan.json is of another job, or of an earlier version, which had it in another shape: no teacher
     was run for it, so that it is begun anew."""
-    found = known.get("identity") if isinstance(known, dict) else None
-    return isinstance(found, dict) and found != identity
+    planned = known.get("identity") if isinstance(known, dict) else None
+    return isinstance(planned, dict) and planned != identity
 
 
 def _describe(plan: AlignPlan, mapped: VocabularyMap, begins: BoundaryMass) -> dict[str, Any]:

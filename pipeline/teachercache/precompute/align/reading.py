@@ -61,7 +61,7 @@ class Reader:
         regions, rest = [], list(starts)
         for content, message in zip(contents, texts, strict=True):
             kept = message.strip()  # a window may have cut it at white space, which templates strip
-            same = (one for one in rest if one.role == content.role and rendered[one.start : one.end] == kept)
+            same = (text for text in rest if text.role == content.role and rendered[text.start : text.end] == kept)
             match = next(same, None)
             if match is None:
                 continue  # the student's template changes it, or leaves it out

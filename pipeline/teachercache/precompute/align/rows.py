@@ -211,29 +211,29 @@ def _overlaps(sides: Sides, teacher_predicted_T: NDArray[np.bool_]) -> NDArray[n
     places, covered = np.append(0, sides.teacher.ends_S[with_text]), np.append(0, covered_T[with_text])
     ends_S = sides.student.ends_S
     starts_S = np.append(0, ends_S[:-1])
-    found_S = np.zeros(len(ends_S), dtype=np.bool_)
+    overlaps_S = np.zeros(len(ends_S), dtype=np.bool_)
     for region in sides.regions:
         edges = (np.clip(places_S, region.student_start, region.student_end) for places_S in (starts_S, ends_S))
         before, after = (
             np.interp(edge_S - region.student_start + region.teacher_start, places, covered) for edge_S in edges
         )
-        found_S |= after > before
-    return found_S
+        overlaps_S |= after > before
+    return overlaps_S
 
 
 def _stops(
     alignment: Alignment, teacher_predicted_T: NDArray[np.bool_], stops_S: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """The student's special tokens that are aligned with one which the teacher was to predict."""
-    found_S = np.zeros(len(stops_S), dtype=np.bool_)
+    is_stop_S = np.zeros(len(stops_S), dtype=np.bool_)
     first_T, first_S = (
         np.cumsum(counts, dtype=np.int64) - counts
         for counts in (alignment.teacher_counts_K, alignment.student_counts_K)
     )
     single_K = alignment.aligned_K & (alignment.teacher_counts_K == 1) & (alignment.student_counts_K == 1)
     chosen_S = first_S[single_K]
-    found_S[chosen_S] = stops_S[chosen_S] & teacher_predicted_T[first_T[single_K]]
-    return found_S
+    is_stop_S[chosen_S] = stops_S[chosen_S] & teacher_predicted_T[first_T[single_K]]
+    return is_stop_S
 
 
 def _concatenated(row: TokenRow, pieces: Sequence[Piece], problems: Sequence[str]) -> AlignedRow:

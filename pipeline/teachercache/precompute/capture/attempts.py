@@ -56,10 +56,10 @@ class Attempts:
         known = read_shaped(store, file, SHAPE, remedy="delete it and run the same command again")
         if known is None:
             return cls(store, file, run)
-        found = cls(store, file, **known)
-        if found.run != run:
-            found.run, found.begun = run, min(found.begun, 1)
-        return found
+        attempts = cls(store, file, **known)
+        if attempts.run != run:
+            attempts.run, attempts.begun = run, min(attempts.begun, 1)
+        return attempts
 
     def write(self) -> None:
         """Replace the file."""

@@ -59,7 +59,7 @@ def count(recipe: Recipe, plan: Plan, sample: CorpusSample) -> Counts:
         documents=factor * sum(map(len, groups)),
         quarantined=factor * sum(len(part.quarantined) for part in parts),
         units=plan.units if sample.is_whole else _units(recipe, plan, groups, factor),
-        error=0.0 if sample.is_whole else ratio_error([each.positions for each in amounts], measures),
+        error=0.0 if sample.is_whole else ratio_error([amount.positions for amount in amounts], measures),
         factor=factor,
         batched=tuple(part.rows for part in parts) if sample.is_whole else (_once(everything),),
     )
@@ -106,5 +106,5 @@ def ratio_error(counted: Sequence[float], measures: Sequence[float]) -> float:
     if blocks < 2 or not sum(counted):
         return 1.0
     ratio = sum(counted) / sum(measures)
-    squares = sum((each - ratio * measure) ** 2 for each, measure in zip(counted, measures, strict=True))
+    squares = sum((count - ratio * measure) ** 2 for count, measure in zip(counted, measures, strict=True))
     return math.sqrt(squares * blocks / (blocks - 1)) / sum(counted)

@@ -135,12 +135,12 @@ def _on_devices(prediction: Prediction, question: Question, timed: TimedSample) 
         return None
     name, count = device_named(question.device), question.devices or 1
     device = DEVICES[name]
-    found = {"device": name, "devices": count, "share_of_peak": SHARE_OF_PEAK}
+    asked_for = {"device": name, "devices": count, "share_of_peak": SHARE_OF_PEAK}
     if not device.holds(timed.teacher["parameters"]):
-        return {**found, "fits": False, "hours": None, "break_even_runs": None}
+        return {**asked_for, "fits": False, "hours": None, "break_even_runs": None}
     figures = prediction.on(device, count=count)
     return {
-        **found,
+        **asked_for,
         "fits": True,
         "hours": figures.hours,
         "microseconds_per_position": round(figures.position_seconds * 1e6, 3),

@@ -128,8 +128,8 @@ class AttentionMaps:
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> AttentionMaps:
         """Rebuild from a manifest's settings."""
-        own = {name: settings[name] for name in _SETTINGS}
-        return cls(layers=tuple(settings["layers"]), **own, longest=settings.get("longest", 0))
+        stored = {name: settings[name] for name in _SETTINGS}
+        return cls(layers=tuple(settings["layers"]), **stored, longest=settings.get("longest", 0))
 
     @classmethod
     def why_unreadable(cls, settings: Mapping[str, Any]) -> str | None:

@@ -43,8 +43,8 @@ class QueriesKeysConfig(AttentionSettings):
 
     def for_teacher(self, teacher: TeacherShape, *, longest: int) -> dict[str, Any]:
         """See `LayerSettings`."""
-        own = {name: getattr(self, name) for name in ("values", "step", "calibration_positions")}
-        return {**teacher.attention(self.layers), **own}
+        kept = {name: getattr(self, name) for name in ("values", "step", "calibration_positions")}
+        return {**teacher.attention(self.layers), **kept}
 
 
 class QueriesKeysClaim(FactorsClaim):

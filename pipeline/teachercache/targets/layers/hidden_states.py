@@ -66,8 +66,8 @@ class HiddenStatesConfig(LayerSettings):
     def for_teacher(self, teacher: TeacherShape, *, longest: int) -> dict[str, Any]:
         """See `LayerSettings`."""
         step = HIDDEN_STEPS[self.codec] if self.step is None else self.step
-        own = {"codec": self.codec, "step": step, "calibration_positions": self.calibration_positions}
-        return {**teacher.hidden(self.layers), **own}
+        coding = {"codec": self.codec, "step": step, "calibration_positions": self.calibration_positions}
+        return {**teacher.hidden(self.layers), **coding}
 
 
 class HiddenStatesClaim(LayerClaim):

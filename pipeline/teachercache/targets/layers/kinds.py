@@ -60,9 +60,9 @@ def _settings_of(section: str) -> Any:
     def added() -> dict[str, type[LayerSettings]]:
         return {kind.kind: kind.config for kind in LAYER_KINDS.added if kind.section == section}
 
-    own = {kind.kind: kind.config for kind in LAYER_KINDS.own if kind.section == section}
-    default = next(iter(own))
-    return one_of(own, tag_of=name_of, added=added)
+    configs = {kind.kind: kind.config for kind in LAYER_KINDS.own if kind.section == section}
+    default = next(iter(configs))
+    return one_of(configs, tag_of=name_of, added=added)
 
 
 if TYPE_CHECKING:

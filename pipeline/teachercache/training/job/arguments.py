@@ -27,7 +27,7 @@ def training_arguments(
     settings = deepspeed_config(config, on_gpu=on_gpu)
     precision = precision_of(settings, config.precision)
     _check_precision(precision)
-    every = config.evaluate_every or plan.steps_per_epoch
+    evaluate_every = config.evaluate_every or plan.steps_per_epoch
     try:
         args = TrainingArguments(
             output_dir=str(config.output),
@@ -50,11 +50,11 @@ def training_arguments(
             dataloader_num_workers=config.loader_workers,
             logging_steps=config.log_every,
             eval_strategy="steps" if evaluates else "no",
-            eval_steps=every if evaluates else None,
+            eval_steps=evaluate_every if evaluates else None,
             metric_for_best_model="loss",
             greater_is_better=False,
             save_strategy="steps",
-            save_steps=config.save_every or every,
+            save_steps=config.save_every or evaluate_every,
             report_to=_trackers(config),
             disable_tqdm=True,
             log_level="warning",

@@ -53,9 +53,9 @@ def matched(own_caches: Sequence[Cache], cache: Cache) -> TeacherCache:
         first = own_caches[0]
         name = first.manifest.teacher["model"] if first.is_remote else str(first.folder / TEACHER)
         alignment = alignment_for(cache, teacher_tokenizer(own_caches[0]), student=name)
-    other = TeacherCache.matched_to(own_caches, cache, alignment=alignment)
-    _check_tokens(own_caches, other)
-    return other
+    matched = TeacherCache.matched_to(own_caches, cache, alignment=alignment)
+    _check_tokens(own_caches, matched)
+    return matched
 
 
 def _check_tokens(own_caches: Sequence[Cache], other: TeacherCache) -> None:

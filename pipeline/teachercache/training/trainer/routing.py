@@ -107,8 +107,8 @@ def routed_parameters(model: PreTrainedModel, config: RoutingConfig) -> dict[Rou
     for key, name in chosen["distillation"].items():
         if key in chosen["task"]:
             other = chosen["task"][key]
-            one = f"{name} and {other} are one weight, which" if other != name else name
-            raise RecipeError(f"objective.routing: {one} is in both lists; keep it in one of them")
+            subject = f"{name} and {other} are one weight, which" if other != name else name
+            raise RecipeError(f"objective.routing: {subject} is in both lists; keep it in one of them")
     return {routing_pass: [names[name] for name in weights.values()] for routing_pass, weights in chosen.items()}
 
 

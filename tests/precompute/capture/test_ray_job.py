@@ -107,9 +107,23 @@ def test_a_killed_job_resumes_where_it_was(tmp_path, teacher):
     told = re.search(r"resuming: (\d+) of 10 units are done", " ".join(err.split()))
     assert done > 0 and told and int(told[1]) >= done
     assert 0 < summary["positions_computed"] < summary["positions"]
+    events = events_of(cache)
+    assert [event["event"] for event in events].count("started") == 2 and events[-1]["event"] == "finished"
+    second = max(number for number, event in enumerate(events) if event["event"] == "started")
+    units = [event for event in events[second:] if event["event"] == "unit"]
+    for name in ("rows", "positions", "bytes"):
+        assert sum(unit[name] for unit in units) == summary[f"{name}_computed"] > 0
+    assert summary["utilisation"].keys() == {*units[0]["stage_seconds"], "waiting"}
+    assert 0 < sum(summary["utilisation"][name] for name in ("forward", "encoding", "writing", "waiting")) <= 1.01
     alone = build_cache(tiny_recipe(tmp_path / "alone", teacher=teacher, texts=texts, precompute=settings))
     assert shards(cache) == shards(alone)
     assert (cache / "manifest.json").read_bytes() == (alone / "manifest.json").read_bytes()
+
+
+def events_of(cache: Path) -> list[dict]:
+    """What the log beside a cache tells of the jobs that wrote to it."""
+    log = cache.with_name(f"{cache.name}.precompute.log.jsonl")
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 @contextlib.contextmanager
@@ -166,3 +180,4 @@ def test_an_error_inside_an_actor_is_one_line(tmp_path, teacher):
     assert process.returncode == 2, err
     assert json.loads(out)["error"].startswith(f"model of {broken} cannot be loaded")
     assert "Traceback" not in err
+    assert [event["event"] for event in events_of(tmp_path / "cache")] == ["started", "planned", "placed", "failed"]

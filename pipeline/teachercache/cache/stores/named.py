@@ -9,13 +9,15 @@ from typing_extensions import Buffer
 from teachercache.cache.files.digests import NAME_DIGITS
 from teachercache.cache.files.entries import FileInfo
 from teachercache.cache.stores.store import Store
+from teachercache.stage_times import stage
 
 
 def put_named(store: Store, within: str, stem: str, suffix: str, data: Buffer) -> FileInfo:
     """Write a whole file as `within/STEM-<12 digits of its sha256>SUFFIX`; it is never read back."""
-    digest = hashlib.sha256(data).hexdigest()
-    info = FileInfo(f"{within}/{stem}-{digest[:NAME_DIGITS]}{suffix}", memoryview(data).nbytes, digest)
-    store.put(info.file, data)
+    with stage("writing"):
+        digest = hashlib.sha256(data).hexdigest()
+        info = FileInfo(f"{within}/{stem}-{digest[:NAME_DIGITS]}{suffix}", memoryview(data).nbytes, digest)
+        store.put(info.file, data)
     return info
 
 

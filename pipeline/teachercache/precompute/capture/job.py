@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -22,10 +21,16 @@ from teachercache.precompute.capture.commit import DRIFT_AT, commit, remove_work
 from teachercache.precompute.capture.given_calibration import check_calibration, take_calibration
 from teachercache.precompute.capture.input_form import input_warning
 from teachercache.precompute.capture.plan import Plan, make_plan
+from teachercache.precompute.engine.event_log import EventLog, log_file
 from teachercache.precompute.engine.placement import placed
-from teachercache.precompute.engine.progress import progress_bar
+from teachercache.precompute.engine.progress import ProgressDisplay
 from teachercache.precompute.engine.termination import ending_in_a_line
+from teachercache.precompute.engine.timing import Timing, rounded
 from teachercache.tokens.fingerprint import require_fast, tokenizer_fingerprint
+from teachercache.version import __version__
+
+if TYPE_CHECKING:
+    from teachercache.precompute.capture.job_facts import Job
 
 
 def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
@@ -40,8 +45,15 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     _check_paths(recipe)
     _check_backend(recipe)
     _check_students(recipe)
-    with ending_in_a_line(), locked(_lock_file(recipe.cache_folder), job="precompute job", folder=recipe.cache_folder):
-        result = _run_locked(recipe, console, start)
+    log, folder = EventLog(log_file(recipe.cache_folder)), recipe.cache_folder
+    with ending_in_a_line(), locked(_lock_file(folder), job="precompute job", folder=folder):
+        log.write("started", cache=folder, corpus=source, version=__version__)
+        try:
+            result = _run_locked(recipe, console, log, start)
+        except BaseException as error:
+            log.write("failed", error=f"{type(error).__name__}: {error}", seconds=round(time.perf_counter() - start, 3))
+            raise
+        log.write("finished", **result)
     if recipe.align:
         from teachercache.precompute.align.job import run_align
 
@@ -94,7 +106,7 @@ def _lock_file(cache: Path) -> Path:
     return cache.parent / f".{cache.name}.lock"
 
 
-def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any]:
+def _run_locked(recipe: Recipe, console: Console, log: EventLog, start: float) -> dict[str, Any]:
     plan = make_plan(recipe)
     given = recipe.targets.calibration_from
     if holds(plan.store, MANIFEST):
@@ -110,7 +122,8 @@ def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any
     pending = plan.pending()
     if len(pending) < plan.units:
         console.print(f"resuming: {plan.units - len(pending)} of {plan.units} units are done")
-    timing = _run(recipe, plan, pending, console)
+    log.write("planned", units=plan.units, pending=len(pending), seconds=round(time.perf_counter() - start, 3))
+    timing = _run(recipe, plan, pending, console, log)
     if timing.given_up:
         raise JobFailed(
             f"{len(timing.given_up)} of {plan.units} units have no result, all others are done; run the same command again to "
@@ -122,62 +135,72 @@ def _run_locked(recipe: Recipe, console: Console, start: float) -> dict[str, Any
     return result
 
 
-@dataclass
-class Timing:
-    """Times of the units that this run computed: wall seconds from the first position to the last, and before the
-    first."""
-
-    positions: int = 0
-    teacher_seconds: float = 0.0
-    working_seconds: float = 0.0
-    start_up_seconds: float = 0.0
-    batches_halved: int = 0
-    given_up: list[str] = field(default_factory=list)  # units without a result, and why
-
-
-def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console) -> Timing:
+def _run(recipe: Recipe, plan: Plan, pending: list[int], console: Console, log: EventLog) -> Timing:
     timing = Timing()
     if not pending:
         return timing
     console.print("starting Ray and loading the teacher …")
     from teachercache.precompute.capture.job_facts import Job
-    from teachercache.precompute.capture.stages import run_calibration, run_units
-    from teachercache.precompute.capture.supervisor import GivenUp
     from teachercache.precompute.engine.cluster import cluster_nodes, connected
 
     began = time.time()
-    first = math.inf
-    with connected(recipe.precompute), progress_bar(console) as progress:
+    with connected(recipe.precompute):
         placement = placed(recipe.precompute, cluster_nodes(), units=len(pending))
         console.print(placement.describe(), highlight=False)
+        log.write("placed", actors=placement.actors, gpus=placement.gpus, cpus=placement.cpus)
+        timing.actors = min(placement.actors, len(pending))
         job = Job.of(recipe, plan, placement)
         if plan.calibration() is None:
-            console.print("calibrating: fitting what targets are read by to a sample of the corpus …")
-            run_calibration(job)
-            record = plan.calibration()
-            assert record is not None
-            console.print(
-                f"fitted to {record['positions']:,} positions of {len(record['sources'])} documents"
-                + _describe_choice(record.get("chosen"))
-            )
+            _calibrate(job, plan, console, log)
             began = time.time()
-        told = _tell_input(plan, console)
-        bar = progress.add_task("precompute", total=plan.units, completed=plan.units - len(pending), rate="")
-        for done in run_units(job, pending):
+        first = _compute(job, plan, pending, timing, console, log)
+    timing.start_up_seconds = first - began
+    return timing
+
+
+def _calibrate(job: Job, plan: Plan, console: Console, log: EventLog) -> None:
+    from teachercache.precompute.capture.stages import run_calibration
+
+    console.print("calibrating: fitting what targets are read by to a sample of the corpus …")
+    began = time.perf_counter()
+    run_calibration(job)
+    record = plan.calibration()
+    assert record is not None
+    console.print(
+        f"fitted to {record['positions']:,} positions of {len(record['sources'])} documents"
+        + _describe_choice(record.get("chosen"))
+    )
+    log.write("calibrated", positions=record["positions"], seconds=round(time.perf_counter() - began, 3))
+
+
+def _compute(job: Job, plan: Plan, pending: list[int], timing: Timing, console: Console, log: EventLog) -> float:
+    """Runs the pending units, and shows and logs what they make; returns when the first one began, by the wall clock."""
+    from teachercache.precompute.capture.stages import run_units
+    from teachercache.precompute.capture.supervisor import GivenUp
+    from teachercache.precompute.engine.metrics import JobMetrics
+
+    first, told = math.inf, _tell_input(plan, console)
+    timing.pending, timing.documents = len(pending), plan.rows_in * len(pending) / plan.units
+    display, metrics = ProgressDisplay(console, timing), JobMetrics(plan.store.name)
+    with display.shown():
+        for done, before in run_units(job, pending):
             told = told or _tell_input(plan, console)
             if isinstance(done, GivenUp):
                 timing.given_up.append(f"unit {done.unit}: {done.reason}")
+                log.write("given_up", unit=done.unit, reason=done.reason)
                 console.print(f"warning: unit {done.unit} has no result: {done.reason}", markup=False, soft_wrap=True)
                 continue
             first = min(first, done.started)
-            timing.positions += done.positions
-            timing.teacher_seconds += done.teacher_seconds
-            timing.batches_halved += done.batches_halved
             timing.working_seconds = time.time() - first
-            rate = f"{timing.positions:,} positions, {timing.positions / timing.working_seconds:,.0f}/s"
-            progress.update(bar, advance=1, rate=rate)
-    timing.start_up_seconds = first - began
-    return timing
+            timing.batches_halved += done.batches_halved
+            seconds = {**before, **done.stage_seconds}
+            timing.add(
+                documents=done.documents, rows=done.rows, positions=done.positions, size=done.bytes, stage_seconds=seconds
+            )  # fmt: skip
+            log.write("unit", **{**vars(done), "stage_seconds": rounded(seconds)})
+            metrics.set(rate=timing.rate, seconds_left=timing.seconds_left)
+            display.update()
+    return first
 
 
 def _tell_input(plan: Plan, console: Console) -> bool:
@@ -208,9 +231,13 @@ def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -
         "audit": vars(manifest.audit),
         "bytes": manifest.shard_bytes,
         "bytes_per_position": manifest.bytes_per_position(),
+        "rows_computed": timing.rows,
         "positions_computed": timing.positions,
+        "bytes_computed": timing.bytes,
         "positions_per_second": round(timing.positions / working, 1) if working else 0.0,
-        "teacher_seconds": round(timing.teacher_seconds, 2),
+        "teacher_seconds": round(timing.stage_seconds["forward"], 2),
+        "stage_seconds": rounded(timing.stage_seconds),
+        "utilisation": timing.utilisation(),
         "start_up_seconds": round(timing.start_up_seconds, 2),
         "batches_halved": timing.batches_halved,
         "input_form": manifest.input_form,
@@ -234,6 +261,9 @@ def print_closing(console: Console, result: dict[str, Any], manifest: Manifest) 
         f"{result['positions_per_second']:,.0f} positions/s → {result['cache']}",
         markup=False,
     )
+    if result["utilisation"]:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in result["utilisation"].items())
+        console.print(f"of the teacher's time: {shares} (reading and tokenising run beside it)", markup=False)
     if held_out in (0, result["rows"]):
         missing = "no row is held out: there will be no evaluation" if not held_out else "all rows are held out"
         console.print(f"warning: {missing}; change corpus.held_out, or use a larger corpus", markup=False)

@@ -18,7 +18,9 @@ from teachercache.precompute.capture.attempts import marked
 from teachercache.precompute.capture.job_facts import Job
 from teachercache.precompute.capture.supervisor import GivenUp, Supervisor
 from teachercache.precompute.engine.carried_errors import Row, carrying_errors, stopped
+from teachercache.precompute.engine.metrics import ActorMetrics
 from teachercache.precompute.engine.placement import TASK_CPUS, Placement
+from teachercache.stage_times import measured
 
 if TYPE_CHECKING:
     from teachercache.corpus.sequences import Tokenised
@@ -46,9 +48,16 @@ class TeacherActor:
 
     def __init__(self, job: Job) -> None:
         self.supervisor = Supervisor(job)
+        self._metrics = ActorMetrics(job.plan.store.name)
 
     def __call__(self, row: Row) -> Row:
-        return carrying_errors(lambda row: self.supervisor.compute(int(row["unit"]), row["payload"]), row)
+        return {**carrying_errors(self._compute, row), "seconds": row["seconds"]}
+
+    def _compute(self, row: Row) -> UnitReport | GivenUp:
+        done: UnitReport | GivenUp = self.supervisor.compute(int(row["unit"]), row["payload"])
+        if not isinstance(done, GivenUp):
+            self._metrics.add(rows=done.rows, positions=done.positions, size=done.bytes)
+        return done
 
 
 def run_calibration(job: Job) -> None:
@@ -74,9 +83,10 @@ def _tokenise(row: Row, job: Job) -> Row:
     def stage(row: Row) -> tuple[Tokenised, int]:
         return tokenise_unit(job.plan, int(row["unit"]), sequence=job.sequence, store_text=job.corpus.store_text)
 
-    with marked(job.plan.store, int(row["unit"])) as is_first:
+    with marked(job.plan.store, int(row["unit"])) as is_first, measured() as seconds:
         done = carrying_errors(stage, row) if is_first else row
-    return {**row, "payload": b""} if isinstance(_problem(done), JobFailed) else done
+    done = {**row, "payload": b""} if isinstance(_problem(done), JobFailed) else done
+    return {**done, "seconds": pickle.dumps(dict(seconds))}
 
 
 def _problem(row: Row) -> Exception | None:
@@ -91,9 +101,10 @@ def resources_of(placement: Placement) -> dict[str, Any]:
     return {"num_cpus": placement.cpus, "runtime_env": {"env_vars": KEEP_FREED_MEMORY}}
 
 
-def run_units(job: Job, pending: list[int]) -> Iterator[UnitReport | GivenUp]:
-    """Run the pending units; yields a report as each one's shard is in place, or the reason why there is none."""
-    rows = [{"unit": unit, "payload": b"", "problem": None} for unit in pending]
+def run_units(job: Job, pending: list[int]) -> Iterator[tuple[UnitReport | GivenUp, dict[str, float]]]:
+    """Run the pending units; yields a report as each one's shard is in place, or the reason why there is none, with the seconds
+    that its documents were read and tokenised for."""
+    rows = [{"unit": unit, "payload": b"", "problem": None, "seconds": b""} for unit in pending]
     units = ray.data.from_items(rows, override_num_blocks=len(pending))
     # Ray's annotation of `map` has no room for a function with further arguments, or for a class.
     tokenise, compute = cast(Any, _tokenise), cast(Any, TeacherActor)
@@ -110,7 +121,7 @@ def run_units(job: Job, pending: list[int]) -> Iterator[UnitReport | GivenUp]:
         for row in stages.iter_rows():
             if row["problem"] is not None:
                 raise pickle.loads(row["problem"])
-            yield pickle.loads(row["payload"])
+            yield pickle.loads(row["payload"]), pickle.loads(row["seconds"])
     except ray.exceptions.RayActorError as error:
         raise JobFailed(
             f"the job stopped: an actor died {RESTARTS + 1} times, or with its node; what it said last is in Ray's logs on its "

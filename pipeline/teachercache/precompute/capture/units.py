@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from teachercache.cache import write_shard
+from teachercache.cache.files.entries import ShardInfo
 from teachercache.cache.manifest.model import QUARANTINE
 from teachercache.cache.stores.copies import folder_of, put_folder, scratch_folder
 from teachercache.cache.stores.named import put_named
@@ -31,6 +32,7 @@ from teachercache.precompute.capture.input_form import check_input
 from teachercache.precompute.capture.plan import CALIBRATION_FILE, TEACHER, Plan
 from teachercache.precompute.capture.staging import read_sample, read_unit, salted_hash
 from teachercache.precompute.engine.records import put_record
+from teachercache.stage_times import measured, stage
 from teachercache.targets import LayerFile, SketchBasis, calibrates
 from teachercache.targets.stored import LOGITS
 from teachercache.teacher import Captured, Teacher
@@ -56,10 +58,14 @@ def tokenise_unit(
     keep: Callable[[str], bool] = lambda key: True,
 ) -> tuple[Tokenised, int]:
     """Token rows of the staged documents whose keys are to be kept, and how many documents there were."""
-    staged = staged_documents(plan, unit)
+    with stage("reading"):
+        staged = staged_documents(plan, unit)
     tokenizer = _tokenizer(plan.store)
     kept = [document for document in staged if keep(document_key(document))]
-    tokenised = tokenise(kept, tokenizer=tokenizer, sequence=sequence, store_text=store_text, prefix=plan.prefix_ids)
+    with stage("tokenising"):
+        tokenised = tokenise(
+            kept, tokenizer=tokenizer, sequence=sequence, store_text=store_text, prefix=plan.prefix_ids
+        )
     return tokenised, len(staged)
 
 
@@ -147,26 +153,39 @@ def compute_unit(
     Both happen where the teacher is: payloads of hundreds of MB stay in one process.
     """
     check_input(teacher, plan, positions_per_batch=positions_per_batch)
-    started, start, halved = time.time(), time.perf_counter(), teacher.batches_halved
+    started, halved = time.time(), teacher.batches_halved
     teacher.drift.reset()
     rows = [row for row in tokenised.rows if row.row_id not in lost]
-    captured = teacher.capture(rows, positions_per_batch=positions_per_batch)
-    teacher.on_batch([])
-    captured += [Captured(row, None, lost[row.row_id]) for row in tokenised.rows if row.row_id in lost]
-    seconds = time.perf_counter() - start
-    record = write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher)
-    positions = record["shard"]["positions"] if record["shard"] else 0
-    return UnitReport(positions, started, seconds, teacher.batches_halved - halved)
+    with measured() as seconds:
+        with stage("forward"):
+            captured = teacher.capture(rows, positions_per_batch=positions_per_batch)
+        teacher.on_batch([])
+        captured += [Captured(row, None, lost[row.row_id]) for row in tokenised.rows if row.row_id in lost]
+        with stage("encoding"):
+            record = write_unit(plan, unit, tokenised, captured, documents=documents, teacher=teacher)
+    shard = ShardInfo.from_json(record["shard"]) if record["shard"] else None
+    made = (0, 0, 0) if shard is None else (shard.rows, shard.positions, shard.bytes)
+    return UnitReport(unit, documents, *made, started, dict(seconds), teacher.batches_halved - halved)
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Report of a unit's work; nothing of it is stored. `started` is wall clock."""
+    """Report of a unit's work; nothing of it is stored. `started` is wall clock; `stage_seconds` are those of its stages:
+    forward (the teacher's passes, with what is taken of them), encoding and writing."""
 
+    unit: int
+    documents: int
+    rows: int
     positions: int
+    bytes: int
     started: float
-    teacher_seconds: float
+    stage_seconds: Mapping[str, float]
     batches_halved: int
+
+    @property
+    def teacher_seconds(self) -> float:
+        """Seconds of the teacher's passes."""
+        return self.stage_seconds.get("forward", 0.0)
 
 
 def write_unit(
@@ -197,7 +216,8 @@ def write_unit(
         record["shard"] = shard.to_json()
     if quarantined:
         record["quarantine"] = vars(_write_quarantine(plan, unit, quarantined))
-    put_record(plan.store, plan.records().name(unit), record)
+    with stage("writing"):
+        put_record(plan.store, plan.records().name(unit), record)
     return record
 
 

@@ -8,5 +8,8 @@ forks.py      the server that they are forked from
 termination.py  ends that come from outside: SIGTERM, and the death of Ray's own processes
 carried_errors.py  exceptions of stages, as a part of rows
 records.py    what a job finds of an earlier run of itself, or refuses in one line
+timing.py     what a capture job has made, how fast, and what is to come
 progress.py   what users see meanwhile
+event_log.py  a line of JSON for each event, beside the cache
+metrics.py    rows, positions and bytes for Ray's dashboard and Prometheus
 """

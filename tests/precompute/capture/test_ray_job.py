@@ -121,7 +121,7 @@ def test_a_killed_job_resumes_where_it_was(tmp_path, teacher):
 
 
 def events_of(cache: Path) -> list[dict]:
-    """What the log beside a cache tells of the jobs that wrote to it."""
+    """Events in the log beside a cache, of all jobs that wrote to it."""
     log = cache.with_name(f"{cache.name}.precompute.log.jsonl")
     return [json.loads(line) for line in log.read_text().splitlines()]
 

@@ -1,4 +1,4 @@
-"""How far a job is: by positions, in a line, in a log beside the cache."""
+"""Progress of a job: by positions, in a line, in a log beside the cache."""
 
 from __future__ import annotations
 

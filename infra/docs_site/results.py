@@ -348,6 +348,14 @@ def _reading(result: Result) -> str:
     return table(["512 rows, format 2 over format 1 (commit 0b91fec)", "processor time"], rows)
 
 
+def _flips(result: Result) -> str:
+    rows = [
+        [name, *(str(count.get(kind, 0)) for kind in ("found", "unread", "missed"))]
+        for name, count in result["counts"].items()
+    ]
+    return table([f"{result['flips']:,} flips, {result['files']} files", "found", "not read", "missed"], rows)
+
+
 def _object_store(result: Result) -> str:
     names = {"cold": "cold", "ahead": "fetching ahead", "warm": "from local copies", "folder": "from a folder"}
     rows = [[name, f"{round(result[key]['rows_per_second'], -1):,.0f}"] for key, name in names.items()]
@@ -442,7 +450,12 @@ RUNS = {
         Run("join_rows", f"{BENCH}/join_rows.py", "2026-11-22", _join),
         Run("precision_memory", f"{BENCH}/precision_memory.py runs/bench", "2026-11-22", _precision),
         Run("zero3_memory", f"{BENCH}/zero3_memory.py WORK", "2026-11-29", _zero3),
-        Run("precompute_speed", f"{BENCH}/precompute_speed.py runs/bench --limit 16", "2026-11-22", _precompute),
+        Run(
+            "precompute_speed",
+            f"{BENCH}/precompute_speed.py runs/bench --repeats 2 -s corpus.limit=16",
+            "2026-11-29",
+            _precompute,
+        ),
         Run(
             "precompute_speed_layers",
             f"{BENCH}/precompute_speed.py WORK --limit 16 --repeats 1 {LAYERS}",
@@ -457,6 +470,7 @@ RUNS = {
             _reading,
         ),
         Run("object_store", f"{BENCH}/object_store.py CACHE", "2026-11-22", _object_store),
+        Run("bit_flips", f"{BENCH}/bit_flips.py --flips 1000", "2026-11-29", _flips),
         Run("attention_cost", f"{BENCH}/attention_cost.py --threads 1", "2026-11-23", _attention),
     )
 }

@@ -201,7 +201,8 @@ def build_cache(recipe: Recipe, *, units: int | None = None) -> Path:
     from teachercache.precompute.capture.commit import commit
     from teachercache.precompute.capture.given_calibration import take_calibration
     from teachercache.precompute.capture.plan import make_plan
-    from teachercache.precompute.capture.units import actor_threads, calibrate, compute_unit, tokenise_unit
+    from teachercache.precompute.capture.unit_tokens import tokenise_unit
+    from teachercache.precompute.capture.units import actor_threads, calibrate, compute_unit
     from teachercache.teacher import Teacher
 
     torch.set_num_threads(actor_threads(recipe.precompute))  # part of what decides the last bit

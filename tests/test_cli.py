@@ -297,7 +297,8 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
     from teachercache.precompute.capture.commit import commit
     from teachercache.precompute.capture.job import print_closing, summary
     from teachercache.precompute.capture.plan import make_plan
-    from teachercache.precompute.capture.units import compute_unit, tokenise_unit
+    from teachercache.precompute.capture.unit_tokens import tokenise_unit
+    from teachercache.precompute.capture.units import compute_unit
     from teachercache.precompute.engine.timing import Timing
     from teachercache.teacher import Teacher
 

@@ -23,7 +23,8 @@ from provenance import add_output_options, provenance, publish
 
 from teachercache.config import load_recipe
 from teachercache.precompute.capture.plan import Plan, make_plan
-from teachercache.precompute.capture.units import calibrate, tokenise_unit
+from teachercache.precompute.capture.unit_tokens import tokenise_unit
+from teachercache.precompute.capture.units import calibrate
 from teachercache.targets import StoredTargets
 from teachercache.teacher import Teacher
 from teachercache.teacher.forward import REDUCED_BYTES

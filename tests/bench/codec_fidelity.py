@@ -48,7 +48,7 @@ from teachercache.corpus.readers import read_rows
 from teachercache.corpus.sequences import tokenise
 from teachercache.evaluation.fidelity import TEMPERATURES, Comparison, dense_policy, observe, read
 from teachercache.models.loading import load_causal_lm, load_tokenizer
-from teachercache.precompute.capture.staging import salted_hash
+from teachercache.precompute.planning.sample import salted_hash
 from teachercache.targets import StoredTargets, TargetKind, target_kind
 from teachercache.teacher import Teacher
 from teachercache.teacher.fidelity import kl_divergence

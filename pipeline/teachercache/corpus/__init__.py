@@ -5,9 +5,10 @@
     contents.py                              where the messages of a conversation stand in its text
     documents.py  documents(rows, config)    validated, content-hashed, deduplicated, split    -> Document | Duplicate
     sequences.py  tokenise(documents, ...)   tokens, windows, packing, loss masks              -> Tokenised
-                                             (chat.py, encoding.py, windows.py, packing.py)
+                                             (chat.py, encoding.py, slices.py, windows.py, packing.py)
 
-sample.py says how much there is of a corpus too large to read twice, from a sample of its rows.
+partitions.py cuts a corpus into parts that are read apart, from any row on; sample.py says how much there is of one too large
+to read twice, from a sample of its rows.
 
 Nothing here depends on the order of the corpus or on who reads it: a document is named by a hash of its content, the
 held-out split is decided by that hash, and `tokenise` is a pure function. A row that cannot be used is never dropped

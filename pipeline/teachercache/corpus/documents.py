@@ -56,7 +56,7 @@ def documents(rows: Iterable[dict[str, Any]], config: CorpusConfig) -> Iterator[
     seen: set[bytes] = set()
     repeats: dict[bytes, int] = {}
     for row in rows:
-        document = _document(row, config)
+        document = document_of(row, config)
         key = bytes.fromhex(document.source_id)
         if key not in seen:
             seen.add(key)
@@ -70,7 +70,20 @@ def documents(rows: Iterable[dict[str, Any]], config: CorpusConfig) -> Iterator[
 
 def content_id(content: str) -> str:
     """blake2b-128 of a text's UTF-8 bytes, 32 hex digits; lone surrogates, which UTF-8 cannot hold, may be there."""
-    return hashlib.blake2b(content.encode("utf-8", errors="surrogatepass"), digest_size=16).hexdigest()
+    return content_digest(content).hex()
+
+
+def content_digest(content: str) -> bytes:
+    """The same as 16 bytes."""
+    return hashlib.blake2b(content.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
+
+
+def usable_text(row: dict[str, Any], config: CorpusConfig) -> str | None:
+    """The text of a row that is a usable text, as most rows are; None for any other, which `document_of` looks at."""
+    if config.messages_field or "_unreadable" in row:
+        return None
+    text = row.get(config.text_field)
+    return text if isinstance(text, str) and text and not text.isspace() else None
 
 
 def canonical_json(value: Any) -> str:
@@ -78,7 +91,8 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
 
 
-def _document(row: dict[str, Any], config: CorpusConfig) -> Document:
+def document_of(row: dict[str, Any], config: CorpusConfig) -> Document:
+    """The document that a row is, as if its content had not occurred before; with `problem` set where it cannot be used."""
     field = config.messages_field or config.text_field
     if "_unreadable" in row:
         return _unusable(row["_unreadable"], excerpt=str(row.get("_raw", "")))

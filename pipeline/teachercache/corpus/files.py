@@ -1,8 +1,9 @@
 """Rows of local files: Parquet, JSON lines and plain text, in bounded memory.
 
-Every format offers the same two functions: `*_count(paths)`, the number of rows, and `*_rows(paths, field, start,
-stop)`, which yields rows `start` to `stop` of all files in the given order. Rows are plain dicts. One that cannot be
-decoded is yielded as `{"_unreadable": reason, "_raw": excerpt}`, so that it can be quarantined with its reason.
+Every format offers the same functions: `*_count(paths)`, the number of rows; `*_rows(paths, field, start, stop)`, which yields
+rows `start` to `stop` of all files in the given order; and `*_placed(path, …)`, which yields rows of a part of one file with
+their places, from which it can begin again. Rows are plain dicts. One that cannot be decoded is yielded as `{"_unreadable":
+reason, "_raw": excerpt}`, so that it can be quarantined with its reason.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from teachercache.errors import CorpusError
 
 Row = dict[str, Any]
+Placed = tuple[int, int, Row]  # rows or lines of the file's part before it, the byte that its line begins at, the row
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -71,27 +73,61 @@ def jsonl_count(paths: Sequence[Path]) -> int:
 
 def jsonl_rows(paths: Sequence[Path], *, field: str, start: int = 0, stop: int | None = None) -> Iterator[Row]:
     """JSON lines, one object a line; a line that is not one is yielded as unreadable. `field` is not looked at here."""
-    numbered = ((path, number, line) for path in paths for number, line in _lines(path))
+    numbered = ((path, number, line) for path in paths for number, _, line in _lines(path))
     for path, number, line in islice(numbered, start, stop):
         yield parse_line(line, origin=f"{path.name} line {number}")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def jsonl_placed(
+    path: Path, *, start: int = 0, stop: int | None = None, row: int = 0, byte: int = 0
+) -> Iterator[Placed]:
+    """Rows of the lines that begin in the bytes `start` to `stop` of a file, from the one at `byte` on, behind `row` lines of
+    them; a compressed file has one part, and is read up to there."""
+    beyond = f" after byte {start}" if start else ""
+    for number, at, line in _lines(path, start=start, stop=stop, passed=row, byte=byte):
+        yield number - 1, at, parse_line(line, origin=f"{path.name} line {number}{beyond}")
+
+
+def _lines(
+    path: Path, *, start: int = 0, stop: int | None = None, passed: int = 0, byte: int = 0
+) -> Iterator[tuple[int, int, bytes]]:
+    """Number, first byte and content of lines that are not blank."""
     with open_bytes(path) as file:
         try:
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-                if number == 1 and line.startswith(b"["):
+            at = _seek(file, path, start=start, passed=passed, byte=byte)
+            for number, raw in enumerate(file, start=passed + 1):
+                if stop is not None and at >= stop:
+                    return
+                line = raw.removeprefix(b"\xef\xbb\xbf").strip() if at == 0 else raw.strip()
+                if at == 0 and line.startswith(b"["):
                     raise CorpusError(
                         f"corpus file {path} is a JSON array, not one object a line; "
                         f"convert it: jq -c '.[]' {path.name} > {path.stem}.jsonl"
                     )
                 if line:
-                    yield number, line
+                    yield number, at, line
+                at += len(raw)
         except (OSError, pa.ArrowException) as error:
             raise CorpusError(
                 f"corpus file {path} is damaged: {' '.join(str(error).split())}; fetch it again"
             ) from None
+
+
+def _seek(file: io.BufferedReader, path: Path, *, start: int, passed: int, byte: int) -> int:
+    """Go to the line with so many before it; returns the byte that it begins at."""
+    if is_compressed(path):
+        return sum(len(line) for line in islice(file, passed))
+    if passed:
+        return file.seek(byte)
+    if start == 0:
+        return 0
+    file.seek(start - 1)  # the line that begins at `start` is ours, one that only reaches there is not
+    return start - 1 + len(file.readline())
+
+
+def is_compressed(path: Path) -> bool:
+    """Tells by its name whether a file can only be read from its beginning."""
+    return path.suffix.lower() in COMPRESSED
 
 
 def parse_line(line: bytes, *, origin: str) -> Row:
@@ -154,6 +190,34 @@ def parquet_rows(paths: Sequence[Path], *, field: str, start: int = 0, stop: int
                     yield from islice(_row_group(file, group, path=path, field=field), first, last)
 
 
+def parquet_placed(
+    path: Path, *, field: str, start: int = 0, stop: int | None = None, row: int = 0, last: int | None = None
+) -> Iterator[Placed]:
+    """Rows of the row groups `start` to `stop` of a file, from number `row` of them to before `last`."""
+    with _open_parquet(path) as file:
+        check_field(field, file.schema_arrow.names, origin=f"corpus file {path}")
+        passed = 0
+        for group in range(start, file.num_row_groups if stop is None else stop):
+            rows = file.metadata.row_group(group).num_rows
+            first, end = max(row - passed, 0), rows if last is None else min(last - passed, rows)
+            if first < end:
+                inside = islice(_row_group(file, group, path=path, field=field, first=first), end - first)
+                yield from ((number, 0, values) for number, values in enumerate(inside, start=passed + first))
+            passed += rows
+
+
+def parquet_groups(path: Path, *, field: str) -> list[tuple[int, int]]:
+    """Rows of each row group, and bytes of the wanted column in it; from the footer alone."""
+    with _open_parquet(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        return [(group.num_rows, _bytes_of(group, field)) for group in groups]
+
+
+def _bytes_of(group: pq.RowGroupMetaData, field: str) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.partition(".")[0] == field)
+
+
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         # pre-buffering would hold a whole row group; these may be gigabytes
@@ -165,10 +229,14 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
         ) from None
 
 
-def _row_group(file: pq.ParquetFile, group: int, *, path: Path, field: str) -> Iterator[Row]:
+def _row_group(file: pq.ParquetFile, group: int, *, path: Path, field: str, first: int = 0) -> Iterator[Row]:
+    """Rows of a row group; those before `first` are decoded, but not made."""
+    passed = 0
     try:
         for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[field]):
-            yield from _values(batch.column(0), field=field, origin=path.name)
+            if passed + len(batch) > first:
+                yield from _values(batch.column(0)[max(0, first - passed) :], field=field, origin=path.name)
+            passed += len(batch)
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"corpus file {path} is damaged: {' '.join(str(error).split())}; fetch it again") from None
 

@@ -80,6 +80,12 @@ def _open(config: CorpusConfig) -> Iterator[Row]:
     return chain.from_iterable(rows(paths, field=field, start=start, stop=stop) for _, start, stop in parts)
 
 
+def count_rows(path: Path, *, kind: str) -> int:
+    """Number of rows of a file of this format."""
+    count, _ = _READERS[kind]
+    return count([path])
+
+
 def kind_of(config: CorpusConfig) -> str:
     """The reader that serves the source: `datasets`, `python-docs`, or a format of files. Raises `CorpusError`."""
     if config.format != "auto":

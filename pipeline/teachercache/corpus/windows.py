@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,22 +51,25 @@ def window_bounds(tokens: int, *, length: int, prefix: int = 0, context: int = 0
 
 def cut(encoded: Encoded, *, length: int, store_text: bool, context: int = 0) -> list[Window]:
     """All windows of a document, those without targets included."""
-    byte_of_char = byte_offsets(encoded.text)
-    contents = [
-        Content(role, int(byte_of_char[start]), int(byte_of_char[end])) for role, start, end in encoded.contents
-    ]
     prefix = len(encoded.prefix)
-    windows, end, predicted = [], 0, 0
-    for first, stop in window_bounds(len(encoded.input_ids_S), length=length, prefix=prefix, context=context):
+    bounds = window_bounds(len(encoded.input_ids_S), length=length, prefix=prefix, context=context)
+    spans, end = [], 0
+    for first, stop in bounds:
         start, end = _char_span(encoded.char_spans_S2[first:stop], otherwise=end)
+        spans.append((start, end))
+    said = [place for _, start, end in encoded.contents for place in (start, end)]
+    byte_of_char = byte_places(encoded.text, [*chain.from_iterable(spans), *said])
+    contents = [Content(role, byte_of_char[start], byte_of_char[end]) for role, start, end in encoded.contents]
+    windows, predicted = [], 0
+    for (first, stop), (start, end) in zip(bounds, spans, strict=True):
         segment = Segment(
             source_id=encoded.document.source_id,
             occurrence=encoded.document.occurrence,
-            byte_start=int(byte_of_char[start]),
-            byte_end=int(byte_of_char[end]),
+            byte_start=byte_of_char[start],
+            byte_end=byte_of_char[end],
             start=0,
             text=encoded.text[start:end] if store_text else None,
-            contents=within(contents, int(byte_of_char[start]), int(byte_of_char[end])) if store_text else (),
+            contents=within(contents, byte_of_char[start], byte_of_char[end]) if store_text else (),
         )
         before = encoded.prefix if first else ()
         targets_S = np.append(np.zeros(len(before), dtype=np.bool_), encoded.target_mask_S[first:stop])
@@ -83,6 +87,17 @@ def within(contents: Iterable[Content], start: int, end: int) -> tuple[Content, 
     return tuple(content for content in clipped if content.start < content.end)
 
 
+def byte_places(text: str, places: Iterable[int]) -> dict[int, int]:
+    """UTF-8 byte offset of each of these characters. `text` holds no lone surrogates."""
+    if text.isascii():
+        return {place: place for place in places}
+    offsets, before, offset = {}, 0, 0
+    for place in sorted({*places}):
+        offset += len(text[before:place].encode())
+        offsets[place], before = offset, place
+    return offsets
+
+
 def byte_offsets(text: str) -> NDArray[np.int64]:
     """UTF-8 byte offset of every character and of the end; shape [len(text) + 1]. `text` holds no lone surrogates."""
     if text.isascii():
@@ -92,7 +107,7 @@ def byte_offsets(text: str) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(widths)])
 
 
-def _char_span(char_spans_S2: NDArray[np.int64], *, otherwise: int) -> tuple[int, int]:
+def _char_span(char_spans_S2: NDArray[np.int32], *, otherwise: int) -> tuple[int, int]:
     """Characters from the first to the last token that stands for any; an empty span at `otherwise` if none does."""
     spans = char_spans_S2[char_spans_S2[:, 1] > char_spans_S2[:, 0]]
     return (int(spans[:, 0].min()), int(spans[:, 1].max())) if len(spans) else (otherwise, otherwise)

@@ -1,6 +1,7 @@
 """The precompute jobs. The only package that imports Ray.
 
-    capture/  corpus → staged units → tokens → teacher actors → shards → manifest
+    planning/ corpus → partitions → rows, counted → units
+    capture/  units → tokens → teacher actors → shards → manifest
     align/    a cache's rows in the tokens of a student with another tokenizer
     estimate/ what a job will take, from a timed sample; without Ray
     engine/   Ray under both: a cluster to join or to start, units through it, what users see meanwhile

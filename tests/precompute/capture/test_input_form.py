@@ -67,13 +67,11 @@ def test_rows_without_the_beginning_that_a_teacher_needs_are_warned_of(tmp_path,
 
 def test_the_figures_are_the_teachers_own(tmp_path, teacher):
     """Against a plain forward pass over windows that are cut by hand; the same labels for each form."""
-    from teachercache.precompute.capture.staging import read_sample
-
     recipe = tiny_recipe(tmp_path, teacher=teacher, texts=TEXTS[:1], sequence={"length": 48}, corpus={"held_out": 0})
     plan = make_plan(recipe)
     tokenizer, model = load_tokenizer(str(teacher)), load_causal_lm(str(teacher))
     bodies = []
-    for document in read_sample(plan.store):
+    for document in plan.sample():
         ids = [*tokenizer(document.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         bodies += [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW - 1)]
     bodies = [body for body in bodies if len(body) > WINDOW // 2]

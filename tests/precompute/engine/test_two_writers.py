@@ -15,7 +15,7 @@ import pytest
 
 from teachercache.cache import verify
 from teachercache.corpus.sequences import Quarantined
-from teachercache.precompute.capture import units
+from teachercache.precompute.capture import unit_tokens, units
 from teachercache.precompute.capture.commit import commit
 from teachercache.precompute.capture.plan import Plan, make_plan
 from teachercache.teacher import Captured, Teacher
@@ -54,7 +54,7 @@ def test_a_record_names_what_its_writer_published(tmp_path: Path, races: int) ->
         tmp_path, teacher=tiny_teacher(tmp_path / "teacher", layers=1), precompute={"unit_rows": 10**6}
     )
     plan = make_plan(recipe)
-    tokenised, documents = units.tokenise_unit(plan, 0, sequence=recipe.sequence, store_text=True)
+    tokenised, documents = unit_tokens.tokenise_unit(plan, 0, sequence=recipe.sequence, store_text=True)
     tokenised.quarantined.append(Quarantined("0" * 32, 0, "a line of its own", ""))
     teacher = Teacher.load(recipe.teacher, targets=plan.targets, layout="documents", pad_id=0)
     captured = teacher.capture(tokenised.rows, positions_per_batch=2048)
@@ -83,7 +83,7 @@ def test_what_the_second_writer_made_is_collected(tmp_path: Path) -> None:
     plan = make_plan(recipe)
     teacher = Teacher.load(recipe.teacher, targets=plan.targets, layout="documents", pad_id=0)
     for unit in range(plan.units):
-        tokenised, documents = units.tokenise_unit(plan, unit, sequence=recipe.sequence, store_text=True)
+        tokenised, documents = unit_tokens.tokenise_unit(plan, unit, sequence=recipe.sequence, store_text=True)
         captured = teacher.capture(tokenised.rows, positions_per_batch=256)
         later = [
             Captured(item.row, {**item.columns, "head_logits": item.columns["head_logits"] - 1}) for item in captured

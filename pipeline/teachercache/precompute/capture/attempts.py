@@ -39,7 +39,7 @@ SHAPE = TypeAdapter(Written)
 @dataclass
 class Attempts:
     """Attempts at one unit. `suspects` are rows that were being read when whoever read them ended without a word; `lost` are
-    rows that fail alone, `documents` such documents (`units.document_key`), by reason."""
+    rows that fail alone, `documents` such documents (`unit_tokens.document_key`), by reason."""
 
     store: Store  # of the cache
     file: str

@@ -39,7 +39,7 @@ def commit(plan: Plan) -> Manifest:
 
 
 def remove_work(store: Store) -> None:
-    """Remove what the job worked with, once the manifest is there: plan, staged units, records."""
+    """Remove what the job worked with, once the manifest is there: plan, units of the corpus, records."""
     store.delete(*store.list(f"{WORK_FOLDER}/"))
     store.sweep()
 
@@ -95,14 +95,14 @@ def _teacher_files(plan: Plan) -> list[FileInfo]:
 
 def _audit(plan: Plan, records: list[dict[str, Any]]) -> Audit:
     total = Counter({name: sum(record[name] for record in records) for name in _COUNTED})
-    staged = plan.rows_in - plan.deduplicated
-    if total["documents"] != staged:
+    planned = plan.rows_in - plan.deduplicated
+    if total["documents"] != planned:
         raise JobFailed(
-            f"{staged} rows were staged, but units account for {total['documents']}; delete {plan.store.name} and run again"
+            f"{planned} rows were planned, but units account for {total['documents']}; delete {plan.store.name} and run again"
         )
     return Audit(
         rows_in=plan.rows_in,
-        stored=staged - total["quarantined_documents"],
+        stored=planned - total["quarantined_documents"],
         quarantined=total["quarantined_documents"],
         deduplicated=plan.deduplicated,
         windowed_documents=total["windowed_documents"],

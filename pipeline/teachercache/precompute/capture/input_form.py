@@ -24,8 +24,8 @@ from teachercache.corpus.sequences import tokenise
 from teachercache.errors import RecipeError
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.plan import INPUT_FILE, TEACHER, Plan
-from teachercache.precompute.capture.staging import read_sample, salted_hash
 from teachercache.precompute.engine.records import put_record
+from teachercache.precompute.planning.sample import salted_hash
 from teachercache.tokens.prefix import begins_with, row_prefix
 from teachercache.tokens.rows import TokenRow
 
@@ -77,7 +77,7 @@ def _sample(plan: Plan, tokenizer: PreTrainedTokenizerBase, forms: Forms, *, lon
     length = min(WINDOW, longest - max(map(len, forms.values())))
     if length < 2:
         return []
-    documents = read_sample(plan.store)[:DOCUMENTS]
+    documents = plan.sample()[:DOCUMENTS]
     tokenised = tokenise(
         documents, tokenizer=tokenizer, sequence=SequenceConfig(length=length), store_text=False, prefix=()
     )

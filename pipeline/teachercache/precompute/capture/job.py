@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +23,13 @@ from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.commit import DRIFT_AT, commit, remove_work
 from teachercache.precompute.capture.given_calibration import check_calibration, take_calibration
 from teachercache.precompute.capture.input_form import input_warning
-from teachercache.precompute.capture.plan import Plan, make_plan
+from teachercache.precompute.capture.plan import Plan, make_plan, remember
 from teachercache.precompute.engine.event_log import EventLog, log_file
 from teachercache.precompute.engine.placement import placed
 from teachercache.precompute.engine.progress import ProgressDisplay
 from teachercache.precompute.engine.termination import ending_in_a_line
 from teachercache.precompute.engine.timing import Timing, rounded
+from teachercache.precompute.planning.each import in_turn
 from teachercache.tokens.fingerprint import require_fast, tokenizer_fingerprint
 from teachercache.version import __version__
 
@@ -33,11 +37,12 @@ if TYPE_CHECKING:
     from teachercache.precompute.capture.job_facts import Job
 
 
-def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
+def run_precompute(recipe: Recipe, *, console: Console, recheck_corpus: bool = False) -> dict[str, Any]:
     """Run the job, or what is left of it; returns the summary that `--json` prints.
 
-    Running it again when it is finished changes nothing. Raises `UserError` before compute is spent, `JobFailed` when it
-    could not be completed; finished units are kept either way.
+    Running it again when it is finished changes nothing. A corpus that looks as it did when the job began (names, sizes and
+    times of its files) is read again with `recheck_corpus` alone. Raises `UserError` before compute is spent, `JobFailed` when
+    it could not be completed; finished units are kept either way.
     """
     start = time.perf_counter()
     source = recipe.corpus.source if recipe.corpus else ""
@@ -49,7 +54,7 @@ def run_precompute(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     with ending_in_a_line(), locked(_lock_file(folder), job="precompute job", folder=folder):
         log.write("started", cache=folder, corpus=source, version=__version__)
         try:
-            result = _run_locked(recipe, console, log, start)
+            result = _run_locked(recipe, console, log, start, recheck=recheck_corpus)
         except BaseException as error:
             log.write("failed", error=f"{type(error).__name__}: {error}", seconds=round(time.perf_counter() - start, 3))
             raise
@@ -106,8 +111,26 @@ def _lock_file(cache: Path) -> Path:
     return cache.parent / f".{cache.name}.lock"
 
 
-def _run_locked(recipe: Recipe, console: Console, log: EventLog, start: float) -> dict[str, Any]:
-    plan = make_plan(recipe)
+def _run_locked(recipe: Recipe, console: Console, log: EventLog, start: float, *, recheck: bool) -> dict[str, Any]:
+    with contextlib.ExitStack() as cluster:
+        plan = make_plan(recipe, each=partial(_on_each, recipe, console, cluster), recheck=recheck)
+        return _run_planned(recipe, plan, console, log, start)
+
+
+def _on_each(
+    recipe: Recipe, console: Console, cluster: contextlib.ExitStack, work: Callable[[Any], Any], items: Sequence[Any]
+) -> Iterator[Any]:
+    """`Each`: on the cluster, which is started for more than one item."""
+    if len(items) < 2:
+        return in_turn(work, items)
+    from teachercache.precompute.engine.cluster import connected, on_cluster
+
+    console.print(f"starting Ray: the corpus is read in {len(items)} parts …")
+    cluster.enter_context(connected(recipe.precompute))
+    return on_cluster(work, items)
+
+
+def _run_planned(recipe: Recipe, plan: Plan, console: Console, log: EventLog, start: float) -> dict[str, Any]:
     given = recipe.targets.calibration_from
     if holds(plan.store, MANIFEST):
         manifest = manifest_in(plan.store)
@@ -130,6 +153,7 @@ def _run_locked(recipe: Recipe, console: Console, log: EventLog, start: float) -
             f"try these once more; {timing.given_up[0]}"
         )
     manifest = commit(plan)
+    remember(plan, recipe.cache_folder)
     result = summary(plan, manifest, timing, seconds=time.perf_counter() - start)
     print_closing(console, result, manifest)
     return result

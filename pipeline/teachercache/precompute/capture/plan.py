@@ -1,7 +1,8 @@
 """Plan of a precompute job, before any compute is spent.
 
 Equal identities of jobs mean equal inputs and settings. Planning checks the recipe against
-its teacher, reads the corpus once (staging.py), and decides between a new job, one to resume, and a finished one.
+its teacher, counts the corpus unless it looks as it did (planning/), and decides between a new job, one to resume, and a
+finished one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,7 +27,7 @@ from teachercache.cache.manifest.model import TEACHER_IDENTITY, Manifest
 from teachercache.cache.stores.copies import file_of, put_folder, scratch_folder
 from teachercache.cache.stores.local import LocalStore
 from teachercache.cache.stores.store import Store, place
-from teachercache.config import PrecomputeConfig, Recipe
+from teachercache.config import CorpusConfig, PrecomputeConfig, Recipe
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.windows import check_room
 from teachercache.errors import CacheDamaged, CacheError, RecipeError
@@ -39,8 +41,7 @@ from teachercache.models.loading import (
 )
 from teachercache.precompute.capture.attempts import ATTEMPTS
 from teachercache.precompute.capture.layers import layer_kinds
-from teachercache.precompute.capture.shapes import CALIBRATION, INPUT_FORM, PLANNED, RECORD
-from teachercache.precompute.capture.staging import Staged, stage
+from teachercache.precompute.capture.shapes import CALIBRATION, INPUT_FORM, PLANNED, RECORD, SEEN
 from teachercache.precompute.engine.records import (
     Records,
     check_named_by_content,
@@ -48,6 +49,11 @@ from teachercache.precompute.engine.records import (
     read_json,
     read_shaped,
 )
+from teachercache.precompute.planning.counted import Counts, count_corpus, counted_corpus
+from teachercache.precompute.planning.each import Each, in_turn
+from teachercache.precompute.planning.shelf import Shelf
+from teachercache.precompute.planning.sources import look_of
+from teachercache.precompute.planning.unit_table import UnitSize
 from teachercache.targets import BoundaryMass, LayerFile, StoredTargets, TargetKind, target_kind
 from teachercache.targets.coding.columns import MOST_ROW_BYTES
 from teachercache.targets.stored import LOGITS
@@ -58,11 +64,15 @@ from teachercache.tokens.pretokens import begins_pretoken
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from teachercache.corpus.documents import Document
+
 TEACHER = "teacher"
 PLAN = f"{WORK_FOLDER}/plan.json"
 CALIBRATION_FILE = f"{WORK_FOLDER}/calibration.json"  # written once basis and layer files are in place
 INPUT_FILE = f"{WORK_FOLDER}/input.json"  # written once it is measured how the teacher takes the rows' beginnings
-PLAN_VERSION = 2  # of the format that an unfinished job writes; the plans of format 1 say none
+PLAN_VERSION = (
+    3  # of what an unfinished job writes; the plans of format 1 say none, those of 2 had a copy of the corpus
+)
 LOGIT_BYTES = 64  # about what a token's logits take, which the defaults of `unit_rows` and `unit_bytes` are chosen for
 ALWAYS = {"layout", "length", "add_eos"}  # settings of `sequence` that every manifest has
 # What an unfinished job may leave where the cache is to be.
@@ -71,8 +81,8 @@ OURS = {WORK_FOLDER, TEACHER, "shards", "targets", "quarantine", "index"}
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned job. `identity` is all that decides what the cache will hold; `units` counts the staged files. Everything
-    below `.work/` is gone once the manifest is committed."""
+    """A planned job. `identity` is all that decides what the cache will hold; `counted` is the folder in the store that says
+    where its units are in the corpus. Everything below `.work/` is gone once the manifest is committed."""
 
     store: Store
     identity: dict[str, Any]
@@ -80,14 +90,23 @@ class Plan:
     units: int
     rows_in: int
     deduplicated: int
-    files: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # in teacher/, as planning wrote them: file, bytes, sha256
+    # In teacher/, as planning wrote them: file, bytes, sha256.
+    files: list[dict[str, Any]] = field(default_factory=list)
+    counted: str = ""
+    look: str = ""  # of the corpus, when it was counted: see `look_of`
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
         """The tokens that every row and every packed segment begins with."""
         return tuple(self.identity["tokenizer"].get("prefix_ids", ()))
+
+    def documents(self, unit: int) -> list[Document]:
+        """The documents of a unit, from their source. Raises `CorpusError` where that has changed."""
+        return counted_corpus(Shelf(self.store, self.counted)).documents(unit)
+
+    def sample(self) -> list[Document]:
+        """Documents drawn from the whole corpus by content hash, for calibration."""
+        return counted_corpus(Shelf(self.store, self.counted)).sample()
 
     def records(self) -> Records:
         """Records of finished units, each written once the unit's shard is in place."""
@@ -190,12 +209,18 @@ def _made(calibration: Mapping[str, Any]) -> list[str]:
 @lru_cache(maxsize=8)
 def made_file(store: Store, name: str) -> FileInfo:
     """Size and digest of a file that is named by its content; cached, because every unit of a process asks for it."""
+    return file_in(store, name)
+
+
+def file_in(store: Store, name: str) -> FileInfo:
+    """Size and digest of a file."""
     data = store.get(name)
     return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Check the recipe against its teacher, stage the corpus, and find what is already done.
+def make_plan(recipe: Recipe, *, each: Each = in_turn, recheck: bool = False) -> Plan:
+    """Check the recipe against its teacher, count the corpus, and find what is already done. `each` runs what can run at the
+    same time; with `recheck` a corpus is read again that looks as it did.
 
     Raises a `UserError` for what can be known before compute is spent: a model or corpus that cannot be read, k above the
     vocabulary, sequences longer than the model's context, chat rows without a template, a folder that holds another job;
@@ -230,7 +255,10 @@ def make_plan(recipe: Recipe) -> Plan:
         "targets": targets.settings(),
         "units": recipe.precompute.model_dump(include={"unit_rows", "unit_bytes"}),
     }
-    return _find_or_begin(recipe, identity, targets, tokenizer, config)
+    job = _Asked(recipe.cache_folder, corpus, identity, targets, unit_size(recipe.precompute, targets), each)
+    known = _known_job(job.store, beside=job.folder)
+    plan = None if known is None else _gone_on_with(known, job, recheck=recheck)
+    return plan or _begun(job, tokenizer, config)
 
 
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -277,55 +305,125 @@ def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> Target
     return target_kind(recipe.targets.logits.for_teacher(config), vocabulary_size=vocabulary_size)
 
 
-def _find_or_begin(
-    recipe: Recipe, identity: dict[str, Any], targets: StoredTargets, tokenizer: PreTrainedTokenizerBase, config: Any
-) -> Plan:
-    store, corpus, settings = LocalStore(recipe.cache_folder), recipe.corpus, _smaller_units(recipe.precompute, targets)
-    assert corpus is not None
-    # Where a corpus comes from is no part of its identity: what it holds is.
-    corpus_settings = corpus.model_dump(exclude={"limit", "format", "streaming"})
-    corpus_settings["source"] = _portable_source(corpus.source)
+@dataclass(frozen=True)
+class _Asked:
+    """The job that a recipe asks for."""
 
-    def planned(staged: Staged) -> Plan:
-        whole = {**identity, "corpus": {**corpus_settings, "digest": staged.digest}}
-        return Plan(store, whole, targets, staged.units, staged.rows_in, staged.deduplicated)
+    folder: Path
+    corpus: CorpusConfig
+    identity: dict[str, Any]  # without that of the corpus
+    targets: StoredTargets
+    size: UnitSize
+    each: Each
 
-    known = _known_job(store)
-    if known is not None:
-        plan = planned(stage(corpus, settings, None))
-        if known.has_nothing and known.job != json.loads(json.dumps(plan.identity)):
-            _clear(store)
-            known = None
-    if known is not None:
-        _check_same_job(known, plan.identity, store)
-        plan = replace(plan, files=known.files)
-        check_teacher_files(plan)
-        return plan
+    @property
+    def store(self) -> LocalStore:
+        """The store that the cache is to be in."""
+        return LocalStore(self.folder)
+
+    def planned(self, counts: Counts, *, counted: str, look: str) -> Plan:
+        """The plan, for a corpus that was counted."""
+        # Where a corpus comes from is no part of its identity: what it holds is.
+        settings = self.corpus.model_dump(exclude={"limit", "format", "streaming"})
+        settings["source"] = _portable_source(self.corpus.source)
+        whole = {**self.identity, "corpus": {**settings, "digest": counts.digest}}
+        totals = (counts.units, counts.rows_in, counts.deduplicated)
+        return Plan(self.store, whole, self.targets, *totals, counted=counted, look=look)
+
+    def counted_anew(self, look: str) -> Plan:
+        """The plan, after a pass over the corpus; what that leaves goes where it fails."""
+        shelf = Shelf(self.store, f"{WORK_FOLDER}/corpus-{uuid.uuid4().hex[:12]}")
+        try:
+            counts = count_corpus(
+                self.corpus, self.size, shelf, calibration_positions=self.targets.calibration_positions, each=self.each
+            )
+        except BaseException:
+            shelf.clear()
+            raise
+        return self.planned(counts, counted=shelf.within, look=look)
+
+
+def _begun(job: _Asked, tokenizer: PreTrainedTokenizerBase, config: Any) -> Plan:
+    """A new job: its corpus, the files that all shards share and, last, what says so."""
     try:
-        staged = stage(corpus, settings, store, calibration_positions=targets.calibration_positions)
-        return _begun(planned(staged), tokenizer, config)
+        plan = job.counted_anew(look_of(job.corpus))
+        with scratch_folder() as folder:
+            save_teacher_files(folder, tokenizer, config, fingerprint=plan.identity["tokenizer"]["fingerprint"])
+            if plan.targets.boundary is not None:
+                plan.targets.boundary.save(folder)
+            plan = replace(plan, files=[vars(info) for info in put_folder(plan.store, folder, TEACHER)])
+        _put_plan(plan)
     except BaseException:  # nothing is left of what was no job yet
-        _clear(store)
+        _clear(job.store)
         raise
-
-
-def _begun(plan: Plan, tokenizer: PreTrainedTokenizerBase, config: Any) -> Plan:
-    """The plan of a job whose corpus is staged: with the files that all shards share, and written down last."""
-    with scratch_folder() as folder:
-        save_teacher_files(folder, tokenizer, config, fingerprint=plan.identity["tokenizer"]["fingerprint"])
-        if plan.targets.boundary is not None:
-            plan.targets.boundary.save(folder)
-        plan = replace(plan, files=[vars(info) for info in put_folder(plan.store, folder, TEACHER)])
-    job = {"format_version": PLAN_VERSION, "identity": plan.identity, "files": plan.files}
-    plan.store.put(PLAN, json.dumps(job, indent=1, sort_keys=True).encode())
     return plan
 
 
-def _smaller_units(settings: PrecomputeConfig, targets: StoredTargets) -> PrecomputeConfig:
+def _gone_on_with(known: _Known, job: _Asked, *, recheck: bool) -> Plan | None:
+    """The plan of the job that the store holds, whose corpus is read again where it looks other than it did; None where it is
+    another job that has computed nothing, which is cleared away. Raises `CacheError` for any other."""
+    look = look_of(job.corpus)
+    is_seen = known.counts is not None and known.look == look and not recheck
+    if known.counts is not None and is_seen:
+        plan = job.planned(known.counts, counted=known.counted, look=look)
+    else:
+        plan = job.counted_anew(look)
+    if known.has_nothing and known.job != json.loads(json.dumps(plan.identity)):
+        _clear(job.store)
+        return None
+    plan = replace(plan, files=known.files)
+    try:
+        _check_same_job(known, plan.identity, job.store)
+        check_teacher_files(plan)
+    except BaseException:
+        if not is_seen:
+            Shelf(job.store, plan.counted).clear()
+        raise
+    if not is_seen:
+        _keep_counts(known, plan, beside=job.folder)
+    return plan
+
+
+def _keep_counts(known: _Known, plan: Plan, *, beside: Path) -> None:
+    """Keep the counts of a corpus that was read again and holds what it did."""
+    if known.is_finished:
+        remember(plan, beside)
+        Shelf(plan.store, plan.counted).clear()
+    else:
+        _put_plan(plan)
+        Shelf(plan.store, known.counted).clear()
+
+
+def _put_plan(plan: Plan) -> None:
+    counted = {
+        "within": plan.counted,
+        "look": plan.look,
+        **{name: getattr(plan, name) for name in ("units", "rows_in", "deduplicated")},
+        "files": [
+            vars(file_in(plan.store, name))
+            for name in plan.store.list(f"{plan.counted}/")
+            if "/" not in name.removeprefix(f"{plan.counted}/")
+        ],
+    }
+    job = {"format_version": PLAN_VERSION, "identity": plan.identity, "files": plan.files, "counted": counted}
+    plan.store.put(PLAN, json.dumps(job, indent=1, sort_keys=True).encode())
+
+
+def remember(plan: Plan, cache: Path) -> None:
+    """Keep what the corpus of a finished cache looked like, beside it: running the job again then need not read it. The cache
+    itself holds what its manifest lists, and no times of files."""
+    seen = {"look": plan.look, "digest": plan.identity["corpus"]["digest"]}
+    LocalStore(cache.parent).put(_seen(cache), json.dumps(seen).encode())
+
+
+def _seen(cache: Path) -> str:
+    return f".{cache.name}.corpus.json"
+
+
+def unit_size(settings: PrecomputeConfig, targets: StoredTargets) -> UnitSize:
     """Layers take many times what logits do: with them fewer rows share a shard, and its size stays what it is."""
     times = 1 + targets.token_bytes / LOGIT_BYTES
-    rows, size = max(1, int(settings.unit_rows / times)), max(1, int(settings.unit_bytes / times))
-    return settings.model_copy(update={"unit_rows": rows, "unit_bytes": size})
+    return UnitSize(max(1, int(settings.unit_rows / times)), max(1, int(settings.unit_bytes / times)))
 
 
 @dataclass(frozen=True)
@@ -334,11 +432,15 @@ class _Known:
 
     job: dict[str, Any]
     is_of_format_1: bool = False
-    files: list[dict[str, Any]] = field(default_factory=list)  # of an unfinished one: see `Plan.files`
+    is_finished: bool = False
+    counts: Counts | None = None  # of its corpus; None where they are not known
+    counted: str = ""  # see `Plan`, as `look` and, of an unfinished one, `files`
+    look: str = ""
+    files: list[dict[str, Any]] = field(default_factory=list)
     has_nothing: bool = False  # computed; but rows to blame may have been found
 
 
-def _known_job(store: Store) -> _Known | None:
+def _known_job(store: Store, *, beside: Path) -> _Known | None:
     """The job that the store holds; refuses what holds something else.
 
     A job that was planned and has computed nothing yet holds nothing that could be lost: it is cleared away, so that a
@@ -348,7 +450,7 @@ def _known_job(store: Store) -> _Known | None:
     if MANIFEST in sizes:
         manifest = manifest_in(store)
         _check_files(store, manifest, sizes)
-        return _Known(manifest.job, manifest.format_version == manifest_v1.FORMAT_VERSION)
+        return _finished(manifest, beside)
     if not sizes:
         return None
     if (
@@ -359,10 +461,33 @@ def _known_job(store: Store) -> _Known | None:
     has_nothing = not any(name.startswith("shards/part-") for name in sizes)
     if PLAN in sizes and not (has_nothing and not any(map(_is_attempt, sizes))):
         with contextlib.suppress(*((CacheError, CacheDamaged) if has_nothing else ())):
-            job = _read_plan(store)
-            return _Known(job["identity"], files=job["files"], has_nothing=has_nothing)
+            return _unfinished(_read_plan(store), store, has_nothing=has_nothing)
     _clear(store)
     return None
+
+
+def _finished(manifest: Manifest, cache: Path) -> _Known:
+    job, is_of_format_1 = manifest.job, manifest.format_version == manifest_v1.FORMAT_VERSION
+    remedy = "delete it and run the same command again: the corpus is read again"
+    seen = read_shaped(LocalStore(cache.parent), _seen(cache), SEEN, remedy=remedy)
+    if seen is None or seen["digest"] != job["corpus"]["digest"]:
+        return _Known(job, is_of_format_1, is_finished=True)
+    counts = Counts(len(manifest.shards), manifest.audit.rows_in, manifest.audit.deduplicated, seen["digest"])
+    return _Known(job, is_of_format_1, is_finished=True, counts=counts, look=seen["look"])
+
+
+def _unfinished(job: dict[str, Any], store: Store, *, has_nothing: bool) -> _Known:
+    counted = job["counted"]
+    check_unchanged(store, counted["files"], remedy=_start_over(store))
+    digest = job["identity"]["corpus"]["digest"]
+    return _Known(
+        job["identity"],
+        counts=Counts(counted["units"], counted["rows_in"], counted["deduplicated"], digest),
+        counted=counted["within"],
+        look=counted["look"],
+        files=job["files"],
+        has_nothing=has_nothing,
+    )
 
 
 def _is_attempt(name: str) -> bool:
@@ -382,8 +507,8 @@ def _read_plan(store: Store) -> dict[str, Any]:
     content = read_json(store, PLAN)
     if isinstance(content, dict) and content.get("format_version") != PLAN_VERSION:
         raise CacheError(
-            f"the job in {store.name} was begun by another version of teachercache, whose cache has another format; finish it "
-            f"with that version, or {_start_over(store)}"
+            f"the job in {store.name} was begun by another version of teachercache, which keeps unfinished jobs otherwise; "
+            f"finish it with that version, or {_start_over(store)}"
         )
     job = read_shaped(store, PLAN, PLANNED, remedy=_start_over(store))
     if job is None:

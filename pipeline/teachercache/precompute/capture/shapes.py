@@ -11,12 +11,31 @@ from teachercache.cache.files.bounds import Count
 from teachercache.precompute.engine.records import Empty, File, Shard
 
 
+class Counted(TypedDict):
+    """The corpus, as it was counted; see `Plan`."""
+
+    within: str
+    look: str
+    units: Count
+    rows_in: Count
+    deduplicated: Count
+    files: list[File]
+
+
 class Planned(TypedDict):
     """plan.json."""
 
     format_version: int
     identity: dict[str, Any]
     files: list[File]
+    counted: Counted
+
+
+class Seen(TypedDict):
+    """See `plan.remember`."""
+
+    look: str
+    digest: str
 
 
 class Fidelity(TypedDict):
@@ -73,4 +92,5 @@ class InputForm(TypedDict):
 PLANNED: TypeAdapter[Any] = TypeAdapter(Planned)
 RECORD: TypeAdapter[Any] = TypeAdapter(Record)
 CALIBRATION: TypeAdapter[Any] = TypeAdapter(Calibration)
+SEEN: TypeAdapter[Any] = TypeAdapter(Seen)
 INPUT_FORM: TypeAdapter[Any] = TypeAdapter(InputForm | Empty)

@@ -20,6 +20,7 @@ from teachercache.precompute.capture.supervisor import GivenUp, Supervisor
 from teachercache.precompute.engine.carried_errors import Row, carrying_errors, stopped
 from teachercache.precompute.engine.metrics import ActorMetrics
 from teachercache.precompute.engine.placement import TASK_CPUS, Placement
+from teachercache.precompute.engine.unit_source import units_dataset
 from teachercache.stage_times import measured
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ KEEP_FREED_MEMORY = {
 # Times that Ray starts an actor again, by default without end. A unit has a bound of its own (supervisor.py): this one is for
 # actors that die before they take any.
 RESTARTS = 16
+
+
+TOKENISING = 2  # tasks for each actor, at most
 
 
 class TeacherActor:
@@ -78,7 +82,7 @@ def _calibrate(job: Job) -> Row:
 
 def _tokenise(row: Row, job: Job) -> Row:
     """The unit's tokens; no payload where that fails or an earlier task died of it: the teacher's process tries it then."""
-    from teachercache.precompute.capture.units import tokenise_unit
+    from teachercache.precompute.capture.unit_tokens import tokenise_unit
 
     def stage(row: Row) -> tuple[Tokenised, int]:
         return tokenise_unit(job.plan, int(row["unit"]), sequence=job.sequence, store_text=job.corpus.store_text)
@@ -104,12 +108,14 @@ def resources_of(placement: Placement) -> dict[str, Any]:
 def run_units(job: Job, pending: list[int]) -> Iterator[tuple[UnitReport | GivenUp, dict[str, float]]]:
     """Run the pending units; yields a report as each one's shard is in place, or the reason why there is none, with the seconds
     that its documents were read and tokenised for."""
-    rows = [{"unit": unit, "payload": b"", "problem": None, "seconds": b""} for unit in pending]
-    units = ray.data.from_items(rows, override_num_blocks=len(pending))
+    actors = min(job.placement.actors, len(pending))
+    ahead = min(len(pending), TOKENISING * actors + 1)  # each is a process that imports what it needs
+    units = units_dataset(pending, cpus=TASK_CPUS, tasks=ahead)
     # Ray's annotation of `map` has no room for a function with further arguments, or for a class.
     tokenise, compute = cast(Any, _tokenise), cast(Any, TeacherActor)
-    pool = ray.data.ActorPoolStrategy(size=min(job.placement.actors, len(pending)), max_tasks_in_flight_per_actor=2)
-    stages = units.map(tokenise, fn_args=(job,), num_cpus=TASK_CPUS).map(
+    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2)
+    tasks = ray.data.TaskPoolStrategy(size=ahead)
+    stages = units.map(tokenise, fn_args=(job,), compute=tasks, num_cpus=TASK_CPUS).map(
         compute,
         fn_constructor_args=(job,),
         compute=pool,

@@ -26,15 +26,13 @@ from teachercache.files import DISK_FULL
 from teachercache.precompute.capture.given_calibration import check_loaded
 from teachercache.precompute.capture.input_form import check_input
 from teachercache.precompute.capture.job_facts import Job
+from teachercache.precompute.capture.unit_tokens import document_key, tokenise_unit
 from teachercache.precompute.capture.units import (
     UnitReport,
     actor_threads,
     calibrate,
     calibration_rows,
     compute_unit,
-    document_key,
-    staged_documents,
-    tokenise_unit,
 )
 from teachercache.teacher import Teacher
 from teachercache.tokens.rows import Segment, TokenRow
@@ -104,7 +102,7 @@ class TeacherProcess:
 
     def documents(self, unit: int) -> list[str]:
         """Names of a unit's documents."""
-        return [document_key(document) for document in staged_documents(self.job.plan, unit)]
+        return [document_key(document) for document in self.job.plan.documents(unit)]
 
     def tokenise(self, unit: int, only: Collection[str] | None, lost: Mapping[str, str]) -> bytes:
         """Tokenise a unit, or some of its documents, without those that are lost, which are put into quarantine."""
@@ -115,7 +113,7 @@ class TeacherProcess:
             store_text=self.job.corpus.store_text,
             keep=lambda key: key not in lost and (only is None or key in only),
         )
-        documents = staged_documents(self.job.plan, unit) if lost else []
+        documents = self.job.plan.documents(unit) if lost else []
         tokenised.quarantined += [
             Quarantined(document.source_id, document.occurrence, lost[key], (document.text or "")[:200])
             for document in documents

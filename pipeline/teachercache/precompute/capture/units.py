@@ -1,6 +1,5 @@
-"""One work unit through its two stages. Plain functions of the unit and the job: no Ray, no order, no state.
-
-    tokenise_unit → compute_unit (teacher, shard, record)
+"""One work unit through its second stage: teacher, shard, record. Plain functions of the unit and the job: no Ray, no order,
+no state. The first one is in unit_tokens.py.
 
 Shards hold no time and no name of a machine, so equal units give equal files.
 """
@@ -10,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -21,52 +19,20 @@ import numpy as np
 from teachercache.cache import write_shard
 from teachercache.cache.files.entries import ShardInfo
 from teachercache.cache.manifest.model import QUARANTINE
-from teachercache.cache.stores.copies import folder_of, put_folder, scratch_folder
+from teachercache.cache.stores.copies import put_folder, scratch_folder
 from teachercache.cache.stores.named import put_named
-from teachercache.cache.stores.store import Store
 from teachercache.config import PrecomputeConfig, SequenceConfig
-from teachercache.corpus.documents import Document
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
-from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.input_form import check_input
 from teachercache.precompute.capture.plan import CALIBRATION_FILE, TEACHER, Plan
-from teachercache.precompute.capture.staging import read_sample, read_unit, salted_hash
+from teachercache.precompute.capture.unit_tokens import tokenizer_of
 from teachercache.precompute.engine.records import put_record
+from teachercache.precompute.planning.sample import salted_hash
 from teachercache.stage_times import measured, stage
 from teachercache.targets import LayerFile, SketchBasis, calibrates
 from teachercache.targets.stored import LOGITS
 from teachercache.teacher import Captured, Teacher
 from teachercache.tokens.rows import TokenRow
-
-
-def staged_documents(plan: Plan, unit: int) -> list[Document]:
-    """The documents of a unit, as they were staged."""
-    return read_unit(plan.store, unit)
-
-
-def document_key(document: Document) -> str:
-    """Names a document among those of its unit."""
-    return f"{document.source_id} {document.occurrence}"
-
-
-def tokenise_unit(
-    plan: Plan,
-    unit: int,
-    *,
-    sequence: SequenceConfig,
-    store_text: bool,
-    keep: Callable[[str], bool] = lambda key: True,
-) -> tuple[Tokenised, int]:
-    """Token rows of the staged documents whose keys are to be kept, and how many documents there were."""
-    with stage("reading"):
-        staged = staged_documents(plan, unit)
-    tokenizer = _tokenizer(plan.store)
-    kept = [document for document in staged if keep(document_key(document))]
-    with stage("tokenising"):
-        tokenised = tokenise(
-            kept, tokenizer=tokenizer, sequence=sequence, store_text=store_text, prefix=plan.prefix_ids
-        )
-    return tokenised, len(staged)
 
 
 def calibrate(
@@ -111,10 +77,9 @@ def _put_made(plan: Plan, file: LayerFile | SketchBasis) -> str:
 
 def calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
     """The rows that calibration draws."""
-    documents = read_sample(plan.store)
     tokenised = tokenise(
-        documents,
-        tokenizer=_tokenizer(plan.store),
+        plan.sample(),
+        tokenizer=tokenizer_of(plan.store),
         sequence=sequence,
         store_text=False,
         prefix=plan.prefix_ids,
@@ -123,12 +88,6 @@ def calibration_rows(plan: Plan, *, sequence: SequenceConfig) -> list[TokenRow]:
     wanted = min(plan.targets.calibration_positions, sum(row.positions for row in rows) // 2)
     taken = np.cumsum([row.positions for row in rows])
     return rows[: int(np.searchsorted(taken, wanted)) + 1]
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(store: Store) -> Any:
-    with folder_of(store, TEACHER) as folder:
-        return load_tokenizer(str(folder))
 
 
 def actor_threads(settings: PrecomputeConfig) -> int:

@@ -1,6 +1,7 @@
 """Ray under the precompute jobs.
 
 cluster.py    join a cluster or start one, and run tasks on it
+unit_source.py units as a source of Ray Data, some to a block
 local_ray.py  a cluster on this machine for one job: nobody else can speak to it
 placement.py  where the teacher runs: how many actors, and whether each has a GPU
 fork_server.py   processes that may die without harm to the one that asks them

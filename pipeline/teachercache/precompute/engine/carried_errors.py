@@ -29,7 +29,7 @@ def carrying_errors(stage: Callable[[Row], Any], row: Row, *, what: str | None =
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic in Rust is no `Exception`
-        failed = what or f"unit {row['unit']} (its documents are in .work/units of the cache)"
+        failed = what or f"unit {row['unit']}"
         logger.exception("%s", failed)
         problem = JobFailed(
             f"{failed} failed: {type(error).__name__}: {error}; run the same command again to try once more"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import ray
 
@@ -17,6 +18,12 @@ from teachercache.precompute.engine.carried_errors import Row, carrying_errors, 
 from teachercache.precompute.engine.local_ray import local_cluster
 from teachercache.precompute.engine.placement import Node, actor_cpus
 from teachercache.precompute.engine.termination import kept_handler
+from teachercache.precompute.engine.unit_source import units_dataset
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WAITING_TASKS = 4  # for each CPU: their results are taken in order
 
 
 def run_tasks(work: Callable[[Any, int], Any], plan: Any, pending: list[int], *, what: str) -> Iterator[Any]:
@@ -24,8 +31,7 @@ def run_tasks(work: Callable[[Any, int], Any], plan: Any, pending: list[int], *,
 
     Raises what the work raises: a `TeachercacheError` as it is, anything else as `JobFailed`, naming `what` a unit is.
     """
-    rows = [{"unit": unit, "payload": b"", "problem": None} for unit in pending]
-    units = ray.data.from_items(rows, override_num_blocks=len(pending))
+    units = units_dataset(pending, cpus=1)
     try:
         for row in units.map(cast(Any, _task), fn_args=(work, plan, what), num_cpus=1).iter_rows():
             if row["problem"] is not None:
@@ -33,6 +39,35 @@ def run_tasks(work: Callable[[Any, int], Any], plan: Any, pending: list[int], *,
             yield pickle.loads(row["payload"])
     except ray.exceptions.RayError as error:
         raise stopped(error) from error
+
+
+def on_cluster(work: Callable[[Item], Result], items: Sequence[Item], /) -> Iterator[Result]:
+    """`Each` (planning/each.py) as tasks of the cluster that is connected, as many at a time as it has room for.
+
+    Raises what the work raises: a `TeachercacheError` as it is, anything else as `JobFailed`.
+    """
+    task, waiting = ray.remote(num_cpus=1)(_done), deque[Any]()
+    most = WAITING_TASKS * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    try:
+        for item in items:
+            if len(waiting) >= most:
+                yield _result(ray.get(waiting.popleft()))
+            waiting.append(task.remote(work, item))
+        while waiting:
+            yield _result(ray.get(waiting.popleft()))
+    except ray.exceptions.RayError as error:
+        raise stopped(error) from error
+
+
+def _done(work: Callable[[Any], Any], item: Any) -> Row:
+    row = {"unit": 0, "payload": b"", "problem": None}
+    return carrying_errors(lambda _: work(item), row, what="reading the corpus")
+
+
+def _result(row: Row) -> Any:
+    if row["problem"] is not None:
+        raise pickle.loads(row["problem"])
+    return pickle.loads(row["payload"])
 
 
 def _task(row: Row, work: Callable[[Any, int], Any], plan: Any, what: str) -> Row:

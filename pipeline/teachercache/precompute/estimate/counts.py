@@ -18,7 +18,6 @@ from teachercache.corpus.sequences import Tokenised, tokenise
 from teachercache.errors import CorpusError
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.plan import TEACHER, Plan
-from teachercache.precompute.capture.staging import read_unit
 from teachercache.precompute.estimate.measured import Amount
 from teachercache.tokens.rows import TokenRow
 
@@ -69,7 +68,7 @@ def _groups(recipe: Recipe, plan: Plan, sample: CorpusSample) -> Iterator[list[D
     """The documents of the job's units, or of the blocks of a sample."""
     assert recipe.corpus is not None
     if sample.is_whole:
-        yield from (read_unit(plan.store, unit) for unit in range(plan.units))
+        yield from (plan.documents(unit) for unit in range(plan.units))
         return
     for block in sample.blocks:
         yield [item for item in documents(block.rows, recipe.corpus) if isinstance(item, Document)]

@@ -76,7 +76,7 @@ class Prediction:
         loads = 1 + (timed.fitted > 0)  # calibration has a process of its own
         fit = timed.to_fit / timed.fitted if timed.fitted else 0.0
         return {
-            "reading the corpus": self._cost("planning") + self._cost("staging") * (timed.counts.factor - 1),
+            "reading the corpus": self._cost("planning") + self._cost("counting") * (timed.counts.factor - 1),
             "starting Ray": RAY_START + self._process * (loads + timed.placement.actors - 1),
             "loading the teacher": self._cost("loading") * loads,
             "calibrating": self._cost("checking input") + self._cost("calibrating") * fit,

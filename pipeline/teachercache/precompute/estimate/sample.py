@@ -27,8 +27,7 @@ from teachercache.precompute.align.plan import make_plan as plan_alignment
 from teachercache.precompute.align.units import align_shard
 from teachercache.precompute.capture.commit import commit
 from teachercache.precompute.capture.input_form import check_input
-from teachercache.precompute.capture.plan import Plan, make_plan
-from teachercache.precompute.capture.staging import stage
+from teachercache.precompute.capture.plan import Plan, make_plan, unit_size
 from teachercache.precompute.capture.units import actor_threads, calibrate, compute_unit
 from teachercache.precompute.engine.placement import Node, Placement, actor_cpus, placed
 from teachercache.precompute.estimate.choice import affordable_calibration, batches_of, chosen, padded_tokens, rows_of
@@ -36,6 +35,8 @@ from teachercache.precompute.estimate.counts import Counts, count
 from teachercache.precompute.estimate.measured import Amount, Cost, Stopwatch
 from teachercache.precompute.estimate.operations import forward_operations, tail_operations
 from teachercache.precompute.estimate.sizes import SampleBytes, sizes_of, sizes_of_alignment
+from teachercache.precompute.planning.counted import count_corpus
+from teachercache.precompute.planning.shelf import Shelf
 from teachercache.stream.cache_rows import OwnRows
 from teachercache.stream.collate import Collator
 from teachercache.teacher import Teacher
@@ -126,10 +127,9 @@ class SampleRun:
         assert corpus is not None
         with self._watch.of("planning"):
             plan = make_plan(self._small)
-        with self._watch.of("staging"):  # once more, alone: it is what planning takes longer for on a larger corpus
-            stage(
-                corpus, self._small.precompute, LocalStore(again), calibration_positions=plan.targets.calibration_positions
-            )  # fmt: skip
+        with self._watch.of("counting"):  # once more, alone: it is what planning takes longer for on a larger corpus
+            size, positions = unit_size(self._small.precompute, plan.targets), plan.targets.calibration_positions
+            count_corpus(corpus, size, Shelf(LocalStore(again), "corpus"), calibration_positions=positions)
         with self._watch.of("tokenising"):
             return plan, count(self._recipe, plan, self._sample)
 

@@ -15,6 +15,9 @@ from teachercache.console import run_command
 def precompute(
     recipe: RecipePath,
     limit: Annotated[int | None, typer.Option(min=1, help="read at most so many rows of the corpus")] = None,
+    recheck_corpus: Annotated[
+        bool, typer.Option("--recheck-corpus", help="read the corpus again, though its files look as they did")
+    ] = False,
     overrides: Overrides = [],
     as_json: Json = False,
 ) -> None:
@@ -24,6 +27,7 @@ def precompute(
         from teachercache.precompute.capture.job import run_precompute
 
         extra = [f"corpus.limit={limit}"] if limit else []
-        return run_precompute(load_recipe(recipe, [*overrides, *extra]), console=console)
+        loaded = load_recipe(recipe, [*overrides, *extra])
+        return run_precompute(loaded, console=console, recheck_corpus=recheck_corpus)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))

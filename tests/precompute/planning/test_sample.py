@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 
 from teachercache.cache.stores.local import LocalStore
-from teachercache.config import CorpusConfig, PrecomputeConfig
-from teachercache.precompute.capture.staging import SAMPLED_BYTES, SAMPLED_DOCUMENTS, read_sample, stage
+from teachercache.config import CorpusConfig
+from teachercache.precompute.planning.counted import CountedCorpus, count_corpus
+from teachercache.precompute.planning.sample import SAMPLED_BYTES, SAMPLED_DOCUMENTS
+from teachercache.precompute.planning.shelf import Shelf
+from teachercache.precompute.planning.unit_table import UnitSize
 
 
 def sampled(folder: Path, texts: list[str], *, positions: int = 0) -> list[str]:
     """Texts of the documents that are kept for calibration, in their order."""
-    corpus, store = folder / "corpus.jsonl", LocalStore(folder / "cache")
+    corpus, shelf = folder / "corpus.jsonl", Shelf(LocalStore(folder / "cache"), "corpus")
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    stage(CorpusConfig(source=str(corpus), held_out=0), PrecomputeConfig(), store, calibration_positions=positions)
-    return [document.text or "" for document in read_sample(store)]
+    config = CorpusConfig(source=str(corpus), held_out=0)
+    count_corpus(config, UnitSize(1024, 2**22), shelf, calibration_positions=positions)
+    return [document.text or "" for document in CountedCorpus(shelf).sample()]
 
 
 def test_short_documents_are_sampled_until_they_hold_enough(tmp_path: Path) -> None:

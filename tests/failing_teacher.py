@@ -19,11 +19,15 @@ from transformers import LlamaForCausalLM
 class FailingLM(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
-        self.poisoned = False
+        self.poisoned, self.rows = False, 0
         self.model.register_forward_pre_hook(self.fail, with_kwargs=True)
 
     def fail(self, module, arguments, named):
         time.sleep(self.config.seconds)
+        self.rows += len(named["input_ids"])
+        if 0 < self.config.most_rows < self.rows:
+            print("memory is full")
+            os._exit(4)
         seen = set(named["input_ids"].flatten().tolist())
         fails_on = self.config.fails_on
         if fails_on["exits"] in seen:
@@ -39,8 +43,9 @@ class FailingLM(LlamaForCausalLM):
 """
 
 
-def failing_teacher(folder: Path, *, seconds: float = 0.0) -> Path:
-    """A folder with the model, its code and its tokenizer; a forward pass takes at least so many seconds."""
+def failing_teacher(folder: Path, *, seconds: float = 0.0, most_rows: int = 0) -> Path:
+    """A folder with the model, its code and its tokenizer; a forward pass takes at least so many seconds, and a process that
+    has read `most_rows` rows ends, whichever they are."""
     from transformers import AutoTokenizer
 
     tiny_teacher(folder, layers=1)
@@ -48,7 +53,7 @@ def failing_teacher(folder: Path, *, seconds: float = 0.0) -> Path:
     words = {"exits": EXITS, "raises": RAISES, "hangs": HANGS, "poisons": POISONS}
     config = json.loads((folder / "config.json").read_text())
     config["fails_on"] = {name: tokenizer(word)["input_ids"][0] for name, word in words.items()}
-    config["seconds"] = seconds
+    config |= {"seconds": seconds, "most_rows": most_rows}
     config["auto_map"] = {"AutoModelForCausalLM": "failing.FailingLM"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "failing.py").write_text(CODE)

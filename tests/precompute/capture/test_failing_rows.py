@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +17,13 @@ import pytest
 from teachercache.cache import Cache, verify
 from teachercache.config import Recipe
 from teachercache.corpus.documents import content_id
+from teachercache.errors import JobFailed
 from teachercache.precompute.capture.attempts import Attempts
+from teachercache.precompute.capture.commit import commit
 from teachercache.precompute.capture.job_facts import Job
 from teachercache.precompute.capture.plan import make_plan
-from teachercache.precompute.capture.supervisor import Supervisor
+from teachercache.precompute.capture.supervisor import GivenUp, Supervisor
+from teachercache.precompute.capture.units import calibration_rows
 from teachercache.precompute.engine.placement import Placement
 
 from builders import sentences, tiny_recipe
@@ -26,6 +35,11 @@ def teacher(tmp_path_factory) -> Path:
     return failing_teacher(tmp_path_factory.mktemp("teacher") / "failing")
 
 
+ROOT = Path(__file__).parents[3]
+SKETCH = {"logits": {"kind": "head+sketch", "k": 4, "rank": 4, "step": 0.1, "calibration_positions": 400}}
+PATIENCE = 300  # seconds, on a machine that has other things to do
+
+
 def recipe_with(folder: Path, teacher: Path, texts: list[str], **sections: Any) -> Recipe:
     """Rows of about 30 tokens, six in a batch, 16 in a unit."""
     precompute = {"batch_seconds": 2.0, "actors": 1, **sections.pop("precompute", {})}
@@ -33,7 +47,7 @@ def recipe_with(folder: Path, teacher: Path, texts: list[str], **sections: Any) 
         folder,
         teacher=teacher,
         texts=texts,
-        sequence={"length": 200},
+        sequence={"length": 200, **sections.pop("sequence", {})},
         precompute=precompute,
         corpus={"held_out": 0},
         **sections,
@@ -58,6 +72,97 @@ def stored(cache: Path) -> set[str]:
     return {segment.source_id for row in rows for segment in row.segments}
 
 
+def test_rows_that_end_and_raise_are_found_among_all_rows_of_a_pass(tmp_path, teacher):
+    """In one unit; only the first is the end of a process."""
+    good = sentences(12)
+    bad = {
+        f"this one {EXITS} ends": "crashed: exit status 3; this token ends its process",
+        f"that one {RAISES} raises": "raised: ValueError: this token is not liked",
+    }
+    supervisor, plan = supervised(recipe_with(tmp_path, teacher, [*good[:4], *bad, *good[4:]]))
+    reports = [supervisor.compute(unit, b"") for unit in plan.pending()]
+    assert all(report.positions > 0 for report in reports)
+    commit(plan)
+    assert quarantined(tmp_path / "cache") == {content_id(text): reason for text, reason in bad.items()}
+    assert stored(tmp_path / "cache") == {content_id(text) for text in good}
+
+
+def test_packed_rows_that_fail_take_their_documents_along_and_nothing_else(tmp_path, teacher):
+    texts = [*sentences(12), f"that one {RAISES} raises"]
+    packed = {"layout": "packed", "length": 100}
+    supervisor, plan = supervised(recipe_with(tmp_path, teacher, texts, sequence=packed))
+    for unit in plan.pending():
+        supervisor.compute(unit, b"")
+    audit = commit(plan).audit
+    lost = quarantined(tmp_path / "cache")
+    assert content_id(texts[-1]) in lost and all("not liked" in reason for reason in lost.values())
+    assert (audit.rows_in, audit.stored) == (13, len(stored(tmp_path / "cache"))) and audit.stored >= 8
+    assert verify(tmp_path / "cache") == []
+
+
+def test_calibration_leaves_out_rows_that_fail(tmp_path, teacher):
+    bad = [f"number {number} {RAISES} raises" for number in range(4)]
+    recipe = recipe_with(tmp_path, teacher, [*sentences(8), *bad], targets=SKETCH)
+    supervisor, plan = supervised(recipe)
+    drawn = {row.row_id: row for row in calibration_rows(plan, sequence=recipe.sequence)}
+    failing = {content_id(text) for text in bad}
+    blamed = {name for name, row in drawn.items() if {segment.source_id for segment in row.segments} & failing}
+    assert blamed, "none of them is in the sample"
+    supervisor.calibrate()
+    assert set(plan.calibration()["rows"]) == set(drawn) - blamed
+    for unit in plan.pending():
+        supervisor.compute(unit, b"")
+    assert commit(plan).audit.quarantined == len(bad)
+
+
+def test_a_unit_that_fails_without_a_row_to_blame_is_given_up_and_others_go_on(tmp_path):
+    """Memory fills up over many rows: no row fails alone."""
+    leaking = failing_teacher(tmp_path / "leaking", most_rows=40)
+    recipe = recipe_with(tmp_path, leaking, sentences(70), precompute={"unit_rows": 60})
+    supervisor, plan = supervised(recipe)
+    first, second = (supervisor.compute(unit, b"") for unit in plan.pending())
+    assert first == GivenUp(0, "crashed: exit status 4; memory is full") and second.positions > 0
+    assert plan.pending() == [0]
+    with pytest.raises(JobFailed, match="1 of 2 units have no result"):
+        commit(plan)
+
+
+SUPERVISED = """
+import pickle, sys
+job = pickle.load(open(sys.argv[1], "rb"))
+from teachercache.precompute.capture.supervisor import Supervisor
+Supervisor(job).compute(0, b"")
+"""
+
+
+def test_a_job_that_is_killed_while_it_looks_for_a_row_goes_on_looking(tmp_path, teacher):
+    """SIGKILL of whoever supervises, in the middle of the search: the next one begins with the rows that were being read."""
+    recipe = recipe_with(tmp_path, teacher, [*sentences(8), f"one {HANGS} hangs"])
+    plan = make_plan(recipe)
+    job = Job.of(recipe, plan, Placement(1, 0.0, 1.0, 1))
+    attempts = Attempts.of(plan.store, 0, run="killed before")
+    attempts.begun = 1
+    attempts.write()
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline")}
+    command = [sys.executable, "-c", SUPERVISED, str(tmp_path / "job.pickle")]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    until, suspects = time.monotonic() + PATIENCE, list[str]()
+    while not 0 < len(suspects) < 4 and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.02)
+        suspects = json.loads(plan.store.get(attempts.file))["suspects"]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(suspects) < 4
+    assert json.loads(plan.store.get(attempts.file))["lost"] == {}, "killed too late to show anything"
+    supervisor, again = supervised(recipe)
+    assert again.pending() == [0]
+    assert supervisor.compute(0, b"").positions > 0
+    [reason] = json.loads(again.store.get(attempts.file))["lost"].values()
+    assert reason.startswith("hung: ")
+
+
+@pytest.mark.slow
 def test_rows_that_end_raise_hang_and_poison_are_quarantined_and_all_others_stored(tmp_path, teacher):
     """One job on Ray has all four, in units of their own and together."""
     from rich.console import Console
@@ -81,38 +186,3 @@ def test_rows_that_end_raise_hang_and_poison_are_quarantined_and_all_others_stor
         assert reasons[content_id(text)].startswith(begins) and holds in reasons[content_id(text)]
     assert stored(tmp_path / "cache") == {content_id(text) for text in good}
     assert verify(tmp_path / "cache") == []
-
-
-def test_what_is_found_is_there_for_the_next_run(tmp_path, teacher):
-    """The supervisor is gone after its first failure; the next one begins with the rows that were being read, and one after
-    that does not read the row that fails at all."""
-    recipe = recipe_with(tmp_path, teacher, [*sentences(8), f"one {EXITS} ends"])
-    supervisor, plan = supervised(recipe)
-    attempts = Attempts.of(plan.store, 0, run="killed before")
-    attempts.begun = 1
-    attempts.write()
-    asked = 0
-
-    class Killed(Exception):
-        pass
-
-    def killed(*rows: Any) -> Exception:
-        nonlocal asked
-        asked += 1
-        raise Killed
-
-    supervisor._failure_of = killed
-    tokens = supervisor._tokenised(0, attempts)
-    with pytest.raises(Killed):
-        supervisor.compute(0, tokens)
-    supervisor._end()
-    assert asked == 1
-    suspects = json.loads(plan.store.get(".work/attempts/00000.json"))["suspects"]
-    assert 0 < len(suspects) < 9
-    supervisor, again = supervised(recipe)
-    assert again.pending() == [0]
-    report = supervisor.compute(0, tokens)
-    supervisor._end()
-    assert report.positions > 0
-    lost = json.loads(plan.store.get(".work/attempts/00000.json"))["lost"]
-    assert len(lost) == 1 and set(lost) <= set(suspects)

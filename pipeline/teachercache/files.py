@@ -47,6 +47,20 @@ def is_temporary(name: str, *, of: str) -> bool:
     return name.startswith(f".{of}.") and name.endswith("tmp")
 
 
+@contextlib.contextmanager
+def full_disk_in_a_line(folder: Path) -> Iterator[None]:
+    """Raises `JobFailed` where the block finds no room on the disk of a folder, or in a quota."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise JobFailed(
+            f"there is no room for {folder} ({error.strerror}); what is finished is kept: make room and run the same command "
+            "again to go on"
+        ) from None
+
+
 def sync_files(folder: Path) -> None:
     """Return once the bytes of all files in a folder, and below it, have reached the disk."""
     for path in sorted(folder.rglob("*")):

@@ -12,12 +12,17 @@ import pytest
 
 from cache.golden_caches import GOLDEN, recipe
 from teachercache.cache import Cache, verify
+from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.manifest.manifest import read_manifest
-from teachercache.errors import CacheDamaged
+from teachercache.cache.stores.local import LocalStore
+from teachercache.corpus.documents import Document
+from teachercache.errors import CacheDamaged, CacheError, JobFailed
 from teachercache.precompute.align.plan import AlignPlan
 from teachercache.precompute.align.plan import make_plan as make_align_plan
 from teachercache.precompute.align.units import align_shard
 from teachercache.precompute.capture.plan import Plan, make_plan
+from teachercache.precompute.planning.shelf import Shelf
+from teachercache.precompute.planning.staged import read_documents, write_documents
 
 from builders import build_cache, other_student
 
@@ -44,7 +49,10 @@ def planned(job: Path) -> Plan:
 def edit_json(file: Path, edit: Edit) -> None:
     data = json.loads(file.read_text())
     changed = edit(data)
-    file.write_text(json.dumps(data if changed is None else changed))
+    data = data if changed is None else changed
+    if isinstance(data, dict) and data.pop("digest", None):  # it is as whoever wrote it meant it
+        data["digest"] = fingerprint_of(data)
+    file.write_text(json.dumps(data))
 
 
 def refused(job: Path, message: str) -> None:
@@ -103,7 +111,6 @@ FOREIGN: list[tuple[str, str, Edit]] = [
     (RECORD, "read by a list", lambda data: data.update(read_by=["basis"])),
     (RECORD, "an odd teacher", lambda data: data["teacher"].update(parameters=None)),
     (RECORD, "odd fidelity", lambda data: data.update(fidelity={"positions": 1})),
-    (PLAN, "a list", lambda data: [data]),
     (PLAN, "without files", lambda data: data.pop("files") and None),
     (PLAN, "without identity", lambda data: data.pop("identity") and None),
     (PLAN, "files as text", lambda data: data.update(files="teacher")),
@@ -134,9 +141,71 @@ def test_a_record_that_is_no_json_is_computed_again(job: Path) -> None:
     assert 0 in planned(job).pending()
 
 
-def test_a_plan_that_is_no_json_is_refused(job: Path) -> None:
-    (job / ".work" / PLAN).write_text("{")
-    refused(job, "plan.json is no JSON")
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def halved(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES = pytest.mark.parametrize("damage", [emptied, halved, flip])
+
+
+@DAMAGES
+def test_a_damaged_plan_is_made_again_and_finished_units_stay(job: Path, damage: Callable[[Path], None]) -> None:
+    before = planned(job)
+    damage(job / ".work" / PLAN)
+    plan = planned(job)
+    assert "plan.json was damaged: the job is planned again" in plan.mended
+    assert (plan.pending(), plan.calibration()) == (before.pending(), before.calibration()) and 0 not in plan.pending()
+    assert planned(job).mended == ""
+
+
+def test_a_damaged_plan_of_another_recipe_takes_nothing_away(job: Path) -> None:
+    emptied(job / ".work" / PLAN)
+    with pytest.raises(CacheError, match="finished units of another recipe.* its plan is damaged"):
+        make_plan(recipe("top-k", job, inputs=INPUTS))
+    assert 0 not in planned(job).pending()
+
+
+@DAMAGES
+@pytest.mark.parametrize("name", ["units.arrow", "partitions.json", "sample.jsonl.zst"])
+def test_a_corpus_is_read_again_where_its_counts_are_damaged(
+    job: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    documents = planned(job).documents(1)
+    [file] = (job / ".work").glob(f"corpus-*/{name}")
+    damage(file)
+    plan = planned(job)
+    assert "was damaged: the corpus is read again" in plan.mended
+    assert plan.documents(1) == documents and 0 not in plan.pending()
+    assert planned(job).mended == ""
+
+
+@DAMAGES
+def test_a_damaged_staged_file_is_removed_so_that_the_next_run_writes_it(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    shelf = Shelf(LocalStore(tmp_path), "documents")
+    documents = [Document(f"{number:032x}", 0, held_out=False, text="the cat " * number) for number in range(9)]
+    write_documents(shelf, "000000.jsonl.zst", documents)
+    assert read_documents(shelf, "000000.jsonl.zst") == documents
+    damage(tmp_path / "documents" / "000000.jsonl.zst")
+    for _ in range(2):
+        with pytest.raises(JobFailed, match="000000.jsonl.zst is gone, or has other bytes.*run the same command again"):
+            read_documents(shelf, "000000.jsonl.zst")
+        assert shelf.store.list() == {}
+
+
+def test_a_finished_unit_whose_bytes_have_changed_is_computed_again(job: Path) -> None:
+    plan = planned(job)
+    assert plan.records().recheck() == [] and 0 not in plan.pending()
+    [file] = (job / "shards").glob("part-00000-*")
+    flip(file)
+    assert 0 not in plan.pending()  # its size is right
+    assert plan.records().recheck() == [f"shards/{file.name}"]
+    assert 0 in plan.pending()
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,13 @@ def _verify_files(location: str | Path, checks: Checks, *, quick: bool) -> list[
 def is_reserved(name: str) -> bool:
     """Tells whether a file's name belongs to people or to later steps, not to the data: the card, signatures, earlier
     manifests, a lease, what a copy of parts holds, what an unfinished job left."""
-    return name in RESERVED_FILES or name.partition("/")[0] in (*RESERVED_FOLDERS, WORK_FOLDER)
+    return name in RESERVED_FILES or name.partition("/")[0] in RESERVED_FOLDERS or _is_work(name)
+
+
+def _is_work(name: str) -> bool:
+    """Tells whether a file belongs to a job that is not finished, or that was killed before it had removed it."""
+    first, *below = name.split("/")
+    return first == WORK_FOLDER or (first == ALIGNMENTS and below[1:2] == [WORK_FOLDER])
 
 
 def _problems(
@@ -153,9 +159,9 @@ def _wrong_reserved(sizes: Mapping[str, int]) -> Iterator[Problem]:
     for name, size in sizes.items():
         if size < 0:
             yield Problem(name, "it is no regular file", LEAVE_OUT)
-        elif size > MOST_RESERVED_BYTES and not name.startswith(f"{WORK_FOLDER}/"):
+        elif size > MOST_RESERVED_BYTES and not _is_work(name):
             yield Problem(name, f"it holds {size} bytes, at most {MOST_RESERVED_BYTES} are allowed there", LEAVE_OUT)
-    count = sum(not name.startswith(f"{WORK_FOLDER}/") for name in sizes)
+    count = sum(not _is_work(name) for name in sizes)
     if count > MOST_RESERVED_FILES:
         folders = " and ".join(RESERVED_FOLDERS)
         yield Problem(folders, f"they hold {count} files, at most {MOST_RESERVED_FILES} are allowed", LEAVE_OUT)

@@ -13,6 +13,7 @@ import pytest
 
 from teachercache.cache import verify
 from teachercache.config import Recipe
+from teachercache.precompute.capture.stages import RESTARTS
 
 from builders import build_cache, sentences, tiny_recipe
 from failing_teacher import failing_teacher
@@ -102,3 +103,15 @@ def test_twenty_kills_in_a_row_lose_nothing_and_do_nothing_twice(tmp_path, teach
         status, _, err = job.end()
         assert status == 0, err
     assert_undisturbed(recipe.cache_folder, recipe_of(tmp_path / "alone", teacher, rows=480))
+
+
+@pytest.mark.slow
+def test_an_actor_that_dies_again_and_again_ends_the_job(tmp_path, teacher):
+    """It is killed as soon as it is there: Ray starts it again, and not for ever."""
+    recipe = recipe_of(tmp_path, teacher, rows=80)
+    with RunningJob(recipe) as job:
+        while job.is_running() and job.send("actor"):
+            pass
+        status, out, err = job.end()
+    assert status == 1, err
+    assert json.loads(out)["error"].startswith(f"the job stopped: an actor died {RESTARTS + 1} times")

@@ -21,7 +21,7 @@ from teachercache.cache.manifest.alignment_manifest import (
 from teachercache.cache.stores.store import place
 from teachercache.config import PrecomputeConfig, is_url
 from teachercache.errors import CacheError, JobFailed
-from teachercache.files import locked
+from teachercache.files import full_disk_in_a_line, locked
 from teachercache.precompute.align.plan import AlignPlan, make_plan
 from teachercache.precompute.engine.progress import progress_bar
 from teachercache.precompute.engine.termination import ending_in_a_line
@@ -48,11 +48,16 @@ def run_align(
         f"planning: the tokenizer of {student} against that of {cache.manifest.teacher['model']} …", markup=False
     )
     lock = cache.folder.parent / f".{cache.folder.name}.align.lock"
-    with ending_in_a_line(), locked(lock, job="align job", folder=cache.folder):
+    with (
+        ending_in_a_line(),
+        full_disk_in_a_line(cache.folder),
+        locked(lock, job="align job", folder=cache.folder),
+    ):
         plan = make_plan(cache, student, revision=revision)
         seconds = 0.0
         if plan.is_finished():
             console.print(f"{plan.name} is complete: nothing to do", markup=False)
+            remove_work(plan)  # of a job that was killed between its last two steps
         else:
             seconds = _run(plan, address, console)
             commit(plan, cache)
@@ -67,6 +72,9 @@ def run_align(
 
 def _run(plan: AlignPlan, address: str | None, console: Console) -> float:
     """Seconds from the first shard's start to the last one's end."""
+    for file in plan.records().recheck():
+        told = f"{place(plan.store, file)} has other bytes than were written: its shard is aligned again"
+        console.print(told, markup=False, soft_wrap=True)
     pending = plan.pending()
     if not pending:
         return 0.0
@@ -119,6 +127,11 @@ def commit(plan: AlignPlan, cache: Cache) -> None:
         created_by=f"teachercache {__version__}",
     )
     commit_alignment(manifest, plan.store)
+    remove_work(plan)
+
+
+def remove_work(plan: AlignPlan) -> None:
+    """Remove what the job worked with, once alignment.json is there."""
     plan.store.delete(*plan.store.list(f"{plan.work}/"))
     plan.store.sweep(f"{plan.within}/")
 

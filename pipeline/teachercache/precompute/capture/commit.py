@@ -132,7 +132,7 @@ def _fidelity(records: list[dict[str, Any]], *, drifts: bool) -> dict[str, Any]:
     return {**fidelity, "drifting_units": worse}
 
 
-_OF_THE_JOB = ("read_by", "dtype")  # of the record of calibration
+_OF_THE_JOB = ("read_by", "dtype", "job")  # of the record of calibration
 # What one cache may not mix, and what records of earlier versions mean that do not say it.
 _LOADED = {"architecture": None, "parameters": None, "dtype": None, "backend": "transformers"}
 DRIFT_AT = "2"  # temperature

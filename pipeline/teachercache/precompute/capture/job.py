@@ -15,10 +15,10 @@ from rich.console import Console
 
 from teachercache.cache import Manifest
 from teachercache.cache.manifest.manifest import MANIFEST, manifest_in
-from teachercache.cache.stores.store import holds
+from teachercache.cache.stores.store import holds, place
 from teachercache.config import Recipe, TeacherConfig
 from teachercache.errors import JobFailed, RecipeError
-from teachercache.files import locked
+from teachercache.files import full_disk_in_a_line, locked
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.commit import DRIFT_AT, commit, remove_work
 from teachercache.precompute.capture.given_calibration import check_calibration, take_calibration
@@ -37,12 +37,15 @@ if TYPE_CHECKING:
     from teachercache.precompute.capture.job_facts import Job
 
 
-def run_precompute(recipe: Recipe, *, console: Console, recheck_corpus: bool = False) -> dict[str, Any]:
+def run_precompute(
+    recipe: Recipe, *, console: Console, recheck_corpus: bool = False, recheck: bool = False
+) -> dict[str, Any]:
     """Run the job, or what is left of it; returns the summary that `--json` prints.
 
     Running it again when it is finished changes nothing. A corpus that looks as it did when the job began (names, sizes and
-    times of its files) is read again with `recheck_corpus` alone. Raises `UserError` before compute is spent, `JobFailed` when
-    it could not be completed; finished units are kept either way.
+    times of its files) is read again with `recheck_corpus` alone. Where a job goes on, the bytes of some finished units are
+    checked, with `recheck` of all; a unit whose files have changed is computed again. Raises `UserError` before compute is
+    spent, `JobFailed` when it could not be completed; finished units are kept either way.
     """
     start = time.perf_counter()
     source = recipe.corpus.source if recipe.corpus else ""
@@ -51,10 +54,14 @@ def run_precompute(recipe: Recipe, *, console: Console, recheck_corpus: bool = F
     _check_backend(recipe)
     _check_students(recipe)
     log, folder = EventLog(log_file(recipe.cache_folder)), recipe.cache_folder
-    with ending_in_a_line(), locked(_lock_file(folder), job="precompute job", folder=folder):
+    with (
+        ending_in_a_line(),
+        full_disk_in_a_line(folder),
+        locked(_lock_file(folder), job="precompute job", folder=folder),
+    ):
         log.write("started", cache=folder, corpus=source, version=__version__)
         try:
-            result = _run_locked(recipe, console, log, start, recheck=recheck_corpus)
+            result = _run_locked(recipe, console, log, start, recheck_corpus=recheck_corpus, recheck=recheck)
         except BaseException as error:
             log.write("failed", error=f"{type(error).__name__}: {error}", seconds=round(time.perf_counter() - start, 3))
             raise
@@ -111,10 +118,12 @@ def _lock_file(cache: Path) -> Path:
     return cache.parent / f".{cache.name}.lock"
 
 
-def _run_locked(recipe: Recipe, console: Console, log: EventLog, start: float, *, recheck: bool) -> dict[str, Any]:
+def _run_locked(
+    recipe: Recipe, console: Console, log: EventLog, start: float, *, recheck_corpus: bool, recheck: bool
+) -> dict[str, Any]:
     with contextlib.ExitStack() as cluster:
-        plan = make_plan(recipe, each=partial(_on_each, recipe, console, cluster), recheck=recheck)
-        return _run_planned(recipe, plan, console, log, start)
+        plan = make_plan(recipe, each=partial(_on_each, recipe, console, cluster), recheck=recheck_corpus)
+        return _run_planned(recipe, plan, console, log, start, recheck=recheck)
 
 
 def _on_each(
@@ -130,7 +139,11 @@ def _on_each(
     return on_cluster(work, items)
 
 
-def _run_planned(recipe: Recipe, plan: Plan, console: Console, log: EventLog, start: float) -> dict[str, Any]:
+def _run_planned(
+    recipe: Recipe, plan: Plan, console: Console, log: EventLog, start: float, *, recheck: bool
+) -> dict[str, Any]:
+    if plan.mended:
+        console.print(plan.mended, markup=False, soft_wrap=True)
     given = recipe.targets.calibration_from
     if holds(plan.store, MANIFEST):
         manifest = manifest_in(plan.store)
@@ -142,6 +155,10 @@ def _run_planned(recipe: Recipe, plan: Plan, console: Console, log: EventLog, st
     if given is not None:
         take_calibration(plan, given)
         console.print(f"calibration: that of {given}", markup=False)
+    for file in plan.records().recheck(every=recheck):
+        told = f"{place(plan.store, file)} has other bytes than were written: its unit is computed again"
+        console.print(told, markup=False, soft_wrap=True)
+        log.write("damaged", file=file)
     pending = plan.pending()
     if len(pending) < plan.units:
         console.print(f"resuming: {plan.units - len(pending)} of {plan.units} units are done")

@@ -27,6 +27,7 @@ from teachercache.cache.manifest.model import TEACHER_IDENTITY, Manifest
 from teachercache.cache.stores.copies import file_of, put_folder, scratch_folder
 from teachercache.cache.stores.local import LocalStore
 from teachercache.cache.stores.store import Store, place
+from teachercache.cache.verify import CARD
 from teachercache.config import CorpusConfig, PrecomputeConfig, Recipe
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.windows import check_room
@@ -49,7 +50,7 @@ from teachercache.precompute.engine.records import (
     read_json,
     read_shaped,
 )
-from teachercache.precompute.planning.counted import Counts, count_corpus, counted_corpus
+from teachercache.precompute.planning.counted import DOCUMENTS, Counts, count_corpus, counted_corpus
 from teachercache.precompute.planning.each import Each, in_turn
 from teachercache.precompute.planning.shelf import Shelf
 from teachercache.precompute.planning.sources import look_of
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 PLAN = f"{WORK_FOLDER}/plan.json"
 CALIBRATION_FILE = f"{WORK_FOLDER}/calibration.json"  # written once basis and layer files are in place
+DONE = f"{WORK_FOLDER}/done"  # records of finished units
 INPUT_FILE = f"{WORK_FOLDER}/input.json"  # written once it is measured how the teacher takes the rows' beginnings
 PLAN_VERSION = (
     3  # of what an unfinished job writes; the plans of format 1 say none, those of 2 had a copy of the corpus
@@ -94,6 +96,7 @@ class Plan:
     files: list[dict[str, Any]] = field(default_factory=list)
     counted: str = ""
     look: str = ""  # of the corpus, when it was counted: see `look_of`
+    mended: str = ""  # a line that says what of an unfinished job was damaged, and is made again
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -118,11 +121,16 @@ class Plan:
                     f"{place(self.store, name)} is of other column groups than this job has; delete it and run the same "
                     "command again: this unit is computed again"
                 )
-            return bool(
-                record["read_by"] == read_by
-            )  # prepared anew: other files would read its codes as other numbers
+            # Prepared anew, other files would read its codes as other numbers; planned anew, because the plan was damaged, the
+            # recipe may be another one by now.
+            return bool(record["read_by"] == read_by and record.get("job", self.job) == self.job)
 
-        return Records(self.store, f"{WORK_FOLDER}/done", self.units, RECORD, counts)
+        return Records(self.store, DONE, self.units, RECORD, counts)
+
+    @property
+    def job(self) -> str:
+        """Fingerprint of the job's identity, which its records carry."""
+        return fingerprint_of(self.identity)
 
     def calibration(self) -> dict[str, Any] | None:
         """Returns the rows that basis and layer files were made from, and these files; {} for targets without, None
@@ -135,7 +143,7 @@ class Plan:
             CALIBRATION,
             remedy="delete it and run the same command again: it calibrates anew",
         )
-        if record is None:
+        if record is None or record.get("job", self.job) != self.job:
             return None
         return record if set(_made(record)) <= self.store.list(f"{TEACHER}/").keys() else None
 
@@ -257,6 +265,8 @@ def make_plan(recipe: Recipe, *, each: Each = in_turn, recheck: bool = False) ->
     }
     job = _Asked(recipe.cache_folder, corpus, identity, targets, unit_size(recipe.precompute, targets), each)
     known = _known_job(job.store, beside=job.folder)
+    if known is not None and known.is_lost:
+        return _planned_again(job, tokenizer, config)
     plan = None if known is None else _gone_on_with(known, job, recheck=recheck)
     return plan or _begun(job, tokenizer, config)
 
@@ -346,17 +356,43 @@ class _Asked:
 def _begun(job: _Asked, tokenizer: PreTrainedTokenizerBase, config: Any) -> Plan:
     """A new job: its corpus, the files that all shards share and, last, what says so."""
     try:
-        plan = job.counted_anew(look_of(job.corpus))
-        with scratch_folder() as folder:
-            save_teacher_files(folder, tokenizer, config, fingerprint=plan.identity["tokenizer"]["fingerprint"])
-            if plan.targets.boundary is not None:
-                plan.targets.boundary.save(folder)
-            plan = replace(plan, files=[vars(info) for info in put_folder(plan.store, folder, TEACHER)])
-        _put_plan(plan)
+        return _with_shared_files(job.counted_anew(look_of(job.corpus)), tokenizer, config)
     except BaseException:  # nothing is left of what was no job yet
         _clear(job.store)
         raise
+
+
+def _with_shared_files(plan: Plan, tokenizer: PreTrainedTokenizerBase, config: Any) -> Plan:
+    """The plan with the files that all shards share, which are written, and it after them."""
+    with scratch_folder() as folder:
+        save_teacher_files(folder, tokenizer, config, fingerprint=plan.identity["tokenizer"]["fingerprint"])
+        if plan.targets.boundary is not None:
+            plan.targets.boundary.save(folder)
+        plan = replace(plan, files=[vars(info) for info in put_folder(plan.store, folder, TEACHER)])
+    _put_plan(plan)
     return plan
+
+
+def _planned_again(job: _Asked, tokenizer: PreTrainedTokenizerBase, config: Any) -> Plan:
+    """The plan of a job whose plan cannot be read any more; its finished units stay."""
+    plan = job.counted_anew(look_of(job.corpus))
+    try:
+        _check_records(plan)
+    except BaseException:
+        Shelf(job.store, plan.counted).clear()
+        raise
+    mended = f"{place(job.store, PLAN)} was damaged: the job is planned again, and goes on with its finished units"
+    return replace(_with_shared_files(plan, tokenizer, config), mended=mended)
+
+
+def _check_records(plan: Plan) -> None:
+    """Raise `CacheError` where finished units are of another job than this recipe's; its plan cannot say so any more."""
+    records = (read_json(plan.store, name) for name in plan.store.list(f"{DONE}/"))
+    if {record.get("job", plan.job) for record in records if isinstance(record, dict)} - {plan.job}:
+        raise CacheError(
+            f"{plan.store.name} holds finished units of another recipe, or of other data, and its plan is damaged; run the "
+            f"recipe that it was begun with, choose another `cache:`, or {_start_over(plan.store)}"
+        )
 
 
 def _gone_on_with(known: _Known, job: _Asked, *, recheck: bool) -> Plan | None:
@@ -371,7 +407,7 @@ def _gone_on_with(known: _Known, job: _Asked, *, recheck: bool) -> Plan | None:
     if known.has_nothing and known.job != json.loads(json.dumps(plan.identity)):
         _clear(job.store)
         return None
-    plan = replace(plan, files=known.files)
+    plan = replace(plan, files=known.files, mended=known.mended)
     try:
         _check_same_job(known, plan.identity, job.store)
         check_teacher_files(plan)
@@ -404,8 +440,10 @@ def _put_plan(plan: Plan) -> None:
             for name in plan.store.list(f"{plan.counted}/")
             if "/" not in name.removeprefix(f"{plan.counted}/")
         ],
+        "staged": len(plan.store.list(f"{plan.counted}/{DOCUMENTS}/")),
     }
     job = {"format_version": PLAN_VERSION, "identity": plan.identity, "files": plan.files, "counted": counted}
+    job["digest"] = fingerprint_of(job)
     plan.store.put(PLAN, json.dumps(job, indent=1, sort_keys=True).encode())
 
 
@@ -438,6 +476,8 @@ class _Known:
     look: str = ""
     files: list[dict[str, Any]] = field(default_factory=list)
     has_nothing: bool = False  # computed; but rows to blame may have been found
+    is_lost: bool = False  # an unfinished one, whose plan cannot be read any more
+    mended: str = ""  # see `Plan`
 
 
 def _known_job(store: Store, *, beside: Path) -> _Known | None:
@@ -455,13 +495,14 @@ def _known_job(store: Store, *, beside: Path) -> _Known | None:
         return None
     if (
         not any(name.startswith(f"{WORK_FOLDER}/") for name in sizes)
-        or {name.partition("/")[0] for name in sizes} - OURS
+        or {name.partition("/")[0] for name in sizes} - OURS - {CARD}  # the card comes just before the manifest
     ):
         raise CacheError(f"{store.name} exists and holds no cache of ours; choose another `cache:` or empty it")
     has_nothing = not any(name.startswith("shards/part-") for name in sizes)
-    if PLAN in sizes and not (has_nothing and not any(map(_is_attempt, sizes))):
+    if not (has_nothing and not any(map(_is_attempt, sizes))):
         with contextlib.suppress(*((CacheError, CacheDamaged) if has_nothing else ())):
-            return _unfinished(_read_plan(store), store, has_nothing=has_nothing)
+            job = _read_plan(store)
+            return _Known({}, is_lost=True) if job is None else _unfinished(job, store, has_nothing=has_nothing)
     _clear(store)
     return None
 
@@ -477,17 +518,29 @@ def _finished(manifest: Manifest, cache: Path) -> _Known:
 
 
 def _unfinished(job: dict[str, Any], store: Store, *, has_nothing: bool) -> _Known:
-    counted = job["counted"]
-    check_unchanged(store, counted["files"], remedy=_start_over(store))
-    digest = job["identity"]["corpus"]["digest"]
+    counted, digest = job["counted"], job["identity"]["corpus"]["digest"]
+    is_whole = _is_whole(counted, store)
+    counts = Counts(counted["units"], counted["rows_in"], counted["deduplicated"], digest)
     return _Known(
         job["identity"],
-        counts=Counts(counted["units"], counted["rows_in"], counted["deduplicated"], digest),
+        counts=counts if is_whole else None,
+        mended="" if is_whole else f"{place(store, counted['within'])} was damaged: the corpus is read again",
         counted=counted["within"],
         look=counted["look"],
         files=job["files"],
         has_nothing=has_nothing,
     )
+
+
+def _is_whole(counted: Mapping[str, Any], store: Store) -> bool:
+    """Tells whether all is there that says where units are. Documents of a staged corpus are checked by whoever reads them,
+    and removed where they are damaged (staged.py)."""
+    staged = len(store.list(f"{counted['within']}/{DOCUMENTS}/"))
+    try:
+        check_unchanged(store, counted["files"], remedy="")
+    except CacheDamaged:
+        return False
+    return staged == counted.get("staged", staged)
 
 
 def _is_attempt(name: str) -> bool:
@@ -502,18 +555,21 @@ def _clear(store: Store) -> None:
     store.sweep()
 
 
-def _read_plan(store: Store) -> dict[str, Any]:
-    """plan.json of an unfinished job; raises `CacheError` for that of another version, `CacheDamaged` for one that is none."""
+def _read_plan(store: Store) -> dict[str, Any] | None:
+    """plan.json of an unfinished job; None where it is gone or has other bytes than the job wrote. Raises `CacheError` for that
+    of another version, `CacheDamaged` for one that is none."""
     content = read_json(store, PLAN)
-    if isinstance(content, dict) and content.get("format_version") != PLAN_VERSION:
+    if not isinstance(content, dict):
+        return None
+    digest = content.pop("digest", None)  # earlier ones have none
+    if digest is not None and digest != fingerprint_of(content):
+        return None
+    if content.get("format_version") != PLAN_VERSION:
         raise CacheError(
             f"the job in {store.name} was begun by another version of teachercache, which keeps unfinished jobs otherwise; "
             f"finish it with that version, or {_start_over(store)}"
         )
-    job = read_shaped(store, PLAN, PLANNED, remedy=_start_over(store))
-    if job is None:
-        raise CacheDamaged(f"{place(store, PLAN)} is no JSON; {_start_over(store)}")
-    return job
+    return read_shaped(store, PLAN, PLANNED, remedy=_start_over(store))
 
 
 def check_teacher_files(plan: Plan) -> None:

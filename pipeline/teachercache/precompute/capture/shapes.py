@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -20,6 +20,7 @@ class Counted(TypedDict):
     rows_in: Count
     deduplicated: Count
     files: list[File]
+    staged: NotRequired[Count]  # files of documents
 
 
 class Planned(TypedDict):
@@ -69,6 +70,7 @@ class Record(TypedDict):
     shard: Shard | None
     quarantine: File | None
     column_bytes: dict[str, Count]
+    job: NotRequired[str]  # see `Plan.job`
 
 
 class Calibration(TypedDict):

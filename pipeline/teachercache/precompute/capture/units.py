@@ -61,6 +61,7 @@ def calibrate(
         "positions": sum(row.positions for row in rows),
         "rows": sorted(row.row_id for row in rows),
         "sources": sorted({segment.source_id for row in rows for segment in row.segments}),
+        "job": plan.job,
     }
     if basis is not None and basis.chosen is not None:
         record["chosen"] = basis.chosen
@@ -163,6 +164,7 @@ def write_unit(
         "shard": None,
         "quarantine": None,
         "column_bytes": {},
+        "job": plan.job,
     }
     if stored:
         shard, record["column_bytes"] = write_shard(

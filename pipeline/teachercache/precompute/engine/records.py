@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from teachercache.cache.stores.store import Store, place
 from teachercache.errors import CacheDamaged
 
 AT_ONCE = 16  # small objects that are read at a time
+SHARDS_AT_ONCE = 4  # whole files of targets, which are held in memory
+# Units whose files are read back when a job goes on, drawn anew each time: until there are so many of them, or of their bytes.
+SAMPLED_UNITS = 16
+SAMPLED_BYTES = 2**30
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -100,6 +105,23 @@ class Records:
         self.store.delete(*(self.name(unit) for unit in wrong if unit not in meanwhile))
         return [unit for unit in without if unit not in meanwhile]
 
+    def recheck(self, *, every: bool = False) -> list[str]:
+        """Read back the files of finished units, of some of them unless `every`, but of all where one of these is bad. Records
+        whose files are gone or have other bytes are removed, so that these units are done again; returns the files."""
+        done = self.finished()
+        chosen = done if every else {unit: done[unit] for unit in _some(done)}
+        wrong = self._wrong_files(chosen)
+        if wrong and not every:
+            wrong = self._wrong_files(done)
+        self.store.delete(*(self.name(unit) for unit in wrong))
+        return [file for _, file in sorted(wrong.items())]
+
+    def _wrong_files(self, records: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+        """By unit, a file that has other bytes than its record says."""
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+            found = pool.map(partial(_wrong_file, self.store), records.values())
+            return {unit: file for unit, file in zip(records, found, strict=True) if file is not None}
+
     def _counting(self, units: Sequence[int], sizes: Mapping[str, int]) -> dict[int, dict[str, Any]]:
         found = {}
         for unit, text in zip(units, texts(self.store, map(self.name, units)), strict=True):
@@ -112,9 +134,31 @@ class Records:
 
 
 def _are_there(record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+    return all(sizes.get(file["file"]) == file["bytes"] for file in _made_files(record))
+
+
+def _made_files(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Entries of the files that a unit made."""
     shard, quarantine = record["shard"], record.get("quarantine")
-    files = [*(shard["files"].values() if shard else ()), *([quarantine] if quarantine else ())]
-    return all(sizes.get(file["file"]) == file["bytes"] for file in files)
+    return [*(shard["files"].values() if shard else ()), *([quarantine] if quarantine else ())]
+
+
+def _wrong_file(store: Store, record: Mapping[str, Any]) -> str | None:
+    for file in _made_files(record):
+        data = _text(store, file["file"])
+        if data is None or hashlib.sha256(data).hexdigest() != file["sha256"]:
+            return str(file["file"])
+    return None
+
+
+def _some(records: Mapping[int, Mapping[str, Any]]) -> Iterator[int]:
+    """A few units, in any order."""
+    size = 0
+    for unit in random.sample(list(records), min(SAMPLED_UNITS, len(records))):
+        if size >= SAMPLED_BYTES:
+            return
+        size += sum(file["bytes"] for file in _made_files(records[unit]))
+        yield unit
 
 
 def put_record(store: Store, name: str, record: Mapping[str, Any]) -> bool:

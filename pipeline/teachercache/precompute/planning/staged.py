@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import pyarrow as pa
 
-from teachercache.cache.stores.store import Store
+from teachercache.cache.stores.store import Store, place
 from teachercache.config import CorpusConfig
 from teachercache.corpus.documents import Document, document_of
 from teachercache.corpus.files import Row
 from teachercache.corpus.partitions import BEGINNING, Partition, Place, Span, read_partition
+from teachercache.errors import JobFailed
 from teachercache.precompute.planning.shelf import Shelf
 
 STAGED = "documents"  # kind of such a partition; its spans are objects of the store
@@ -56,10 +59,13 @@ def rows_of(
 
 def write_documents(shelf: Shelf, name: str, lines: Iterable[bytes | Document]) -> None:
     """Documents, or lines of them, as one object."""
-    sink = pa.BufferOutputStream()
+    sink, digest = pa.BufferOutputStream(), hashlib.sha256()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         for line in lines:
-            stream.write(_line(line) if isinstance(line, Document) else line)
+            text = _line(line) if isinstance(line, Document) else line
+            digest.update(text)
+            stream.write(text)
+        stream.write(_last_line(digest.hexdigest()))
     shelf.store.put(shelf.name(name), sink.getvalue())
 
 
@@ -68,6 +74,30 @@ def read_documents(shelf: Shelf, name: str) -> list[Document]:
     return [Document.from_json(line) for line in _lines(shelf.store, shelf.name(name))]
 
 
+def _last_line(sha256: str) -> bytes:
+    """Digest of the lines before: zstd as Arrow writes it has no check sum."""
+    return json.dumps({"sha256": sha256}).encode() + b"\n"
+
+
 def _lines(store: Store, name: str) -> list[bytes]:
-    with pa.CompressedInputStream(pa.BufferReader(store.get(name)), "zstd") as stream:
-        return bytes(stream.read()).splitlines()
+    """Lines of documents; an object that has other bytes than were staged is removed, so that the next run stages it again."""
+    try:
+        lines = _checked(store.get(name))
+    except FileNotFoundError:
+        lines = None
+    if lines is None:
+        store.delete(name)
+        raise JobFailed(
+            f"{place(store, name)} is gone, or has other bytes than were staged; run the same command again: the corpus is "
+            "read anew, and finished units stay"
+        )
+    return lines
+
+
+def _checked(data: bytes) -> list[bytes] | None:
+    try:
+        with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
+            *lines, last = bytes(stream.read()).splitlines(keepends=True)
+    except (ValueError, OSError):  # which Arrow raises for bytes that are no zstd
+        return None
+    return lines if last == _last_line(hashlib.sha256(b"".join(lines)).hexdigest()) else None

@@ -18,6 +18,12 @@ def precompute(
     recheck_corpus: Annotated[
         bool, typer.Option("--recheck-corpus", help="read the corpus again, though its files look as they did")
     ] = False,
+    recheck: Annotated[
+        bool,
+        typer.Option(
+            "--recheck", help="read back all that is finished, not only some of it, before an unfinished job goes on"
+        ),
+    ] = False,
     overrides: Overrides = [],
     as_json: Json = False,
 ) -> None:
@@ -28,6 +34,6 @@ def precompute(
 
         extra = [f"corpus.limit={limit}"] if limit else []
         loaded = load_recipe(recipe, [*overrides, *extra])
-        return run_precompute(loaded, console=console, recheck_corpus=recheck_corpus)
+        return run_precompute(loaded, console=console, recheck_corpus=recheck_corpus, recheck=recheck)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=lambda _: None))

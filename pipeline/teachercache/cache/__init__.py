@@ -13,6 +13,7 @@
     inspection.py   a cache in numbers, and one row token by token
     verify.py       every file against the manifest
     checking.py     several checks at a time, and who is told of them
+    repair.py       a manifest that is lost or damaged, put back
     row_values.py   every row as training reads it, for a deep check
     problem.py      what checks find
     composition/    caches made of rows of other caches: merge, split, filter

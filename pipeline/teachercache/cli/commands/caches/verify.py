@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from teachercache.cli.options import CacheLocation, Json
+from teachercache.config import is_url
 from teachercache.console import run_command
+from teachercache.errors import CacheError
 from teachercache.progress import ShownProgress
 
 
@@ -22,6 +25,10 @@ def verify(
     workers: Annotated[
         int, typer.Option(min=1, help="hash so many files at a time; with --deep, read rows in so many processes")
     ] = 1,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="first put back a manifest that is lost or damaged, from what else is there"),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a cache against its manifest. Exit status 1: it is not whole."""
@@ -30,6 +37,8 @@ def verify(
         from teachercache.cache import verify as check
         from teachercache.cache.storage.source import manifest_of
 
+        if repair:
+            console.print(_repaired(cache), markup=False, soft_wrap=True)
         with ShownProgress(console, "checking") as progress:
             problems = check(cache, quick=quick, deep=deep, workers=workers, progress=progress)
         what = "sizes, schemas and counts" if quick else "every byte and every row" if deep else "every byte"
@@ -49,6 +58,14 @@ def verify(
         return Text("\n").join(lines)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=show))
+
+
+def _repaired(cache: str) -> str:
+    from teachercache.cache.repair import repair_manifest
+
+    if is_url(cache):
+        raise CacheError(f"{cache} is in an object store, and --repair works on a folder: copy the cache into one")
+    return repair_manifest(Path(cache))
 
 
 def _found(checked: str) -> str:

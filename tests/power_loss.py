@@ -1,5 +1,5 @@
-"""What a disk holds after a power cut: file operations of a command are recorded with strace, and for each moment the worst
-is made of them that a file system may do.
+"""Disks after a power cut: file operations of a command are recorded with strace, and for each moment the worst is made of
+them that a file system may do.
 
 What was not synced may be lost: bytes of a file whose `fsync` did not return, names that were added to, or removed from, a
 folder that was not synced since. It need not be lost, either: names may be there whose bytes are not.
@@ -40,7 +40,7 @@ class Operation:
 
 
 def recorded(command: Sequence[str], *, below: Path, environment: dict[str, str], log: Path) -> list[Operation]:
-    """What a command does to files below a folder, in order. Raises `ValueError` for a call that is not understood."""
+    """Operations of a command on files below a folder, in order. Raises `ValueError` for a call that is not understood."""
     tracing = ["strace", "-f", "-y", "-xx", "-s", str(2**24), "--seccomp-bpf", "-e", f"trace={CALLS}", "-o", str(log)]
     subprocess.run([*tracing, *command], env=environment, check=True, capture_output=True, timeout=600)
     return [operation for line in _whole_lines(log) for operation in _parsed(line, f"{below}/")]

@@ -15,17 +15,21 @@ from teachercache.cache.files.regular_files import MOST_MANIFEST_BYTES, read_reg
 from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, parse_manifest, read_listed, read_manifest
 from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.stores.local import LocalStore
+from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError
 
 SNAPSHOTS = "snapshots"
 
 
-def repair_manifest(folder: Path) -> str:
+def repair_manifest(location: str | Path) -> str:
     """Put back manifest.json of the cache in a folder, if it is missing or damaged; returns what was done, in a line.
 
     Of several copies whose files are all there the one with the most rows is taken. Raises `CacheDamaged` where there is none,
-    and says what is missing.
+    and says what is missing, `CacheError` where there is no cache, or not in a folder.
     """
+    if is_url(location):
+        raise CacheError(f"{location} is in an object store, and --repair works on a folder: copy the cache into one")
+    folder = Path(location)
     if _is_whole(folder):
         return f"{MANIFEST} is as it was written: there is nothing to repair in it"
     store = LocalStore(folder)

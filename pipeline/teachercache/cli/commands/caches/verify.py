@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,9 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from teachercache.cli.options import CacheLocation, Json
-from teachercache.config import is_url
 from teachercache.console import run_command
-from teachercache.errors import CacheError
 from teachercache.progress import ShownProgress
 
 
@@ -38,7 +35,9 @@ def verify(
         from teachercache.cache.storage.source import manifest_of
 
         if repair:
-            console.print(_repaired(cache), markup=False, soft_wrap=True)
+            from teachercache.cache.repair import repair_manifest
+
+            console.print(repair_manifest(cache), markup=False, soft_wrap=True)
         with ShownProgress(console, "checking") as progress:
             problems = check(cache, quick=quick, deep=deep, workers=workers, progress=progress)
         what = "sizes, schemas and counts" if quick else "every byte and every row" if deep else "every byte"
@@ -58,14 +57,6 @@ def verify(
         return Text("\n").join(lines)
 
     raise typer.Exit(run_command(work, as_json=as_json, show=show))
-
-
-def _repaired(cache: str) -> str:
-    from teachercache.cache.repair import repair_manifest
-
-    if is_url(cache):
-        raise CacheError(f"{cache} is in an object store, and --repair works on a folder: copy the cache into one")
-    return repair_manifest(Path(cache))
 
 
 def _found(checked: str) -> str:

@@ -540,7 +540,7 @@ def _is_whole(counted: Mapping[str, Any], store: Store) -> bool:
         check_unchanged(store, counted["files"], remedy="")
     except CacheDamaged:
         return False
-    return staged == counted.get("staged", staged)
+    return bool(staged == counted.get("staged", staged))
 
 
 def _is_attempt(name: str) -> bool:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from teachercache.config import ObjectiveConfig, Recipe, load_recipe, parse_recipe
     from teachercache.evaluation.recipe import run_evaluation
     from teachercache.precompute.align.job import run_align
-    from teachercache.precompute.capture.job import run_precompute
+    from teachercache.precompute.job import run_precompute
     from teachercache.sampling.job import run_sampling
     from teachercache.training.initialise.init_student import init_student
     from teachercache.training.job.train import run_training
@@ -57,7 +57,7 @@ _HOMES = {
     "parse_recipe": "config",
     "run_align": "precompute.align.job",
     "run_evaluation": "evaluation.recipe",
-    "run_precompute": "precompute.capture.job",
+    "run_precompute": "precompute.job",
     "run_sampling": "sampling.job",
     "run_training": "training.job.train",
     "verify": "cache.verify",

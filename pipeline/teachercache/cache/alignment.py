@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +16,7 @@ from teachercache.cache.files.entries import FileInfo, ShardInfo
 from teachercache.cache.manifest.alignment_manifest import (
     ALIGNMENT,
     ALIGNMENTS,
+    AlignmentBehind,
     AlignmentManifest,
     alignment_folder,
     parse_alignment,
@@ -67,15 +69,15 @@ class CacheAlignment(ShardSet):
 
     @classmethod
     def all_of(cls, cache: Cache) -> list[CacheAlignment]:
-        """Every finished alignment of a cache. Raises `CacheDamaged` for one that cannot be trusted."""
+        """Every alignment of a cache with all of its rows. Raises `CacheDamaged` for one that cannot be trusted."""
         alignments = []
         for name in cache.source.names(ALIGNMENTS):
             data = cache.source.read(name) if name.count("/") == 2 and name.endswith(f"/{ALIGNMENT}") else None
             if data is not None:
                 read = cache.source.read_listed
-                alignments.append(
-                    cls(cache, parse_alignment(data, read, cache=cache.manifest, name=f"{cache.name}/{name}"))
-                )
+                with contextlib.suppress(AlignmentBehind):  # the cache has grown since
+                    manifest = parse_alignment(data, read, cache=cache.manifest, name=f"{cache.name}/{name}")
+                    alignments.append(cls(cache, manifest))
         return alignments
 
     @property

@@ -13,8 +13,9 @@ import pyarrow as pa
 from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
 from teachercache.cache.files.column_groups import Group, check_placed, groups_of
 from teachercache.cache.files.entries import ROWS_GROUP, FileInfo, ShardInfo, ShardTable
-from teachercache.cache.manifest.manifest import UPGRADE
+from teachercache.cache.manifest.manifest import MANIFEST, UPGRADE
 from teachercache.cache.manifest.model import Manifest
+from teachercache.cache.manifest.snapshots import SNAPSHOTS, parted, read_snapshot
 from teachercache.cache.shards.shard import Shard, StoredRow
 from teachercache.cache.shards.shard_set import SPLITS, ShardSet, Split
 from teachercache.cache.storage.source import (
@@ -40,9 +41,12 @@ __all__ = ["SPLITS", "Cache", "Split", "StoredRow"]
 class Cache(ShardSet):
     """A finished cache. Cheap to open whatever its size; picklable, workers open files for themselves."""
 
-    def __init__(self, source: Source, manifest: Manifest, task: Task = NEXT_TOKEN) -> None:
+    def __init__(
+        self, source: Source, manifest: Manifest, task: Task = NEXT_TOKEN, *, is_snapshot: bool = False
+    ) -> None:
         super().__init__(manifest.shards, source)
         self.manifest, self.task = manifest, task
+        self.is_snapshot = is_snapshot  # an earlier manifest than the cache's own
         self._targets: StoredTargets | None = None
         self._groups: tuple[Group, ...] | None = None
 
@@ -54,17 +58,28 @@ class Cache(ShardSet):
         local: str | Path = LOCAL_COPIES,
         local_bytes: int = LOCAL_COPIES_BYTES,
         tasks: Sequence[Task] = TASKS,
+        as_of: str | None = None,
     ) -> Cache:
-        """Open the cache in a folder, or at a URL such as `s3://BUCKET/PREFIX`.
+        """Open the cache in a folder, or at a URL such as `s3://BUCKET/PREFIX`. `LOCATION@FINGERPRINT` is the cache as it was
+        before rows or targets were added (manifest/snapshots.py). So is `as_of`, the fingerprint that a run has written down;
+        where no such manifest is kept, it is the cache as it is.
 
         Files of a URL are fetched when they are needed, checked, and kept in the folder `local`, which holds at most
         `local_bytes` and which all processes of a machine share. `tasks` are those that the reader knows. Raises `CacheError`
         when the cache is missing, half written or of another task, `CacheDamaged` when its manifest cannot be trusted,
         `JobFailed` when an object store does not answer.
         """
-        source = source_of(location, local=local, local_bytes=local_bytes)
-        manifest = source.manifest(knows=frozenset(task.name for task in tasks))
-        return cls(source, manifest, _task_of(manifest, tasks, name=source.name))
+        place, snapshot = parted(location)
+        source = source_of(place, local=local, local_bytes=local_bytes)
+        knows = frozenset(task.name for task in tasks)
+        manifest = source.manifest(knows=knows)
+        if snapshot is None and as_of is not None and _keeps(source, as_of):
+            snapshot = as_of
+        is_snapshot = snapshot is not None and not manifest.fingerprint.startswith(snapshot)
+        if snapshot is not None and is_snapshot:
+            names, read = source.names(SNAPSHOTS), (source.read, source.read_listed)
+            manifest = read_snapshot(names, *read, fingerprint=snapshot, of=source.name, knows=knows)
+        return cls(source, manifest, _task_of(manifest, tasks, name=source.name), is_snapshot=is_snapshot)
 
     @property
     def name(self) -> str:
@@ -240,6 +255,10 @@ class Cache(ShardSet):
             vocabulary_size=self.manifest.vocabulary_size,
             longest=self.manifest.sequence_length,
         )
+
+
+def _keeps(source: Source, fingerprint: str) -> bool:
+    return f"{SNAPSHOTS}/{fingerprint}/{MANIFEST}" in source.names(SNAPSHOTS)
 
 
 def _task_of(manifest: Manifest, tasks: Sequence[Task], *, name: str) -> Task:

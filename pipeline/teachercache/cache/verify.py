@@ -36,6 +36,7 @@ from teachercache.cache.files.regular_files import (
 from teachercache.cache.manifest.alignment_manifest import ALIGNMENT, ALIGNMENTS, AlignmentManifest, parse_alignment
 from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, read_listed, read_manifest
 from teachercache.cache.manifest.model import Manifest
+from teachercache.cache.manifest.snapshots import SNAPSHOTS
 from teachercache.cache.problem import Problem
 from teachercache.cache.reader import groups_of_cache
 from teachercache.cache.shards.one_column import batches_of_columns, hashes_of
@@ -48,7 +49,7 @@ from teachercache.errors import CacheDamaged, CacheError
 
 CARD = "README.md"  # people may add to it
 RESERVED_FILES = frozenset({CARD, "croissant.json", "lease.json", "partial.json"})
-RESERVED_FOLDERS = ("signatures", "snapshots")
+RESERVED_FOLDERS = ("signatures", SNAPSHOTS)
 MOST_RESERVED_BYTES = 2**26  # of one file with a reserved name
 MOST_RESERVED_FILES = 10_000
 NOT_LISTED = "the manifest does not list it"
@@ -126,7 +127,7 @@ def _problems(
     for name in [name for name in others if name.startswith(f"{ALIGNMENTS}/") and name.endswith(f"/{ALIGNMENT}")]:
         del others[name]
         try:
-            alignment = parse_alignment(read(name), listed, cache=manifest, name=name)
+            alignment = parse_alignment(read(name), listed, cache=manifest, name=name, behind=True)
         except (CacheDamaged, CacheError, ValueError, OSError) as error:
             yield Problem(name, str(error), remedy if remedy == AGAIN else ALIGN)
             continue

@@ -126,6 +126,11 @@ class PrecomputeConfig(Section):
         description="a forward pass that has not ended after so many seconds counts as hung: its process is ended, and the row "
         "that hangs goes to quarantine",
     )
+    grow: bool = Field(
+        False,
+        description="where the cache is finished: add what it lacks, rows of the corpus and targets of layers; nothing else of "
+        "the recipe may differ from how the cache was made",
+    )
     address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
     @field_validator("actors", "gpus_per_actor", mode="before")

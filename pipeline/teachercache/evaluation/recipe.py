@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.cache import Cache, Manifest
+from teachercache.cache.manifest.snapshots import named
 from teachercache.config import Recipe, StudentConfig, load_recipe, parse_recipe
 from teachercache.errors import CacheError, RecipeError
 from teachercache.evaluation.table import ModelSpec, Table, evaluate
@@ -38,7 +39,9 @@ def run_evaluation(
     assert recipe.student is not None and recipe.train is not None
     runs = [recipe.train.output, *([] if cross_entropy is None else [Path(cross_entropy)])]
     students = [_student_of(run) for run in runs]
-    cache = Cache.open(recipe.cache, local=recipe.stream.local, local_bytes=recipe.stream.local_bytes)
+    trained_on = _recorded(runs[0])["cache_fingerprint"] if (runs[0] / RUN_FILE).is_file() else None
+    stream = recipe.stream
+    cache = Cache.open(recipe.cache, local=stream.local, local_bytes=stream.local_bytes, as_of=trained_on)
     for run in runs:
         _check_cache(run, cache)
     if progress:
@@ -47,7 +50,7 @@ def run_evaluation(
     before, trained = student_specs(recipe.student, students[0])
     beside = [student_specs(recipe.student, student)[1] for student in students[1:]]
     return evaluate(
-        cache=recipe.cache,
+        cache=named(recipe.cache, cache.manifest.fingerprint) if cache.is_snapshot else recipe.cache,
         teacher=_teacher(teacher, recipe, cache.manifest),
         student_before=before,
         student_after=trained,

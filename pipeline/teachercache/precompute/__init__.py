@@ -2,6 +2,8 @@
 
     planning/ corpus → partitions → rows, counted → units
     capture/  units → tokens → teacher actors → shards → manifest
+    growth/   rows and layers that are added to a finished cache
+    job.py    a new cache, or growth, as a recipe and its cache have it
     align/    a cache's rows in the tokens of a student with another tokenizer
     estimate/ what a job will take, from a timed sample; without Ray
     engine/   Ray under both: a cluster to join or to start, units through it, what users see meanwhile

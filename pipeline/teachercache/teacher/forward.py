@@ -125,6 +125,21 @@ class Teacher:
             for row, result in zip(rows, captured, strict=True)
         ]
 
+    def capture_layers(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[Captured]:
+        """Columns of the layers alone, of all rows in their order: nothing is projected. Rows whose layers hold no numbers come
+        back with a problem."""
+        captured = self._of_each(self._layers_alone, rows, positions_per_batch=positions_per_batch)
+        return [
+            _too_long(row, result.said) if isinstance(result, NoMemory) else result
+            for row, result in zip(rows, captured, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _layers_alone(self, rows: list[TokenRow]) -> list[Captured]:
+        layers, attention = self.targets.hidden_layers, self.targets.attention_layers
+        passed = self.backend.hidden(rows, layers=layers, attention=attention)
+        return self._with_layers([Captured(row, {}) for row in rows], passed.activations)
+
     def label_nats(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[NDArray[np.float64] | None]:
         """-log p of each row's labels at T = 1, [positions], in the order of rows; None for a row that is too long."""
         found: list[NDArray[np.float64] | None] = [None] * len(rows)

@@ -8,5 +8,6 @@ placing.py        a part in a folder: linked, copied, or written anew
 column_sizes.py   bytes of each column of a file that is there
 description.py    the manifest of what was composed
 folder.py         the folder of a composed cache, from empty to committed
+append.py         rows added to a cache in place
 compose.py        `merge`, `split` and `filter_rows`
 """

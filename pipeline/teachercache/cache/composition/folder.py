@@ -66,7 +66,10 @@ def build(wanted: Wanted, placed_one: Callable[[], None]) -> list[str]:
     for number, part in enumerate(wanted.parts):
         placed.append(_placed(wanted, number, part))
         placed_one()
-    files = [*_teacher_files(wanted), *(_quarantine_files(wanted) if wanted.quarantine else ())]
+    files = _teacher_files(wanted)
+    if wanted.quarantine:
+        for parent in wanted.parents:
+            files += quarantine_files(parent, wanted.folder, first=sum(_is_quarantine(info) for info in files))
     sources = [sources_of(parent.manifest) for parent in wanted.parents]
     manifest = composed(
         [parent.manifest for parent in wanted.parents],
@@ -111,14 +114,18 @@ def _teacher_files(wanted: Wanted) -> list[FileInfo]:
     return infos
 
 
-def _quarantine_files(wanted: Wanted) -> list[FileInfo]:
-    files: list[FileInfo] = []
-    for parent in wanted.parents:
-        for info in [info for info in parent.manifest.files if info.file.startswith(f"{QUARANTINE}/")]:
-            name = named(QUARANTINE, len(files), info)
-            place_file(parent.source, info, wanted.folder, name)
-            files.append(FileInfo(name, info.bytes, info.sha256))
+def quarantine_files(parent: Cache, folder: Path, *, first: int) -> list[FileInfo]:
+    """Put a parent's files of quarantined rows into a folder, numbered from `first` on."""
+    files = []
+    for number, info in enumerate([info for info in parent.manifest.files if _is_quarantine(info)], start=first):
+        name = named(QUARANTINE, number, info)
+        place_file(parent.source, info, folder, name)
+        files.append(FileInfo(name, info.bytes, info.sha256))
     return files
+
+
+def _is_quarantine(info: FileInfo) -> bool:
+    return info.file.startswith(f"{QUARANTINE}/")
 
 
 def _commit(manifest: Manifest, folder: Path) -> None:

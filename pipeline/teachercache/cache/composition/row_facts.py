@@ -19,7 +19,7 @@ from teachercache.cache.files.entries import ShardInfo
 from teachercache.cache.files.regular_files import path_of_open
 from teachercache.cache.files.schema import ROW_COLUMNS
 from teachercache.cache.reader import Cache
-from teachercache.cache.shards.one_column import batches_of_columns
+from teachercache.cache.shards.one_column import batches_of_columns, hashes_of
 from teachercache.cache.shards.row_batch import numbers, offsets
 from teachercache.cache.shards.row_ids import check_same_rows, digest_of_ids, row_ids_of
 from teachercache.cache.shards.shard import DAMAGE, damaged
@@ -60,6 +60,14 @@ def chosen_rows(cache: Cache, info: ShardInfo, where: Where, *, source: str) -> 
         used = [facts[name] for name in where.names]
         marks += [where.holds(dict(zip(where.names, values, strict=True))) for values in zip(*used, strict=True)]
     return np.array(marks, np.bool_)
+
+
+def source_ids_of(cache: Cache, info: ShardInfo) -> NDArray[np.bytes_]:
+    """The ids of the documents of a shard's rows, 16 bytes each."""
+    parts = [
+        hashes_of(columns["segments"].flatten().field("source_id")) for columns in _columns(cache, info, ["segments"])
+    ]
+    return np.frombuffer(b"".join(parts), f"S{ID_BYTES}")
 
 
 @dataclass(frozen=True)

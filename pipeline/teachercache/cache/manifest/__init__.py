@@ -6,5 +6,6 @@ manifest_v1.py         manifests of format 1 as those of today
 alignment_manifest.py  alignment.json: what an alignment with a student's tokenizer holds
 index.py               the lists of shards and files that both name
 checks.py              what they claim, checked before anything relies on it
+snapshots.py          earlier manifests, kept by name
 card.py                the generated README.md of a cache
 """

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -190,12 +190,19 @@ class _Claims(BaseModel):
     created_by: str
 
 
-def parse_alignment(data: bytes, read_file: Read, *, cache: Manifest, name: str) -> AlignmentManifest:
+class AlignmentBehind(CacheError):
+    """An alignment that lacks rows which the cache has got since."""
+
+
+def parse_alignment(
+    data: bytes, read_file: Read, *, cache: Manifest, name: str, behind: bool = False
+) -> AlignmentManifest:
     """The manifest from the file's bytes, its index from those that `read_file(file, size)` gives; `name` is what errors call
     it.
 
-    Raises `CacheDamaged` where it was changed, makes no sense or does not belong to the cache, `CacheError` for a format of a
-    later version.
+    Of a cache that had fewer rows once (manifest/snapshots.py) it is that of these rows. Where the cache has got rows since, it
+    lacks them: `AlignmentBehind`, unless `behind` allows for it. Raises `CacheDamaged` where it was changed, makes no sense or
+    does not belong to the cache, `CacheError` for a format of a later version.
     """
     try:
         claims = parse_json(data)
@@ -209,12 +216,15 @@ def parse_alignment(data: bytes, read_file: Read, *, cache: Manifest, name: str)
         if digest != fingerprint_of(claims):
             raise ValueError("its digest does not match: it was edited or damaged")
         check_requires(claims, name=name)
-        return _built(claims, read_file, cache)
+        manifest = _built(claims, read_file, cache)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise CacheDamaged(
             f"{name} cannot be trusted: {reason}; delete its folder and run `teachercache align`"
         ) from None
+    if len(manifest.shards) < len(cache.shards) and not behind:
+        raise AlignmentBehind(f"{name} lacks rows that the cache has by now; run `teachercache align` again")
+    return manifest
 
 
 def _built(data: dict[str, Any], read_file: Read, cache: Manifest) -> AlignmentManifest:
@@ -234,7 +244,9 @@ def _built(data: dict[str, Any], read_file: Read, cache: Manifest) -> AlignmentM
         format_version=data["format_version"],
     )
     _check(manifest, cache)
-    return manifest
+    if len(manifest.shards) <= len(cache.shards):
+        return manifest
+    return replace(manifest, shards=ShardTable.of(manifest.shards[: len(cache.shards)], groups=[folder]))
 
 
 def _check(manifest: AlignmentManifest, cache: Manifest) -> None:
@@ -249,11 +261,11 @@ def _check(manifest: AlignmentManifest, cache: Manifest) -> None:
     if manifest.cache != cache.settings_fingerprint:
         raise ValueError("it belongs to another cache")
     shards, cached = manifest.shards, cache.shards
-    same = len(shards) == len(cached) and all(
-        np.array_equal(shards.counted(name), cached.counted(name)) for name in ("rows", "held_out_rows")
+    both = slice(min(len(shards), len(cached)))  # shards are added at the end
+    same = both.stop > 0 and all(
+        np.array_equal(shards.counted(name)[both], cached.counted(name)[both]) for name in ("rows", "held_out_rows")
     )
     # Format 1 does not tell which rows a shard holds: joining compares them one by one.
-    if not same or any(
-        digest and other and digest != other for digest, other in zip(shards.row_ids, cached.row_ids, strict=True)
-    ):
+    digests = zip(shards.row_ids[both], cached.row_ids[both], strict=True)
+    if not same or any(digest and other and digest != other for digest, other in digests):
         raise ValueError("its rows are not those of the cache")

@@ -48,6 +48,7 @@ MANIFEST = "manifest.json"
 AGAIN = "fetch it again, or precompute the cache again"
 WORK_FOLDER = ".work"  # plan, staged units and records of finished ones; gone when the manifest is committed
 COMPOSITION = f"{WORK_FOLDER}/composition.json"  # of a cache that is being made of others
+GROWTH = f"{WORK_FOLDER}/growth"  # of an unfinished job that adds to a finished cache
 
 
 def commit_manifest(manifest: Manifest, store: Store) -> None:

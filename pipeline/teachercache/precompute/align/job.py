@@ -44,6 +44,8 @@ def run_align(
             "that, and copy its alignments/ back, each alignment.json last"
         )
     cache = Cache.open(location)
+    if cache.is_snapshot:
+        raise CacheError(f"{location} is the cache as it was: align {cache.folder}, which serves it too")
     console.print(
         f"planning: the tokenizer of {student} against that of {cache.manifest.teacher['model']} …", markup=False
     )

@@ -146,8 +146,11 @@ class AlignPlan:
         return self.records().pending()
 
     def is_finished(self) -> bool:
-        """Tells whether alignment.json is there."""
-        return holds(self.store, f"{self.within}/{ALIGNMENT}")
+        """Tells whether alignment.json is there, with as many parts as the cache has shards by now."""
+        found = read_json(self.store, f"{self.within}/{ALIGNMENT}")
+        if not isinstance(found, dict) or not isinstance(parts := found.get("parts"), dict):
+            return found is not None  # of format 1, or what its reader refuses
+        return bool(parts.get("shards") == self.units)
 
 
 def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> AlignPlan:
@@ -214,7 +217,9 @@ def _prepared(plan: AlignPlan, cache: Cache, tokenizer: PreTrainedTokenizerBase)
     another = _is_another_job(read_json(plan.store, file), identity)
     known = None if another else read_shaped(plan.store, file, PLANNED, remedy=remedy)
     if known is None:
-        plan.store.delete(*plan.store.list(f"{plan.within}/"))
+        # What there is of a cache that has grown since serves until the new alignment.json is there.
+        grown = holds(plan.store, f"{plan.within}/{ALIGNMENT}")
+        plan.store.delete(*plan.store.list(f"{plan.work if grown else plan.within}/"))
         known = {"identity": identity, **_shared(plan, cache, tokenizer)}
         plan.store.put(file, json.dumps(known, sort_keys=True).encode())
     check_unchanged(plan.store, known["files"], remedy=remedy)

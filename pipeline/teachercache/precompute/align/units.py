@@ -31,8 +31,8 @@ class AlignReport:
 def align_shard(plan: AlignPlan, unit: int) -> AlignReport:
     """Write the alignment of a shard's rows and, last, its record."""
     started = time.time()
-    cache = _opened(plan.location)
-    aligner = _aligner(plan.store, plan.location, plan.within, tuple(plan.tokenizer["prefix_ids"]))
+    cache = _opened(plan.location, plan.units)
+    aligner = _aligner(plan.store, plan.location, plan.units, plan.within, tuple(plan.tokenizer["prefix_ids"]))
     info = cache.manifest.shards[unit]
     rows: list[AlignedRow] = []
     for first in range(0, info.rows, BATCH):
@@ -60,13 +60,14 @@ def align_shard(plan: AlignPlan, unit: int) -> AlignReport:
 
 
 @lru_cache(maxsize=1)
-def _opened(location: str) -> Cache:
+def _opened(location: str, shards: int) -> Cache:
+    """The cache with so many shards: one that has grown since is opened again."""
     return Cache.open(location)
 
 
 @lru_cache(maxsize=1)
-def _aligner(store: Store, location: str, alignment: str, student_prefix: tuple[int, ...]) -> Aligner:
-    cache = _opened(location)
+def _aligner(store: Store, location: str, shards: int, alignment: str, student_prefix: tuple[int, ...]) -> Aligner:
+    cache = _opened(location, shards)
     with folder_of(store, f"{alignment}/{TOKENIZER}") as folder:
         student = load_tokenizer(str(folder))
     return Aligner(

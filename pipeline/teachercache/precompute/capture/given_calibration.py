@@ -15,7 +15,7 @@ from teachercache.cache.composition.compatible import check_same_files, check_ve
 from teachercache.cache.files.bounds import MOST_CALIBRATION_BYTES
 from teachercache.cache.storage.source import read_checked
 from teachercache.errors import CacheError
-from teachercache.precompute.capture.plan import CALIBRATION_FILE, Plan
+from teachercache.precompute.capture.plan import CALIBRATION_FILE, Plan, settings_of
 
 KEY = "targets.calibration_from"
 AUTO = "auto"
@@ -62,12 +62,20 @@ def check_loaded(plan: Plan, described: Mapping[str, Any]) -> None:
         )
 
 
-def _check_settings(plan: Plan, other: Manifest, *, name: str) -> None:
-    asked = plan.identity["teacher"]["dtype"]
+def settings_beside(identity: Mapping[str, Any], other: Manifest) -> dict[str, Any]:
+    """The settings and targets of a job as those of a finished cache stand in its manifest. With `dtype: auto` the teacher is
+    taken to be loaded as that of the cache was: `check_loaded` says more."""
+    asked = identity["teacher"]["dtype"]
     dtype = other.settings["teacher"]["dtype"] if asked == AUTO else asked
+    beside: dict[str, Any] = json.loads(
+        json.dumps({"settings": settings_of(identity, dtype), "targets": identity["targets"]})
+    )
+    return beside
+
+
+def _check_settings(plan: Plan, other: Manifest, *, name: str) -> None:
     known: dict[str, Any] = {"settings": other.settings, "targets": other.targets}
-    ours = json.loads(json.dumps({"settings": plan.settings(dtype), "targets": plan.identity["targets"]}))
-    if difference := first_difference(known, ours):
+    if difference := first_difference(known, settings_beside(plan.identity, other)):
         raise CacheError(
             f"this recipe cannot take the calibration of {name} ({KEY}), which has other settings: {difference}; make them "
             "equal, or leave the key out"

@@ -57,7 +57,7 @@ def run_precompute(
     with (
         ending_in_a_line(),
         full_disk_in_a_line(folder),
-        locked(_lock_file(folder), job="precompute job", folder=folder),
+        locked(lock_file(folder), job="precompute job", folder=folder),
     ):
         log.write("started", cache=folder, corpus=source, version=__version__)
         try:
@@ -66,6 +66,11 @@ def run_precompute(
             log.write("failed", error=f"{type(error).__name__}: {error}", seconds=round(time.perf_counter() - start, 3))
             raise
         log.write("finished", **result)
+    return aligned(recipe, result, console=console)
+
+
+def aligned(recipe: Recipe, result: dict[str, Any], *, console: Console) -> dict[str, Any]:
+    """A job's result with those of the alignments that the recipe asks for, which are made now."""
     if recipe.align:
         from teachercache.precompute.align.job import run_align
 
@@ -113,8 +118,8 @@ def _check_paths(recipe: Recipe) -> None:
         )
 
 
-def _lock_file(cache: Path) -> Path:
-    """Beside the cache: a finished cache holds nothing that its manifest does not list."""
+def lock_file(cache: Path) -> Path:
+    """The lock of whoever writes to a cache, beside it: a finished cache holds nothing that its manifest does not list."""
     return cache.parent / f".{cache.name}.lock"
 
 

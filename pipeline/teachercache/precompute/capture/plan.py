@@ -176,15 +176,8 @@ class Plan:
         return targets
 
     def settings(self, dtype: str) -> dict[str, Any]:
-        """Returns the settings that the cache's shards share, for a teacher that was loaded in this dtype; see
-        `Manifest.settings`."""
-        asked = self.identity["teacher"]
-        teacher = {key: asked[key] for key in TEACHER_IDENTITY if asked.get(key) is not None}
-        return {
-            "teacher": {**teacher, "dtype": dtype},
-            "tokenizer": self.identity["tokenizer"],
-            "sequence": self.identity["sequence"],
-        }
+        """See `settings_of`."""
+        return settings_of(self.identity, dtype)
 
     def target_digests(self) -> dict[str, str]:
         """See `Manifest.target_digests`; of targets whose files are made."""
@@ -234,6 +227,31 @@ def make_plan(recipe: Recipe, *, each: Each = in_turn, recheck: bool = False) ->
     vocabulary, sequences longer than the model's context, chat rows without a template, a folder that holds another job;
     `CacheDamaged` when the job is finished, but files of the cache are missing.
     """
+    identity, targets, tokenizer, config = asked_of(recipe)
+    assert recipe.corpus is not None
+    job = _Asked(recipe.cache_folder, recipe.corpus, identity, targets, unit_size(recipe.precompute, targets), each)
+    known = _known_job(job.store, beside=job.folder)
+    if known is not None and known.is_lost:
+        return _planned_again(job, tokenizer, config)
+    plan = None if known is None else _gone_on_with(known, job, recheck=recheck)
+    return plan or _begun(job, tokenizer, config)
+
+
+def settings_of(identity: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns the settings that a cache's shards share, for a teacher that was loaded in this dtype; see
+    `Manifest.settings`."""
+    asked = identity["teacher"]
+    teacher = {key: asked[key] for key in TEACHER_IDENTITY if asked.get(key) is not None}
+    return {
+        "teacher": {**teacher, "dtype": dtype},
+        "tokenizer": identity["tokenizer"],
+        "sequence": identity["sequence"],
+    }
+
+
+def asked_of(recipe: Recipe) -> tuple[dict[str, Any], StoredTargets, PreTrainedTokenizerBase, Any]:
+    """The job that a recipe asks for, whatever its corpus holds: its identity but for the corpus, the targets, the teacher's
+    tokenizer and config. Raises as `make_plan` does."""
     recipe.require("teacher", "corpus")
     teacher, corpus = recipe.teacher, recipe.corpus
     assert teacher is not None and corpus is not None
@@ -263,12 +281,7 @@ def make_plan(recipe: Recipe, *, each: Each = in_turn, recheck: bool = False) ->
         "targets": targets.settings(),
         "units": recipe.precompute.model_dump(include={"unit_rows", "unit_bytes"}),
     }
-    job = _Asked(recipe.cache_folder, corpus, identity, targets, unit_size(recipe.precompute, targets), each)
-    known = _known_job(job.store, beside=job.folder)
-    if known is not None and known.is_lost:
-        return _planned_again(job, tokenizer, config)
-    plan = None if known is None else _gone_on_with(known, job, recheck=recheck)
-    return plan or _begun(job, tokenizer, config)
+    return identity, targets, tokenizer, config
 
 
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -335,7 +348,7 @@ class _Asked:
         """The plan, for a corpus that was counted."""
         # Where a corpus comes from is no part of its identity: what it holds is.
         settings = self.corpus.model_dump(exclude={"limit", "format", "streaming"})
-        settings["source"] = _portable_source(self.corpus.source)
+        settings["source"] = portable_source(self.corpus.source)
         whole = {**self.identity, "corpus": {**settings, "digest": counts.digest}}
         totals = (counts.units, counts.rows_in, counts.deduplicated)
         return Plan(self.store, whole, self.targets, *totals, counted=counted, look=look)
@@ -602,9 +615,10 @@ def _check_same_job(known: _Known, identity: dict[str, Any], store: Store) -> No
     different = sorted(_differences(known.job, identity))
     if different:
         rows = " (other rows: corpus.limit, or the data itself)" if "corpus.digest" in different else ""
+        grow = "; -s precompute.grow=true adds rows that are new" if different == ["corpus.digest"] else ""
         raise CacheError(
             f"the cache at {store.name} was made with other settings or data; different: {', '.join(different)}{rows}; "
-            "choose another `cache:`, or delete that one to start over"
+            f"choose another `cache:`, or delete that one to start over{grow}"
         )
 
 
@@ -616,7 +630,8 @@ def _differences(left: Any, right: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _portable_source(source: str) -> str:
+def portable_source(source: str) -> str:
+    """The name of a corpus without the path of this machine."""
     return Path(source).name if Path(source).expanduser().exists() else source
 
 

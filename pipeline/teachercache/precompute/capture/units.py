@@ -21,6 +21,7 @@ from teachercache.cache.files.entries import ShardInfo
 from teachercache.cache.manifest.model import QUARANTINE
 from teachercache.cache.stores.copies import put_folder, scratch_folder
 from teachercache.cache.stores.named import put_named
+from teachercache.cache.stores.store import Store
 from teachercache.config import PrecomputeConfig, SequenceConfig
 from teachercache.corpus.sequences import Quarantined, Tokenised, tokenise
 from teachercache.precompute.capture.input_form import check_input
@@ -57,7 +58,7 @@ def calibrate(
     files = [(section, "layers", file) for section, file in layers.items()]
     files += [(LOGITS, "basis", basis)] if basis is not None else []
     record: dict[str, Any] = {
-        "read_by": {section: {role: _put_made(plan, file)} for section, role, file in files},
+        "read_by": {section: {role: put_made(plan.store, file)} for section, role, file in files},
         "positions": sum(row.positions for row in rows),
         "rows": sorted(row.row_id for row in rows),
         "sources": sorted({segment.source_id for row in rows for segment in row.segments}),
@@ -68,11 +69,11 @@ def calibrate(
     plan.store.put(CALIBRATION_FILE, json.dumps(record, sort_keys=True).encode())
 
 
-def _put_made(plan: Plan, file: LayerFile | SketchBasis) -> str:
+def put_made(store: Store, file: LayerFile | SketchBasis) -> str:
     """Write a file that targets are read by; returns its name in the cache."""
     with scratch_folder() as folder:
         file.save(folder)
-        [info] = put_folder(plan.store, folder, TEACHER)
+        [info] = put_folder(store, folder, TEACHER)
     return info.file
 
 

@@ -153,6 +153,17 @@ class RunFolder:
         """Declare the run finished."""
         _write(self.path / "summary.json", summary)
 
+    def cache_fingerprints(self) -> tuple[str, ...]:
+        """The fingerprints of the caches that a run which has begun reads, in the order of its recipe. None before its first
+        checkpoint, until when its settings may change, or where run.json does not tell."""
+        if not any(self.path.glob("checkpoint-*")) and self.summary() is None:
+            return ()
+        try:
+            before = json.loads((self.path / "run.json").read_bytes())
+            return (str(before["cache_fingerprint"]), *map(str, before.get("mixed_fingerprints", ())))
+        except (OSError, ValueError, KeyError, TypeError):  # `check_identity` says what is wrong
+            return ()
+
     def check_identity(self, identity: RunIdentity) -> None:
         """Raise `RecipeError` when the folder holds another run than the one that is asked for.
 

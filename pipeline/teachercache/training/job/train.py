@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +82,14 @@ def run_training(recipe: Recipe, *, console: Console | None = None) -> dict[str,
 
 
 def _opened(recipe: Recipe) -> list[Cache]:
+    """The caches of a run; one to which rows or targets were added since the run began, as it was then."""
     stream = recipe.stream
     locations = (recipe.cache, *(entry.cache for entry in stream.mix))
-    return [Cache.open(location, local=stream.local, local_bytes=stream.local_bytes) for location in locations]
+    recorded = RunFolder(recipe.train.output).cache_fingerprints() if recipe.train is not None else ()
+    return [
+        Cache.open(location, local=stream.local, local_bytes=stream.local_bytes, as_of=fingerprint)
+        for location, fingerprint in zip_longest(locations, recorded[: len(locations)])
+    ]
 
 
 class _Job:
@@ -186,6 +192,9 @@ class _Job:
             )
         if not self._evaluates:
             yield "the cache has no held-out rows: no evaluation, and the last checkpoint is exported"
+        for cache in self._caches:
+            if cache.is_snapshot:
+                yield f"{cache.name} has grown since: it is read as it was under {cache.manifest.fingerprint[:12]}…"
         yield from (*self.supervision.warnings(), *self.trained.lines, *self.supervision.lines())
 
     @contextmanager

@@ -30,7 +30,7 @@ def precompute(
     """Run a teacher over a corpus and store what a student can learn from. Run it again to resume."""
 
     def work(console: Console) -> dict[str, Any]:
-        from teachercache.precompute.capture.job import run_precompute
+        from teachercache.precompute.job import run_precompute
 
         extra = [f"corpus.limit={limit}"] if limit else []
         loaded = load_recipe(recipe, [*overrides, *extra])

@@ -14,11 +14,10 @@ from pathlib import Path
 from teachercache.cache.files.regular_files import MOST_MANIFEST_BYTES, read_regular
 from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, parse_manifest, read_listed, read_manifest
 from teachercache.cache.manifest.model import Manifest
+from teachercache.cache.manifest.snapshots import SNAPSHOTS
 from teachercache.cache.stores.local import LocalStore
 from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError
-
-SNAPSHOTS = "snapshots"
 
 
 def repair_manifest(location: str | Path) -> str:

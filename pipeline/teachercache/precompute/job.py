@@ -10,7 +10,7 @@ from rich.console import Console
 
 from teachercache.cache.manifest.manifest import GROWTH, MANIFEST, read_manifest
 from teachercache.config import Recipe
-from teachercache.files import locked
+from teachercache.files import full_disk_in_a_line, locked
 from teachercache.precompute.capture.job import aligned, lock_file
 from teachercache.precompute.capture.job import run_precompute as run_capture
 from teachercache.precompute.engine.termination import ending_in_a_line
@@ -29,7 +29,11 @@ def run_precompute(
         return run_capture(recipe, console=console, recheck_corpus=recheck_corpus, recheck=recheck)
     from teachercache.precompute.growth.job import check_unchanged, grow
 
-    with ending_in_a_line(), locked(lock_file(folder), job="precompute job", folder=folder):
+    with (
+        ending_in_a_line(),
+        full_disk_in_a_line(folder),
+        locked(lock_file(folder), job="precompute job", folder=folder),
+    ):
         if recipe.precompute.grow:
             result = grow(recipe, console=console, run=partial(run_capture, console=console, recheck=recheck))
         else:

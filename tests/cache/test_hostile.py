@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from cache.forged_batches import name_often
 from cache.forgery import manifest_of, payload, problems, read_everything, rewrite, sign, write_signed
 from teachercache.cache import Cache, verify
 from teachercache.cache.files.schema import SEGMENT
@@ -165,7 +166,7 @@ def test_shards_from_before_contents_are_read(copy: Any, made: dict[str, Path]) 
 def test_a_shard_with_fewer_rows_than_the_manifest_says(copy: Any) -> None:
     folder = copy()
     rewrite(folder, columns=lambda data: data.update({name: values[:-1] for name, values in data.items()}))
-    refused(folder, "rows, other than its place")
+    refused(folder, r"it holds \d+ rows, the manifest says")
     assert any("the manifest says" in reason for reason in problems(folder))
 
 
@@ -350,6 +351,14 @@ def test_blocks_are_those_that_arrow_reads(made: dict[str, Path]) -> None:
             assert len(blocks) == len(sizes)
             for number, size in enumerate(sizes):
                 assert size <= blocks.decompressed_bytes(number) <= 1.1 * size + 1024
+
+
+def test_batches_that_lie_over_each_other_are_refused(copy: Any) -> None:
+    folder = copy()
+    name_often(part(folder, 0), times=3)
+    sign(folder)
+    refused(folder, "its record batches lie over each other")
+    assert any("lie over each other" in reason for reason in problems(folder))
 
 
 # --------------------------------------------------------------------------- the basis

@@ -26,6 +26,7 @@ from teachercache.cache.checking import Checks, Expected, NoProgress, Progress
 from teachercache.cache.files.column_groups import Group
 from teachercache.cache.files.digests import hash_file
 from teachercache.cache.files.entries import ShardInfo
+from teachercache.cache.files.listing import files_below
 from teachercache.cache.files.regular_files import (
     MOST_MANIFEST_BYTES,
     NoRegularFile,
@@ -84,8 +85,10 @@ def _verify_files(location: str | Path, checks: Checks, *, quick: bool) -> list[
         manifest = read_manifest(folder)
     except CacheDamaged as error:
         return [Problem(MANIFEST, str(error), "fetch the cache again, or precompute it again")]
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if _is_file(path)}
-    sizes = {name: _size(path) if is_reserved(name) else 0 for name, path in names.items()}
+    try:
+        sizes = files_below(folder)
+    except ValueError as error:
+        return [Problem(folder.name, str(error), LEAVE_OUT)]
     read = partial(read_regular, folder, most=MOST_MANIFEST_BYTES)
     why = partial(_why_wrong, folder, quick=quick)
     return list(
@@ -115,8 +118,8 @@ def _problems(
     why: Callable[[Expected], str | None],
     remedy: str,
 ) -> Iterator[Problem]:
-    """Everything that is wrong; `sizes` are the files that are there, by name; of reserved names it tells the size, -1 of one
-    that is no regular file."""
+    """Everything that is wrong; `sizes` are the files that are there, by name, -1 for one that is no regular
+    file."""
     others = dict.fromkeys(name for name in sizes if name != MANIFEST)
     expected_files = list(_expected(manifest))
     checks.progress.begin("bytes", sum(expected.info.bytes for expected in expected_files))
@@ -166,14 +169,6 @@ def _wrong_reserved(sizes: Mapping[str, int]) -> Iterator[Problem]:
     if count > MOST_RESERVED_FILES:
         folders = " and ".join(RESERVED_FOLDERS)
         yield Problem(folders, f"they hold {count} files, at most {MOST_RESERVED_FILES} are allowed", LEAVE_OUT)
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_symlink() or not path.is_dir()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
 
 
 def _unlisted(name: str) -> Problem:
@@ -240,32 +235,28 @@ def _why_wrong_shard(path: Path, group: Group, shard: ShardInfo) -> str | None:
         with pa.memory_map(str(path)) as source:
             schema = pa.ipc.open_file(source).schema
             group.checked(schema)
-            rows, positions, row_ids = _counted(source, schema, has_rows=group.has_rows, hashed=shard.row_ids != "")
-            if rows == shard.rows:
-                check_same_rows(row_ids, shard.row_ids)
+            positions, row_ids = _counted(source, schema, shard, has_rows=group.has_rows)
+            check_same_rows(row_ids, shard.row_ids)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         return f"it cannot be read as a shard: {str(error).splitlines()[0]}"
     except CacheDamaged as error:
         return str(error)
-    if rows != shard.rows or positions not in (None, shard.positions):
-        counts = f"{rows} rows" if positions is None else f"{rows} rows and {positions} positions"
-        return f"it holds {counts}, the manifest says {shard.rows} and {shard.positions}"
+    if positions not in (None, shard.positions):
+        return f"it holds {positions} positions, the manifest says {shard.positions}"
     return None
 
 
 def _counted(
-    source: pa.MemoryMappedFile, schema: pa.Schema, *, has_rows: bool, hashed: bool
-) -> tuple[int, int | None, str]:
-    """Rows, positions of a file that counts them, and the digest of its rows, all in one pass; raises `ValueError` for a
-    batch that claims more memory than any has."""
-    rows, positions, digest = 0, 0, hashlib.sha256()
+    source: pa.MemoryMappedFile, schema: pa.Schema, shard: ShardInfo, *, has_rows: bool
+) -> tuple[int | None, str]:
+    """Positions of a file that counts them, and the digest of its rows, in one pass; raises as `batches_of_columns`."""
+    positions, digest = 0, hashlib.sha256()
     names = ["row_id", "positions"] if has_rows else ["row_id"]
-    for row_ids, *counts in batches_of_columns(source, names, schema=schema):
-        rows += len(row_ids)
+    for row_ids, *counts in batches_of_columns(source, names, rows=shard.rows, schema=schema):
         positions += sum(_summed(column) for column in counts)
-        if hashed:
+        if shard.row_ids:  # format 1 tells none
             digest.update(hashes_of(row_ids))
-    return rows, positions if has_rows else None, digest.hexdigest()
+    return positions if has_rows else None, digest.hexdigest()
 
 
 def _summed(counts: pa.Array) -> int:

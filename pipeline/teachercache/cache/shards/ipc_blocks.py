@@ -10,12 +10,13 @@ Source: "Arrow Columnar Format", IPC file format; FlatBuffers "Internals" for ta
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAGIC = b"ARROW1"
+ID_BYTES = 16  # that a row takes at least: its id is a hash, which nothing makes smaller
 BLOCK = np.dtype([("offset", "<i8"), ("metadata_bytes", "<i4"), ("", "<i4"), ("body_bytes", "<i8")])
 BUFFER = np.dtype([("offset", "<i8"), ("bytes", "<i8")])
 RECORD_BATCH = 3  # of the union `MessageHeader`
@@ -32,6 +33,7 @@ class Blocks:
             if len(footer.vector(2, BLOCK)):
                 raise ValueError("it holds dictionaries, which no shard does")
             self._blocks = footer.vector(3, BLOCK)
+            self._check_apart()
         except (struct.error, IndexError) as error:
             raise ValueError(f"its footer cannot be read ({error})") from None
 
@@ -47,6 +49,29 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def _check_apart(self) -> None:
+        """A footer may name one batch a thousand times, which is to be decompressed as often."""
+        size = len(self._data)
+        starts = np.clip(self._blocks["offset"], 0, size)
+        ends = starts + self._blocks["metadata_bytes"] + np.clip(self._blocks["body_bytes"], 0, size)
+        order = np.argsort(starts, kind="stable")
+        if (ends[order[:-1]] > starts[order[1:]]).any():
+            raise ValueError("its record batches lie over each other")
+
+    def check_rows(self, rows: int) -> None:
+        """Raise `ValueError` where its record batches do not say that they hold so many rows in all, or where the file is too
+        small for them. Nothing is decompressed."""
+        held = 0
+        for number in range(len(self)):
+            own = self._described(number).rows
+            held += own
+            if own < 1 or held > rows:
+                break
+        if held != rows or (rows and len(self) > rows):
+            raise ValueError(f"it holds {'more' if held > rows else held} rows, the manifest says {rows}")
+        if rows * ID_BYTES > len(self._data):
+            raise ValueError(f"it claims {rows} rows, more than {len(self._data)} bytes can hold")
+
     def decompressed_bytes(self, number: int) -> int:
         """Returns the bytes that the buffers of a batch claim to take in memory."""
         if number not in self._claimed:
@@ -55,15 +80,14 @@ class Blocks:
 
     def buffer_bytes(self, number: int) -> NDArray[np.int64]:
         """Bytes of each buffer of a batch as it lies in the file, in the order of columns."""
-        sizes: NDArray[np.int64] = self._described(number)[1]["bytes"].astype(np.int64)
+        sizes: NDArray[np.int64] = self._described(number).buffers["bytes"].astype(np.int64)
         return sizes
 
     def _claim_of(self, number: int) -> int:
-        body, buffers, compressed = self._described(number)
-        return _claimed(body, buffers, compressed=compressed)
+        described = self._described(number)
+        return _claimed(described.body, described.buffers, compressed=described.compressed)
 
-    def _described(self, number: int) -> tuple[memoryview, NDArray[Any], bool]:
-        """The body of a batch, where its buffers lie in it, and whether they are compressed."""
+    def _described(self, number: int) -> _Described:
         block = self._blocks[number]
         start, head, body_bytes = int(block["offset"]), int(block["metadata_bytes"]), int(block["body_bytes"])
         body = start + head
@@ -74,11 +98,20 @@ class Blocks:
             if message.byte(1) != RECORD_BATCH:
                 raise ValueError(f"block {number} is no record batch")
             described = message.table(2)
-            buffers = described.vector(2, BUFFER)
-            compressed = described.has(3)
+            rows, buffers, compressed = described.long(0), described.vector(2, BUFFER), described.has(3)
         except (struct.error, IndexError) as error:
             raise ValueError(f"record batch {number} cannot be read ({error})") from None
-        return self._data[body : body + body_bytes], buffers, compressed
+        return _Described(rows, self._data[body : body + body_bytes], buffers, compressed)
+
+
+class _Described(NamedTuple):
+    """A record batch as its flatbuffer says: its rows, its body, where its buffers lie in that, and whether they are
+    compressed."""
+
+    rows: int
+    body: memoryview
+    buffers: NDArray[Any]
+    compressed: bool
 
 
 def _claimed(body: memoryview, buffers: NDArray[Any], *, compressed: bool) -> int:
@@ -115,6 +148,10 @@ class _Table:
     def byte(self, field: int) -> int:
         offset = self._offset(field)
         return _unpack("<B", self._data, self._at + offset) if offset else 0
+
+    def long(self, field: int) -> int:
+        offset = self._offset(field)
+        return _unpack("<q", self._data, self._at + offset) if offset else 0
 
     def table(self, field: int) -> _Table:
         return _Table(self._data, self._target(field))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
@@ -16,15 +16,21 @@ def row_ids_digest(ids: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, ids))).hexdigest()
 
 
-def digest_of_ids(ids: bytes) -> str:
+def digest_of_ids(ids: Iterable[bytes]) -> str:
     """The same over ids that `row_ids_of` gives."""
-    return hashlib.sha256(ids).hexdigest()
+    digest = hashlib.sha256()
+    for part in ids:
+        digest.update(part)
+    return digest.hexdigest()
 
 
-def row_ids_of(file: pa.MemoryMappedFile, *, schema: pa.Schema | None = None, blocks: Blocks | None = None) -> bytes:
-    """The ids of all rows of an Arrow file, in their order, 16 bytes each. Raises as `batches_of_columns` and `hashes_of`."""
-    batches = batches_of_columns(file, ["row_id"], schema=schema, blocks=blocks)
-    return b"".join(hashes_of(column) for [column] in batches)
+def row_ids_of(
+    file: pa.MemoryMappedFile, *, rows: int, schema: pa.Schema | None = None, blocks: Blocks | None = None
+) -> Iterator[bytes]:
+    """The ids of the `rows` rows of an Arrow file, in their order, 16 bytes each, those of a record batch at a time. Raises as
+    `batches_of_columns` and `hashes_of`."""
+    batches = batches_of_columns(file, ["row_id"], rows=rows, schema=schema, blocks=blocks)
+    return (hashes_of(column) for [column] in batches)
 
 
 def check_same_rows(digest: str, row_ids: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from teachercache.cache.shards.decompressed import Decompressed
 from teachercache.cache.shards.ipc_blocks import Blocks
 from teachercache.cache.shards.row_batch import RowBatch
 from teachercache.cache.shards.row_checks import check_rows, check_values
-from teachercache.cache.shards.row_ids import check_same_rows, row_ids_of
+from teachercache.cache.shards.row_ids import check_same_rows, digest_of_ids, row_ids_of
 from teachercache.errors import CacheDamaged
 from teachercache.targets.coding.columns import Column, Decoder, check_row_bytes
 from teachercache.tokens.rows import TokenRow
@@ -67,12 +66,12 @@ class ShardFile:
         self._readers: dict[tuple[str, ...], pa.RecordBatchFileReader] = {}
         self._checked: set[tuple[tuple[str, ...], int]] = set()  # record batches whose rows are as they should be
 
-    def check_row_ids(self, row_ids: str) -> None:
-        """Raise `CacheDamaged` where its rows are not those of this digest."""
+    def check_row_ids(self, row_ids: str, *, rows: int) -> None:
+        """Raise `CacheDamaged` where its rows are not so many, or not those of this digest."""
         try:
             if row_ids:  # format 1 tells none
-                ids = row_ids_of(self._file, schema=self.schema, blocks=self._blocks)
-                check_same_rows(hashlib.sha256(ids).hexdigest(), row_ids)
+                ids = row_ids_of(self._file, rows=rows, schema=self.schema, blocks=self._blocks)
+                check_same_rows(digest_of_ids(ids), row_ids)
         except DAMAGE as error:
             raise damaged(self.name, error) from None
 
@@ -160,7 +159,7 @@ class Shard:
 
     def check_row_ids(self) -> None:
         """Raise `CacheDamaged` where its rows are not those that the index says; other groups name theirs row by row."""
-        self.file(self._groups[0]).check_row_ids(self.info.row_ids)
+        self.file(self._groups[0]).check_row_ids(self.info.row_ids, rows=self.info.rows)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from teachercache.cache.files.entries import FileInfo
+from teachercache.cache.files.listing import files_below
 from teachercache.cache.files.regular_files import (
     MOST_MANIFEST_BYTES,
     open_regular,
@@ -182,8 +183,10 @@ class LocalFiles:
         return read_listed(self.folder, name, size)
 
     def names(self, folder: str) -> list[str]:
-        paths = (path for path in (self.folder / folder).rglob("*") if path.is_symlink() or not path.is_dir())
-        return sorted(path.relative_to(self.folder).as_posix() for path in paths)
+        try:
+            return list(files_below(self.folder, folder))
+        except ValueError as error:
+            raise CacheDamaged(f"{self.folder / folder}: {error}; {REMEDY}") from None
 
     def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         """Nothing to do."""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from teachercache.cache.files.entries import FileInfo
+from teachercache.cache.files.listing import files_below
 from teachercache.cache.files.regular_files import MOST_MANIFEST_BYTES, NoRegularFile, open_regular, read_regular
 from teachercache.cache.manifest.alignment_manifest import ALIGNMENT, ALIGNMENTS, AlignmentManifest, parse_alignment
 from teachercache.cache.manifest.manifest import MANIFEST, read_listed, read_manifest
@@ -72,11 +73,10 @@ def members(folder: Path) -> Iterator[Member]:
     described = Described.in_folder(folder, alignments)
     yield from (Member(name, _size(folder, name)) for name in (MANIFEST, *alignments))
     yield from (Member(info.file, info.bytes, info.sha256) for info in (*described.index, *described.data))
-    names = (
-        path.relative_to(folder).as_posix()
-        for path in sorted(folder.rglob("*"))
-        if path.is_symlink() or not path.is_dir()
-    )
+    try:
+        names = files_below(folder)
+    except ValueError as error:
+        raise CacheDamaged(f"{folder}: {error}; delete what is not the cache's") from None
     yield from (Member(name, _size(folder, name)) for name in names if IS_OF_PEOPLE.fullmatch(name))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import subprocess
 import sys
 
@@ -54,6 +55,18 @@ def test_errors_are_printed_plain(capfd: pytest.CaptureFixture[str]) -> None:
 
     assert run_command(fail, as_json=False, show=lambda result: None) == 1
     assert "\x1b[31m" not in capfd.readouterr().err
+
+
+def test_an_error_is_one_line_that_keeps_its_remedy(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> dict[str, object]:
+        raise CacheDamaged("shards/a" + "\nok: all files are whole" * 10**5 + "; fetch the cache again")
+
+    assert run_command(fail, as_json=True, show=lambda result: None) == 1
+    said = capfd.readouterr()
+    message = json.loads(said.out)["error"]
+    assert len(message) < 2000 and message.isprintable()
+    assert message.startswith(r"shards/a\nok") and message.endswith("fetch the cache again")
+    assert said.err == f"error: {message}\n"
 
 
 def test_a_library_that_is_not_installed_is_the_users_to_install(

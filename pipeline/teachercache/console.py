@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from teachercache.errors import TeachercacheError, UserError
+from teachercache.errors import TeachercacheError, UserError, is_panic, one_line
 
 BUG = 1
 INTERRUPTED = 130
@@ -50,7 +50,9 @@ def run_command(
     except KeyboardInterrupt:
         result, status = {"error": "interrupted", "exit_status": INTERRUPTED}, INTERRUPTED
         console.print("interrupted; what is finished is kept, run the same command again to go on")
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         if isinstance(error, OSError) and error.filename is not None:
             reason = f"{_text(error.filename)}: {error.strerror}; check the path and its permissions"
             result, status = _failed(console, reason, status=UserError.exit_status)
@@ -58,7 +60,7 @@ def run_command(
             result, status = _failed(console, str(missing), status=missing.exit_status)
         else:
             sys.stderr.write(without_controls(traceback.format_exc()))
-            what = f"unexpected {type(error).__name__}: {error}"
+            what = one_line(f"unexpected {type(error).__name__}: {error}")
             result, status = {"error": what, "exit_status": BUG}, BUG
     finally:
         sys.stdout.flush()
@@ -106,11 +108,12 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def _failed(console: Console, message: str, *, status: int) -> tuple[dict[str, Any], int]:
+    message = one_line(message)
     console.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
     return {"error": message, "exit_status": status}, status
 
 
-def _missing_extra(error: Exception) -> UserError | None:
+def _missing_extra(error: BaseException) -> UserError | None:
     """The mistake of asking for a command whose libraries are not installed; None for any other error."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if name not in EXTRAS:

@@ -13,11 +13,29 @@ The command line prints `str(error)` and exits with `error.exit_status`; anythin
 and keeps its traceback. Messages say what, where and the remedy.
 """
 
+import re
+
+MOST_CHARACTERS = 2000  # of a line
+_BEGINS, _ENDS = 1200, 700  # characters that stay of a longer one: what and where, and the remedy
+_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """A text in one line of at most `MOST_CHARACTERS`: new lines are spelled out, the middle of a longer one is left
+    out. Somebody else's names and values stand in messages, and may be megabytes, or lines that look like ours."""
+    if len(text) > 2 * MOST_CHARACTERS:
+        text = text[:MOST_CHARACTERS] + text[-MOST_CHARACTERS:]
+    line = _BREAKS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return line if len(line) < MOST_CHARACTERS else f"{line[:_BEGINS]} … {line[-_ENDS:]}"
+
 
 class TeachercacheError(Exception):
     """Base of all errors here; `str()` is one readable line."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UserError(TeachercacheError):
@@ -48,3 +66,8 @@ class CacheDamaged(TeachercacheError):
 
 class JobFailed(TeachercacheError):
     """A job could not be completed; what it finished is kept."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tells whether an error is a panic of a library in Rust; that is no `Exception`."""
+    return type(error).__module__ == "pyo3_runtime"

@@ -19,11 +19,24 @@ def values_of(data: bytes) -> int:
 
 
 def parse_json(data: bytes, *, most: int = MOST_VALUES) -> Any:
-    """The value that a text of JSON holds. Raises `ValueError` for what is none, is nested too deeply or has more than `most`
-    values, which then take no memory."""
+    """The value that a text of JSON holds. Raises `ValueError` for what is none, has a key twice, is nested too deeply or has
+    more than `most` values, which then take no memory."""
     if (count := values_of(data)) > most:
         raise ValueError(f"it lists {count} values, at most {most} are possible")
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=_refused)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers differ in which of two equal keys they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("it has a key twice")
+    return content
+
+
+def _refused(constant: str) -> Any:
+    """Python reads more than JSON."""
+    raise ValueError(f"{constant} is no JSON")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from teachercache.errors import one_line
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -12,3 +14,7 @@ class Problem:
     file: str
     reason: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        for name in ("file", "reason", "remedy"):  # each is a line
+            object.__setattr__(self, name, one_line(getattr(self, name)))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from teachercache.errors import ModelError
+from teachercache.errors import ModelError, is_panic
 from teachercache.models.gguf_files import plain_folder
 from teachercache.models.rotary import original_context, rotate_by_own_length
 from teachercache.tasks.contract import Task
@@ -223,11 +223,6 @@ def _readable_errors(model: str, what: str) -> Iterator[None]:
         if not is_panic(error):
             raise
         raise ModelError(f"{what} of {model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-
-
-def is_panic(error: BaseException) -> bool:
-    """Tells whether an error is a panic of a library in Rust; that is no `Exception`."""
-    return type(error).__module__ == "pyo3_runtime"
 
 
 def _explain(model: str, what: str, error: Exception, *, gated: type[Exception]) -> str:

@@ -11,5 +11,6 @@ token_bytes.py     the bytes of each token of a vocabulary
 spans.py           where each token of a text ends in its bytes
 alignment.py       which tokens of two tokenizers stand for the same bytes
 vocabulary_map.py  from a teacher's tokens to a student's
+panics.py          a tokenizer that gives up on a text, as an error
 pretokens.py       which tokens begin a new pre-token
 """

@@ -13,9 +13,11 @@ from typing import Any
 from teachercache.bounded.strangers_json import parse_json, values_of
 from teachercache.tokens.rules import check_rules
 
-DESCRIPTION, CONFIG = "tokenizer.json", "tokenizer_config.json"
+DESCRIPTION, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 MOST_CONFIG_VALUES = 2**18  # of any other file; Gemma's 6,000 added tokens are 45,000
 MOST_VALUES = 2**22  # of one file; Gemma's 262,000 tokens and their merges are 2 million
+MOST_SPECIAL = 2**12  # tokens that a configuration makes special; libraries take them one by one, 0.3 ms each
+_LISTED_SPECIAL = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 # Files with tokens and their ids: a dict of tokens, or of ids as text under this key.
 _FURTHER = {"vocab.json": None, "added_tokens.json": None, CONFIG: "added_tokens_decoder"}
 _LISTS = (DESCRIPTION, "vocab.json")
@@ -36,7 +38,13 @@ def check_tokenizer_files(folder: Path, *, vocabulary_size: int) -> None:
             ids = content.values() if key is None else map(_number, content.get(key, {}))
             _check(name, iter(ids), vocabulary_size)
     if (folder / CONFIG).is_file():
-        _check_paths(_json(folder / CONFIG))
+        config = _json(folder / CONFIG)
+        _check_paths(config)
+        _check_specials(
+            CONFIG, {key: config[key] for key in config if key in _LISTED_SPECIAL or key.endswith("_token")}
+        )
+    if (folder / SPECIALS).is_file():
+        _check_specials(SPECIALS, _json(folder / SPECIALS))
 
 
 def _check_counts(folder: Path) -> None:
@@ -50,6 +58,14 @@ def _check_paths(config: dict[str, Any]) -> None:
     named = [key for key in config if key.endswith("_file") and key != "special_tokens_map_file" and config[key]]
     if named:
         raise ValueError(f"{CONFIG} names a file of its own ({named[0][:40]})")
+    if "auto_map" in config:  # who trusts remote code would run it; no cache is written with it
+        raise ValueError(f"{CONFIG} names code of its own (auto_map)")
+
+
+def _check_specials(name: str, named: dict[str, Any]) -> None:
+    count = sum(len(value) if isinstance(value, list | dict) else 1 for value in named.values())
+    if count > MOST_SPECIAL:
+        raise ValueError(f"{name} lists {count} special tokens, at most {MOST_SPECIAL} are possible")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from teachercache.bounded import ChatTemplate, Unrenderable
 from teachercache.config import RowPrefix
 from teachercache.errors import RecipeError
+from teachercache.tokens.panics import panics_refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ def row_prefix(tokenizer: PreTrainedTokenizerBase, choice: RowPrefix = "auto", *
     return (int(index),)
 
 
+@panics_refused()
 def own_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Returns the tokens that the tokenizer itself puts before a text."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -96,6 +98,7 @@ def _is_of_turns(index: int, question: Sequence[int], answered: Sequence[int], s
     return index in takewhile(special.__contains__, answered[len(question) :])
 
 
+@panics_refused()
 def _rendered(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
     """Conversations as the template writes them; empty where it refuses."""
     renderings = ChatTemplate(tokenizer).rendered_all([(conversation, False) for conversation in conversations])

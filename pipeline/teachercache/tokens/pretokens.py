@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teachercache.tokens.fingerprint import require_fast, vocabulary_size
+from teachercache.tokens.panics import panics_refused
 from teachercache.tokens.token_bytes import BYTE_OF
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's
 _CUT = "\ufffd"  # what decoders make of an incomplete character
 
 
+@panics_refused()
 def begins_pretoken(tokenizer: PreTrainedTokenizerBase, *, cut_as: Any = None) -> NDArray[np.bool_]:
     """Marks the tokens that begin a new pre-token when they come after a letter, [V]; takes seconds for 100,000 tokens.
 

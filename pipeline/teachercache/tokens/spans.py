@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from teachercache.tokens.panics import panics_refused
 from teachercache.tokens.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class SpanFinder:
                 return spans
         return None
 
+    @panics_refused()
     def _encode_again(self, text: str, ids_S: NDArray[Any]) -> NDArray[Any] | None:
         """Character offsets of the tokens; None if the tokenizer now gives others, special ones before or after aside."""
         encoded = self.tokenizer(

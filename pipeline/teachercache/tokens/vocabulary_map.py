@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from teachercache.bounded.strangers_json import parse_json
 from teachercache.errors import CacheDamaged
+from teachercache.tokens.panics import panics_refused
 from teachercache.tokens.token_bytes import CHARACTER_OF, TokenBytes
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class _Known:
         return self.specials.get(content, self.plain.get(content, -1))
 
 
+@panics_refused()
 def _encoded(
     keys: Sequence[bytes], target: TokenBytes, tokenizer: PreTrainedTokenizerBase, known: _Known
 ) -> list[list[int]]:

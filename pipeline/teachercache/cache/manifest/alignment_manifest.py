@@ -209,9 +209,10 @@ def parse_alignment(
         if claims.pop("format") != FORMAT:
             raise ValueError("it describes no alignment of teachercache")
         version, digest = claims["format_version"], claims.pop("digest")
-        if version not in (manifest_v1.FORMAT_VERSION, FORMAT_VERSION):
+        if type(version) is not int or version not in (manifest_v1.FORMAT_VERSION, FORMAT_VERSION):
             raise CacheError(
-                f"{name} has format version {version}, this version of teachercache reads up to {FORMAT_VERSION}; {UPGRADE}"
+                f"{name} has format version {repr(version)[:80]}, this version of teachercache reads up to {FORMAT_VERSION}; "
+                f"{UPGRADE}"
             )
         if digest != fingerprint_of(claims):
             raise ValueError("its digest does not match: it was edited or damaged")

@@ -38,7 +38,7 @@ from teachercache.cache.manifest.model import (
     is_indexed,
 )
 from teachercache.cache.stores.store import Store, place
-from teachercache.errors import CacheDamaged, CacheError
+from teachercache.errors import CacheDamaged, CacheError, one_line
 from teachercache.targets.stored import why_unknown
 from teachercache.tasks.known import TASKS
 from teachercache.version import __version__
@@ -110,9 +110,10 @@ def parse_manifest(
         if data.pop("format") != "teachercache":
             raise ValueError("it is not a teachercache manifest")
         version, digest = data["format_version"], data.pop("digest")
-        if version not in (manifest_v1.FORMAT_VERSION, FORMAT_VERSION):
+        if type(version) is not int or version not in (manifest_v1.FORMAT_VERSION, FORMAT_VERSION):
             raise CacheError(
-                f"{name} has format version {version}, this version of teachercache reads up to {FORMAT_VERSION}; {UPGRADE}"
+                f"{name} has format version {repr(version)[:80]}, this version of teachercache reads up to {FORMAT_VERSION}; "
+                f"{UPGRADE}"
             )
         if digest != fingerprint_of(data):
             raise ValueError("its digest does not match: it was edited or damaged")
@@ -131,10 +132,13 @@ UPGRADE = f"install a newer version than {__version__}: pip install --upgrade te
 
 def check_requires(data: Mapping[str, Any], *, name: str, knows: frozenset[str] = FEATURES) -> None:
     """Raise `CacheError` where a manifest requires something of its reader that this version does not know."""
-    missing = sorted({str(feature) for feature in data.get("requires", [])} - knows)
+    asked = data.get("requires", [])
+    if not (isinstance(asked, list) and all(isinstance(feature, str) for feature in asked)):
+        raise ValueError("its requires is no list of names")
+    missing = sorted(set(asked) - knows)
     if missing:
         raise CacheError(
-            f"{name} requires {', '.join(missing)[:200]}, which this version of teachercache lacks; {UPGRADE}"
+            f"{name} requires {one_line(', '.join(missing))[:200]}, which this version of teachercache lacks; {UPGRADE}"
         )
 
 
@@ -162,7 +166,10 @@ def _fields_of(data: dict[str, Any], read_file: Callable[[str, int], bytes]) -> 
 
 
 def _built(fields: dict[str, Any]) -> Manifest:
-    fields["audit"] = Audit(**{key: fields["audit"][key] for key in Audit.__dataclass_fields__})
+    try:
+        fields["audit"] = Audit(**{key: fields["audit"][key] for key in Audit.__dataclass_fields__})
+    except CacheDamaged as error:
+        raise ValueError(str(error)) from None  # who calls names the file
     manifest = Manifest(described_teacher=fields.pop("teacher"), **fields)
     check_manifest(manifest, row_columns=ROW_COLUMNS)
     _check_digests(manifest)

@@ -43,6 +43,9 @@ class Audit:
     windows_quarantined: int  # windows of stored documents that have no usable targets: not stored
 
     def __post_init__(self) -> None:
+        for name, count in vars(self).items():
+            if type(count) is not int:
+                raise CacheDamaged(f"the audit's {name} is no count")
         if self.rows_in != self.stored + self.quarantined + self.deduplicated:
             raise CacheDamaged(f"the audit does not add up: {self}")
 

@@ -22,6 +22,7 @@ from teachercache.cache import StoredRow
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.precompute.align.reading import NO_CONTENTS, NO_TEXT, Read, Reader
 from teachercache.tokens.alignment import LARGEST_COUNT, Alignment, Region, align
+from teachercache.tokens.panics import panics_refused
 from teachercache.tokens.prefix import begins_with, row_prefix
 from teachercache.tokens.rows import Segment, TokenRow
 from teachercache.tokens.spans import SpanFinder, TokenSpans
@@ -92,6 +93,7 @@ class Aligner:
         reads = iter(read)
         return [self._row(stored.row, [(next(reads), next(encoded)) for _ in stored.row.segments]) for stored in rows]
 
+    @panics_refused()
     def _encoded(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
         batch = self.student(
             list(texts),

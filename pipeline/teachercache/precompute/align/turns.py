@@ -14,6 +14,7 @@ import numpy as np
 from teachercache.bounded import Unrenderable
 from teachercache.corpus.chat import ChatRenderer
 from teachercache.corpus.contents import contents_of
+from teachercache.tokens.panics import panics_refused
 from teachercache.tokens.vocabulary_map import VocabularyMap
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def with_turn_ends(mapped: VocabularyMap, teacher: Any, student: Any) -> Vocabul
     return replace(mapped, first_Vt=first_Vt, exact_Vt=exact_Vt, emitted_Vs=emitted_Vs)
 
 
+@panics_refused()
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that follows what an assistant said; None where none does."""
     renderer = ChatRenderer(tokenizer)

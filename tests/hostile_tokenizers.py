@@ -133,5 +133,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "a vocabulary of its own": {"vocab_file": "/etc/passwd"},
     "another end": {"eos_token": "the"},
     "a token that is one already": {"additional_special_tokens": ["the"]},
+    "many special tokens": {"additional_special_tokens": [f"t{n}" for n in range(50_000)]},
+    "many further tokens": {"extra_special_tokens": {f"t{n}": f"<t{n}>" for n in range(50_000)}},
+    "many tokens with names": {f"t{n}_token": f"<t{n}>" for n in range(50_000)},
     "an added token": {"additional_special_tokens": ["<evil>"]},
 }

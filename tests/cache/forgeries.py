@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from cache.forged_batches import many_rows, one_batch_often
 from cache.forgery import INDEX, Data, manifest_of, payload, rewrite, sign, write_signed
 from teachercache.cache.files.digests import fingerprint_of, hash_file
 from teachercache.cache.manifest.manifest import MANIFEST
@@ -63,6 +64,61 @@ def manifests() -> Iterator[tuple[str, Forge]]:
             f"settings: {section}.{key} is {str(value)[:20]!r}",
             lambda folder, s=section, k=key, v=value: sign(folder, lambda data: data["settings"][s].update({k: v})),
         )
+
+
+LINES = "\nok: all files are whole" * 10**5
+
+
+def lines() -> Iterator[tuple[str, Forge]]:
+    """Texts of megabytes with lines that look like those of `verify`, wherever a message may quote them."""
+    for key, value in {"format_version": f"9{LINES}", "requires": [f"x{LINES}"], "groups": {LINES: [LINES]}}.items():
+        yield f"lines for {key}", lambda folder, key=key, value=value: _head(folder, {key: value})
+    yield (
+        "lines for the size of an index",
+        lambda folder: _head(folder, {"index": [{**_entry(folder), "bytes": LINES}]}),
+    )
+    yield "lines for the name of an index", lambda folder: _head(folder, {"index": [{**_entry(folder), "file": LINES}]})
+    for name, edit in {
+        "a column's name": lambda data: data["column_bytes"].update({LINES: -1}),
+        "a count of the audit": lambda data: data["audit"].update(stored=LINES),
+        "the texts of the audit": lambda data: data["audit"].update(
+            rows_in="", stored=LINES, quarantined="", deduplicated=""
+        ),
+        "a kind": lambda data: data["targets"]["logits"].update(kind=LINES),
+        "a prefix": lambda data: data["settings"]["sequence"].update(prefix=LINES),
+    }.items():
+        yield f"lines for {name}", lambda folder, edit=edit: sign(folder, edit)
+    yield (
+        "lines for a reason in an alignment",
+        lambda folder: _alignment(folder, lambda data: data["unaligned"].update({LINES: -1})),
+    )
+    yield (
+        "lines for the version of an alignment",
+        lambda folder: _alignment(folder, lambda data: data.update(format_version=LINES)),
+    )
+
+
+def loose() -> Iterator[tuple[str, Forge]]:
+    """What Python's reader takes for JSON, and others do not."""
+    twice = '{"requires": ["a later feature"], "fingerprint": "0", '
+    yield "keys of the manifest twice", lambda folder: _text(folder / MANIFEST, twice)
+    yield (
+        "keys of an alignment twice",
+        lambda folder: _text(_alignment_file(folder), '{"requires": ["a later feature"], '),
+    )
+    yield "NaN under a key that nobody knows", lambda folder: sign(folder, lambda data: data.update(zzz=float("nan")))
+    for value in (2.0, True, None, [2]):
+        yield f"format_version is {value}", lambda folder, value=value: _head(folder, {"format_version": value})
+    yield "requires is a text", lambda folder: _head(folder, {"requires": ""})
+
+
+def _text(path: Path, begins: str) -> None:
+    path.write_text(path.read_text().replace("{", begins, 1))
+
+
+def _entry(folder: Path) -> Data:
+    [entry] = json.loads((folder / MANIFEST).read_text())["index"]
+    return dict(entry)
 
 
 def _head(folder: Path, change: Data) -> None:
@@ -169,6 +225,8 @@ def _first(name: str, value: Any) -> Forge:
 
 def contents() -> Iterator[tuple[str, Forge]]:
     """Values of rows and of what they are read by."""
+    yield "batches of millions of rows", many_rows
+    yield "a batch of millions of rows, four hundred times", one_batch_often
     yield "a token beyond the vocabulary", _first("input_ids", [10**6] * 8)
     yield "no token", _first("input_ids", [])
     yield "a million tokens", _first("input_ids", [1] * 10**6)
@@ -216,8 +274,19 @@ def tokenizers() -> Iterator[tuple[str, Forge]]:
     """Claims that tests/tokens tries, in a cache and in an alignment."""
     for name, edit in DESCRIPTIONS.items():
         yield f"tokenizer: {name}", lambda folder, edit=edit: _tokenizer(folder, edit)
-    for name in ("a file of its own", "a vocabulary of its own", "an added id of 2^31"):
+    for name in (
+        "a file of its own", "a vocabulary of its own", "an added id of 2^31", "code of its own", "many special tokens",
+        "many further tokens", "many tokens with names",
+    ):  # fmt: skip
         yield f"tokenizer_config: {name}", lambda folder, name=name: _configuration(folder, CONFIGS[name])
+    yield "special_tokens_map: many tokens", _special_tokens
+
+
+def _special_tokens(folder: Path) -> None:
+    """A list of special tokens in the file that is for it alone."""
+    name = "teacher/special_tokens_map.json"
+    (folder / name).write_text(json.dumps({"additional_special_tokens": [f"t{n}" for n in range(200_000)]}))
+    sign(folder, lambda data: data["files"].append({"file": name, "bytes": 0, "sha256": ""}))
 
 
 def _tokenizer(folder: Path, edit: Any) -> None:
@@ -248,6 +317,8 @@ def templates() -> Iterator[tuple[str, Forge]]:
     """Chat templates of a cache's tokenizer."""
     for name, text in TEMPLATES.items():
         yield f"a template of {name}", lambda folder, text=text: _template(folder, text)
+    no_text = [{"name": "default", "template": 7}]
+    yield "a number for a template", lambda folder: _configuration(folder, {"chat_template": no_text})
 
 
 def _template(folder: Path, text: str) -> None:
@@ -381,6 +452,6 @@ def _device(folder: Path, place: str) -> None:
 UNREAD = {f"files: one more is {name!r}" for name in ("shards", MANIFEST)}
 FORGERIES: dict[str, Forge] = {
     name: forge
-    for family in (manifests, bombs, indexes, contents, tokenizers, templates, alignments, in_place)
+    for family in (manifests, lines, loose, bombs, indexes, contents, tokenizers, templates, alignments, in_place)
     for name, forge in family()
 }

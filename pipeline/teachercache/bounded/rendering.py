@@ -46,6 +46,8 @@ class ChatTemplate:
             raise ModelError(
                 "the tokenizer has no chat template; take a chat model's tokenizer, or text rows (corpus.text_field)"
             ) from None
+        if not isinstance(self.template, str):
+            raise ModelError("the tokenizer's chat template is no text; take the tokenizer from who made the model")
         self._variables = dict(tokenizer.special_tokens_map)
 
     def rendered(self, messages: Messages, *, prompt: bool = False) -> Text:

@@ -88,10 +88,9 @@ def _compiled(template: str) -> Any:
     environment.globals["raise_exception"] = _refuse
     try:
         return environment.from_string(template)
-    except (
-        SyntaxError,
-        ValueError,
-    ) as error:  # of Python, in which jinja writes it: blocks in each other, huge numbers
+    except (MemoryError, RecursionError, TemplateSyntaxError):
+        raise
+    except Exception as error:  # of Python, in which jinja writes it, and of jinja: blocks in each other, huge numbers
         raise TemplateSyntaxError(str(error), 0) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from teachercache.config import StudentConfig
 from teachercache.errors import JobFailed
+from teachercache.training.checkpoints import universal
 from teachercache.training.checkpoints.completion import (
     checkpoint_folder,
     complete_checkpoints,
@@ -107,3 +109,30 @@ def test_the_export_takes_weights_from_one_and_the_tokenizer_from_the_other(tmp_
         **dict.fromkeys(files[tokenizer][1:], "teacher"),
     }
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_export_takes_no_code_of_a_tokenizer(tmp_path: Path) -> None:
+    checkpoint, tokenizer, student = tmp_path / "checkpoint-1", tmp_path / "teacher", tmp_path / "student"
+    for folder in (checkpoint, tokenizer):
+        folder.mkdir()
+    save_file({"weight": torch.arange(3.0)}, checkpoint / "model.safetensors")
+    for name in ("config.json", "generation_config.json"):
+        (checkpoint / name).write_text("{}")
+    config = {"eos_token": "</s>", "auto_map": {"AutoTokenizer": ["tokenizer_evil.Evil", None]}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_evil.py", "vocab.py"):
+        (tokenizer / name).write_text("{}")
+    ends = Ends(rows=(7,), special=frozenset({3}), tokens=9, begin=None, padding=None)
+    export_student(checkpoint, config=StudentConfig(model="any"), tokenizer=tokenizer, ends=ends, student=student)
+    exported = {path.name for path in student.iterdir()}
+    assert exported == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    assert json.loads((student / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
+
+
+def test_a_pipe_is_no_conversion(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / universal.MARKER)
+    assert universal.damage_of(tmp_path) is not None
+    universal.discard(tmp_path)
+    assert not list(tmp_path.iterdir())

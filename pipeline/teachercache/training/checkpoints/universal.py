@@ -26,6 +26,7 @@ import sys
 import threading
 from pathlib import Path
 
+from teachercache.cache.files.regular_files import read_regular
 from teachercache.errors import JobFailed
 from teachercache.files import same_imports, sync_files, write_whole
 from teachercache.training.checkpoints.digests import first_damage, read_digests, stored_files, write_digests
@@ -75,7 +76,7 @@ def discard(checkpoint: Path) -> None:
 def damage_of(checkpoint: Path) -> str | None:
     """Describes the damage to the bytes of a whole conversion; None where there is none."""
     try:
-        if (checkpoint / MARKER).read_bytes() != UNIVERSAL.encode():
+        if read_regular(checkpoint, MARKER, most=64) != UNIVERSAL.encode():
             return f"{MARKER} is not what was written"
         _, files = read_digests(checkpoint / DIGESTS)
         return first_damage(checkpoint, files)

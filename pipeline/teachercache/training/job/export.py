@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from teachercache.config import StudentConfig
+from teachercache.models.loading import without_paths
 from teachercache.training.initialise.lora import copy_adapters, write_merged
 from teachercache.training.job.stopping import Ends
 from teachercache.training.trainer.layers import without_adapters
@@ -22,6 +24,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
 )
+CODE = (".py", ".pyc", ".so")  # a student runs without code of its own, whoever made the tokenizer's files
 
 
 def export_student(checkpoint: Path, *, config: StudentConfig, tokenizer: Path, ends: Ends, student: Path) -> None:
@@ -39,10 +42,17 @@ def export_student(checkpoint: Path, *, config: StudentConfig, tokenizer: Path, 
     else:
         write_merged(checkpoint, config, temporary)
         copy_adapters(checkpoint, student.with_name("adapters"))
-    _copy(_matching(tokenizer, TOKENIZER_FILES), temporary)
+    _copy({path for path in _matching(tokenizer, TOKENIZER_FILES) if path.suffix not in CODE}, temporary)
+    _without_code(temporary / "tokenizer_config.json")
     ends.write(temporary)
     shutil.rmtree(student, ignore_errors=True)
     temporary.replace(student)
+
+
+def _without_code(file: Path) -> None:
+    """Leave out of a tokenizer's configuration what names code; a file that names none stays as it is, byte for byte."""
+    if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
+        without_paths(file)
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> set[Path]:

@@ -99,7 +99,7 @@ def lines() -> Iterator[tuple[str, Forge]]:
 
 
 def loose() -> Iterator[tuple[str, Forge]]:
-    """What Python's reader takes for JSON, and others do not."""
+    """Texts that Python's reader takes for JSON, and others do not."""
     twice = '{"requires": ["a later feature"], "fingerprint": "0", '
     yield "keys of the manifest twice", lambda folder: _text(folder / MANIFEST, twice)
     yield (

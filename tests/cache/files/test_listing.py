@@ -1,4 +1,4 @@
-"""What lies in a cache's folder is listed, however deep it is, and what cannot be listed is named."""
+"""Lists of a cache's folder hold all that lies in it, however deep, and name what cannot be listed."""
 
 from __future__ import annotations
 

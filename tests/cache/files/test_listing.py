@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cache.deep_folders import nest, remove
 from cache.golden_caches import ALIGNED, GOLDEN
 from teachercache.cache import Cache, verify
 from teachercache.cache.alignment import CacheAlignment
 from teachercache.cache.files.listing import files_below
-
-DEPTH = 1500
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Iterator[Path]:
     folder = Path(shutil.copytree(GOLDEN / "v2" / ALIGNED, tmp_path / "cache"))
     yield folder
-    subprocess.run(["rm", "-rf", str(folder)], check=True)  # Python's own would go as deep as the folders
-
-
-def nest(folder: Path) -> None:
-    """Folders in each other, with a file at the end; the whole path is too long for the kernel."""
-    folder.mkdir(parents=True)
-    at = os.open(folder, os.O_RDONLY)
-    for _ in range(DEPTH):
-        os.mkdir("a", dir_fd=at)
-        inner = os.open("a", os.O_RDONLY, dir_fd=at)
-        os.close(at)
-        at = inner
-    os.close(os.open("x", os.O_WRONLY | os.O_CREAT, dir_fd=at))
-    os.close(at)
+    remove(folder)
 
 
 @pytest.mark.parametrize("place", ["signatures", "alignments/zz", "teacher/deep", ".work"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.deep_folders import nest, remove
 from teachercache.cache.files.regular_files import NoRegularFile
 from teachercache.cache.stores.local import LocalStore
 from teachercache.cache.stores.store import Store
@@ -98,6 +99,18 @@ def test_folders_that_hold_nothing_go(store: LocalStore) -> None:
     assert [path.name for path in (store.folder / "a").iterdir()] == ["d.json"]
     store.delete("a/d.json")
     assert store.folder.is_dir() and not list(store.folder.iterdir())
+
+
+def test_folders_without_end_hold_nobody_up(store: LocalStore) -> None:
+    store.put("index/a.json", b"a")
+    nest(store.folder / "index" / "deep")
+    try:
+        assert store.list() == store.list("index/") == {"index/a.json": 1}
+        store.sweep("index/")
+        store.delete("index/a.json")
+        assert store.list() == {}
+    finally:
+        remove(store.folder)
 
 
 def test_another_process_finds_it_wherever_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,18 @@ def files_below(folder: Path, within: str = "") -> dict[str, int]:
         if len(sizes) > MOST_FILES:
             raise ValueError(f"it holds more than {MOST_FILES} files")
     return {name: sizes[name] for name in sorted(sizes, key=lambda name: name.split("/"))}
+
+
+def walked(top: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields as `os.walk` does, which goes into itself for each folder: each folder with the names of its folders, of
+    which the caller may take some out, and of its files. No link is followed; too long names are left out as above."""
+    waiting = [top]
+    while waiting:
+        parent = waiting.pop()
+        for _, folders, files in itertools.islice(os.walk(parent), 1):
+            yield parent, folders, files
+            inner = (parent / name for name in folders)
+            waiting += [path for path in inner if len(str(path)) - len(str(top)) <= MOST_NAME and not path.is_symlink()]
 
 
 def _entries(folder: Path, within: str) -> Iterator[tuple[os.DirEntry[str], str]]:

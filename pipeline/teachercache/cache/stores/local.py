@@ -19,6 +19,7 @@ from typing import BinaryIO
 from typing_extensions import Buffer
 
 from teachercache.cache.files.entries import check_inside
+from teachercache.cache.files.listing import walked
 from teachercache.cache.files.regular_files import open_regular
 from teachercache.errors import CacheError
 from teachercache.files import sync_folder
@@ -101,8 +102,8 @@ class LocalStore:
         for _, path in self._found(prefix):
             if _TEMPORARY.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-        for parent, _, _ in os.walk(self._top(prefix), topdown=False):
-            self._prune(Path(parent))
+        for parent in reversed([parent for parent, _, _ in walked(self._top(prefix))]):  # inner ones first
+            self._prune(parent)
 
     def _top(self, prefix: str) -> Path:
         """The folder that holds what begins with a prefix."""
@@ -110,11 +111,11 @@ class LocalStore:
 
     def _found(self, prefix: str) -> Iterator[tuple[str, Path]]:
         top, begins = self._top(prefix), prefix.rpartition("/")[2]
-        for parent, folders, files in os.walk(top):
-            if Path(parent) == top:
+        for parent, folders, files in walked(top):
+            if parent == top:
                 folders[:] = [name for name in folders if name.startswith(begins)]
-            for each in [*files, *(name for name in folders if (Path(parent) / name).is_symlink())]:
-                path = Path(parent) / each
+            for each in [*files, *(name for name in folders if (parent / name).is_symlink())]:
+                path = parent / each
                 name = path.relative_to(self.folder).as_posix()
                 if name.startswith(prefix):
                     yield name, path

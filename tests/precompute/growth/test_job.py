@@ -1,4 +1,4 @@
-"""Finished caches that grow: new rows of their corpus, and layers of rows that are there, on a real cluster."""
+"""Finished caches that grow: new rows of their corpus, and layers of rows that are there."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from teachercache.cache.inspection import describe
 from teachercache.config import PrecomputeConfig, Recipe
 from teachercache.errors import CacheError, RecipeError
 from teachercache.evaluation.fidelity import run_fidelity
+from teachercache.precompute.capture.plan import make_plan
 from teachercache.precompute.engine.cluster import connected
+from teachercache.precompute.growth.job import check_unchanged, grow
 from teachercache.precompute.job import run_precompute
 
-from builders import sentences, tiny_recipe, tiny_teacher, write_corpus
+from builders import build_cache, sentences, tiny_recipe, tiny_teacher, write_corpus
 from pages import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:`ray_remote_args` is deprecated")  # there is no other way yet
@@ -53,31 +55,35 @@ def growing(recipe: Recipe, **changed: Any) -> Recipe:
     return recipe.model_copy(update={"precompute": precompute, **changed})
 
 
-def test_new_rows_of_a_corpus_are_added_and_no_other_is_computed(cluster: None, teacher: Path, tmp_path: Path) -> None:
+def grown(recipe: Recipe, **changed: Any) -> dict[str, Any]:
+    """Grow a cache, whose new rows are computed in this process."""
+    return grow(growing(recipe, **changed), console=QUIET, run=build_cache)
+
+
+def test_new_rows_of_a_corpus_are_added_and_no_other_is_computed(teacher: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, teacher=teacher, texts=["", *TEXTS[:28]], targets=SKETCH)
-    before = run_precompute(recipe, console=QUIET)
-    old, seen = rows_of(recipe.cache), reading(Cache.open(recipe.cache))
+    cache = build_cache(recipe)
+    before, old, seen = Cache.open(cache).manifest, rows_of(cache), reading(Cache.open(cache))
     write_corpus(tmp_path / "corpus.jsonl", [*reversed(TEXTS), TEXTS[30], "", TEXTS[2], "  "])
     with pytest.raises(CacheError, match=r"other rows.* precompute.grow=true adds rows that are new"):
-        run_precompute(recipe, console=QUIET)
-    result = run_precompute(growing(recipe), console=QUIET)
-    rows = rows_of(recipe.cache)
+        make_plan(recipe)
+    result, rows = grown(recipe), rows_of(cache)
     sources = [{stored.row.segments[0].source_id for stored in each.values()} for each in (old, rows)]
     assert sources[0] < sources[1] and len(sources[1]) == len(TEXTS)
-    assert result["rows"] == len(rows) == before["rows"] + result["added"]["rows"] > before["rows"]
-    assert result["snapshot"] == before["fingerprint"] != result["fingerprint"]
-    audit = Cache.open(recipe.cache).manifest.audit
+    assert result["rows"] == len(rows) == before.rows + result["added"]["rows"] > before.rows
+    assert result["snapshot"] == before.fingerprint != result["fingerprint"]
+    audit = Cache.open(cache).manifest.audit
     assert (audit.stored, audit.quarantined, audit.deduplicated) == (44, 2, 1)
-    assert verify(recipe.cache, deep=True) == [] and not (Path(recipe.cache) / ".work").exists()
-    assert reading(Cache.open(f"{recipe.cache}@{before['fingerprint']}")) == seen
-    assert run_precompute(growing(recipe), console=QUIET)["added"] == {"rows": 0, "positions": 0, "targets": []}
-    again = run_precompute(recipe, console=QUIET)
-    assert again["fingerprint"] == result["fingerprint"]
+    assert verify(cache, deep=True) == [] and not (cache / ".work").exists()
+    assert reading(Cache.open(f"{cache}@{before.fingerprint}")) == seen
+    assert grown(recipe)["added"] == {"rows": 0, "positions": 0, "targets": []}
+    assert check_unchanged(recipe, console=QUIET)["fingerprint"] == result["fingerprint"]
     write_corpus(tmp_path / "corpus.jsonl", [*TEXTS, "one more text, at last, for the second time that it grows"])
-    assert run_precompute(growing(recipe), console=QUIET)["added"]["rows"] == 1
-    assert len(list((Path(recipe.cache) / "snapshots").iterdir())) == 2 and verify(recipe.cache) == []
+    assert grown(recipe)["added"]["rows"] == 1
+    assert len(list((cache / "snapshots").iterdir())) == 2 and verify(cache) == []
 
 
+@pytest.mark.slow
 def test_layers_of_rows_that_are_there_are_what_they_would_have_been(
     cluster: None, teacher: Path, tmp_path: Path
 ) -> None:
@@ -113,11 +119,11 @@ def test_layers_of_rows_that_are_there_are_what_they_would_have_been(
     assert verify(recipe.cache, deep=True) == [] and set(Cache.open(recipe.cache).manifest.targets) >= set(more)
 
 
-def test_another_setting_never_mixes_into_a_cache(cluster: None, teacher: Path, tmp_path: Path) -> None:
+def test_another_setting_never_mixes_into_a_cache(teacher: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, teacher=teacher, texts=TEXTS[:20], targets=SKETCH)
-    run_precompute(recipe, console=QUIET)
+    cache = build_cache(recipe)
     write_corpus(tmp_path / "corpus.jsonl", TEXTS)
-    before = {path: path.stat().st_mtime_ns for path in Path(recipe.cache).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     assert recipe.corpus is not None
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("settings.sequence.length is 40, not 48", {"sequence": recipe.sequence.model_copy(update={"length": 40})}),
@@ -127,13 +133,13 @@ def test_another_setting_never_mixes_into_a_cache(cluster: None, teacher: Path, 
     ]
     for message, changed in wrong:
         with pytest.raises(CacheError, match=message) as refused:
-            run_precompute(growing(recipe, **changed), console=QUIET)
+            grown(recipe, **changed)
         assert "nothing is added to it" in str(refused.value) and "\n" not in str(refused.value)
+    assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    plain = tiny_recipe(tmp_path / "twice", teacher=teacher, texts=TEXTS[:9], corpus={"deduplicate": False})
+    build_cache(plain)
     with pytest.raises(RecipeError, match="for which corpus.deduplicate must be true"):
-        plain = tiny_recipe(tmp_path / "twice", teacher=teacher, texts=TEXTS[:9], corpus={"deduplicate": False})
-        run_precompute(plain, console=QUIET)
-        run_precompute(growing(plain), console=QUIET)
-    assert before == {path: path.stat().st_mtime_ns for path in Path(recipe.cache).rglob("*")}
+        grown(plain)
 
 
 def of(targets: dict[str, Any], folder: Path) -> Any:
@@ -141,6 +147,7 @@ def of(targets: dict[str, Any], folder: Path) -> Any:
     return tiny_recipe(folder / "unused", targets=targets).targets
 
 
+@pytest.mark.slow
 def test_a_killed_growth_leaves_the_cache_as_it_was_and_goes_on(teacher: Path, tmp_path: Path) -> None:
     """Killed when a first unit of new rows is done; before and after it is a cache."""
     settings = {"teacher": teacher, "targets": {**SKETCH, "hidden": {"layers": [1]}}, "precompute": {"unit_rows": 20}}

@@ -63,9 +63,10 @@ class Blocks:
         small for them. Nothing is decompressed."""
         held = 0
         for number in range(len(self)):
-            own = self._described(number).rows
-            held += own
-            if own < 1 or held > rows:
+            described = self._described(number)
+            held += described.rows
+            self._claimed[number] = _claimed(described)  # which is asked for next: what describes a batch is read once
+            if described.rows < 1 or held > rows:
                 break
         if held != rows or (rows and len(self) > rows):
             raise ValueError(f"it holds {'more' if held > rows else held} rows, the manifest says {rows}")
@@ -75,17 +76,13 @@ class Blocks:
     def decompressed_bytes(self, number: int) -> int:
         """Returns the bytes that the buffers of a batch claim to take in memory."""
         if number not in self._claimed:
-            self._claimed[number] = self._claim_of(number)
+            self._claimed[number] = _claimed(self._described(number))
         return self._claimed[number]
 
     def buffer_bytes(self, number: int) -> NDArray[np.int64]:
         """Bytes of each buffer of a batch as it lies in the file, in the order of columns."""
         sizes: NDArray[np.int64] = self._described(number).buffers["bytes"].astype(np.int64)
         return sizes
-
-    def _claim_of(self, number: int) -> int:
-        described = self._described(number)
-        return _claimed(described.body, described.buffers, compressed=described.compressed)
 
     def _described(self, number: int) -> _Described:
         block = self._blocks[number]
@@ -114,11 +111,12 @@ class _Described(NamedTuple):
     compressed: bool
 
 
-def _claimed(body: memoryview, buffers: NDArray[Any], *, compressed: bool) -> int:
+def _claimed(described: _Described) -> int:
+    body, buffers = described.body, described.buffers
     starts, sizes = buffers["offset"], buffers["bytes"]
     if len(buffers) and (buffers.view("<i8").min() < 0 or (starts > len(body) - sizes).any()):
         raise ValueError("a buffer lies outside its record batch")
-    if not compressed:
+    if not described.compressed:
         return int(sizes.sum())
     held = sizes > 0
     starts, sizes = starts[held], sizes[held]

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from teachercache.config import CorpusConfig, SequenceConfig
 from teachercache.corpus.documents import documents
 from teachercache.corpus.sequences import Tokenised, tokenise
-from teachercache.errors import RecipeError
+from teachercache.errors import ModelError, RecipeError
 from teachercache.tokens.prefix import own_prefix, row_prefix, template_prefix
 from teachercache.tokens.rows import TokenRow
 
@@ -261,3 +261,28 @@ def test_a_beginning_that_the_template_does_not_write_is_put_before_every_window
 @pytest.mark.parametrize(("name", "expected"), [("smollm2", ()), ("minilm", (101,)), ("qwen", ()), ("deepseek", ())])
 def test_what_real_tokenizers_put_before_a_text(name, expected):
     assert own_prefix(REAL[name]()) == expected
+
+
+def of_genes(*, single: str, letters: str = "GCT") -> Any:
+    """A vocabulary without the letter `a`, nor a token for what it does not know."""
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(("single", "prefix"), [("<s> $A", (0,)), ("$A </s>", ()), ("</s> <s> $A </s>", (1, 0))])
+def test_a_prefix_is_found_where_usual_letters_have_no_token(single: str, prefix: tuple[int, ...]) -> None:
+    tokenizer = of_genes(single=single)
+    assert own_prefix(tokenizer) == prefix
+    result = rows_of(["GCT" * 20], tokenizer, length=8)
+    assert len(result.rows) > 5
+    assert all(tuple(row.input_ids_S[: len(prefix)].tolist()) == prefix for row in result.rows)
+
+
+def test_a_tokenizer_that_has_no_token_for_any_text_is_refused() -> None:
+    with pytest.raises(ModelError, match="no token for any text"):
+        own_prefix(of_genes(single="<s> $A", letters=""))

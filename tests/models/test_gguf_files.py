@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from teachercache.errors import ModelError
 from teachercache.models.gguf_files import CONVERSION, Surroundings, surroundings, with_space_prefix
 from teachercache.models.loading import load_causal_lm, load_tokenizer
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
@@ -23,8 +24,11 @@ CONTROL, BYTE, UNKNOWN, NORMAL = 3, 6, 2, 1
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
 
 
-def write_gguf(path: Path, *, model: str, pre: str = "default", template: str | None = None, **said: bool) -> Path:
-    """A tiny Llama with a SentencePiece (`llama`) or byte-level (`gpt2`) vocabulary; `said` are its `tokenizer.ggml.` keys."""
+def write_gguf(
+    path: Path, *, model: str, pre: str = "default", template: str | None = None, without: str = "", **said: bool
+) -> Path:
+    """A tiny Llama with a SentencePiece (`llama`) or byte-level (`gpt2`) vocabulary; `said` are its `tokenizer.ggml.` keys,
+    and `without` is the name of a weight that is left out."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -49,7 +53,7 @@ def write_gguf(path: Path, *, model: str, pre: str = "default", template: str | 
         writer.add_bool(f"tokenizer.ggml.{name}", value)
     if template is not None:
         writer.add_chat_template(template)
-    _add_weights(writer, len(tokens))
+    _add_weights(writer, len(tokens), without=without)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -57,7 +61,7 @@ def write_gguf(path: Path, *, model: str, pre: str = "default", template: str | 
     return path
 
 
-def _add_weights(writer: Any, vocabulary: int) -> None:
+def _add_weights(writer: Any, vocabulary: int, *, without: str) -> None:
     import gguf
 
     made = tiny_model(vocabulary=vocabulary, layers=1)
@@ -73,7 +77,7 @@ def _add_weights(writer: Any, vocabulary: int) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
     for name, weights in made.state_dict().items():
         key = names.get_name(name, try_suffixes=(".weight",))
-        if key is not None and name != "lm_head.weight":
+        if key is not None and name != "lm_head.weight" and key != f"{without}.weight":
             writer.add_tensor(key, weights.numpy().astype(np.float32))
 
 
@@ -137,3 +141,9 @@ def test_a_space_before_a_text_is_put_and_taken(make):
         backend = Tokenizer.from_str(json.dumps(changed))
         first = backend.encode("cat sat", add_special_tokens=False).tokens[0]
         assert first.startswith(("▁", "Ġ")) == wanted
+
+
+def test_a_file_without_a_weight_is_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", model="gpt2", without="output_norm")
+    with pytest.raises(ModelError, match=r"model.gguf lacks model.norm.weight of LlamaForCausalLM"):
+        load_causal_lm(str(file))

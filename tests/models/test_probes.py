@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import transformers
 from teachercache.cache import Cache
 from teachercache.errors import ModelError
 from teachercache.evaluation.quality import held_out_rows, quality
-from teachercache.models.probes import check_causal, isolates_packed_segments, sees_later_tokens
+from teachercache.models.probes import (
+    check_causal,
+    check_length,
+    isolates_packed_segments,
+    most_tokens,
+    sees_later_tokens,
+)
 from teachercache.targets import StoredTargets, TopK
 from teachercache.teacher import Teacher
 from teachercache.training.initialise.init_student import init_student
@@ -58,6 +65,28 @@ def test_a_causal_model_passes(config: str, dtype: torch.dtype) -> None:
     experts = {"num_local_experts": 4, "num_key_value_heads": 2} if config == "MixtralConfig" else {}
     model = made(config, **decoder, **experts).to(dtype)
     assert not sees_later_tokens(model, vocabulary_size=VOCABULARY)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("block", range(2, 17))
+def test_a_model_that_sees_to_the_end_of_a_block_is_found_out(
+    block: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As models of block diffusion do; the first block may be a short one."""
+    model = model_of("llama")
+
+    def seen(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.div(k - first, block, rounding_mode="floor") <= torch.div(q - first, block, rounding_mode="floor")
+
+    inner, places = model.model, torch.arange(64)
+    mask = torch.where(seen(places[:, None], places[None]), 0.0, float("-inf"))
+
+    def blockwise(**given: Any) -> Any:
+        size = given["inputs_embeds"].shape[1]
+        return mask[None, None, :size, :size]
+
+    monkeypatch.setattr(sys.modules[type(inner).__module__], "create_causal_mask", blockwise)
+    assert sees_later_tokens(model, vocabulary_size=300)
 
 
 class RoundedByLoad(torch.nn.Module):
@@ -108,6 +137,19 @@ def test_a_teacher_with_fewer_positions_than_rows_have_tokens_is_refused(said: i
     with pytest.raises(ModelError, match=rf"GPT2LMHeadModel\)? {told} 2100.*; lower sequence.length") as refusal:
         Teacher.of(model, targets=targets, layout="documents", pad_id=0, longest=2100)
     assert "\n" not in str(refusal.value)
+
+
+def test_positions_that_begin_behind_padding_are_fewer_than_the_config_says() -> None:
+    model = made("RobertaConfig", is_decoder=True, max_position_embeddings=40, pad_token_id=1)
+    most = most_tokens(model)
+    assert most == 38
+    with torch.no_grad():
+        assert model(torch.full((1, most), 7)).logits.shape[1] == most
+        with pytest.raises((RuntimeError, IndexError)):
+            model(torch.full((1, most + 1), 7))
+    check_length(model, name="the teacher", longest=most)
+    with pytest.raises(ModelError, match="takes at most 38 tokens"):
+        check_length(model, name="the teacher", longest=most + 1)
 
 
 def _bert(folder: Path) -> Path:

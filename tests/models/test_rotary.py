@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
 from teachercache.errors import ModelError
 from teachercache.models.loading import load_causal_lm
-from teachercache.models.probes import check_rows_alone, computes_rows_alone
-from teachercache.models.rotary import original_context, rotate_by_own_length
+from teachercache.models.probes import check_length, check_rows_alone, computes_rows_alone, most_tokens
+from teachercache.models.rotary import most_positions, original_context, rotate_by_own_length
 from teachercache.targets import HiddenStates, StoredTargets, TopK
 from teachercache.teacher import Teacher
 from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.training.supervision.fit import check_shapes
 from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import sentences, tiny_cache, tiny_tokenizer
@@ -132,6 +134,21 @@ def test_models_without_such_factors_are_left_as_they_are() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50))
     rotate_by_own_length(model)
     assert original_context(model) is None and "forward" not in vars(model.model.rotary_emb)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("longrope", 128), ("dynamic", None), ("by layer", 128)])
+def test_teacher_and_student_take_rows_of_equal_length(tmp_path: Path, kind: str, most: int | None) -> None:
+    """LongRoPE's factors are for so many tokens; dynamic ones are for any number."""
+    model = model_of(kind)
+    assert most_positions(model.config) == most_tokens(model) == most
+    cache = Cache.open(tiny_cache(tmp_path, texts=sentences(4, words=200), sequence={"length": 160}))
+    long_student = pytest.raises(ModelError, match="takes at most 128 tokens, rows of") if most else nullcontext()
+    long_teacher = pytest.raises(ModelError, match="takes at most 128 tokens, rows have") if most else nullcontext()
+    with long_student:
+        check_shapes(model, cache.manifest)
+    with long_teacher:
+        check_length(model, name="the teacher", longest=160)
+    check_length(model, name="the teacher", longest=100)
 
 
 def test_a_model_that_chooses_by_the_batch_in_code_of_its_own_is_found_out() -> None:

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from teacher.rows import make_row
 from teachercache.errors import ModelError
 from teachercache.models.loading import load_causal_lm
-from teachercache.models.memory import HANDLE_BYTES, is_out_of_memory
+from teachercache.models.memory import LITTLE_BYTES, is_out_of_memory
 from teachercache.models.probes import isolates_packed_segments
 from teachercache.targets import HeadSketch, StoredTargets, TopK
 from teachercache.teacher import Teacher, length_sorted_batches
@@ -263,13 +263,27 @@ def test_another_error_is_no_want_of_memory(said):
         teacher.capture([make_row(16, seed=1)], positions_per_batch=160)
 
 
-@pytest.mark.parametrize("library", ["CUBLAS", "CUDNN", "CUSOLVER"])
-def test_a_library_that_cannot_start_wants_memory_where_little_is_free(library):
-    error = RuntimeError(f"CUDA error: {library}_STATUS_NOT_INITIALIZED when calling `{library.lower()}Create(handle)`")
-    assert is_out_of_memory(error, bytes_free=lambda: HANDLE_BYTES)
-    assert not is_out_of_memory(error, bytes_free=lambda: HANDLE_BYTES + 1)
-    assert not is_out_of_memory(error, bytes_free=lambda: None)
-    assert is_out_of_memory(RuntimeError(f"{library}_STATUS_ALLOC_FAILED"), bytes_free=lambda: 2**40)
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(f"CUDA error: {library}_STATUS_NOT_INITIALIZED" for library in ("CUBLAS", "CUDNN", "CUSOLVER", "CUSPARSE")),
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "GET was unable to find an engine to execute this computation",
+        "NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp:1016, please report a bug to PyTorch.",
+    ],
+)
+def test_a_library_that_does_not_say_why_wants_memory_where_little_is_free(said):
+    assert is_out_of_memory(RuntimeError(said), bytes_free=lambda: LITTLE_BYTES)
+    assert not is_out_of_memory(RuntimeError(said), bytes_free=lambda: LITTLE_BYTES + 1)
+    assert not is_out_of_memory(RuntimeError(said), bytes_free=lambda: None)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [*(f"{library}_STATUS_ALLOC_FAILED" for library in ("CUBLAS", "CUSOLVER", "CUSPARSE")), "CUFFT_ALLOC_FAILED"],
+)
+def test_a_library_that_could_not_allocate_wants_memory(said):
+    assert is_out_of_memory(RuntimeError(f"CUDA error: {said}"), bytes_free=lambda: 2**40)
 
 
 def test_calibration_halves_its_batches_too_and_goes_without_a_row_that_never_fits():

@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from teachercache.models.weights import REPORTED, whole
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -59,7 +61,8 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    marked = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32, **REPORTED}
+    marked = whole(AutoModelForCausalLM.from_pretrained(str(file.parent), **options), model=file.name)
     config = type(marked.config).from_dict(marked.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from teachercache.errors import ModelError, is_panic
 from teachercache.models.gguf_files import plain_folder
 from teachercache.models.rotary import original_context, rotate_by_own_length
+from teachercache.models.weights import REPORTED, whole
 from teachercache.tasks.contract import Task
 from teachercache.tasks.next_token import NEXT_TOKEN
 from teachercache.tokens.fingerprint import tokenizer_fingerprint
@@ -138,7 +139,7 @@ def load_causal_lm(
 
     `dtype` is float32, bfloat16, float16, or auto (the checkpoint's own; float32 for GGUF). A GGUF file is converted once
     and kept in the user's cache folder (gguf_files.py). Attention is transformers' default, but never one that leaves out a
-    part of the model; raises `ModelError` where such a one is asked for.
+    part of the model; raises `ModelError` where such a one is asked for, and for a checkpoint that lacks weights.
     """
     from transformers import AutoConfig
 
@@ -147,7 +148,9 @@ def load_causal_lm(
         source = _plain_copy(find_model(model))
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         made_by = auto_class(AutoConfig.from_pretrained(source.location, **options), task)
-        loaded = made_by.from_pretrained(source.location, dtype=dtype, **options, **extra)
+        loaded = whole(
+            made_by.from_pretrained(source.location, dtype=dtype, **options, **extra, **REPORTED), model=model
+        )
     _keep_soft_cap(loaded, model, attention)
     rotated: PreTrainedModel = rotate_by_own_length(loaded.eval())
     return rotated

@@ -13,11 +13,22 @@ ALLOCATION_FAILED = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+    "CUFFT_ALLOC_FAILED",
     "can't allocate memory",  # the CPU's
 )
-# Under pressure they cannot even make their handles, and do not say why; a library that does not fit its driver says the same.
-NO_HANDLE = ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED", "CUSOLVER_STATUS_NOT_INITIALIZED")
-HANDLE_BYTES = 2**29  # a handle with its workspace and its kernels takes less
+# Under pressure they cannot even make their handles, find no algorithm whose workspace there is room for, or fail where they
+# ask how much there is, and do not say why; a library that does not fit its driver or its input says the same.
+UNEXPLAINED = (
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_NOT_INITIALIZED",
+    "CUSPARSE_STATUS_NOT_INITIALIZED",
+    "Unable to find a valid cuDNN algorithm",
+    "GET was unable to find an engine",
+    "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
+)
+LITTLE_BYTES = 2**29  # a handle with its workspace and its kernels takes less
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,8 @@ def device_bytes_free() -> int | None:
 
 def is_out_of_memory(error: BaseException, *, bytes_free: Callable[[], int | None] = device_bytes_free) -> bool:
     """Tells whether an error of a forward or backward pass means that memory ran out: torch's own type, or the message
-    of a library that it calls. A library that could not start counts where no more than `HANDLE_BYTES` of the device
-    are free."""
+    of a library that it calls. A library that could not start or found no algorithm counts where no more than
+    `LITTLE_BYTES` of the device are free."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -50,8 +61,8 @@ def is_out_of_memory(error: BaseException, *, bytes_free: Callable[[], int | Non
         return False
     if any(message in str(error) for message in ALLOCATION_FAILED):
         return True
-    free = bytes_free() if any(message in str(error) for message in NO_HANDLE) else None
-    return free is not None and free <= HANDLE_BYTES
+    free = bytes_free() if any(message in str(error) for message in UNEXPLAINED) else None
+    return free is not None and free <= LITTLE_BYTES
 
 
 def first_line(error: BaseException) -> str:

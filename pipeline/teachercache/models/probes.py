@@ -1,6 +1,6 @@
 """Probes of a loaded model before its numbers are trusted: a few tokens tell what no config says for sure.
 
-Teacher and student alike. Each probe costs two to five forward passes of at most 32 tokens, and draws nothing at random.
+Teacher and student alike. Each probe costs two to nine forward passes of at most 32 tokens, and draws nothing at random.
 
 Shapes: S tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from teachercache.errors import ModelError
 from teachercache.models.loading import input_layout, model_inputs, row_places
 from teachercache.models.memory import first_line, free_memory, is_out_of_memory
-from teachercache.models.rotary import original_context
+from teachercache.models.rotary import most_positions, original_context
 from teachercache.tasks.contract import Task
 from teachercache.tokens.rows import Segment, TokenRow
 
@@ -34,7 +34,10 @@ HALF_TOLERANCE = 1e-3
 ROUNDING_FACTOR = 3  # half precision: times what a row moves by when the one beside it changes, where that is more
 RESHAPED_TOLERANCE = 0.1  # half precision and another shape of batch: routing of experts may flip
 
-HALF_LENGTH = 8
+LENGTH = 16
+# Neighbours: blocks of tokens that see each other, as of block diffusion, cannot end at both, wherever they begin.
+EDGES = (8, 7)
+SHORT = 8
 SHORTEST_CONTEXT = 2048  # of models whose config does not say
 PACKED = ((5, 9, 2), (7, 3))  # lengths of the segments of two rows, of which one is padded
 
@@ -55,40 +58,61 @@ def check_causal(model: PreTrainedModel, *, name: str, vocabulary_size: int) -> 
 
 
 def sees_later_tokens(model: PreTrainedModel, *, vocabulary_size: int) -> bool:
-    """Tells whether logits of the first tokens move when later ones change, or are not there.
+    """Tells whether logits of the first tokens move when later ones change, or are not there; at two edges.
 
     On a GPU later tokens change how many rows an expert has at once, and so how the others are rounded: in half precision
     logits must move by more than they do when another row of the batch changes, which they cannot see.
     """
-    ids_S = _tokens(2 * HALF_LENGTH, vocabulary_size)
-    half = slice(0, HALF_LENGTH)
-    changed_S = ids_S.copy()
-    changed_S[HALF_LENGTH:] = (ids_S[HALF_LENGTH:] + vocabulary_size // 2 + 1) % vocabulary_size
+    ids_S = _tokens(LENGTH, vocabulary_size)
     with _evaluated(model):
-        whole_SV, changed_SV, alone_SV = (
-            _logits(model, [_row(row_S)])[0][half] for row_S in (ids_S, changed_S, ids_S[half])
-        )
-        if _differ(whole_SV, alone_SV, reshaped=True):
-            return True
-        if not _differ(whole_SV, changed_SV, reshaped=False):
-            return False
-        if str(whole_SV.dtype).removeprefix("torch.") in TOLERANCE:
-            return True
-        beside, otherwise = (
-            _logits(model, [_row(ids_S), _row(row_S)])[0][half] for row_S in (changed_S, ids_S[::-1].copy())
-        )
+        whole_SV = _logits(model, [_row(ids_S)])[0]
+        return any(_sees_beyond(model, edge, ids_S, whole_SV, vocabulary_size) for edge in EDGES)
+
+
+def _sees_beyond(
+    model: PreTrainedModel, edge: int, ids_S: NDArray[np.int32], whole_SV: Tensor, vocabulary_size: int
+) -> bool:
+    before = slice(0, edge)
+    changed_S = ids_S.copy()
+    changed_S[edge:] = (ids_S[edge:] + vocabulary_size // 2 + 1) % vocabulary_size
+    whole_SV = whole_SV[before]
+    changed_SV, alone_SV = (_logits(model, [_row(row_S)])[0][before] for row_S in (changed_S, ids_S[before]))
+    if _differ(whole_SV, alone_SV, reshaped=True):
+        return True
+    if not _differ(whole_SV, changed_SV, reshaped=False):
+        return False
+    if str(whole_SV.dtype).removeprefix("torch.") in TOLERANCE:
+        return True
+    beside, otherwise = (
+        _logits(model, [_row(ids_S), _row(row_S)])[0][before] for row_S in (changed_S, ids_S[::-1].copy())
+    )
     return _distance(whole_SV, changed_SV) > ROUNDING_FACTOR * _distance(beside, otherwise)
 
 
 def check_length(model: PreTrainedModel, *, name: str, longest: int) -> None:
-    """Raise `ModelError` for a model with fewer positions than the longest row has tokens. One whose factors grow with a
-    document, or whose config does not say how many it has, passes."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions and original_context(model) is None:
+    """Raise `ModelError` for a model with fewer positions than the longest row has tokens."""
+    positions = most_tokens(model)
+    if positions is not None and longest > positions:
         raise ModelError(
             f"{name} ({type(model).__name__}) takes at most {positions} tokens, rows have up to {longest}; "
             "lower sequence.length"
         )
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """Tokens that a row may have; None for a model whose config does not say, or whose rotary factors grow with a document.
+
+    Where learned positions begin behind a padding one (RoBERTa and kin), those up to it are no token's.
+    """
+    positions = most_positions(model.config)
+    if positions is None:
+        return None
+    paddings = [
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return positions - max((padding + 1 for padding in paddings), default=0)
 
 
 def check_rows_alone(model: PreTrainedModel, *, vocabulary_size: int, longest: int) -> None:
@@ -110,7 +134,7 @@ def check_rows_alone(model: PreTrainedModel, *, vocabulary_size: int, longest: i
 def computes_rows_alone(model: PreTrainedModel, *, vocabulary_size: int, longest: int) -> bool:
     """Tells whether a short row's result is the same with a row of `longest` tokens beside it. Raises `ModelError` for
     a model that has no positions for so many."""
-    short, long = (_row(_tokens(count, vocabulary_size)) for count in (HALF_LENGTH, longest))
+    short, long = (_row(_tokens(count, vocabulary_size)) for count in (SHORT, longest))
 
     def hidden(rows: Sequence[TokenRow]) -> Tensor:
         places, inputs = _inputs(model, rows, layout="documents")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def rotate_by_own_length(model: PreTrainedModel) -> Any:
@@ -31,6 +31,17 @@ def rotate_by_own_length(model: PreTrainedModel) -> Any:
 def original_context(model: PreTrainedModel) -> int | None:
     """Tokens up to which no factor depends on length; None where none does at all."""
     return min((_original(module, layer_type) for module, layer_type in _by_length(model)), default=None)
+
+
+def most_positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a sequence may have by a model's config; None where it does not say, or where factors grow with the
+    sequence (dynamic scaling), so that no length is beyond them. LongRoPE has its factors for that many."""
+    text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    grows = any(isinstance(kind, str) and "dynamic" in kind for kind in kinds)
+    return None if grows else positions
 
 
 def _by_length(model: PreTrainedModel) -> Iterator[tuple[Any, str | None]]:

@@ -80,7 +80,9 @@ def _check_arguments(out: Path, temperature: float) -> None:
 
 
 def _check_length(config: PretrainedConfig, student: str, tokens: int) -> None:
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    from teachercache.models.rotary import most_positions
+
+    longest = most_positions(config)
     if longest is not None and tokens > longest:
         raise RecipeError(
             f"--prompt-tokens and --new-tokens add up to {tokens}, and {student} takes at most {longest} tokens; lower one of "

@@ -8,7 +8,7 @@ row is to predict it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ import numpy as np
 
 from teachercache.bounded import ChatTemplate, Unrenderable
 from teachercache.config import RowPrefix
-from teachercache.errors import RecipeError
+from teachercache.errors import ModelError, RecipeError
 from teachercache.tokens.panics import panics_refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TRIED = 4096  # tokens, for one that a text has
 _EXCHANGE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
 
 
@@ -45,11 +46,32 @@ def row_prefix(tokenizer: PreTrainedTokenizerBase, choice: RowPrefix = "auto", *
 
 @panics_refused()
 def own_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns the tokens that the tokenizer itself puts before a text."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer("a")["input_ids"])
-    length = next((start for start in range(len(whole)) if whole[start : start + len(plain)] == plain), 0)
-    return tuple(int(index) for index in whole[:length])
+    """Returns the tokens that the tokenizer itself puts before a text. Raises `ModelError` where no text has a token."""
+    text, plain = next(((text, ids) for text in _texts(tokenizer) if (ids := _plain(tokenizer, text))), ("", []))
+    if not plain:
+        raise ModelError(
+            "the tokenizer has no token for any text that was tried, so nobody can tell what it puts before one; "
+            "use a tokenizer that reads text"
+        )
+    whole = list(map(int, tokenizer(text)["input_ids"]))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    if (start := next(starts, None)) is not None:
+        return tuple(whole[:start])
+    return tuple(takewhile(special_ids(tokenizer).__contains__, whole))
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yields short texts, the first ones of which most tokenizers have; then what the vocabulary's first tokens stand
+    for: one of genes or of notes has no letter `a`."""
+    yield from "aA1"
+    special = special_ids(tokenizer)
+    for index in range(min(len(tokenizer), TRIED)):
+        if index not in special:
+            yield tokenizer.decode([index])
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(map(int, tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def template_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

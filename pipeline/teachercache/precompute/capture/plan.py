@@ -40,6 +40,7 @@ from teachercache.models.loading import (
     weights_identity,
     without_paths,
 )
+from teachercache.models.rotary import most_positions
 from teachercache.precompute.capture.attempts import ATTEMPTS
 from teachercache.precompute.capture.layers import layer_kinds
 from teachercache.precompute.capture.shapes import CALIBRATION, INPUT_FORM, PLANNED, RECORD, SEEN
@@ -306,7 +307,7 @@ def _begins(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, lis
 
 
 def _check_context(recipe: Recipe, config: Any) -> None:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = most_positions(config)
     if context is not None and recipe.sequence.length > context:
         raise RecipeError(
             f"sequence.length is {recipe.sequence.length}, but the teacher's context holds {context} tokens; lower it"

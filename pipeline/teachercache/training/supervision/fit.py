@@ -16,7 +16,7 @@ from teachercache.models.loading import (
     takes_one_row,
     weights_identity,
 )
-from teachercache.models.probes import check_sight, isolates_packed_segments
+from teachercache.models.probes import check_sight, isolates_packed_segments, most_tokens
 from teachercache.training.initialise.partitioned import rows_of, runnable
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _whose(manifest: Manifest | AlignmentManifest) -> str:
 
 def check_length(model: PreTrainedModel, name: str, manifest: Manifest | AlignmentManifest) -> None:
     """The student must have positions for the longest row."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = most_tokens(model)
     if longest is not None and longest < manifest.sequence_length:
         of_whom = " in its own tokens" if isinstance(manifest, AlignmentManifest) else ""
         shorter = "a shorter sequence.length" if of_whom else f"sequence.length={longest}"

@@ -80,6 +80,7 @@ def test_json_is_one_document_and_progress_goes_to_stderr(cache):
     assert json.loads(done.stdout)["positions"]["train"] > 0 and done.returncode == 0
     done = run("verify", cache, "--json")
     found = {"ok": True, "cache": str(cache), "errors": [], "quarantined": 0, "windows_quarantined": 0}
+    found |= {"checked": "every byte", "lost_windows": []}
     assert json.loads(done.stdout) == found
 
 
@@ -318,7 +319,8 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
     for unit in plan.pending():
         tokenised, documents = tokenise_unit(plan, unit, sequence=recipe.sequence, store_text=True)
         if lost is None:
-            lost = torch.from_numpy(max(tokenised.rows, key=lambda row: row.length).input_ids_S).long()
+            longest = max(tokenised.rows, key=lambda row: row.length)
+            lost, [window] = torch.from_numpy(longest.input_ids_S).long(), longest.segments
         compute_unit(teacher, plan, unit, tokenised, documents=documents, positions_per_batch=256)
     manifest = commit(plan)
     result = summary(plan, manifest, Timing(), seconds=1.0)
@@ -327,6 +329,12 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
         print_closing(Console(file=stream, width=1000), result, manifest)
     assert ", 1 windows of other rows quarantined," in (tmp_path / "said").read_text()
     told = CliRunner().invoke(cli.app, ["verify", str(recipe.cache), "--json"])
-    assert json.loads(told.stdout)["windows_quarantined"] == 1 and told.exit_code == 0
+    said = json.loads(told.stdout)
+    assert said["windows_quarantined"] == 1 and told.exit_code == 0
+    [named] = said["lost_windows"]
+    assert "out of memory" in named.pop("reason")
+    assert named == {key: getattr(window, key) for key in ("source_id", "occurrence", "byte_start", "byte_end")}
     shown = CliRunner().invoke(cli.app, ["verify", str(recipe.cache)])
-    assert "1 windows of stored rows have no targets: quarantine/" in " ".join(shown.output.split())
+    words = " ".join(shown.output.split())
+    assert "1 windows of stored rows have no targets: quarantine/" in words
+    assert f"bytes {window.byte_start}-{window.byte_end} of document {window.source_id}" in words

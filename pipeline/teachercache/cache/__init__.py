@@ -12,6 +12,7 @@
     token_texts.py  readable tokens from tokenizer.json alone
     inspection.py   a cache in numbers, and one row token by token
     verify.py       every file against the manifest
+    quarantined.py  windows without targets, by their places in their documents
     checking.py     several checks at a time, and who is told of them
     repair.py       a manifest that is lost or damaged, put back
     row_values.py   every row as training reads it, for a deep check

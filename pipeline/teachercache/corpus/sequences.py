@@ -35,12 +35,15 @@ _BATCH = 256  # documents in one call of the tokenizer: bounds its memory, chang
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A document, or a window of it, of which nothing is stored, and why."""
+    """A document, or a window of it, of which nothing is stored, and why. A window has its span of UTF-8 bytes in the
+    document."""
 
     source_id: str
     occurrence: int
     reason: str
     excerpt: str
+    byte_start: int | None = None
+    byte_end: int | None = None
 
 
 @dataclass

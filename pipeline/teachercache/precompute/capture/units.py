@@ -198,9 +198,16 @@ def _audit(tokenised: Tokenised, stored: list[Captured], quarantined: list[Quara
 
 
 def _quarantined_rows(captured: list[Captured]) -> list[Quarantined]:
-    """A row without targets takes all its documents with it into quarantine, once each."""
+    """Every window of a row without targets goes into quarantine."""
     return [
-        Quarantined(segment.source_id, segment.occurrence, item.problem, (segment.text or "")[:200])
+        Quarantined(
+            segment.source_id,
+            segment.occurrence,
+            item.problem,
+            (segment.text or "")[:200],
+            segment.byte_start,
+            segment.byte_end,
+        )
         for item in captured
         if item.problem is not None
         for segment in item.row.segments
@@ -208,5 +215,6 @@ def _quarantined_rows(captured: list[Captured]) -> list[Quarantined]:
 
 
 def _write_quarantine(plan: Plan, unit: int, quarantined: list[Quarantined]) -> Any:
-    lines = "".join(json.dumps(vars(item), sort_keys=True) + "\n" for item in quarantined)
+    said = ({key: value for key, value in vars(item).items() if value is not None} for item in quarantined)
+    lines = "".join(json.dumps(item, sort_keys=True) + "\n" for item in said)
     return put_named(plan.store, QUARANTINE, f"part-{unit:05d}", ".jsonl", lines.encode())

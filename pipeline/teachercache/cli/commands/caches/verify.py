@@ -12,6 +12,8 @@ from teachercache.cli.options import CacheLocation, Json
 from teachercache.console import run_command
 from teachercache.progress import ShownProgress
 
+MOST_WINDOWS = 20  # that are named
+
 
 def verify(
     cache: CacheLocation,
@@ -32,6 +34,7 @@ def verify(
 
     def work(console: Console) -> dict[str, Any]:
         from teachercache.cache import verify as check
+        from teachercache.cache.quarantined import lost_windows
         from teachercache.cache.storage.source import manifest_of
 
         if repair:
@@ -44,15 +47,15 @@ def verify(
         errors = [vars(problem) for problem in problems]
         result = {"ok": not problems, "cache": cache, "checked": what, "errors": errors}
         if not problems:
-            audit = manifest_of(cache).audit
+            manifest = manifest_of(cache)
+            audit = manifest.audit
             result |= {"quarantined": audit.quarantined, "windows_quarantined": audit.windows_quarantined}
+            result["lost_windows"] = lost_windows(cache, manifest, most=MOST_WINDOWS)
         return result
 
     def show(result: dict[str, Any]) -> Any:
         if result["ok"]:
-            lost = result["windows_quarantined"]
-            note = f"; {lost:,} windows of stored rows have no targets: quarantine/ says which, and why" if lost else ""
-            return Text.assemble((_found(result["checked"]), "green"), f" {cache}{note}")
+            return Text.assemble((_found(result["checked"]), "green"), f" {cache}{_lost(result)}")
         lines = [Text.assemble((e["file"], "red"), f": {e['reason']}; {e['remedy']}") for e in result["errors"]]
         return Text("\n").join(lines)
 
@@ -62,3 +65,15 @@ def verify(
 def _found(checked: str) -> str:
     """Name for a cache without problems: nobody knows that it is whole who did not hash it."""
     return "whole" if checked.startswith("every byte") else f"no problem in {checked}; bytes were not hashed:"
+
+
+def _lost(result: dict[str, Any]) -> str:
+    """Names windows without targets, of which quarantine/ has all."""
+    lost = result["windows_quarantined"]
+    if not lost:
+        return ""
+    lines = [
+        f"\n  bytes {each['byte_start']}-{each['byte_end']} of document {each['source_id']}: {each['reason']}"
+        for each in result["lost_windows"]
+    ]
+    return f"; {lost:,} windows of stored rows have no targets: quarantine/ says which, and why" + "".join(lines)

@@ -40,8 +40,10 @@ def train_order(
 
 
 def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
-    """Raise `CacheError` where caches cannot be learned from together: their ids must mean the same text."""
+    """Raise `CacheError` where caches cannot be learned from together: their ids must mean the same text, and their rows
+    must begin alike."""
     met = {cache.manifest.fingerprint: cache.name}
+    firsts = {_is_of_chats(cache): cache}
     for mixed in mix:
         manifest, name = mixed.cache.manifest, mixed.cache.name
         if manifest.tokenizer_fingerprint != cache.manifest.tokenizer_fingerprint:
@@ -59,6 +61,31 @@ def check_mix(cache: Cache, mix: Sequence[Mixed]) -> None:
         if not mixed.cache.rows_of("train"):
             raise CacheError(f"stream.mix: {name} has no rows to train on; take it out")
         met[manifest.fingerprint] = name
+        _check_beginnings(firsts.setdefault(_is_of_chats(mixed.cache), mixed.cache), mixed.cache)
+
+
+def _check_beginnings(one: Cache, other: Cache) -> None:
+    """Raise `CacheError` where rows of two caches, both of texts or both of conversations, begin otherwise. Of one that says
+    nothing, and may be of an earlier version, the beginnings are the tokenizer's own, or a warning's matter."""
+    manifests = [one.manifest, other.manifest]
+    if all("prefix_ids" in manifest.tokenizer for manifest in manifests):
+        alike = one.manifest.prefix_ids == other.manifest.prefix_ids
+    else:
+        alike = not any(manifest.prefix_ids and manifest.row_prefix != "auto" for manifest in manifests)
+    if alike:
+        return
+    first, second = (
+        f"{' '.join(map(str, manifest.prefix_ids)) or 'nothing'} (sequence.prefix: {manifest.row_prefix})"
+        for manifest in manifests
+    )
+    raise CacheError(
+        f"stream.mix: rows of {one.name} begin with {first}, those of {other.name} with {second}, so a student would not "
+        "know how a text begins; precompute them with one sequence.prefix"
+    )
+
+
+def _is_of_chats(cache: Cache) -> bool:
+    return bool(cache.manifest.corpus.get("messages_field"))
 
 
 def windows_bytes(caches: Sequence[Cache], *, window: int, layers: bool) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig, StudentConfig
@@ -187,6 +189,30 @@ def test_a_student_of_another_tokenizer_stops_where_its_own_template_ends_a_turn
         ends = Ends.of(supervision, tokenizer_folder=folder)
         assert load_tokenizer(str(folder)).chat_template == CHATML
     assert ends.rows == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_answers_whose_end_is_not_learned_are_told_of(
+    tmp_path: Path, make_recipe: Callable[..., Any], inside: bool
+) -> None:
+    """The template says what the assistant wrote, and leaves out the mark that ends it."""
+    end = "{% endgeneration %}"
+    answer = "{% generation %}{{ m.content }}" + (f"<|im_end|>{end}" if inside else f"{end}<|im_end|>")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
+        + answer
+        + "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    family = replace(FAMILIES["Qwen 2.5"], template=template)
+    teacher = saved(tmp_path / "teacher", family, instruct=True, seed=0)
+    base = saved(tmp_path / "base", family, instruct=False, seed=1)
+    cache = chat_cache(tmp_path / "cache", teacher)
+    said = io.StringIO()
+    recipe = make_recipe(cache_folder=cache, student_model=base, objective={"temperature": 1.0}, max_steps=1)
+    run_training(recipe, console=Console(file=said, width=1000))
+    lines = [line for line in said.getvalue().splitlines() if "know where to stop" in line]
+    assert len(lines) == (0 if inside else 1)
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])

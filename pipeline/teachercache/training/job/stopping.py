@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from teachercache.cache import Cache
 from teachercache.files import write_whole
 from teachercache.models.loading import load_tokenizer
 from teachercache.tokens.fingerprint import vocabulary_size
@@ -38,22 +39,40 @@ class Ends:
     tokens: int  # of the tokenizer's vocabulary
     begin: int | None
     padding: int | None
+    unended: tuple[str, ...] = ()  # names of caches of conversations whose rows end no turn
 
     @classmethod
     def of(cls, supervision: Supervision, *, tokenizer_folder: Path) -> Ends:
         """Collects the ends of a run's rows, as the student reads them."""
         tokenizer = load_tokenizer(str(tokenizer_folder))
         special = special_ids(tokenizer)
-        rows: list[int] = []
-        for number in range(len(supervision.caches)):
-            rows += _ends_in(supervision, number, special)
+        rows, unended = list[int](), list[str]()
+        for number, cache in enumerate(supervision.caches):
+            ends = _ends_in(supervision, number, special)
+            rows += ends
+            if _is_of_chats(cache) and not ends:
+                unended.append(cache.name)
         pad = tokenizer.pad_token_id
         if not rows and tokenizer.eos_token_id is not None:
             rows = [tokenizer.eos_token_id]
         pad = supervision.tokens_of(0).pad_id if pad is None else pad
         return cls(
-            tuple(dict.fromkeys(rows)), frozenset(special), vocabulary_size(tokenizer), tokenizer.bos_token_id, pad
+            rows=tuple(dict.fromkeys(rows)),
+            special=frozenset(special),
+            tokens=vocabulary_size(tokenizer),
+            begin=tokenizer.bos_token_id,
+            padding=pad,
+            unended=tuple(unended),
         )
+
+    def warnings(self) -> list[str]:
+        """Returns a line for each cache of conversations that teaches no student to end its turn."""
+        return [
+            f"warning: no answer in {name} ends with a special token that is learned, so the student will not know where to "
+            "stop: the chat template's {% generation %} leaves out the mark that ends a turn; put it inside, and precompute "
+            "again"
+            for name in self.unended
+        ]
 
     def write(self, folder: Path) -> None:
         """Into config.json and generation_config.json of a model's folder.
@@ -89,11 +108,15 @@ def _ends_in(supervision: Supervision, number: int, special: set[int]) -> list[i
     """Lists the ends of a cache's rows: of texts the end token that was appended, of conversations what the template
     closes turns with."""
     cache = supervision.caches[number]
-    if not cache.manifest.corpus.get("messages_field"):
+    if not _is_of_chats(cache):
         end = supervision.tokens_of(number).tokenizer.get("eos_id")
         return [end] if cache.manifest.sequence.get("add_eos", True) and end is not None else []
     counts = Counter(end for end in _last_targets(supervision, number) if end in special)
     return [end for end, count in counts.most_common() if count >= RARE * counts.total()]
+
+
+def _is_of_chats(cache: Cache) -> bool:
+    return bool(cache.manifest.corpus.get("messages_field"))
 
 
 def _last_targets(supervision: Supervision, number: int) -> Iterator[int]:

@@ -43,6 +43,7 @@ from teachercache.training.supervision.fit import check_cache, initial_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from teachercache.training.job.stopping import Ends
     from teachercache.training.trainer.trainer import DistillationTrainer
 
 
@@ -196,6 +197,17 @@ class _Job:
             if cache.is_snapshot:
                 yield f"{cache.name} has grown since: it is read as it was under {cache.manifest.fingerprint[:12]}…"
         yield from (*self.supervision.warnings(), *self.trained.lines, *self.supervision.lines())
+        if self.process.main:
+            with self._ends() as (_, ends):
+                yield from ends.warnings()
+
+    @contextmanager
+    def _ends(self) -> Iterator[tuple[Path, Ends]]:
+        """While it is open, the folder of the tokenizer to export, and what its student stops at."""
+        from teachercache.training.job.stopping import Ends
+
+        with self.supervision.exported_tokenizer(self.student) as tokenizer:
+            yield tokenizer, Ends.of(self.supervision, tokenizer_folder=tokenizer)
 
     @contextmanager
     def _failures_in_a_line(self) -> Iterator[None]:
@@ -282,7 +294,6 @@ class _Job:
     def _finish(self, resume: Checkpoint | None, began: float) -> dict[str, Any]:
         """Export from the checkpoints on disk: also where a job was killed between its last step and its export."""
         from teachercache.training.job.export import export_student
-        from teachercache.training.job.stopping import Ends
 
         state = json.loads(self._checkpoint(self.steps).joinpath("trainer_state.json").read_text(encoding="utf-8"))
         best_step = state["best_global_step"]
@@ -299,8 +310,7 @@ class _Job:
         }
         if self.process.main:
             chosen = self._undamaged(best_step or self.steps)
-            with self.supervision.exported_tokenizer(self.student) as tokenizer:
-                ends = Ends.of(self.supervision, tokenizer_folder=tokenizer)
+            with self._ends() as (tokenizer, ends):
                 export_student(chosen, config=self.student, tokenizer=tokenizer, ends=ends, student=self.folder.student)
             self.folder.finish(summary)
             self._say(closing_line(summary))

@@ -245,6 +245,16 @@ def test_a_passing_want_of_memory_loses_no_row(error):
         assert_same(captured.columns, alone(teacher.backend.model, row))
 
 
+def test_losses_of_labels_survive_a_passing_want_of_memory():
+    rows = [make_row(16, seed=seed) for seed in range(3)]
+    calm = busy_teacher(failures=0, error=ALLOCATIONS[0]).label_nats(rows, positions_per_batch=160)
+    for failures, lost in ((3, 0), (10**6, 3)):
+        busy = busy_teacher(failures=failures, error=ALLOCATIONS[0]).label_nats(rows, positions_per_batch=160)
+        assert sum(found is None for found in busy) == lost
+        for found, expected in zip(busy, calm, strict=True):
+            assert found is None or np.allclose(found, expected, atol=1e-5)
+
+
 def test_a_lone_row_is_tried_three_times():
     row = make_row(16, seed=1)
     told = "out of memory with this row of 16 tokens alone (CUDA out of memory. Tried to allocate 2 GiB)"

@@ -141,12 +141,10 @@ class Teacher:
         return self._with_layers([Captured(row, {}) for row in rows], passed.activations)
 
     def label_nats(self, rows: Sequence[TokenRow], *, positions_per_batch: int) -> list[NDArray[np.float64] | None]:
-        """-log p of each row's labels at T = 1, [positions], in the order of rows; None for a row that is too long."""
-        found: list[NDArray[np.float64] | None] = [None] * len(rows)
-        for batch in length_sorted_batches(rows, positions_per_batch=positions_per_batch):
-            for index, nats_N in zip(batch, self._halving(self._nats, [rows[i] for i in batch]), strict=True):
-                found[index] = None if isinstance(nats_N, NoMemory) else nats_N
-        return found
+        """-log p of each row's labels at T = 1, [positions], in the order of rows; None for a row that does not fit into
+        memory, at the third attempt either."""
+        found = self._of_each(self._nats, rows, positions_per_batch=positions_per_batch)
+        return [None if isinstance(nats_N, NoMemory) else nats_N for nats_N in found]
 
     @torch.inference_mode()
     def _nats(self, rows: list[TokenRow]) -> list[NDArray[np.float64]]:

@@ -116,3 +116,12 @@ def test_only_a_difference_that_is_large_and_certain_is_told():
     assert 2 * MARGIN < CERTAIN * 20 / 16 and compared("auto", noisy)["better"] is None
     assert compared("auto", {"auto": base_N, "bos": np.full(256, np.nan)}) == {}
     assert compared("auto", {"auto": np.zeros(0), "bos": np.zeros(0)}) == {}
+
+
+def test_labels_of_a_row_that_did_not_fit_count_in_no_form():
+    base_N = np.random.default_rng(0).exponential(3.0, 256)
+    lost_N, other_N = base_N.copy(), base_N - 2 * MARGIN
+    lost_N[:40], other_N[30:50] = np.nan, np.nan
+    found = compared("auto", {"auto": lost_N, "bos": other_N})
+    assert found["positions"] == 206 and found["better"] == "bos"
+    assert found["nats"]["auto"] == pytest.approx(base_N[50:].mean(), abs=1e-4)

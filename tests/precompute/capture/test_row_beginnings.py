@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from transformers import TrainingArguments
 
 from cache.forgery import sign
 from teachercache.cache import SPLITS, Cache, verify
 from teachercache.cache.files.digests import fingerprint_of
 from teachercache.config import ObjectiveConfig, StudentConfig
+from teachercache.errors import ModelError
 from teachercache.models.loading import load_causal_lm, load_tokenizer
+from teachercache.precompute.align.job import run_align
 from teachercache.precompute.capture.plan import make_plan
 from teachercache.stream.alignment import alignment_for
 from teachercache.stream.beginnings import warnings_of
 from teachercache.tokens.prefix import own_prefix
 from teachercache.training.supervision.choice import supervision_of
+from teachercache.training.trainer.trainer import DistillationTrainer
 
 from builders import (
     aligned,
@@ -220,6 +226,26 @@ def test_a_cache_that_does_not_say_how_its_rows_begin_is_warned_of_once(tmp_path
     assert (
         str(said) in line and "puts <bos> before a text" in line and "precompute it again" in line and "\n" not in line
     )
+
+
+def test_aligning_and_training_from_python_warn_of_such_a_cache_too(
+    tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tiny_cache(tmp_path / "c", teacher=teacher, texts=sentences(6))
+    sign(cache, lambda data: data["settings"]["tokenizer"].pop("prefix_ids"))
+    said = io.StringIO()
+    with pytest.raises(ModelError, match="does not exist"):  # the warning comes first
+        run_align(cache, student="./nowhere", console=Console(file=said, width=1000))
+    assert said.getvalue().count("puts <bos> before a text") == 1
+
+    arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none", max_steps=1, disable_tqdm=True)
+    for warn in (True, False):
+        caplog.clear()
+        DistillationTrainer(
+            model=load_causal_lm(str(teacher)), cache=Cache.open(cache), args=arguments, objective=ObjectiveConfig(),
+            warn=warn,
+        )  # fmt: skip
+        assert caplog.text.count("puts <bos> before a text") == warn
 
 
 def test_labels_stand_for_all_bytes_of_the_text_once(tmp_path: Path, teacher: Path) -> None:

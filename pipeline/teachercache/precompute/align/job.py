@@ -25,6 +25,7 @@ from teachercache.files import full_disk_in_a_line, locked
 from teachercache.precompute.align.plan import AlignPlan, make_plan
 from teachercache.precompute.engine.progress import progress_bar
 from teachercache.precompute.engine.termination import ending_in_a_line
+from teachercache.stream.beginnings import warnings_of
 from teachercache.targets.coding.chunk_columns import ChunkColumns
 from teachercache.version import __version__
 
@@ -46,6 +47,8 @@ def run_align(
     cache = Cache.open(location)
     if cache.is_snapshot:
         raise CacheError(f"{location} is the cache as it was: align {cache.folder}, which serves it too")
+    for line in warnings_of([cache]):
+        console.print(line, markup=False)
     console.print(
         f"planning: the tokenizer of {student} against that of {cache.manifest.teacher['model']} …", markup=False
     )

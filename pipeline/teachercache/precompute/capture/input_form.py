@@ -118,10 +118,13 @@ def _nats(teacher: Teacher, rows: list[TokenRow], prefix: tuple[int, ...], size:
 
 def compared(chosen: RowPrefix, nats_N: Mapping[RowPrefix, NDArray[np.float64]]) -> dict[str, Any]:
     """`positions`, mean `nats` of each form, the `chosen` one, and `better`: the best form, where the chosen one is clearly
-    worse; else None."""
+    worse; else None. Labels that some form gives no finite number for, as of rows that did not fit into memory, count in
+    none; {} where no others are left."""
+    finite_N = np.logical_and.reduce([np.isfinite(values) for values in nats_N.values()])
+    nats_N = {name: values[finite_N] for name, values in nats_N.items()}
     positions = len(nats_N[chosen])
     means = {name: float(values.mean()) for name, values in nats_N.items()} if positions else {}
-    if not means or not all(math.isfinite(mean) for mean in means.values()):
+    if not means:
         return {}
     best = min(means, key=lambda name: (means[name], name != chosen))
     differences_N = nats_N[chosen] - nats_N[best]

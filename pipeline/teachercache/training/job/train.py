@@ -288,6 +288,7 @@ class _Job:
             supervision=self.supervision,
             keep_checkpoints=self.config.keep_checkpoints,
             pack=self.config.pack,
+            warn=False,  # it is among the notes
             callbacks=callbacks,
         )
 

@@ -84,6 +84,8 @@ class DistillationTrainer(Trainer):
     checkpoints.
     `supervision` says what is learned from the caches, by default the distributions of their teachers in the student's own
     tokens; `training.supervision.choice.supervision_of` gives it for alignments or for several teachers.
+    What the supervision warns of, such as rows of an earlier version that do not begin as their tokenizer has it, is logged
+    once, unless `warn` is false.
     Works under DeepSpeed ZeRO 0-3, DDP and in one process.
 
     Raises `RecipeError` for a `supervision` of other caches or of another objective,
@@ -105,6 +107,7 @@ class DistillationTrainer(Trainer):
         supervision: Supervision | None = None,
         keep_checkpoints: int = 2,
         pack: bool = False,
+        warn: bool = True,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_mix(cache, mix)
@@ -113,6 +116,9 @@ class DistillationTrainer(Trainer):
         self.objective_config = objective
         self.supervision = supervision or supervision_of(self.caches, objective)
         self.supervision.check_run(self.caches, objective)
+        if warn and args.process_index == 0:
+            for line in self.supervision.warnings():
+                logger.warning(line)
         self.fit = Fit(self.supervision, pack=pack)
         self.fit.check(model)
         trained = trained or _trained(self.supervision, plan)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainingArguments
 
+from teachercache.cache import Cache
 from teachercache.config import ObjectiveConfig
+from teachercache.models.loading import load_causal_lm
 from teachercache.objective import NO_TARGET, DistillationObjective
 from teachercache.objective.logits.divergences import forward_kl
 from teachercache.objective.logits.fused import distillation_sums
 from teachercache.objective.logits.operands import Weights, no_teacher
 from teachercache.objective.logits.projected import projected_sums
 from teachercache.objective.logits.student_output import StudentOutput
-from teachercache.targets import HeadSketch, StoredTargets, TopK
+from teachercache.targets import HeadSketch, HiddenStates, StoredTargets, TopK
 from teachercache.targets.coding.counter_rng import position_seeds
 from teachercache.targets.coding.transfer import to_host, unpacked
 from teachercache.targets.logits.boundary_mass import BoundaryMass
@@ -24,10 +28,13 @@ from teachercache.targets.logits.final_hidden import FinalHidden
 from teachercache.targets.logits.full import Full
 from teachercache.targets.logits.random_sampling import RandomSampling
 from teachercache.targets.logits.top_p import TopP
+from teachercache.teacher import Teacher
 from teachercache.teacher.calibration import calibrate
 from teachercache.teacher.output_layer import OutputLayer
+from teachercache.tokens.rows import Segment, TokenRow
+from teachercache.training.trainer.trainer import DistillationTrainer
 
-from builders import tiny_model
+from builders import tiny_cache, tiny_model, tiny_student
 from host_waits import HostWaits
 from target_kinds import as_tensors
 
@@ -89,6 +96,52 @@ def test_a_micro_batch_waits_for_its_positions_alone(projected: bool) -> None:
         terms.total.backward()
     # Where there are logits of the whole batch: their blocks, and what no position writes, besides.
     assert waits.counts == ({"nonzero": 1} if projected else {"nonzero": 2, "tolist": 1})
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_whole_micro_batch_waits_twice(tmp_path: Path, pack: bool) -> None:
+    """For the number of its positions, and where transformers asks whether positions are those of a packed row."""
+    targets = {"logits": {"kind": "head+sketch", "k": 8, "rank": 8, "calibration_positions": 256}}
+    cache, student = Cache.open(tiny_cache(tmp_path, targets=targets)), tiny_student(tmp_path / "student")
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), use_cpu=True, report_to="none", max_steps=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, disable_tqdm=True, save_strategy="no", logging_steps=1000,
+    )  # fmt: skip
+    found = []
+
+    class Counted(DistillationTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            with HostWaits() as waits:
+                loss = super().training_step(*args, **kwargs)
+            found.append(waits.counts)
+            return loss
+
+    Counted(
+        model=load_causal_lm(str(student)), cache=cache, args=arguments, objective=ObjectiveConfig(), pack=pack
+    ).train()
+    assert found[1:] == 3 * [{"nonzero": 1, "__bool__": 1}]  # the first one is looked at more closely
+
+
+@pytest.mark.parametrize(
+    ("layers", "copies"), [(None, 0), (HiddenStates(layers=(1,), width=D, blocks=2, codec="bf16"), 1)]
+)
+def test_a_whole_pass_of_the_teacher_waits_for_its_columns_and_figures(layers: Any, copies: int) -> None:
+    """However many rows it has; hidden states come one row and layer at a time, each of them looked at for numbers."""
+    teacher = Teacher.of(tiny_model(), targets=StoredTargets(sketch(), hidden=layers), layout="documents", pad_id=0)
+    ids_S = np.arange(40, dtype=np.int32)
+    row = TokenRow("0" * 32, False, ids_S, ids_S < 39, (Segment("", 0, 0, 0, 0),))
+    for rows in (1, 1, 8):  # the first one makes constants
+        with HostWaits() as waits:
+            captured = teacher.capture([row] * rows, positions_per_batch=10**6)
+    assert captured[0].columns is not None
+    columns = len(sketch().capture(torch, random(1, N, V), torch.arange(N), random(2, N, D)))
+    of_layers = {"cpu": 8 * copies} if copies else {}
+    assert waits.counts == {
+        "numpy": columns + 8 * copies,
+        "__bool__": 1 + 8 * copies,
+        "tolist": 1,
+        **of_layers,
+    }
 
 
 def test_gradients_are_those_of_positions_that_are_asked_for() -> None:

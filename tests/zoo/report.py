@@ -139,6 +139,11 @@ thousand weights and puts it through one list of properties
 ([`tests/zoo/properties.py`](../../tests/zoo/properties.py)). Other causal models of `transformers` are accepted too: the
 same probes look at them when they are loaded.
 
+Everything is tried in float32 on rows of at most 48 tokens: what changes with longer rows, such as a switch of rotary factors
+or a window that is wider, and what half precision rounds, is tried by other tests for a few families and is not in this table.
+Composite models (text beside images) are loaded as their text model alone where `transformers` lists one for their config
+(`…ForCausalLM`: Llama 4, Mllama, Qwen 3.5): the student that is exported then has no image side.
+
 | column | what was tried |
 | --- | --- |
 | teacher | stored targets are the model's own of the token that follows, whatever comes later or is in the batch |

@@ -69,9 +69,12 @@ class Drift:
         assert self._tail is not None
         tensors = {name: torch.from_numpy(values).to(logits_NV.device) for name, values in arrays.items()}
         tensors = {name: values.long() if values.dtype == torch.int32 else values for name, values in tensors.items()}
+        kl_T = []
         for temperature in self._temperatures:
             stored_NV = self.kind.softened(tensors, temperature, tail=self._tail, xp=torch).dense()
-            self._sums[temperature] += float(kl_divergence(logits_NV / temperature, stored_NV).sum())
+            kl_T.append(kl_divergence(logits_NV / temperature, stored_NV).sum())
+        for temperature, kl in zip(self._temperatures, torch.stack(kl_T).tolist(), strict=True):  # one wait for all
+            self._sums[temperature] += kl
         self._positions += len(logits_NV)
 
     def result(self) -> dict[str, Any]:

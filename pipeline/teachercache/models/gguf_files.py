@@ -62,7 +62,8 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32, **REPORTED}
-    marked = whole(AutoModelForCausalLM.from_pretrained(str(file.parent), **options), model=file.name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), **options)
+    marked = whole(loaded, model=file.name)
     config = type(marked.config).from_dict(marked.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config

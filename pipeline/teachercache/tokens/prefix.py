@@ -67,7 +67,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     special = special_ids(tokenizer)
     for index in range(min(len(tokenizer), TRIED)):
         if index not in special:
-            yield tokenizer.decode([index])
+            yield str(tokenizer.decode([index]))
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -8,6 +8,7 @@ never leave the process that captured them.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -115,14 +116,16 @@ def run_units(job: Job, pending: list[int]) -> Iterator[tuple[UnitReport | Given
     tokenise, compute = cast(Any, _tokenise), cast(Any, TeacherActor)
     pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2)
     tasks = ray.data.TaskPoolStrategy(size=ahead)
-    stages = units.map(tokenise, fn_args=(job,), compute=tasks, num_cpus=TASK_CPUS).map(
-        compute,
-        fn_constructor_args=(job,),
-        compute=pool,
-        max_restarts=RESTARTS,
-        max_task_retries=-1,
-        **resources_of(job.placement),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Ray 2.60, which has no other way to bound restarts
+        stages = units.map(tokenise, fn_args=(job,), compute=tasks, num_cpus=TASK_CPUS).map(
+            compute,
+            fn_constructor_args=(job,),
+            compute=pool,
+            max_restarts=RESTARTS,
+            max_task_retries=-1,
+            **resources_of(job.placement),
+        )
     try:
         for row in stages.iter_rows():
             if row["problem"] is not None:

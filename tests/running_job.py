@@ -24,9 +24,9 @@ class RunningJob:
     """`teachercache precompute RECIPE --json`; a context manager that leaves no process behind."""
 
     def __init__(self, recipe: Recipe) -> None:
-        path = recipe.cache_folder.parent / "recipe.yaml"
+        path = Path(recipe.cache).parent / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
-        self.cache = recipe.cache_folder
+        self.cache = Path(recipe.cache)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "teachercache", "precompute", str(path), "--json"],
             stdout=subprocess.PIPE,

@@ -77,11 +77,42 @@ class Server:
         store, path = fs.FileSystem.from_uri(self.url(key, through_proxy=False))
         store.delete_file(path)
 
+    def make_bucket(self, name: str) -> None:
+        """Make an empty bucket."""
+        from pyarrow import fs
+
+        store, root = fs.FileSystem.from_uri(self.url(name, through_proxy=False) + "&allow_bucket_creation=true")
+        store.create_dir(root)
+
+    def names(self, place: str) -> list[str]:
+        """Names of everything below `bucket/prefix`."""
+        bucket, _, prefix = place.partition("/")
+        pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+        return [entry["Key"].removeprefix(f"{prefix}/") for page in pages for entry in page.get("Contents", ())]
+
+    def objects(self, place: str) -> dict[str, bytes]:
+        """Everything below `bucket/prefix`, by name."""
+        bucket, _, prefix = place.partition("/")
+        client = self._client()
+        return {
+            name: client.get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read() for name in self.names(place)
+        }
+
+    def unfinished_uploads(self, bucket: str) -> list[str]:
+        """Keys of multipart uploads that were begun and neither completed nor aborted."""
+        return [upload["Key"] for upload in self._client().list_multipart_uploads(Bucket=bucket).get("Uploads", ())]
+
+    def _client(self) -> Any:
+        import boto3
+
+        return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.moto_port}")
+
     def break_next(self, *, match: str, kind: str, times: int = 1, method: str = "GET", **details: Any) -> None:
         """Break the next requests whose path holds `match`: `times` of them, or all for -1.
 
         Kinds: `status` (with `status`), `cut` (after `after` bytes of the body), `stall` (after `after` bytes, for
-        `seconds`).
+        `seconds`), `cut upload` (after `after` bytes of what is sent), `stall upload` (the same, for `seconds`), `no answer`
+        (to a request that is carried out).
         """
         self._post({"fault": {"match": match, "kind": kind, "times": times, "method": method, **details}})
 
@@ -156,13 +187,21 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == CONTROL:
             return self._answer(200, json.dumps(self.server.log).encode())
         fault = self._fault()
+        length = int(self.headers.get("Content-Length") or 0)
+        if fault is not None and fault["kind"].endswith(" upload"):
+            self.rfile.read(min(length, fault.get("after", 0)))
+            time.sleep(fault.get("seconds", 0))
+            return self._cut()
+        sent = self.rfile.read(length)
         if fault is not None and fault["kind"] == "status":
             code = (
                 b"AccessDenied" if fault["status"] == 403 else b"InternalError"
             )  # clients go by it, not by the status
             body = b"" if self.command == "HEAD" else b"<Error><Code>%s</Code></Error>" % code
             return self._answer(fault["status"], body)
-        status, headers, body = self._forward()
+        status, headers, body = self._forward(sent)
+        if fault is not None and fault["kind"] == "no answer":
+            return self._cut()
         self.send_response(status)
         for name, value in headers:
             if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
@@ -176,15 +215,17 @@ class Handler(BaseHTTPRequestHandler):
         if fault["kind"] == "stall":
             time.sleep(fault["seconds"])
             self.wfile.write(body[fault.get("after", 0) :])
-        else:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-        return None
+            return None
+        return self._cut()
+
+    def _cut(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     do_HEAD = do_PUT = do_DELETE = do_GET
 
     def do_POST(self) -> None:
-        if self.path != CONTROL:
+        if self.path != CONTROL:  # many deletions in one request
             return self.do_GET()
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
@@ -201,10 +242,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.log.append(entry)
         return self.server.fault_for(self.command, self.path)
 
-    def _forward(self) -> tuple[int, list[tuple[str, str]], bytes]:
-        length = int(self.headers.get("Content-Length") or 0)
+    def _forward(self, sent: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.moto_port)
-        connection.request(self.command, self.path, self.rfile.read(length) or None, dict(self.headers))
+        connection.request(self.command, self.path, sent or None, dict(self.headers))
         answer = connection.getresponse()
         return answer.status, answer.getheaders(), answer.read()
 

@@ -48,7 +48,7 @@ def is_temporary(name: str, *, of: str) -> bool:
 
 
 @contextlib.contextmanager
-def full_disk_in_a_line(folder: Path) -> Iterator[None]:
+def full_disk_in_a_line(folder: Path | str) -> Iterator[None]:
     """Raises `JobFailed` where the block finds no room on the disk of a folder, or in a quota."""
     try:
         yield

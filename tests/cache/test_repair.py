@@ -75,7 +75,7 @@ def test_its_job_makes_it_again_while_its_records_are_there(
     """As after a kill between the manifest and the removal of what the job worked with."""
     recipe = tiny_recipe(tmp_path, teacher=teacher, texts=sentences(20))
     build_cache(recipe, units=2)
-    shutil.copytree(recipe.cache_folder / ".work", tmp_path / "work")
+    shutil.copytree(Path(recipe.cache) / ".work", tmp_path / "work")
     cache = build_cache(recipe)
     shutil.copytree(tmp_path / "work", cache / ".work")
     damage(cache / "manifest.json")

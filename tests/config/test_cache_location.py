@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from teachercache.config import LOCAL_COPIES, Recipe, parse_recipe
 from teachercache.errors import RecipeError
-from teachercache.precompute.capture.job import run_precompute
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -28,7 +25,7 @@ def test_a_url_stays_as_it_is_written() -> None:
 @pytest.mark.parametrize("folder", ["runs/cache", "/data/cache", "C:/cache", "a:b", "./s3:/x"])
 def test_everything_else_is_a_folder(folder: str) -> None:
     made = recipe(cache=folder)
-    assert made.cache == made.cache_folder == Path(folder)
+    assert made.cache == Path(folder)
     assert parse_recipe(made.model_dump(mode="json"), origin="r") == made
 
 
@@ -51,10 +48,3 @@ def test_sizes_have_units(given: Any, size: int) -> None:
 def test_sizes_that_are_none(given: Any) -> None:
     with pytest.raises(RecipeError, match=r"`stream.local_bytes`: "):
         recipe(cache="c", stream={"local_bytes": given})
-
-
-def test_precompute_writes_to_folders_only() -> None:
-    made = recipe(cache="s3://bucket/cache", teacher={"model": "nowhere"}, corpus={"source": "python-docs"})
-    with pytest.raises(RecipeError, match=r"cache: s3://bucket/cache is a URL, .*set -s cache=FOLDER") as caught:
-        run_precompute(made, console=Console(file=io.StringIO()))
-    assert "\n" not in str(caught.value)

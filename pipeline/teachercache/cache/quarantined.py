@@ -10,8 +10,8 @@ from typing import Any
 from teachercache.bounded.strangers_json import parse_json
 from teachercache.cache.manifest.manifest import read_listed
 from teachercache.cache.manifest.model import QUARANTINE, Manifest
-from teachercache.cache.storage.object_store import ObjectStore
 from teachercache.cache.storage.source import read_listed_object
+from teachercache.cache.stores.object_store import ObjectStore
 from teachercache.config import is_url
 from teachercache.errors import CacheDamaged
 

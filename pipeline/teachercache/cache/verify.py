@@ -43,8 +43,8 @@ from teachercache.cache.reader import groups_of_cache
 from teachercache.cache.shards.one_column import batches_of_columns, hashes_of
 from teachercache.cache.shards.row_batch import numbers
 from teachercache.cache.shards.row_ids import check_same_rows
-from teachercache.cache.storage.object_store import AGAIN, ObjectStore
 from teachercache.cache.storage.source import read_listed_object, remote_manifest
+from teachercache.cache.stores.object_store import AGAIN, ObjectStore
 from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError
 
@@ -179,7 +179,7 @@ def _unlisted(name: str) -> Problem:
 
 
 def _wrong_objects(manifest: Manifest, store: ObjectStore, checks: Checks, *, quick: bool) -> Iterator[Problem]:
-    sizes = store.sizes()
+    sizes = store.list()
 
     def why(expected: Expected) -> str | None:
         size = sizes.get(expected.info.file)

@@ -27,7 +27,7 @@ class Recipe(Section):
     """A whole recipe. Each command names the sections that it needs with `require`."""
 
     cache: CacheLocation = Field(
-        description="a folder; for training and evaluation also a URL, e.g. s3://BUCKET/PREFIX"
+        description="a folder, or the URL of a place in an object store, e.g. s3://BUCKET/PREFIX"
     )
     teacher: TeacherConfig | None = Field(
         None, description="the model that teaches; read by `precompute`, `evaluate` and `fidelity`"
@@ -77,16 +77,6 @@ class Recipe(Section):
                     f"{name}.attention: {attention} computes in half precision alone; set {remedy}, or {name}.attention: sdpa"
                 )
         return self
-
-    @property
-    def cache_folder(self) -> Path:
-        """The cache where it is written. Raises `RecipeError` for a URL."""
-        if isinstance(self.cache, str):
-            raise RecipeError(
-                f"cache: {self.cache} is a URL, and precompute writes to a folder; set -s cache=FOLDER and copy that "
-                "afterwards, its manifest.json last"
-            )
-        return self.cache
 
     def require(self, *sections: str) -> None:
         """Raise `RecipeError` when a section that a command needs is absent."""

@@ -28,8 +28,8 @@ from teachercache.cache.files.digests import fingerprint_of
 from teachercache.cache.inspection import describe_row
 from teachercache.cache.manifest.manifest import MANIFEST
 from teachercache.cache.storage.local_copies import LocalCopies
-from teachercache.cache.storage.object_store import ObjectStore, in_flight
 from teachercache.cache.storage.source import RemoteFiles
+from teachercache.cache.stores.object_store import ObjectStore
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
 
 from builders import part, sentences, tiny_cache
@@ -142,7 +142,7 @@ def test_caches_share_what_they_have_in_common(broken: str, s3: Server, uploaded
     assert s3.downloads(first) == 1
 
 
-def test_whatever_pyarrow_knows_is_a_url(made: Path, local: Path) -> None:
+def test_a_folder_may_be_a_url(made: Path, local: Path) -> None:
     assert_same_rows(Cache.open(made.as_uri(), local=local), Cache.open(made))
 
 
@@ -179,7 +179,7 @@ def test_what_does_not_pass_ends_in_one_line(
         cache.read_row("train", 0)
     assert s3.downloads(first) == 3
     message = str(caught.value)
-    assert message.startswith(f"s3://bucket/caches/one/{first} could not be read in 3 attempts: AWS Error ")
+    assert message.startswith(f"s3://bucket/caches/one/{first} could not be read in 3 attempts: Generic S3 error: ")
     assert message.endswith("run the same command again") and "\n" not in message
     assert not copies(local), "nothing half fetched stays"
     s3.forget()
@@ -187,7 +187,9 @@ def test_what_does_not_pass_ends_in_one_line(
 
 
 def test_nobody_listens(local: Path) -> None:
-    with pytest.raises(JobFailed, match=r"s3://bucket/x/manifest.json could not be read in 3 attempts: .*onnect"):
+    with pytest.raises(
+        JobFailed, match=r"s3://bucket/x/manifest.json could not be read in 3 attempts: .*cannot connect"
+    ):
         impatient("s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:1", local)
 
 
@@ -584,25 +586,3 @@ def test_inspect_and_verify_take_a_url(made: Path, uploaded: str, tmp_path: Path
     found |= {"checked": "every byte", "lost_windows": []}
     assert json.loads(verified.stdout) == found
     assert not (tmp_path / ".cache").exists()
-
-
-def test_a_fork_waits_until_running_requests_are_over() -> None:
-    """It would inherit locks that their clients hold, and wait for them forever."""
-    begun, end, over = threading.Event(), threading.Event(), threading.Event()
-
-    def request() -> None:
-        with in_flight.running():
-            begun.set()
-            end.wait()
-            over.set()
-
-    thread = threading.Thread(target=request)
-    thread.start()
-    begun.wait()
-    threading.Timer(0.2, end.set).start()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if over.is_set() else 1)
-    assert over.is_set()
-    assert os.waitpid(child, 0)[1] == 0
-    thread.join()

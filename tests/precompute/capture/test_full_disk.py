@@ -86,12 +86,12 @@ def test_a_job_that_finds_no_room_to_commit_goes_on_once_there_is_some(tmp_path,
     """All units are done; a disk that may not be written to is the user's mistake, with status 2."""
     recipe = tiny_recipe(tmp_path / "done", teacher=teacher, texts=sentences(60, seed=2))
     build_cache(recipe, units=len(make_plan(recipe).pending()))
-    read_only, full, roomy = on_small_disks(tmp_path, teacher, recipe.cache_folder, "ro", "spare=1", "size=64m")
+    read_only, full, roomy = on_small_disks(tmp_path, teacher, Path(recipe.cache), "ro", "spare=1", "size=64m")
     assert read_only[0] == 2 and "Read-only file system" in read_only[1]["error"], read_only
     assert "Traceback" not in read_only[2]
     assert_no_room(*full)
     assert roomy[0] == 0, roomy[2]
-    assert verify(recipe.cache_folder) == []
+    assert verify(Path(recipe.cache)) == []
 
 
 def test_a_job_that_finds_no_room_to_stage_leaves_nothing(tmp_path, teacher):
@@ -104,9 +104,9 @@ def test_a_job_that_finds_no_room_while_it_captures_goes_on_once_there_is_some(t
     """The corpus is staged, and one unit done; the next shards do not fit."""
     recipe = tiny_recipe(tmp_path / "begun", teacher=teacher, texts=sentences(60, seed=2))
     build_cache(recipe, units=1)
-    full, roomy = on_small_disks(tmp_path, teacher, recipe.cache_folder, "spare=6", "size=64m")
+    full, roomy = on_small_disks(tmp_path, teacher, Path(recipe.cache), "spare=6", "size=64m")
     assert_no_room(*full)
     assert roomy[0] == 0 and "resuming: " in roomy[2], roomy[2]
     alone = build_cache(tiny_recipe(tmp_path / "alone", teacher=teacher, texts=sentences(60, seed=2)))
-    assert (recipe.cache_folder / "manifest.json").read_bytes() == (alone / "manifest.json").read_bytes()
-    assert verify(recipe.cache_folder) == []
+    assert (Path(recipe.cache) / "manifest.json").read_bytes() == (alone / "manifest.json").read_bytes()
+    assert verify(Path(recipe.cache)) == []

@@ -72,7 +72,7 @@ def test_a_job_goes_on_after_deaths_of_the_teacher_the_actor_and_the_node(tmp_pa
         status, out, err = job.end()
         assert status == 0, err
         assert "resuming: " in err
-    assert_undisturbed(recipe.cache_folder, recipe_of(tmp_path / "alone", teacher, rows=80))
+    assert_undisturbed(recipe.cache, recipe_of(tmp_path / "alone", teacher, rows=80))
 
 
 @pytest.mark.slow
@@ -98,11 +98,11 @@ def test_twenty_kills_in_a_row_lose_nothing_and_do_nothing_twice(tmp_path, teach
                 assert status in (1, -signal.SIGKILL), err
         assert job.records() >= kept
         kept = job.records()
-    assert not (recipe.cache_folder / "manifest.json").exists(), "killed too late to show anything"
+    assert not (recipe.cache / "manifest.json").exists(), "killed too late to show anything"
     with RunningJob(recipe) as job:
         status, _, err = job.end()
         assert status == 0, err
-    assert_undisturbed(recipe.cache_folder, recipe_of(tmp_path / "alone", teacher, rows=480))
+    assert_undisturbed(recipe.cache, recipe_of(tmp_path / "alone", teacher, rows=480))
 
 
 @pytest.mark.slow

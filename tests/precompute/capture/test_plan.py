@@ -276,21 +276,22 @@ def test_two_jobs_do_not_write_to_one_cache(tmp_path, teacher):
 
     recipe = tiny_recipe(tmp_path, teacher=teacher)
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / ".cache.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", HOLDER, str(recipe.cache)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={"PYTHONPATH": ":".join(sys.path)},
     )  # fmt: skip
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(JobFailed, match="another precompute job is writing to"):
+    with pytest.raises(JobFailed, match=r"another precompute job \(process \d+ on .*\) is writing to"):
         run_precompute(recipe, console=Console(quiet=True))
     holder.communicate(b"\n")
-    assert not recipe.cache.exists()
+    assert not list(recipe.cache.iterdir())
 
 
 HOLDER = """
 import sys
 from pathlib import Path
-from teachercache.files import locked
-with locked(Path(sys.argv[1]), job="", folder=Path()):
+from teachercache.cache.stores.lease import leased
+from teachercache.cache.stores.local import LocalStore
+with leased(LocalStore(Path(sys.argv[1])), job="precompute job"):
     print("held", flush=True)
     sys.stdin.readline()
 """

@@ -79,7 +79,7 @@ def assert_mended(left: list[dict[str, bytes | None]], folder: Path, teacher: Pa
     for number, state in enumerate(left):
         recipe = recipe_of(folder / f"{number}", teacher)
         laid_out(state, folder / f"{number}")
-        cache = recipe.cache_folder
+        cache = Path(recipe.cache)
         if "cache/manifest.json" in state:
             assert verify(cache) == [], f"state {number}"
             run_precompute(recipe, console=Console(quiet=True))  # nothing is left to do that needs Ray

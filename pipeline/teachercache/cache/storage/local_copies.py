@@ -27,7 +27,7 @@ from typing import Any
 
 from teachercache.cache.files.entries import FileInfo
 from teachercache.cache.files.regular_files import NoRegularFile, open_regular, why_different
-from teachercache.cache.storage.object_store import AGAIN, ObjectStore
+from teachercache.cache.stores.object_store import AGAIN, ObjectStore
 from teachercache.errors import CacheDamaged, CacheError, JobFailed
 from teachercache.files import DISK_FULL
 

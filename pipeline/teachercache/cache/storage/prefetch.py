@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from teachercache.cache.files.entries import FileInfo
 from teachercache.cache.storage.local_copies import LocalCopies
-from teachercache.cache.storage.object_store import Closed, ObjectStore
+from teachercache.cache.stores.object_store import Closed, ObjectStore
 from teachercache.errors import TeachercacheError
 
 THREADS = 2

@@ -30,8 +30,8 @@ from teachercache.cache.files.regular_files import (
 from teachercache.cache.manifest.manifest import FEATURES, MANIFEST, parse_manifest, read_listed, read_manifest
 from teachercache.cache.manifest.model import Manifest
 from teachercache.cache.storage.local_copies import LocalCopies
-from teachercache.cache.storage.object_store import AGAIN, ObjectStore
 from teachercache.cache.storage.prefetch import Prefetcher
+from teachercache.cache.stores.object_store import AGAIN, ObjectStore
 from teachercache.config import is_url
 from teachercache.errors import CacheDamaged, CacheError
 
@@ -233,7 +233,7 @@ class RemoteFiles:
         return read_listed_object(self.store, name, size)
 
     def names(self, folder: str) -> list[str]:
-        return sorted(name for name in self.store.sizes() if name.startswith(f"{folder}/"))
+        return list(self.store.list(f"{folder}/"))
 
     def prefetch(self, infos: Iterable[FileInfo], *, caches: int = 1) -> None:
         if self._prefetcher is None or not self._prefetcher.belongs_here():

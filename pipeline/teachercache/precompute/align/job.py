@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from teachercache.cache.manifest.alignment_manifest import (
     commit_alignment,
     parse_alignment,
 )
+from teachercache.cache.stores.choice import store_at
+from teachercache.cache.stores.lease import leased
 from teachercache.cache.stores.store import place
-from teachercache.config import PrecomputeConfig, is_url
+from teachercache.config import PrecomputeConfig
 from teachercache.errors import CacheError, JobFailed
-from teachercache.files import full_disk_in_a_line, locked
+from teachercache.files import full_disk_in_a_line
 from teachercache.precompute.align.plan import AlignPlan, make_plan
 from teachercache.precompute.engine.progress import progress_bar
 from teachercache.precompute.engine.termination import ending_in_a_line
@@ -39,11 +42,6 @@ def run_align(
     aligned, `JobFailed` when the job could not be completed; what it finished is kept.
     """
     began = time.perf_counter()
-    if is_url(location):
-        raise CacheError(
-            f"{location} is in an object store, and an alignment is written into a folder: copy the cache into one, align "
-            "that, and copy its alignments/ back, each alignment.json last"
-        )
     cache = Cache.open(location)
     if cache.is_snapshot:
         raise CacheError(f"{location} is the cache as it was: align {cache.folder}, which serves it too")
@@ -52,13 +50,13 @@ def run_align(
     console.print(
         f"planning: the tokenizer of {student} against that of {cache.manifest.teacher['model']} …", markup=False
     )
-    lock = cache.folder.parent / f".{cache.folder.name}.align.lock"
+    tell = partial(console.print, markup=False)
     with (
         ending_in_a_line(),
-        full_disk_in_a_line(cache.folder),
-        locked(lock, job="align job", folder=cache.folder),
+        full_disk_in_a_line(location),
+        leased(store_at(location), job="align job", tell=tell) as store,
     ):
-        plan = make_plan(cache, student, revision=revision)
+        plan = make_plan(cache, student, revision=revision, store=store)
         seconds = 0.0
         if plan.is_finished():
             console.print(f"{plan.name} is complete: nothing to do", markup=False)
@@ -170,7 +168,7 @@ def summary(plan: AlignPlan, manifest: AlignmentManifest, *, working_seconds: fl
     tokens = max(1, totals["student_tokens"])
     beside = sum(manifest.column_bytes.get(column.name, 0) for column in ChunkColumns.columns)
     return {
-        "cache": plan.store.name,
+        "cache": plan.location,
         "alignment": plan.name,
         "student": manifest.tokenizer["name"],
         "rows": totals["rows"],

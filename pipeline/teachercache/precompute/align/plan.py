@@ -26,8 +26,8 @@ from teachercache.cache.manifest.alignment_manifest import (
 )
 from teachercache.cache.manifest.manifest import WORK_FOLDER
 from teachercache.cache.shards.shard_set import Split
+from teachercache.cache.stores.choice import store_at
 from teachercache.cache.stores.copies import put_folder, scratch_folder
-from teachercache.cache.stores.local import LocalStore
 from teachercache.cache.stores.store import Store, holds, place
 from teachercache.errors import CacheDamaged, CacheError, ModelError
 from teachercache.models.loading import load_tokenizer, portable_name, save_tokenizer
@@ -153,8 +153,9 @@ class AlignPlan:
         return bool(parts.get("shards") == self.units)
 
 
-def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> AlignPlan:
-    """Check what can be known before any work, and write what all shards share: tokenizer files and the vocabulary map.
+def make_plan(cache: Cache, student: str, *, revision: str | None = None, store: Store | None = None) -> AlignPlan:
+    """Check what can be known before any work, and write what all shards share: tokenizer files and the vocabulary map;
+    `store` is that of the cache, if its location is not to be opened for it.
 
     Raises `ModelError` for a tokenizer that cannot be used, `CacheError` for a cache without text, for the teacher's own
     tokenizer, and where a link would lead what is written out of the cache.
@@ -183,7 +184,7 @@ def make_plan(cache: Cache, student: str, *, revision: str | None = None) -> Ali
             f"{cache.name} does not say where messages stand in its conversations (an earlier version made it), so that "
             "no other chat template can be applied; precompute it again"
         )
-    store, units = LocalStore(cache.folder), len(cache.infos)
+    store, units = store or store_at(cache.source.location), len(cache.infos)
     plan = AlignPlan(store, cache.source.location, settings, {}, units, cache.manifest.settings_fingerprint)
     if plan.is_finished():
         return plan

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from teachercache.cache import Manifest
 from teachercache.cache.manifest.manifest import MANIFEST, manifest_in
-from teachercache.cache.stores.store import holds, place
-from teachercache.config import Recipe, TeacherConfig
+from teachercache.cache.stores.choice import store_at
+from teachercache.cache.stores.lease import leased
+from teachercache.cache.stores.store import Store, holds, place
+from teachercache.config import Recipe, TeacherConfig, is_url
 from teachercache.errors import JobFailed, RecipeError
-from teachercache.files import full_disk_in_a_line, locked
+from teachercache.files import full_disk_in_a_line
 from teachercache.models.loading import load_tokenizer
 from teachercache.precompute.capture.commit import DRIFT_AT, commit, remove_work
 from teachercache.precompute.capture.given_calibration import check_calibration, take_calibration
@@ -53,15 +55,15 @@ def run_precompute(
     _check_paths(recipe)
     _check_backend(recipe)
     _check_students(recipe)
-    log, folder = EventLog(log_file(recipe.cache_folder)), recipe.cache_folder
+    log, tell = EventLog(log_file(recipe.cache)), partial(console.print, markup=False)
     with (
         ending_in_a_line(),
-        full_disk_in_a_line(folder),
-        locked(lock_file(folder), job="precompute job", folder=folder),
+        full_disk_in_a_line(recipe.cache),
+        leased(store_at(recipe.cache), job="precompute job", tell=tell) as store,
     ):
-        log.write("started", cache=folder, corpus=source, version=__version__)
+        log.write("started", cache=recipe.cache, corpus=source, version=__version__)
         try:
-            result = _run_locked(recipe, console, log, start, recheck_corpus=recheck_corpus, recheck=recheck)
+            result = _run_leased(recipe, store, console, log, start, recheck_corpus=recheck_corpus, recheck=recheck)
         except BaseException as error:
             log.write("failed", error=f"{type(error).__name__}: {error}", seconds=round(time.perf_counter() - start, 3))
             raise
@@ -76,8 +78,7 @@ def aligned(recipe: Recipe, result: dict[str, Any], *, console: Console) -> dict
 
         address = recipe.precompute.address
         result["alignments"] = [
-            run_align(recipe.cache_folder, student=student, address=address, console=console)
-            for student in recipe.align
+            run_align(recipe.cache, student=student, address=address, console=console) for student in recipe.align
         ]
     return result
 
@@ -111,23 +112,20 @@ def _check_backend(recipe: Recipe) -> None:
 
 def _check_paths(recipe: Recipe) -> None:
     """On a cluster, a relative path means another place in every process (a submitted job runs in a copy of the sources)."""
-    if (recipe.precompute.address or os.environ.get("RAY_ADDRESS")) and not recipe.cache_folder.is_absolute():
+    is_shared = is_url(recipe.cache) or Path(recipe.cache).is_absolute()
+    if (recipe.precompute.address or os.environ.get("RAY_ADDRESS")) and not is_shared:
         raise RecipeError(
             f"cache: {recipe.cache} is a relative path, which nodes of a cluster do not share; "
-            f"set it to a folder that all of them see, e.g. -s cache=/shared/{recipe.cache_folder.name}"
+            f"set it to a folder that all of them see, e.g. -s cache=/shared/{Path(recipe.cache).name}"
         )
 
 
-def lock_file(cache: Path) -> Path:
-    """The lock of whoever writes to a cache, beside it: a finished cache holds nothing that its manifest does not list."""
-    return cache.parent / f".{cache.name}.lock"
-
-
-def _run_locked(
-    recipe: Recipe, console: Console, log: EventLog, start: float, *, recheck_corpus: bool, recheck: bool
+def _run_leased(
+    recipe: Recipe, store: Store, console: Console, log: EventLog, start: float, *, recheck_corpus: bool, recheck: bool
 ) -> dict[str, Any]:
     with contextlib.ExitStack() as cluster:
-        plan = make_plan(recipe, each=partial(_on_each, recipe, console, cluster), recheck=recheck_corpus)
+        each = partial(_on_each, recipe, console, cluster)
+        plan = make_plan(recipe, store=store, each=each, recheck=recheck_corpus)
         return _run_planned(recipe, plan, console, log, start, recheck=recheck)
 
 
@@ -156,7 +154,7 @@ def _run_planned(
             check_calibration(manifest, given, name=plan.store.name)
         console.print(f"{plan.store.name} is complete: nothing to do", markup=False)
         remove_work(plan.store)  # of a job that was killed between its last two steps
-        return summary(plan, manifest, Timing(), seconds=time.perf_counter() - start)
+        return summary(recipe, manifest, Timing(), seconds=time.perf_counter() - start)
     if given is not None:
         take_calibration(plan, given)
         console.print(f"calibration: that of {given}", markup=False)
@@ -175,8 +173,8 @@ def _run_planned(
             f"try these once more; {timing.given_up[0]}"
         )
     manifest = commit(plan)
-    remember(plan, recipe.cache_folder)
-    result = summary(plan, manifest, timing, seconds=time.perf_counter() - start)
+    remember(plan, recipe.cache)
+    result = summary(recipe, manifest, timing, seconds=time.perf_counter() - start)
     print_closing(console, result, manifest)
     return result
 
@@ -265,11 +263,11 @@ def _describe_choice(chosen: dict[str, Any] | None) -> str:
     return f"; for target_kl {chosen['target_kl']:g}: rank {chosen['rank']}, step {chosen['step']:g} ({left})"
 
 
-def summary(plan: Plan, manifest: Manifest, timing: Timing, *, seconds: float) -> dict[str, Any]:
+def summary(recipe: Recipe, manifest: Manifest, timing: Timing, *, seconds: float) -> dict[str, Any]:
     """Sums up the job's result; `positions_per_second` leaves start-up out."""
     working = timing.working_seconds
     return {
-        "cache": plan.store.name,
+        "cache": str(recipe.cache),
         "rows": manifest.rows,
         "positions": manifest.positions,
         "quarantined": manifest.audit.quarantined,

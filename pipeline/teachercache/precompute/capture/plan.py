@@ -24,8 +24,8 @@ from teachercache.cache.files.entries import FileInfo
 from teachercache.cache.manifest import manifest_v1
 from teachercache.cache.manifest.manifest import MANIFEST, WORK_FOLDER, manifest_in
 from teachercache.cache.manifest.model import TEACHER_IDENTITY, Manifest
+from teachercache.cache.stores.choice import store_at, store_beside
 from teachercache.cache.stores.copies import file_of, put_folder, scratch_folder
-from teachercache.cache.stores.local import LocalStore
 from teachercache.cache.stores.store import Store, place
 from teachercache.cache.verify import CARD
 from teachercache.config import CorpusConfig, PrecomputeConfig, Recipe
@@ -220,9 +220,10 @@ def file_in(store: Store, name: str) -> FileInfo:
     return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def make_plan(recipe: Recipe, *, each: Each = in_turn, recheck: bool = False) -> Plan:
+def make_plan(recipe: Recipe, *, store: Store | None = None, each: Each = in_turn, recheck: bool = False) -> Plan:
     """Check the recipe against its teacher, count the corpus, and find what is already done. `each` runs what can run at the
-    same time; with `recheck` a corpus is read again that looks as it did.
+    same time; with `recheck` a corpus is read again that looks as it did; `store` is that of the cache, where the recipe's
+    location is not to be opened for it.
 
     Raises a `UserError` for what can be known before compute is spent: a model or corpus that cannot be read, k above the
     vocabulary, sequences longer than the model's context, chat rows without a template, a folder that holds another job;
@@ -230,8 +231,9 @@ def make_plan(recipe: Recipe, *, each: Each = in_turn, recheck: bool = False) ->
     """
     identity, targets, tokenizer, config = asked_of(recipe)
     assert recipe.corpus is not None
-    job = _Asked(recipe.cache_folder, recipe.corpus, identity, targets, unit_size(recipe.precompute, targets), each)
-    known = _known_job(job.store, beside=job.folder)
+    size = unit_size(recipe.precompute, targets)
+    job = _Asked(recipe.cache, store or store_at(recipe.cache), recipe.corpus, identity, targets, size, each)
+    known = _known_job(job.store, job.location)
     if known is not None and known.is_lost:
         return _planned_again(job, tokenizer, config)
     plan = None if known is None else _gone_on_with(known, job, recheck=recheck)
@@ -333,17 +335,13 @@ def _target_kind(recipe: Recipe, config: Any, *, vocabulary_size: int) -> Target
 class _Asked:
     """The job that a recipe asks for."""
 
-    folder: Path
+    location: Path | str  # of the cache
+    store: Store  # which the cache is to be in
     corpus: CorpusConfig
     identity: dict[str, Any]  # without that of the corpus
     targets: StoredTargets
     size: UnitSize
     each: Each
-
-    @property
-    def store(self) -> LocalStore:
-        """The store that the cache is to be in."""
-        return LocalStore(self.folder)
 
     def planned(self, counts: Counts, *, counted: str, look: str) -> Plan:
         """The plan, for a corpus that was counted."""
@@ -430,14 +428,14 @@ def _gone_on_with(known: _Known, job: _Asked, *, recheck: bool) -> Plan | None:
             Shelf(job.store, plan.counted).clear()
         raise
     if not is_seen:
-        _keep_counts(known, plan, beside=job.folder)
+        _keep_counts(known, plan, job.location)
     return plan
 
 
-def _keep_counts(known: _Known, plan: Plan, *, beside: Path) -> None:
+def _keep_counts(known: _Known, plan: Plan, location: Path | str) -> None:
     """Keep the counts of a corpus that was read again and holds what it did."""
     if known.is_finished:
-        remember(plan, beside)
+        remember(plan, location)
         Shelf(plan.store, plan.counted).clear()
     else:
         _put_plan(plan)
@@ -461,15 +459,18 @@ def _put_plan(plan: Plan) -> None:
     plan.store.put(PLAN, json.dumps(job, indent=1, sort_keys=True).encode())
 
 
-def remember(plan: Plan, cache: Path) -> None:
+def remember(plan: Plan, location: Path | str) -> None:
     """Keep what the corpus of a finished cache looked like, beside it: running the job again then need not read it. The cache
     itself holds what its manifest lists, and no times of files."""
     seen = {"look": plan.look, "digest": plan.identity["corpus"]["digest"]}
-    LocalStore(cache.parent).put(_seen(cache), json.dumps(seen).encode())
+    beside = store_beside(location)
+    if beside is not None:
+        store, name = beside
+        store.put(_seen(name), json.dumps(seen).encode())
 
 
-def _seen(cache: Path) -> str:
-    return f".{cache.name}.corpus.json"
+def _seen(cache: str) -> str:
+    return f".{cache}.corpus.json"
 
 
 def unit_size(settings: PrecomputeConfig, targets: StoredTargets) -> UnitSize:
@@ -494,7 +495,7 @@ class _Known:
     mended: str = ""  # see `Plan`
 
 
-def _known_job(store: Store, *, beside: Path) -> _Known | None:
+def _known_job(store: Store, location: Path | str) -> _Known | None:
     """The job that the store holds; refuses what holds something else.
 
     A job that was planned and has computed nothing yet holds nothing that could be lost: it is cleared away, so that a
@@ -504,7 +505,7 @@ def _known_job(store: Store, *, beside: Path) -> _Known | None:
     if MANIFEST in sizes:
         manifest = manifest_in(store)
         _check_files(store, manifest, sizes)
-        return _finished(manifest, beside)
+        return _finished(manifest, location)
     if not sizes:
         return None
     if (
@@ -521,10 +522,11 @@ def _known_job(store: Store, *, beside: Path) -> _Known | None:
     return None
 
 
-def _finished(manifest: Manifest, cache: Path) -> _Known:
+def _finished(manifest: Manifest, location: Path | str) -> _Known:
     job, is_of_format_1 = manifest.job, manifest.format_version == manifest_v1.FORMAT_VERSION
     remedy = "delete it and run the same command again: the corpus is read again"
-    seen = read_shaped(LocalStore(cache.parent), _seen(cache), SEEN, remedy=remedy)
+    beside = store_beside(location)
+    seen = None if beside is None else read_shaped(beside[0], _seen(beside[1]), SEEN, remedy=remedy)
     if seen is None or seen["digest"] != job["corpus"]["digest"]:
         return _Known(job, is_of_format_1, is_finished=True)
     counts = Counts(len(manifest.shards), manifest.audit.rows_in, manifest.audit.deduplicated, seen["digest"])

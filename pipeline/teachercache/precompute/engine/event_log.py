@@ -8,10 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from teachercache.config import is_url
+from teachercache.config.location import folder_name
 
-def log_file(cache: Path) -> Path:
-    """The log of the jobs that write to a cache: `NAME.precompute.log.jsonl` in the folder that the cache is in."""
-    return cache.parent / f"{cache.name}.precompute.log.jsonl"
+
+def log_file(cache: Path | str) -> Path:
+    """The log of the jobs that write to a cache: `NAME.precompute.log.jsonl` in the folder that the cache is in; of a cache at
+    a URL in the current one."""
+    folder = Path(folder_name(cache.partition("?")[0])) if isinstance(cache, str) and is_url(cache) else Path(cache)
+    return folder.parent / f"{folder.name}.precompute.log.jsonl"
 
 
 class EventLog:

@@ -52,7 +52,7 @@ def grow(recipe: Recipe, *, console: Console, run: Job) -> dict[str, Any]:
 
     Run again, it resumes. Raises `CacheError` for a recipe of other settings, which never mix into a cache.
     """
-    began, folder = time.perf_counter(), recipe.cache_folder
+    began, folder = time.perf_counter(), Path(recipe.cache)
     store, cache = LocalStore(folder), Cache.open(folder)
     before = cache.manifest
     targets = _checked(recipe, cache)
@@ -81,7 +81,7 @@ def grow(recipe: Recipe, *, console: Console, run: Job) -> dict[str, Any]:
 def check_unchanged(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     """The summary of a cache that has grown, or was composed, for a recipe that asks for nothing more. Its corpus is not
     looked at. Raises `CacheError` for a recipe of other settings or targets."""
-    folder = recipe.cache_folder
+    folder = Path(recipe.cache)
     cache = Cache.open(folder)
     targets = _checked(recipe, cache)
     if further_targets(cache.manifest, targets, store=LocalStore(folder)) is not None:

@@ -84,7 +84,7 @@ def write_cache(folder: Path, teacher: Any, task: Task) -> Path:
         payload.append(kind.finish(kind.capture(torch, logits_SV[torch.from_numpy(row.target_mask_S)], labels_N)))
     settings = {
         "teacher": {"dtype": "float32"},
-        "tokenizer": {"fingerprint": "none", "vocabulary_size": V, "pad_id": 0, "eos_id": 0},
+        "tokenizer": {"fingerprint": "none", "vocabulary_size": V, "pad_id": 0, "eos_id": 0, "prefix_ids": []},
         "sequence": {"layout": "documents", "length": 16},
         "task": {"name": task.name, "outcomes": OUTCOMES},
     }

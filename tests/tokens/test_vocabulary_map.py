@@ -170,7 +170,7 @@ def test_a_saved_map_reads_back(tmp_path: Path, small_map: VocabularyMap) -> Non
         ({"exact_Vt": lambda a: a.astype(np.uint8)}, "exact has shape"),
         ({"emitted_Vs": lambda a: ~a}, "not what first reaches"),
         ({"coverage": lambda _: 1.5}, "coverage is 1.5"),
-        ({"coverage": lambda _: float("nan")}, "coverage is nan"),
+        ({"coverage": lambda _: float("nan")}, "NaN is no JSON"),
         ({"coverage": lambda _: "all"}, "no flag and no share"),
         ({"identical": lambda _: 1}, "no flag and no share"),
     ],

@@ -264,7 +264,7 @@ def test_a_tokenizer_that_does_not_give_text_back_is_refused(tmp_path: Path) -> 
     from tokenizers import Regex, normalizers
 
     tokenizer = other_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")  # it reads nothing at all
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"[\s\S]{2,}"), "")  # it reads no text
     cache = tiny_cache(tmp_path, texts=TEXTS)
     student = other_student(tmp_path / "student", tokenizer=tokenizer)
     with pytest.raises(CacheError, match="none of the .* rows could be aligned"):

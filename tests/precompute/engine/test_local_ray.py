@@ -166,8 +166,8 @@ OURS = (
     r"planning: reading .*",
     r"starting Ray and loading the teacher …",
     r"teacher: 1 actor on the CPU, 1 thread \(no GPU in the cluster\)",
-    r"precompute ━+ 3/3 units .*",
     r"cached \d+ rows to train on and \d+ held-out ones, .*",
+    r"of the teacher's time: .*",
 )
 
 
@@ -177,7 +177,9 @@ def test_a_redirected_stderr_holds_our_lines_alone(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
     done = run("-m", "teachercache", "precompute", str(path), "--json")
     assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
+    lines = [
+        line for line in done.stderr.splitlines() if not re.match(r"[\d,]+ of [\d,]+ |precompute: ", line)
+    ]  # on a slow day
     assert len(lines) == len(OURS), done.stderr
     for line, pattern in zip(lines, OURS, strict=True):
         assert re.fullmatch(pattern, line.rstrip()), done.stderr

@@ -202,9 +202,18 @@ def _explain_missing(folder: Path) -> str:
     if (folder / COMPOSITION).is_file():
         return f"the cache at {folder} is half written; run the command that makes it (merge, split or filter) again"
     if work.is_dir():
-        units, done = len(list(work.glob("units/*"))), len(list(work.glob("done/*.json")))
+        done = len(list(work.glob("done/*.json")))
         return (
-            f"the cache at {folder} is half written ({done} of {units} units are done); "
+            f"the cache at {folder} is half written ({done} of {_planned_units(work)} units are done); "
             "run `teachercache precompute` with its recipe again to finish it"
         )
     return f"{folder} has no {MANIFEST}, so it is no cache; make one with `teachercache precompute RECIPE`"
+
+
+def _planned_units(work: Path) -> int | str:
+    """The number of units of an unfinished job, as its plan says."""
+    try:
+        with (work / "plan.json").open("rb") as stream:
+            return int(parse_json(stream.read(MOST_MANIFEST_BYTES))["counted"]["units"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "?"

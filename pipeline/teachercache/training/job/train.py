@@ -363,5 +363,5 @@ def _stop_watching_workers() -> None:
 
 def _own_message(error: TeachercacheError) -> str:
     """The error's line alone: torch puts the traceback of a loading process before it."""
-    text = str(error)
-    return text.rstrip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+    text = str(error.args[0]) if error.args else ""  # `str(error)` is one line already, with all of that in it
+    return text.rstrip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else str(error)

@@ -125,7 +125,7 @@ _KINDS = {"Connect": ": cannot connect", "Timeout": ": it took too long"}  # whi
 
 
 def _in_a_line(error: BaseException) -> str:
-    """What the library says, without what is for those who debug it."""
+    """Returns what the library says, without what is for those who debug it."""
     said, _, debug = str(error).partition("\n\nDebug source:")
     why = next((words for kind, words in _KINDS.items() if f"kind: {kind}" in debug), "")
     return " ".join((said + why).split())

@@ -323,7 +323,7 @@ def test_windows_without_targets_are_told(tmp_path: Path) -> None:
             lost, [window] = torch.from_numpy(longest.input_ids_S).long(), longest.segments
         compute_unit(teacher, plan, unit, tokenised, documents=documents, positions_per_batch=256)
     manifest = commit(plan)
-    result = summary(plan, manifest, Timing(), seconds=1.0)
+    result = summary(recipe, manifest, Timing(), seconds=1.0)
     assert (result["quarantined"], result["windows_quarantined"]) == (0, 1)
     with (tmp_path / "said").open("w") as stream:
         print_closing(Console(file=stream, width=1000), result, manifest)

@@ -154,16 +154,35 @@ def ray_head(environment: dict[str, str]) -> Iterator[str]:
             os.killpg(head.pid, signal.SIGKILL)
 
 
+def submit(address: str, environment: dict[str, str], *script: str) -> subprocess.CompletedProcess[str]:
+    """Submit a script of jobs/ and wait for its end; the node's agent, which starts jobs, comes up after the server that lists
+    them."""
+    line = [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        address,
+        "--working-dir",
+        str(ROOT / "jobs"),
+        "--",
+        sys.executable,
+        *script,
+    ]
+    deadline = time.time() + 120
+    while True:
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        if "No available agent" not in done.stderr or time.time() > deadline:
+            return done
+        time.sleep(1)
+
+
 def test_the_script_runs_under_ray_job_submit(tmp_path, teacher):
     """`ray job submit --working-dir . -- python jobs/precompute_teacher.py RECIPE`: the way to a cluster."""
     path = recipe_file(tmp_path, teacher=teacher, precompute={"actors": 2})
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT / "pipeline")}
     with ray_head(environment) as address:
-        submitted = subprocess.run(
-            [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT / "jobs"), "--",
-             sys.executable, "precompute_teacher.py", str(path), "--json"],
-            env=environment, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
+        submitted = submit(address, environment, "precompute_teacher.py", str(path), "--json")
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert '"positions_per_second"' in submitted.stdout
     assert verify(tmp_path / "cache") == []

@@ -18,23 +18,22 @@ def caches_table(result: dict[str, Any]) -> RenderableType:
     """A line for each cache; below them, those that cannot be read."""
     whole = [found for found in result["caches"] if "problem" not in found]
     table = Table()
-    for name in ("cache", "teacher", "corpus", "targets", "T"):
+    for name in ("cache", "teacher, corpus", "targets, at T"):
         table.add_column(name, overflow="fold")
     for name in ("rows", "positions", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("settings", no_wrap=True)
     for found in whole:
         temperatures = found["temperatures"]
+        at = ", ".join(f"{T:g}" for T in temperatures) if isinstance(temperatures, list) else temperatures or "–"
         table.add_row(
             Text(found["name"]),
-            Text(found["teacher"]),
-            Text(found["corpus"]),
-            Text(", ".join(found["targets"].values())),
-            ", ".join(f"{T:g}" for T in temperatures) if isinstance(temperatures, list) else temperatures or "–",
+            Text(f"{found['teacher']}\n{found['corpus']}"),
+            Text(f"{', '.join(found['targets'].values())}\n{at}"),
             f"{found['rows']:,}",
             f"{found['positions']:,}",
             size(found["bytes"]),
-            (found["settings_fingerprint"] or found["fingerprint"])[:12],
+            (found["settings_fingerprint"] or found["fingerprint"])[:8],
         )
     problems = [
         Text.assemble((found["name"], "red"), f": {found['problem']}")

@@ -1,4 +1,4 @@
-"""How fast is a cache put into one file, beside tar and the zstd tool? And out of it, and in how much memory?
+"""Speed and memory of a cache put into one file, and taken out of it, beside tar and the zstd tool.
 
     python tests/bench/pack_speed.py WORK_FOLDER [--megabytes 1024] [--level 3] [--threads 2] [--rounds 3] [--out FILE] [--json]
 

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teachercache.cache.files.regular_files import MOST_MANIFEST_BYTES, read_regular
 from teachercache.config import PhaseConfig, Recipe, parse_recipe
 from teachercache.config.location import folder_name
-from teachercache.errors import RecipeError
+from teachercache.errors import CacheDamaged, CacheError, RecipeError
 from teachercache.files import locked, write_whole
 from teachercache.nested import ABSENT, differences
 from teachercache.stream.order.shuffle_windows import ORDER
@@ -159,9 +160,17 @@ class RunFolder:
         if not any(self.path.glob("checkpoint-*")) and self.summary() is None:
             return ()
         try:
-            before = json.loads((self.path / "run.json").read_bytes())
+            before = json.loads(read_regular(self.path, "run.json", most=MOST_MANIFEST_BYTES))
             return (str(before["cache_fingerprint"]), *map(str, before.get("mixed_fingerprints", ())))
-        except (OSError, ValueError, KeyError, TypeError):  # `check_identity` says what is wrong
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            CacheError,
+            CacheDamaged,
+        ):  # see `check_identity`
             return ()
 
     def check_identity(self, identity: RunIdentity) -> None:
